@@ -1,0 +1,824 @@
+#!/usr/bin/env python3
+"""How fast faasd-async is, measured beside a bare handler on the same machine.
+
+    python benchmarks/bench.py                    # all but the million, about five minutes
+    python benchmarks/bench.py --quick            # the same rows, shorter: about one minute
+    python benchmarks/bench.py --only drain       # one group (may be given several times)
+    python benchmarks/bench.py --million          # also with a million calls waiting (--million 200000: fewer)
+    python benchmarks/bench.py --json out.json    # the table for programs as well
+
+The yardstick is an aiohttp low-level server on uvloop that reads the body and answers 202: what Python
+could do at most if nothing had to be stored. Bare handler and daemon take turns in short rounds, because
+machines are shared and their speed drifts; a row shows the medians over the rounds and the median of the
+rounds' ratios. Where no bare figure stands in a row, its ratio is against the bare handler at 32 connections.
+
+`stock` is what OpenFaaS's own gateway, NATS Streaming and queue-worker reach: as a ratio to the same bare
+handler (20,000/s on the machine where both were measured) for rates, else as the figure itself.
+
+How each group is measured:
+
+  start    the process is executed until a POST to /async-function has its 202; each time on an empty store
+  idle     memory and CPU time of a daemon that has nothing to do
+  drain    the function holds its first calls open until the backlog is complete, then answers. Counted from
+           that moment until the function has answered, or its callbacks have arrived. Calls that
+           were already waiting in the function are not counted.
+  mixed    a backlog is released and new calls come in over 32 connections meanwhile
+  callback one call at a time: from sending the POST until its callback has arrived
+  sync     /function through to the function, a small HTTP server made for this (stock: through a provider)
+  enqueue  /async-function, every call on disk before its 202, while the function holds its only call open
+  memory   of the daemon that has been through all of the above
+  million  two daemons take turns, one on an empty store, the other with the backlog, built through HTTP
+
+Every answer must be the right one (202, or 200 for sync) and every drained call must run exactly once, or the
+benchmark stops with an error. What other processes took from the processors is printed with the table: with
+much more than 0.05 cores the figures say little. Load comes from wrk when it is installed, else from this
+file's own generator (`--generator own`). The store lies in a temporary directory (`--dir`); on a tmpfs its
+syncs cost nothing and the figures mean little. All traffic stays on 127.0.0.1. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Coroutine, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, cast
+
+from aiohttp import web
+
+BODY = b"x" * 256
+STOCK_BARE = 20_000.0  # requests/s of the bare handler where the stock figures were measured
+IN_FLIGHT = {"one": 1, "many": 64, "parked": 1, "backlog": 64}  # queues, each with a function of the same name
+GROUPS = ("start", "idle", "drain", "mixed", "callback", "sync", "enqueue", "million")
+ENDING = (signal.SIGINT, signal.SIGTERM)
+HEADER = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
+CONFIG = """
+[gateway]
+listen = "127.0.0.1:{port}"
+drain_timeout = "1s"
+[store]
+path = "{store}"
+[log]
+level = "warning"
+[functions.sink]
+url = "http://127.0.0.1:{sink}"
+"""
+QUEUE_CONFIG = """
+[queues.{name}]
+max_inflight = {in_flight}
+max_pending = 100000000
+timeout = "2h"
+[functions.{name}]
+url = "http://127.0.0.1:{sink}"
+queue = "{name}"
+"""
+WRK_SCRIPT = """
+wrk.method = "POST"
+wrk.body = string.rep("x", 256)
+done = function(summary, latency)
+  local e = summary.errors
+  local failed = e.connect + e.read + e.write + e.status + e.timeout
+  io.write(string.format('\\nRESULT {"requests":%d,"seconds":%f,"p50_ms":%f,"p99_ms":%f,"failure":"%s"}\\n',
+    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+    failed > 0 and failed .. " failed" or ""))
+end
+"""
+
+
+class BenchError(Exception):
+    """Something did not behave as promised, so there is no figure to print."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# HTTP/1.1 as the function and the load generator need it: where a message ends
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def message_length(data: bytearray) -> int:
+    """Length of the first whole message in `data`, 0 while some of it is missing."""
+    head_end = data.find(b"\r\n\r\n")
+    if head_end < 0:
+        return 0
+    header = HEADER.search(data, 0, head_end + 2)
+    if header is None:
+        return head_end + 4
+    if header[1].lower() == b"transfer-encoding":
+        return chunked_end(data, head_end + 4)
+    end = head_end + 4 + int(header[2])
+    return end if len(data) >= end else 0
+
+
+def chunked_end(data: bytearray, at: int) -> int:
+    """Where the chunked body that begins at `at` ends, 0 while some of it is missing."""
+    while (line_end := data.find(b"\r\n", at)) >= 0:
+        size = int(data[at:line_end].split(b";")[0], 16)
+        if size == 0:
+            return data.find(b"\r\n\r\n", line_end) + 4 if data.find(b"\r\n\r\n", line_end) >= 0 else 0
+        at = line_end + 2 + size + 2
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The processes beside the daemon: sink (function and callback receiver), bare handler, load generator
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Station:
+    """How one path of the sink stands. Times are monotonic, so they mean the same in every process."""
+
+    answered: int = 0
+    waiting: int = 0
+    last_at: float = 0.0
+    released_at: float = 0.0
+
+
+class SinkConnection(asyncio.Protocol):
+    """A function that answers `ok` to everything. A bare Protocol, so that it costs less than what it measures.
+
+    `/__hold/NAME` makes the path /NAME keep its callers waiting, `/__release/NAME` answers them; these two
+    and `/__stats/NAME` answer how the path stood before.
+    """
+
+    def __init__(self, stations: defaultdict[bytes, Station], held: dict[bytes, list[SinkConnection]]) -> None:
+        self.stations, self.held = stations, held
+        self.buffer = bytearray()
+        self.held_at = b""  # the path that holds this connection's request
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.held_at:
+            self.held[self.held_at].remove(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while not self.held_at and (length := message_length(self.buffer)):
+            path = bytes(self.buffer[: self.buffer.index(b"\r")]).split(b" ")[1].partition(b"?")[0]
+            del self.buffer[:length]
+            if path.startswith(b"/__"):
+                self.control(*path[3:].split(b"/"))
+            elif path in self.held:
+                self.held[path].append(self)
+                self.held_at = path
+            else:
+                self.answer(self.stations[path])
+
+    def answer(self, station: Station) -> None:
+        station.answered += 1
+        station.last_at = time.monotonic()
+        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok")
+
+    def control(self, verb: bytes, name: bytes) -> None:
+        path, station = b"/" + name, self.stations[b"/" + name]
+        station.waiting = len(self.held.get(path, ()))
+        if verb == b"release":
+            station.released_at = time.monotonic()
+        body = json.dumps(asdict(station)).encode()
+        if verb == b"hold":
+            self.held.setdefault(path, [])
+        elif verb == b"release":
+            for connection in self.held.pop(path, ()):
+                connection.held_at = b""
+                connection.answer(station)
+                connection.data_received(b"")
+        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
+async def bare_handler(request: web.BaseRequest) -> web.Response:
+    await request.read()
+    return web.Response(status=202)
+
+
+async def serve_role(role: str) -> None:
+    """Be the sink or the bare handler: print the port, serve until stdin closes (the parent has gone)."""
+    loop = asyncio.get_running_loop()
+    sink, bare = partial(SinkConnection, defaultdict(Station), {}), web.Server(bare_handler, access_log=None)
+    server = await loop.create_server(sink if role == "sink" else bare, "127.0.0.1", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+    server.close()
+
+
+@dataclass
+class LoadState:
+    """What the connections of the own generator share."""
+
+    request: bytes
+    status: bytes
+    remaining: int
+    ends_at: float
+    done: asyncio.Future[None]
+    open: int = 0
+    failure: str = ""
+    latencies: list[float] = field(default_factory=list)
+
+
+class LoadConnection(asyncio.Protocol):
+    """Sends one request after the other, until the time is over or as many were sent as asked for."""
+
+    def __init__(self, state: LoadState) -> None:
+        self.state = state
+        self.buffer = bytearray()
+        self.sent_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.state.open += 1
+        self.send()
+
+    def send(self) -> None:
+        self.sent_at = time.monotonic()
+        if self.state.remaining <= 0 or self.sent_at >= self.state.ends_at or self.state.failure:
+            self.sent_at = 0.0
+            self.transport.close()
+            return
+        self.state.remaining -= 1
+        self.transport.write(self.state.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if length := message_length(self.buffer):
+            self.state.latencies.append(time.monotonic() - self.sent_at)
+            if self.buffer[9:12] != self.state.status:
+                self.state.failure = bytes(self.buffer[:length]).decode("latin-1")
+            del self.buffer[:length]
+            self.send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.state.open -= 1
+        if self.sent_at:
+            self.state.failure = self.state.failure or "connection closed before the answer"
+        if not self.state.open and not self.state.done.done():
+            self.state.done.set_result(None)
+
+
+async def load_role(port: int, path: str, headers: str, status: str, connections: int, count: int, secs: float) -> None:
+    """Be the load generator: print one line of JSON."""
+    loop = asyncio.get_running_loop()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}Content-Length: {len(BODY)}\r\n\r\n"
+    begun = time.monotonic()
+    state = LoadState(head.encode() + BODY, status.encode(), count or sys.maxsize, begun + secs, loop.create_future())
+    for _ in range(connections):
+        await loop.create_connection(partial(LoadConnection, state), "127.0.0.1", port)
+    await state.done
+    seconds = time.monotonic() - begun
+    ordered = sorted(state.latencies) or [0.0]
+    ms = {name: 1e3 * ordered[int(share * len(ordered))] for name, share in (("p50_ms", 0.50), ("p99_ms", 0.99))}
+    print("RESULT", json.dumps({"requests": len(state.latencies), "seconds": seconds, **ms, "failure": state.failure}))
+
+
+def run_on_uvloop(main: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this platform: the daemon runs on asyncio's own loop as well
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The benchmark's side of them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def post(port: int, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", path, BODY, headers or {})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@contextlib.contextmanager
+def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own (Ctrl-C is for us to pass on) that is gone when the block ends."""
+    caught: list[int] = []  # a signal between fork and assignment would leave a process that nobody ends
+    previous = {number: signal.signal(number, lambda got, _: caught.append(got)) for number in ENDING}
+    try:
+        process = subprocess.Popen(command, process_group=0, text=True, **options)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    try:
+        for got in caught:
+            signal.raise_signal(got)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def helper(role: str) -> Iterator[int]:
+    """A sink or bare handler; yields its port."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with child([sys.executable, __file__, "--role", role], **pipes) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+
+
+@dataclass(frozen=True)
+class Sink:
+    port: int
+
+    def tell(self, verb: str, name: str) -> Station:
+        return Station(**json.loads(post(self.port, f"/__{verb}/{name}")[1]))
+
+    def wait(self, name: str, *, answered: int = 0, waiting: int = 0, pause: float = 0.005) -> Station:
+        """Wait until so many calls have been answered, and so many are held; an error when nothing moves for 30 s."""
+        before, moved_at = self.tell("stats", name), time.monotonic()
+        while (now := self.tell("stats", name)).answered < answered or now.waiting < waiting:
+            if now != before:
+                before, moved_at = now, time.monotonic()
+            elif time.monotonic() - moved_at > 30:
+                raise BenchError(f"no more calls arrive at /{name}: {answered=} {waiting=} are due, there are {now}")
+            time.sleep(pause)
+        return now
+
+    def wait_quiet(self, name: str) -> None:
+        """Wait until nothing has been answered for a second."""
+        while time.monotonic() - self.tell("stats", name).last_at < 1:
+            time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a load generator measured in one round."""
+
+    requests: int
+    seconds: float
+    p50_ms: float
+    p99_ms: float
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.seconds
+
+
+@dataclass(frozen=True)
+class Generator:
+    wrk_script: str  # empty: the own generator
+
+    def run(self, port: int, path: str, connections: int, secs: float = 1e9, count: int = 0, headers: str = "") -> Load:
+        """Load for some seconds; or with exactly `count` requests, which only the own generator can do."""
+        status = "200" if path.startswith("/function/") else "202"
+        if count or not self.wrk_script:
+            load = json.dumps([port, path, headers, status, connections, count, secs])
+            command = [sys.executable, __file__, "--role", "load", "--load", load]
+        else:
+            found, reason = post(port, path)  # wrk cannot tell a 200 from a 202
+            if str(found) != status:
+                raise BenchError(f"POST {path}: {found} {reason[:200]!r} instead of {status}")
+            options = ["-t1", f"-c{connections}", f"-d{secs:g}s", "--timeout", "30s", "-s", self.wrk_script]
+            command = ["wrk", *options, f"http://127.0.0.1:{port}{path}"]
+        with child(command, stdout=subprocess.PIPE) as process:
+            output = process.communicate()[0].partition("RESULT ")[2]
+        result = json.loads(output or '{"failure": "the generator died"}')
+        if failure := result.pop("failure") or (not result["requests"] and "no answers"):
+            raise BenchError(f"POST {path}: not every request had the right answer: {failure}")
+        return Load(**result)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A daemon that has given its first 202."""
+
+    name: str
+    pid: int
+    port: int
+    start_s: float
+
+    def station(self, queue: str) -> str:
+        """The path of the sink that this daemon's calls of this queue go to."""
+        return f"{queue}-{self.name}"
+
+    def route(self, queue: str) -> str:
+        return f"/async-function/{queue}/{self.station(queue)}"
+
+    def cpu_s(self) -> float:
+        """User and system time of all its threads; the process's CPU clock is finer than the ticks of /proc."""
+        return time.clock_gettime((~self.pid << 3) | 2)  # CPUCLOCK_SCHED, as clock_getcpuclockid(3) builds it
+
+    def memory_mib(self) -> dict[str, float]:
+        """RSS, and PSS where the kernel tells it."""
+        texts = (Path(f"/proc/{self.pid}/{name}") for name in ("status", "smaps_rollup"))
+        text = "".join(path.read_text() for path in texts if path.exists())
+        found = re.findall(r"^(?:Vm)?(RSS|Pss):\s+(\d+) kB", text, re.MULTILINE)
+        return {kind.upper(): int(kib) / 1024 for kind, kib in found}
+
+
+@contextlib.contextmanager
+def running_daemon(script: str, directory: Path, sink: Sink) -> Iterator[Daemon]:
+    """A daemon on the store in `directory`, which is named after it."""
+    directory.mkdir(exist_ok=True)
+    port, config, log = free_port(), directory / "config.toml", directory / "stderr.log"
+    text = CONFIG.format(port=port, store=directory / "queue.db", sink=sink.port)
+    queues = (QUEUE_CONFIG.format(name=name, in_flight=n, sink=sink.port) for name, n in IN_FLIGHT.items())
+    config.write_text(text + "".join(queues))
+    command = [sys.executable, script, "serve", "--config", str(config)]
+    begun = time.monotonic()
+    with log.open("a") as stderr, child(command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr) as process:
+        try:
+            wait_for_202(process, port)
+            yield Daemon(directory.name, process.pid, port, time.monotonic() - begun)
+        except Exception:
+            if last := log.read_text()[-2000:]:
+                print(f"the daemon's last lines:\n{last}", file=sys.stderr)
+            raise
+    if process.returncode:
+        print(f"note: the daemon ended with {process.returncode} when it was told to stop", file=sys.stderr)
+
+
+def wait_for_202(process: subprocess.Popen[str], port: int) -> None:
+    for _ in range(100_000):
+        if process.poll() is not None:
+            raise BenchError(f"the daemon did not start: exit code {process.returncode}")
+        with contextlib.suppress(ConnectionError):
+            status, reason = post(port, "/async-function/sink/started")
+            if status == 202:
+                return
+            raise BenchError(f"the first POST to the daemon: {status} {reason[:200]!r} instead of 202")
+        time.sleep(0.0005)
+    raise BenchError("the daemon did not answer 202")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `beside` is the figure of the bare handler or of the empty store."""
+
+    title: str
+    unit: str
+    here: float | None = None  # None: not run
+    beside: float | None = None
+    ratio: float | None = None
+    goal: str = ""  # ">= 2000" or "<= 45"; of the ratio: "ratio >= 0.9"
+    stock: float | None = None  # as a ratio where the row has one, else in the row's unit
+
+    def result(self) -> str:
+        figure = self.ratio if self.goal.startswith("ratio") else self.here
+        if not self.goal or figure is None:
+            return ""
+        sign, limit = self.goal.split()[-2:]
+        return "ok" if (figure >= float(limit) if sign == ">=" else figure <= float(limit)) else "short"
+
+
+@dataclass
+class Bench:
+    script: str
+    directory: Path
+    sink: Sink
+    bare_port: int
+    generator: Generator
+    rounds: int
+    seconds: float
+    calls: int
+    idle_s: float
+    rows: list[Row] = field(default_factory=list)
+    bare_rates: list[float] = field(default_factory=list)  # of the bare handler at 32 connections, over the run
+
+    def add(self, title: str, unit: str, here: float, beside: float | None = None, **more: Any) -> None:
+        self.rows.append(Row(title, unit, here, beside, **more))
+        print(f"{title}: {number(here)} {unit}", file=sys.stderr)
+
+    def daemon(self, name: str) -> contextlib.AbstractContextManager[Daemon]:
+        return running_daemon(self.script, self.directory / name, self.sink)
+
+    def alternate(self, targets: list[tuple[int, str]], connections: int) -> list[list[Load]]:
+        """Load the targets (port and path) in turns; the rounds of each."""
+        loads: list[list[Load]] = [[] for _ in targets]
+        for _ in range(self.rounds):
+            for (port, path), rounds in zip(targets, loads, strict=True):
+                rounds.append(self.generator.run(port, path, connections, self.seconds))
+                if port == self.bare_port and connections == 32:
+                    self.bare_rates.append(rounds[-1].rate)
+        return loads
+
+    def against_bare(
+        self, title: str, target: tuple[int, str], connections: int, goal: str = "", **stock: float
+    ) -> None:
+        """Three rows: rate, p50, p99."""
+        bare, here = self.alternate([(self.bare_port, "/async-function/bare"), target], connections)
+        ratio = median(h.rate / b.rate for h, b in zip(here, bare, strict=True))
+        title = f"{title}, {connections} connection{'s' if connections > 1 else ''}"
+        for name, unit in (("rate", "/s"), ("p50_ms", "ms"), ("p99_ms", "ms")):
+            figures = [median(getattr(load, name) for load in loads) for loads in (here, bare)]
+            is_rate: dict[str, Any] = {"ratio": ratio, "goal": goal} if name == "rate" else {}
+            self.add(title if is_rate else f"  {name[:3]}", unit, *figures, stock=stock.get(name), **is_rate)
+
+    def against_bare_32(self, title: str, rate: float, stock: float, goal: str = "") -> None:
+        self.add(title, "/s", rate, ratio=rate / median(self.bare_rates), goal=goal, stock=stock / STOCK_BARE)
+
+    def fill(self, daemon: Daemon, queue: str, count: int, connections: int = 32, headers: str = "") -> Load:
+        """Have the function hold its calls, and queue `count` calls behind those."""
+        station, held = daemon.station(queue), IN_FLIGHT[queue]
+        self.sink.tell("hold", station)
+        total = count + held
+        load = self.generator.run(daemon.port, daemon.route(queue), connections, count=total, headers=headers)
+        self.sink.wait(station, waiting=held)
+        return load
+
+    def drain_once(self, daemon: Daemon, queue: str, count: int, *, callback: bool = False) -> float:
+        """Calls (or callbacks) per second from the release until all have arrived; each exactly once."""
+        station, back = daemon.station(queue), f"back-{daemon.station(queue)}"
+        header = f"X-Callback-Url: http://127.0.0.1:{self.sink.port}/{back}\r\n" if callback else ""
+        called_back = self.sink.tell("stats", back).answered
+        self.fill(daemon, queue, count, headers=header)
+        begun = self.sink.tell("release", station)
+        due = begun.answered + begun.waiting + count
+        end = self.sink.wait(station, answered=due)
+        if callback:
+            count += begun.waiting
+            end = self.sink.wait(back, answered=called_back + count)
+        time.sleep(0.3)
+        if (ran := self.sink.tell("stats", station).answered) != due:
+            raise BenchError(f"{ran - due} calls ran more than once")
+        return count / (end.last_at - begun.released_at)
+
+    def start(self) -> None:
+        seconds = []
+        for turn in range(self.rounds + 2):
+            with self.daemon(f"start-{turn}") as daemon:
+                seconds.append(daemon.start_s)
+        self.add("start to first 202", "ms", median(seconds) * 1e3, stock=86)
+
+    def idle(self, daemon: Daemon) -> None:
+        time.sleep(2)
+        begun, used = time.monotonic(), daemon.cpu_s()
+        time.sleep(self.idle_s)
+        percent = 100 * (daemon.cpu_s() - used) / (time.monotonic() - begun)
+        self.add("idle CPU, of a core", "%", percent, goal="<= 0.05", stock=0.17)
+        self.memory(daemon, "memory, idle", "<= 45", 38)
+
+    def memory(self, daemon: Daemon, title: str, goal: str = "", stock: float | None = None) -> None:
+        rss, *pss = daemon.memory_mib().items()
+        self.add(f"{title}, RSS", "MiB", rss[1], goal=goal, stock=stock)
+        for _, mib in pss:
+            self.add("  PSS", "MiB", mib)
+
+    def drain(self, daemon: Daemon) -> None:
+        self.alternate([(self.bare_port, "/async-function/bare")], 32)
+        for queue, callback, goal, stock in (
+            ("one", False, ">= 2000", 689),
+            ("many", False, ">= 4000", 2940),
+            ("one", True, "", 567),
+            ("many", True, "", 1750),
+        ):
+            rates = [self.drain_once(daemon, queue, self.calls, callback=callback) for _ in range(self.rounds)]
+            title = f"drain, {IN_FLIGHT[queue]} in flight{', with callback' if callback else ''}"
+            self.against_bare_32(title, median(rates), stock, goal)
+
+    def mixed(self, daemon: Daemon) -> None:
+        self.alternate([(self.bare_port, "/async-function/bare")], 32)
+        station, rates_in, rates_out = daemon.station("many"), [], []
+        for _ in range(self.rounds):
+            self.fill(daemon, "many", self.calls)
+            self.sink.tell("release", station)
+            begun, before = time.monotonic(), self.sink.tell("stats", station)
+            rates_in.append(self.generator.run(daemon.port, daemon.route("many"), 32, self.seconds).rate)
+            after, seconds = self.sink.tell("stats", station), time.monotonic() - begun
+            rates_out.append((after.answered - before.answered) / seconds)
+            self.sink.wait_quiet(station)
+        self.against_bare_32("enqueue while draining, 64 in flight: in", median(rates_in), 2650)
+        self.against_bare_32("enqueue while draining, 64 in flight: out", median(rates_out), 2200)
+
+    def callback(self, daemon: Daemon) -> None:
+        headers = {"X-Callback-Url": f"http://127.0.0.1:{self.sink.port}/{daemon.name}"}
+        before, ms = self.sink.tell("stats", daemon.name).answered, []
+        for turn in range(self.calls // 20):
+            begun = time.monotonic()
+            post(daemon.port, daemon.route("sink"), headers)
+            end = self.sink.wait(daemon.name, answered=before + turn + 1, pause=0.001)
+            ms.append(1e3 * (end.last_at - begun))
+        self.add("POST to its callback, idle: p50", "ms", median(ms), stock=2.3)
+        self.add("POST to its callback, idle: p99", "ms", quantiles(ms, n=100)[98], stock=3.2)
+
+    def sync(self, daemon: Daemon) -> None:
+        target = (daemon.port, f"/function/sink/{daemon.station('sync')}")
+        self.against_bare("sync", target, 1, rate=1100 / STOCK_BARE)
+        self.against_bare("sync", target, 32, rate=5050 / STOCK_BARE)
+
+    def enqueue(self, daemon: Daemon) -> None:
+        self.fill(daemon, "parked", 0)
+        target = (daemon.port, daemon.route("parked"))
+        self.against_bare("enqueue", target, 1)
+        self.against_bare("enqueue", target, 32, "ratio >= 0.55", rate=11_100 / STOCK_BARE, p50_ms=2.6, p99_ms=6.3)
+        self.against_bare("enqueue", target, 128)
+
+    def backlog(self, count: int) -> None:
+        """The figures with `count` calls waiting, beside those of an empty store."""
+        waiting = f"{count:,} waiting"
+        with self.daemon("full") as full:
+            self.add(f"building the backlog: {waiting}", "/s", self.fill(full, "backlog", count, 128).rate)
+        starts: dict[str, list[float]] = {"new": [], "full": []}
+        for turn in range(self.rounds):
+            for name, seconds in starts.items():
+                with self.daemon("full" if name == "full" else f"new-{turn}") as daemon:
+                    seconds.append(daemon.start_s)
+        new_s, full_s = (median(seconds) for seconds in starts.values())
+        self.add(f"start, {waiting}", "s", full_s, beside=new_s)
+        self.add("  more than empty", "s", full_s - new_s, goal="<= 1")
+        with self.daemon("empty") as empty, self.daemon("full") as full:
+            self.sink.wait(full.station("backlog"), waiting=IN_FLIGHT["backlog"])
+            self.memory(full, f"memory, {waiting}")
+            self.fill(empty, "parked", 0)
+            self.fill(full, "parked", 0)
+            targets = [(empty, "parked"), (full, "parked"), (full, "backlog")]
+            loads = self.alternate([(daemon.port, daemon.route(queue)) for daemon, queue in targets], 32)
+            rates = [[load.rate for load in rounds] for rounds in loads]
+            self.against_empty(f"enqueue, {waiting}", *rates)
+            calls = 2 * self.calls
+            rates = [[], [], []]
+            for _ in range(self.rounds):
+                rates[0].append(self.drain_once(empty, "many", calls))
+                rates[1].append(self.drain_once(full, "many", calls))
+                rates[2].append(self.drain_some(full, calls))
+            self.against_empty(f"drain, {waiting}", *rates)
+
+    def drain_some(self, daemon: Daemon, count: int) -> float:
+        """Calls per second of the backlog, which is held again after `count`."""
+        station = daemon.station("backlog")
+        begun = self.sink.tell("release", station)
+        end = self.sink.wait(station, answered=begun.answered + begun.waiting + count)
+        self.sink.tell("hold", station)
+        self.sink.wait(station, waiting=IN_FLIGHT["backlog"])
+        return (end.answered - begun.answered - begun.waiting) / (end.last_at - begun.released_at)
+
+    def against_empty(self, title: str, empty: list[float], other: list[float], same: list[float]) -> None:
+        for queue, rates in (("another queue", other), ("the same queue", same)):
+            ratio = median(rate / beside for rate, beside in zip(rates, empty, strict=True))
+            self.add(f"{title}, {queue}", "/s", median(rates), beside=median(empty), ratio=ratio, goal="ratio >= 0.9")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table and the command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def number(figure: float | None) -> str:
+    if figure is None:
+        return ""
+    digits = 0 if abs(figure) >= 100 else 1 if abs(figure) >= 10 else 2 if abs(figure) >= 0.1 else 3
+    return f"{figure:,.{digits}f}"
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    yield f"{'':<43}{'beside':>9}{'here':>9} {'':<4}{'ratio':>6}  {'goal':<14}{'':<5}{'stock':>6}"
+    for row in rows:
+        beside, ratio, stock = number(row.beside), number(row.ratio), number(row.stock)
+        here = "not run" if row.here is None else number(row.here)
+        figures = f"{beside:>9}{here:>9} {row.unit:<4}{ratio:>6}"
+        yield f"{row.title:<43}{figures}  {row.goal:<14}{row.result():<5}{stock:>6}".rstrip()
+
+
+def file_system(path: Path) -> str:
+    mounts = [entry.split()[1:3] for entry in Path("/proc/mounts").read_text().splitlines()]
+    return max((mount for mount in mounts if path.resolve().is_relative_to(mount[0])), key=lambda m: len(m[0]))[1]
+
+
+def sync_ms(directory: Path) -> float:
+    """How long the disk takes for 4 KiB and an fsync: what a lone durable call cannot beat."""
+    took = []
+    with (directory / "fsync").open("wb", buffering=0) as file:
+        for _ in range(100):
+            begun = time.monotonic()
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
+            took.append(time.monotonic() - begun)
+    return 1e3 * median(took)
+
+
+def machine(directory: Path, generator: Generator) -> dict[str, str]:
+    loop = f"uvloop {version('uvloop')}" if find_spec("uvloop") else "asyncio's loop"
+    return {
+        "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": f"Python {platform.python_version()}, aiohttp {version('aiohttp')}, {loop}",
+        "store": f"SQLite {sqlite3.sqlite_version} on {file_system(directory)}, fsync {sync_ms(directory):.2f} ms",
+        "load": "wrk" if generator.wrk_script else "own generator",
+    }
+
+
+def busy_s() -> tuple[float, float]:
+    """CPU time that other processes used since boot, and that the hypervisor gave to other machines.
+
+    Only the difference between two calls means something, and only while no child of ours runs.
+    """
+    user, nice, system, _, _, _, _, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4]), steal / os.sysconf("SC_CLK_TCK")
+
+
+def measure(bench: Bench, groups: set[str], million: int) -> None:
+    if "start" in groups:
+        bench.start()
+    if of_one_daemon := groups - {"start", "million"}:
+        with bench.daemon("main") as daemon:
+            for name in GROUPS:
+                if name in of_one_daemon:
+                    getattr(bench, name)(daemon)
+            if of_one_daemon - {"idle"}:
+                time.sleep(2)
+                bench.memory(daemon, "memory, after the load", "<= 60")
+    if million:
+        bench.backlog(million)
+    elif "million" in groups:
+        bench.rows.append(Row("with 1,000,000 waiting (--million)", ""))
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    beside = Path(__file__).resolve().parent.parent / "faasd_async.py"
+    parser.add_argument("--quick", action="store_true", help="shorter and less exact")
+    parser.add_argument("--only", action="append", choices=GROUPS, help="only this group")
+    parser.add_argument("--million", nargs="?", type=int, const=1_000_000, default=0, metavar="N", help="calls waiting")
+    parser.add_argument("--generator", choices=("wrk", "own"), help="default: wrk when it is installed")
+    parser.add_argument("--daemon", default=str(beside), metavar="FILE", help="default: faasd_async.py of this tree")
+    parser.add_argument("--dir", help="where the store is put (a temporary directory in it)")
+    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    parser.add_argument("--role", choices=("sink", "bare", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--load", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run(given: argparse.Namespace) -> None:
+    groups = set(given.only or GROUPS)
+    million = given.million or (1_000_000 if given.only and "million" in groups else 0)
+    sizes = (1, 2.0, 2000, 10.0) if given.quick else (3, 3.0, 5000, 30.0)
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faasd-async-bench-", dir=given.dir)))
+        script = directory / "load.lua"
+        script.write_text(WRK_SCRIPT)
+        with_wrk = given.generator == "wrk" or (given.generator is None and shutil.which("wrk") is not None)
+        generator = Generator(str(script) if with_wrk else "")
+        about = machine(directory, generator)
+        begun, before = time.monotonic(), busy_s()
+        ports = [stack.enter_context(helper(role)) for role in ("sink", "bare")]
+        bench = Bench(given.daemon, directory, Sink(ports[0]), ports[1], generator, *sizes)
+        measure(bench, groups, million)
+    others, stolen = ((now - then) / (time.monotonic() - begun) for now, then in zip(busy_s(), before, strict=True))
+    about["others"] = f"other processes used {max(0, others):.2f} cores meanwhile, the hypervisor took {stolen:.2f}"
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
+    if rates := bench.bare_rates:
+        about["bare"] = f"{number(min(rates))} to {number(max(rates))}/s at 32 connections during this run"
+        print(f"bare: {about['bare']}")
+    print("\n" + "\n".join(table(bench.rows)))
+    if given.json:
+        rows = [{**asdict(row), "result": row.result()} for row in bench.rows]
+        Path(given.json).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+
+
+def main() -> int:
+    given = options()
+    if given.role == "load":
+        run_on_uvloop(load_role(*given.load))
+    elif given.role:
+        run_on_uvloop(serve_role(given.role))
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            run(given)
+        except (BenchError, OSError, http.client.HTTPException) as error:
+            print(f"bench.py: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

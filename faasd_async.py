@@ -1,0 +1,3118 @@
+"""faasd-async: run functions in the background on one small machine.
+
+One process hosts an OpenFaaS-compatible gateway, a durable queue, its consumers and a callback sender:
+
+    client ──HTTP──► gateway ──Invocation──► queue ──Claim──► consumer ──HTTP/exec──► function
+                        │                      ▲                  │
+                        └─ /function/…         └─────Outcome──────┘──Outcome───► X-Callback-Url
+                           straight through
+
+The promise
+    A 202 leaves only after the invocation is committed and synced to disk. An accepted call ends in exactly one
+    final state; a crash in the middle of an attempt leads to another attempt, which the record shows
+    (`interrupted`). A call's outcome and its pending callback are committed together before the callback is sent.
+
+Reading order: the banners below; each section uses only what stands above it. Plain frozen data crosses sections.
+
+Who owns which task
+    Daemon      one task per side job (housekeeping, watchdog); their failure stops the daemon in an orderly way
+    Consumer    its dispatcher, and one task per claimed call or callback; `stop()` awaits all of them
+    aiohttp     one task per HTTP request; `runner.cleanup()` awaits them
+    Writer      one thread, the only one that touches SQLite; `close()` joins it
+
+Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_bytes` sizes, `start_time` Unix time in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import difflib
+import email.utils
+import functools
+import hashlib
+import heapq
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import queue as queues
+import random
+import re
+import signal
+import socket
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import aiohttp
+import prometheus_client
+import yarl
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from multidict import CIMultiDict
+
+try:
+    import uvloop
+except ImportError:  # no wheel for this platform (armv7l): asyncio's own loop does the job
+    uvloop = None  # type: ignore[assignment]
+
+# --- Constants ------------------------------------------------------------------------------------------------------
+
+VERSION = "0.1.0"
+USER_AGENT = f"faasd-async/{VERSION}"
+DEFAULT_QUEUE = "faas-request"
+CALLBACKS = "@callbacks"  # the callback sender's own queue; no queue in the file can have this name
+DEADLINES = "@deadlines"  # the pseudo-queue whose timer ends calls that did not start in time
+
+# sysexits.h: a configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
+EXIT_FAILURE, EXIT_TEMPFAIL, EXIT_CONFIG = 1, 75, 78
+
+KIB, MIB = 1024, 1024 * 1024
+MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
+MAX_RESPONSE_BYTES = 16 * MIB  # what an answer that has to be held (callback, command) may weigh
+MAX_STDERR_BYTES = 64 * KIB
+DEBUG_BODY_BYTES = 4 * KIB
+SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read before the function is called, above it is streamed
+MAX_RETRY_AFTER_S = 86_400.0  # a function may ask for patience, not for eternity
+RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves
+POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
+GROUP_COMMIT_MAX = 512  # operations that share one fsync
+BATCH = 500  # rows that one pruning or purging step takes before others get their turn
+SCAN_WINDOW = 20_000  # rows that one step of a list request reads
+STALLED_S = 10.0  # a commit that takes longer means that the disk hangs
+HOUSEKEEPING_S = 60.0
+CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
+
+# RFC 9110 7.6.1, with the ones that RFC 9110 11.7 and 6.6.2 bind to one connection.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding"
+    b" upgrade".split()
+)
+FINAL = ("success", "error", "timeout", "cancelled")
+STATUSES = ("delayed", "queued", "running", *FINAL)
+
+log = logging.getLogger("faasd_async")
+T = TypeVar("T")
+P = ParamSpec("P")
+Headers = tuple[tuple[bytes, bytes], ...]
+
+# --- Errors ---------------------------------------------------------------------------------------------------------
+# A function's 500 or timeout is an Outcome, not an exception.
+
+
+class ConfigError(Exception):
+    """The configuration can't be used. `problems` has one line for each thing that is wrong. Exit code 78."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class StoreError(Exception):
+    """The queue could not store or read: disk full, file damaged, thread gone. Nothing of the operation happened."""
+
+
+class StoreLocked(StoreError):
+    """Another process holds the file. Exit code 75."""
+
+
+class Refused(Exception):
+    """A request that gets another answer than success: HTTP status, one line of text, extra headers."""
+
+    def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.headers = dict(headers or {})
+
+
+# --- Configuration --------------------------------------------------------------------------------------------------
+# A key is a dataclass field whose metadata says how its TOML value is read. The same parsers read
+# the control headers, so "10m" means the same in the file and in X-Delay.
+
+_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
+_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNIT_BYTES = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": KIB, "MiB": MIB, "GiB": KIB * MIB}
+_ADDRESS = re.compile(r"unix:/.+|[^/]*:([0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])")
+_NAME = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
+
+
+def need(value: T, fits: object) -> T:
+    """The value, if it fits. Raises ValueError."""
+    if not fits:
+        raise ValueError
+    return value
+
+
+def expect(form: str, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A parser from `read`, which raises for what it can't take: the error then names the form that was expected."""
+
+    def parse(value: Any) -> Any:
+        try:
+            return read(value)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"expected {form}") from None
+
+    return parse
+
+
+def _seconds(value: str) -> float:
+    """A Go duration (https://pkg.go.dev/time#ParseDuration) of at most ten years, never negative."""
+    need(value, value == "0" or re.fullmatch(f"(?:{_PART})+", value))
+    total = sum(float(number) * _UNIT_S[unit] for number, unit in re.findall(_PART, value))
+    return need(total, total <= 10 * 365 * 86_400)
+
+
+def _bytes(value: Any) -> int:
+    match = re.fullmatch(r"(\d{1,15}) ?([KMG]i?B|B|)", str(value) if type(value) is int else value)
+    return int(need(match, match)[1]) * _UNIT_BYTES[match[2]]  # type: ignore[index]
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    return need(value, parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query)
+
+
+def _each(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda value: tuple(read(item) for item in need(value, isinstance(value, list | tuple)))
+
+
+def one_of(*choices: str) -> Callable[[Any], Any]:
+    """One of a few words."""
+    return expect("one of " + ", ".join(map(json.dumps, choices)), lambda value: need(value, value in choices))
+
+
+text = expect("a string", lambda value: need(value, isinstance(value, str) and value))
+boolean = expect("true or false", lambda value: need(value, isinstance(value, bool)))
+count = expect("a whole number from 1", lambda value: need(value, type(value) is int and 1 <= value <= 10**9))
+duration = expect('a duration such as "10s", "5m30s" or "1h"', _seconds)
+positive = expect('a duration above zero, such as "10s"', lambda value: need(_seconds(value), _seconds(value) > 0))
+size = expect('a size such as "64KiB", "1MB" or a number of bytes', _bytes)
+strings = expect("a list of strings", _each(text))
+command = expect('a program and its arguments, such as ["tr", "a-z", "A-Z"]', lambda v: need(_each(text)(v), v))
+http_codes = expect(
+    "a list of HTTP codes from 400 to 599",
+    lambda value: frozenset(_each(lambda code: need(code, type(code) is int and 400 <= code < 600))(value)),
+)
+url = expect('a URL such as "http://127.0.0.1:9001"', _url)
+addresses = expect(
+    'one or more of "HOST:PORT" and "unix:/path"',
+    lambda value: _each(lambda item: need(item, _ADDRESS.fullmatch(item)))(
+        [value] if isinstance(value, str) else need(value, value)
+    ),
+)
+patterns = expect(
+    'a list of host names, "*.example.org", addresses and networks',
+    _each(lambda value: need(value, "/" not in value or ipaddress.ip_network(value, strict=False)).lower()),
+)
+string_table = expect(
+    'a table such as { NAME = "value" }', lambda value: {name: need(x, type(x) is str) for name, x in value.items()}
+)
+
+
+def key(parse: Callable[[Any], Any], default: Any = None) -> Any:
+    """A configuration key: how its TOML value is read, and its default as TOML would write it (None: no value)."""
+    return field(default_factory=lambda: None if default is None else parse(default), metadata={"parse": parse})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """[gateway]: where to listen and what a request may take."""
+
+    listen: tuple[str, ...] = key(addresses, "127.0.0.1:8080")
+    read_timeout: float = key(positive, "60s")
+    write_timeout: float = key(positive, "60s")
+    upstream_timeout: float = key(positive, "65s")
+    max_payload: int = key(size, "1MiB")
+    namespace: str = key(text, "openfaas-fn")
+    drain_timeout: float = key(duration, "20s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthConfig:
+    """[auth]: files with the user and the password; without them nobody is asked."""
+
+    user_file: str | None = key(text)
+    password_file: str | None = key(text)
+    invoke: bool = key(boolean, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """[store]: where the queue lives."""
+
+    backend: str = key(one_of("sqlite"), "sqlite")
+    path: str | None = key(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueConfig:
+    """[queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next."""
+
+    max_inflight: int = key(count, 1)
+    timeout: float = key(positive, "5m")
+    max_pending: int = key(count, 100_000)
+    fair: bool = key(boolean, True)
+    adaptive: bool = key(boolean, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """[retry] and [functions.NAME.retry]: the defaults are those that OpenFaaS Pro documents."""
+
+    attempts: int = key(count, 10)
+    codes: frozenset[int] = key(http_codes, [408, 429, 500, 502, 503, 504])
+    min_wait: float = key(duration, "10s")
+    max_wait: float = key(duration, "120s")
+    backoff: str = key(one_of("exponential", "full", "equal"), "exponential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackConfig:
+    """[callback]: how outcomes are delivered, and where to."""
+
+    timeout: float = key(positive, "30s")
+    attempts: int = key(count, 10)
+    min_wait: float = key(duration, "5s")
+    max_wait: float = key(duration, "1h")
+    max_inflight: int = key(count, 16)
+    allow: tuple[str, ...] = key(patterns, [])
+    deny: tuple[str, ...] = key(patterns, [])
+    gateway_hosts: tuple[str, ...] = key(
+        patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"]
+    )
+    signing_secret_file: str | None = key(text)
+    tls_ca_file: str | None = key(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallsConfig:
+    """[calls]: how long a final record is kept, and how much of its output."""
+
+    keep: float = key(positive, "24h")
+    keep_output: int = key(size, "64KiB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """[log]: what goes to standard error."""
+
+    level: str = key(one_of("debug", "info", "warning", "error"), "info")
+    format: str = key(one_of("text", "json"), "text")
+    write_debug: bool = key(boolean, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function:
+    """[functions.NAME]: an HTTP server (`url`) or a program that is started for each request (`command`)."""
+
+    name: str
+    namespace: str
+    retry: RetryPolicy
+    url: str | None = key(url)
+    command: tuple[str, ...] | None = key(command)
+    exec_timeout: float | None = key(positive)
+    queue: str | None = key(text)
+    type: str = key(one_of("sync", "async"), "sync")
+    max_inflight: int | None = key(count)
+    annotations: Mapping[str, str] = key(string_table, {})
+    labels: Mapping[str, str] = key(string_table, {})
+    env: Mapping[str, str] = key(string_table, {})
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Tells functions of all namespaces apart; the metrics' function_name."""
+        return f"{self.name}.{self.namespace}"
+
+    @functools.cached_property
+    def queue_name(self) -> str:
+        return self.queue or self.annotations.get("com.openfaas.queue") or DEFAULT_QUEUE
+
+    @functools.cached_property
+    def base(self) -> tuple[str, str, int | None, str]:
+        """Scheme, host, port and path prefix of the URL, taken apart once."""
+        parts = urlsplit(self.url or "")
+        return parts.scheme, parts.hostname or "", parts.port, parts.path.rstrip("/")
+
+
+def table(cls: Any) -> Any:
+    """A configuration table with defaults for all its keys."""
+    return field(default_factory=cls, metadata={"table": cls})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole file, checked. Immutable: a reload makes a new one."""
+
+    gateway: GatewayConfig = table(GatewayConfig)
+    auth: AuthConfig = table(AuthConfig)
+    store: StoreConfig = table(StoreConfig)
+    retry: RetryPolicy = table(RetryPolicy)
+    callback: CallbackConfig = table(CallbackConfig)
+    calls: CallsConfig = table(CallsConfig)
+    log: LogConfig = table(LogConfig)
+    queues: Mapping[str, QueueConfig] = field(default_factory=dict)
+    functions: Mapping[str, Function] = field(default_factory=dict)
+    credentials: bytes | None = None  # "user:password", read from the files of [auth]
+    signing_secret: bytes | None = None
+
+    @functools.cached_property
+    def limits(self) -> Mapping[str, int]:
+        """The functions that have a max_inflight, by key."""
+        return {f.key: f.max_inflight for f in self.functions.values() if f.max_inflight is not None}
+
+    def queue(self, name: str) -> QueueConfig:
+        """The settings of a queue; one that is only named somewhere has the defaults."""
+        return self.queues.get(name) or QueueConfig()
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _read_keys(cls: Any, raw: object, where: str, problems: list[str]) -> dict[str, Any]:
+    """The keys of one table, parsed; what is wrong goes to `problems`."""
+    known = {item.name: item.metadata["parse"] for item in fields(cls) if item.metadata}
+    if not isinstance(raw, dict):
+        problems.append(f"{where}: expected a table")
+        return {}
+    values = {}
+    for name, value in raw.items():
+        if name not in known:
+            problems.append(f"{where}.{name}: unknown key{_hint(name, known)}")
+            continue
+        try:
+            values[name] = known[name](value)
+        except ValueError as exc:
+            problems.append(f"{where}.{name}: {exc}")
+    return values
+
+
+def _check_waits(where: str, waits: RetryPolicy | CallbackConfig, problems: list[str]) -> None:
+    if waits.min_wait > waits.max_wait:
+        problems.append(f"{where}: min_wait is longer than max_wait")
+
+
+def _check_name(where: str, name: str, problems: list[str]) -> None:
+    if not _NAME.fullmatch(name):
+        problems.append(f"{where}: a name has letters, digits, dashes and underscores, and no dot")
+
+
+def read_secret(path: str) -> bytes:
+    """The content of a secret file without the newline at its end. Raises OSError."""
+    return Path(os.path.expandvars(path)).read_bytes().rstrip(b"\r\n")
+
+
+def annotated_policy(annotations: Mapping[str, str], base: RetryPolicy, where: str) -> RetryPolicy:
+    """The policy with `com.openfaas.retry.*` annotations laid over it. An invalid value keeps the default."""
+    values: dict[str, Any] = {}
+    readers: dict[str, Callable[[str], Any]] = {
+        "attempts": lambda value: count(int(value)),
+        "codes": lambda value: http_codes([int(code) for code in value.split(",")]),
+        "min_wait": duration,
+        "max_wait": duration,
+    }
+    for name, read in readers.items():
+        value = annotations.get(f"com.openfaas.retry.{name}")
+        try:
+            if value is not None:
+                values[name] = read(value)
+        except ValueError as exc:
+            log.warning("%s: annotation com.openfaas.retry.%s ignored: %s", where, name, exc)
+    return replace(base, **values)
+
+
+def _read_function(name: str, raw: Any, config: Config, problems: list[str]) -> Function:
+    where, found = f"functions.{name}", len(problems)
+    _check_name(where, name, problems)
+    retry_raw = raw.get("retry", {}) if isinstance(raw, dict) else {}
+    keys = {key: value for key, value in raw.items() if key != "retry"} if isinstance(raw, dict) else raw
+    values = _read_keys(Function, keys, where, problems)
+    policy = annotated_policy(values.get("annotations", {}), config.retry, where)
+    policy = replace(policy, **_read_keys(RetryPolicy, retry_raw, f"{where}.retry", problems))
+    _check_waits(f"{where}.retry", policy, problems)
+    function = Function(name=name, namespace=config.gateway.namespace, retry=policy, **values)
+    if len(problems) == found and (function.url is None) == (function.command is None):
+        problems.append(f"{where}: set either url or command")
+    if function.url and (function.exec_timeout or function.env):
+        problems.append(f"{where}: exec_timeout and env are for commands; the queue's timeout limits a url")
+    _check_name(f"{where}.queue", function.queue_name, problems)
+    return function
+
+
+def _read_secrets(config: Config, problems: list[str]) -> tuple[bytes | None, bytes | None]:
+    """The credentials and the signing secret, from their files."""
+    auth, secrets = config.auth, dict[str, bytes]()
+    paths = {"auth.user_file": auth.user_file, "auth.password_file": auth.password_file}
+    for where, path in {**paths, "callback.signing_secret_file": config.callback.signing_secret_file}.items():
+        try:
+            if path is not None and not secrets.setdefault(where, read_secret(path)):
+                problems.append(f"{where}: {path} is empty")
+        except OSError as exc:
+            problems.append(f"{where}: {path}: {exc.strerror}")
+    if (auth.user_file is None) != (auth.password_file is None):
+        problems.append("auth: user_file and password_file go together")
+    if auth.invoke and auth.user_file is None:
+        problems.append("auth.invoke: needs user_file and password_file")
+    login = [secrets[where] for where in paths if where in secrets]
+    return b":".join(login) if len(login) == 2 else None, secrets.get("callback.signing_secret_file")
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """The configuration in a parsed TOML file. Raises ConfigError with every problem, each naming its key."""
+    problems: list[str] = []
+    tables = {item.name: item.metadata["table"] for item in fields(Config) if item.metadata}
+    known = [*tables, "queues", "functions"]
+    problems += [f"{name}: unknown table{_hint(name, known)}" for name in raw if name not in known]
+    parts = {name: cls(**_read_keys(cls, raw.get(name, {}), name, problems)) for name, cls in tables.items()}
+    config = Config(**parts)
+    _check_waits("retry", config.retry, problems)
+    _check_waits("callback", config.callback, problems)
+    named = {section: raw.get(section, {}) for section in ("queues", "functions")}
+    for section in [section for section in named if not isinstance(named[section], dict)]:
+        problems.append(f"{section}: expected tables such as [{section}.NAME]")
+        named[section] = {}
+    functions = {name: _read_function(name, keys, config, problems) for name, keys in named["functions"].items()}
+    # A queue that a function only names exists, with the defaults.
+    found = {**{f.queue_name: QueueConfig() for f in functions.values()}, DEFAULT_QUEUE: QueueConfig(max_inflight=4)}
+    for name, keys in named["queues"].items():
+        _check_name(f"queues.{name}", name, problems)
+        values = _read_keys(QueueConfig, keys, f"queues.{name}", problems)
+        found[name] = replace(found.get(name, QueueConfig()), **values)
+    credentials, secret = _read_secrets(config, problems)
+    if problems:
+        raise ConfigError(problems)
+    return replace(config, queues=found, functions=functions, credentials=credentials, signing_secret=secret)
+
+
+def load_config(path: str | None) -> Config:
+    """Read and check a TOML file (None: all defaults). Raises ConfigError; each line starts with the file's name."""
+    if path is None:
+        return parse_config({})
+    try:
+        return parse_config(tomllib.loads(Path(path).read_text("utf-8")))
+    except OSError as exc:
+        raise ConfigError([f"{path}: {exc.strerror}"]) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError([f"{path}: not valid TOML: {exc}"]) from exc
+    except ConfigError as exc:
+        raise ConfigError([f"{path}: {problem}" for problem in exc.problems]) from None
+
+
+def store_path(config: Config) -> Path:
+    """Where the queue's file is: the key, else systemd's state directory, else the user's."""
+    if config.store.path:
+        return Path(os.path.expandvars(config.store.path)).expanduser()
+    if state := os.environ.get("STATE_DIRECTORY"):
+        return Path(state.split(":")[0]) / "faasd-async.db"
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(home).expanduser() / "faasd-async" / "faasd-async.db"
+
+
+# --- Domain data ----------------------------------------------------------------------------------------------------
+# named tuples, because they are made thousands of times a second and go straight into SQL
+
+
+class Invocation(NamedTuple):
+    """An async call as the gateway accepted it. `id` is unique; `call_id` is the caller's, calls may share it."""
+
+    id: str
+    call_id: str
+    function: str
+    namespace: str
+    queue: str
+    app: str | None  # Fn's app, a label
+    start_time: int
+    due_at: float
+    deadline_at: float | None
+    max_attempts: int
+    callback_url: str | None
+    failure_url: str | None
+    idempotency_key: str | None
+    target: str  # what followed the function's name: path and query, as sent
+    headers: bytes
+    body: bytes
+
+
+class Claim(NamedTuple):
+    """Work handed to a consumer, which owns it until it completes, retries or dies: a call of `queue`, or in the queue
+    CALLBACKS the outcome of one. Calls of a lane are FIFO, lanes take turns."""
+
+    token: int  # the queue's own handle
+    call_id: str
+    function: str
+    namespace: str
+    queue: str
+    lane: str  # of a call its function's key; of a callback its host, so that a dead one doesn't hold up the others
+    attempt: int  # number of this run, or of this delivery
+    runs: int  # how often the function has run, this attempt included
+    max_attempts: int
+    start_time: int
+    callback_url: str | None
+    failure_url: str | None
+    http_status: int | None  # what the function answered last
+    duration_s: float | None
+    target: str  # path and query for the function, or the callback's URL
+    headers: bytes  # of the request, or of the function's answer
+    body: bytes
+
+
+class Outcome(NamedTuple):
+    """What one attempt gave: an answer, or the HTTP status that stands for its absence (502, 504) and the reason."""
+
+    status: int
+    ok: bool
+    duration_s: float
+    headers: Headers = ()
+    body: bytes = b""
+    size: int = 0  # of the whole body, also where only its beginning is kept
+    stderr: bytes = b""
+    error: str | None = None
+    timed_out: bool = False
+    answered: bool = True
+
+    def header(self, name: bytes) -> str | None:
+        """The first value of a response header, by its lower-case name."""
+        return next((value.decode("latin-1") for key, value in self.headers if key.lower() == name), None)
+
+
+class Verdict(NamedTuple):
+    """What follows from an outcome: a final status, or (`delay_s`) another attempt after that time."""
+
+    status: str
+    delay_s: float | None = None
+
+
+class Ended(NamedTuple):
+    """A call that reached its final state, as the log tells it."""
+
+    call_id: str
+    function: str
+    status: str
+    attempts: int
+    duration: float | None = None
+    http_status: int | None = None
+    error: str | None = None
+
+
+class QueueStats(NamedTuple):
+    """One queue as it stands: calls waiting (delayed ones too) by lane, and the due time of the oldest."""
+
+    waiting: Mapping[str, int]
+    oldest_at: float
+    paused: bool
+
+
+def _noise() -> Iterator[str]:
+    while True:  # one system call for many ids: it gives the GIL away, and the writer's thread takes it
+        block = os.urandom(2560).hex()
+        yield from (block[at : at + 20] for at in range(0, len(block), 20))
+
+
+NOISE = _noise()
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them only ever grows at its end."""
+    stamp, noise = f"{time.time_ns() // 1_000_000:012x}", next(NOISE)
+    return f"{stamp[:8]}-{stamp[8:]}-7{noise[:3]}-{'89ab'[int(noise[3], 16) & 3]}{noise[4:7]}-{noise[7:19]}"
+
+
+def pack_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Header lines as one blob, as they would stand on the wire."""
+    return b"".join([name + b": " + value + b"\n" for name, value in headers])
+
+
+def unpack_headers(blob: bytes | None) -> Headers:
+    """The inverse of `pack_headers`."""
+    parts = [line.partition(b": ") for line in (blob or b"").split(b"\n")[:-1]]
+    return tuple([(name, value) for name, _, value in parts])
+
+
+def rfc3339(at: float | None) -> str | None:
+    """A Unix time as RFC 3339 in UTC, with microseconds and Z."""
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+# --- Policy ---------------------------------------------------------------------------------------------------------
+# pure rules
+
+
+def backoff_s(policy: RetryPolicy, attempt: int, rng: random.Random) -> float:
+    """Seconds to wait after the failed `attempt` (from 1): min_wait doubled each time, at most max_wait.
+
+    "full" and "equal" add jitter: anything from zero, or from half of the wait, up to the wait
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+    """
+    wait = min(policy.max_wait, policy.min_wait * 2.0 ** min(attempt - 1, 60))
+    if policy.backoff == "full":
+        return rng.uniform(0, wait)
+    return rng.uniform(wait / 2, wait) if policy.backoff == "equal" else wait
+
+
+def retry_after_s(value: str | None, now: float) -> float | None:
+    """Seconds that a Retry-After header asks for, in either form of RFC 9110 10.2.3; None where it says nothing."""
+    if value is None:
+        return None
+    if re.fullmatch(r"\s*[0-9]{1,12}\s*", value):
+        return min(float(value), MAX_RETRY_AFTER_S)
+    try:
+        return min(max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now), MAX_RETRY_AFTER_S)
+    except (ValueError, OverflowError):
+        return None
+
+
+def decide(
+    outcome: Outcome, attempt: int, max_attempts: int, policy: RetryPolicy, now: float, rng: random.Random
+) -> Verdict:
+    """What follows from the outcome of attempt number `attempt`.
+
+    A failure whose status is one of `policy.codes` is tried again until `max_attempts` are used up; a refused
+    connection counts as 502, a timeout as 504. Retry-After on 429 and 503 replaces the wait, never below min_wait.
+    """
+    if outcome.ok:
+        return Verdict("success")
+    if outcome.status not in policy.codes or attempt >= max_attempts:
+        return Verdict("timeout" if outcome.timed_out else "error")
+    asked = retry_after_s(outcome.header(b"retry-after"), now) if outcome.status in (429, 503) else None
+    return Verdict("queued", backoff_s(policy, attempt, rng) if asked is None else max(asked, policy.min_wait))
+
+
+def callback_policy(config: CallbackConfig) -> RetryPolicy:
+    """Callbacks are tried again on 408, 429 and every 5xx; any other answer but 2xx is final."""
+    codes = frozenset((408, 429, *range(500, 600)))
+    return RetryPolicy(attempts=config.attempts, codes=codes, min_wait=config.min_wait, max_wait=config.max_wait)
+
+
+def callback_target(status: str, callback_url: str | None, failure_url: str | None) -> str | None:
+    """Where an outcome is told: failures go to X-Failure-Callback-Url when there is one."""
+    return failure_url if failure_url and status in ("error", "timeout") else callback_url
+
+
+TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
+
+
+def parse_when(value: str) -> float:
+    """Unix time from RFC 3339 (with an offset or Z) or Unix seconds."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]*)?", value):
+            return float(value)
+        if (moment := datetime.fromisoformat(value)).tzinfo is not None:
+            return moment.timestamp()
+    raise ValueError(f"expected {TIME_FORM}")
+
+
+def callback_host(value: str) -> str:
+    """The host of an absolute http(s) URL. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(need(value, re.fullmatch(r"[!-~]{1,4096}", value)))
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    raise ValueError("expected an absolute http:// or https:// URL, in ASCII and with no spaces")
+
+
+def show_url(value: str | None) -> str | None:
+    """A URL without the credentials it may carry."""
+    return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
+
+
+def _listed(names: Iterable[str], listed: Sequence[str]) -> bool:
+    for name in names:
+        for pattern in listed:
+            if name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:])):
+                return True
+            with contextlib.suppress(ValueError):
+                if ipaddress.ip_address(name) in ipaddress.ip_network(pattern, strict=False):
+                    return True
+    return False
+
+
+def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
+    """Whether a callback may go to this host name, at this address once that is known.
+
+    Link-local addresses, where clouds keep their metadata, have to be allowed by name. With `allow`, what it does not
+    list is denied; before a name is resolved, a list of networks can't deny it yet.
+    """
+    names, literal = [host.lower().rstrip(".")], None
+    with contextlib.suppress(ValueError):
+        literal = ipaddress.ip_address((address or host).partition("%")[0])
+        literal = getattr(literal, "ipv4_mapped", None) or literal
+        names.append(str(literal))
+    if _listed(names, config.deny):
+        return False
+    if _listed(names, config.allow):
+        return True
+    undecided = literal is None and any(re.search(r"/|:|^[0-9.]+$", pattern) for pattern in config.allow)
+    return (not config.allow or undecided) and not (literal is not None and literal.is_link_local)
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """The first segment of what follows the route, and the rest (path and query) byte for byte."""
+    end = min((at for at in (target.find("/"), target.find("?")) if at >= 0), default=len(target))
+    return target[:end], target[end:]
+
+
+def forward_headers(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+    """The end-to-end headers: neither hop-by-hop, nor named by Connection, nor one of `drop`."""
+    kept, named = [], frozenset[bytes]()
+    for item in headers:
+        name = item[0].lower()
+        if name == b"connection":
+            named |= {part.strip().lower() for part in item[1].split(b",")}
+        elif name not in drop and name not in HOP_BY_HOP:
+            kept.append(item)
+    return [item for item in kept if item[0].lower() not in named] if named else kept
+
+
+# --- Logging, metrics, sd_notify ------------------------------------------------------------------------------------
+
+
+class LogFormatter(logging.Formatter):
+    """Text or JSON lines. Under systemd the journal keeps the time, and "<6>" tells it the priority."""
+
+    PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        stream, status = os.environ.get("JOURNAL_STREAM"), os.fstat(2)
+        self._json, self._journal = style == "json", stream is not None and not os.isatty(2)
+        self._prefix = stream == f"{status.st_dev}:{status.st_ino}" and not self._json
+
+    def format(self, record: logging.LogRecord) -> str:
+        given: dict[str, Any] = getattr(record, "fields", {})
+        message = record.getMessage() + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        when = {} if self._journal else {"time": rfc3339(record.created)}
+        if self._json:
+            line = {**when, "level": record.levelname.lower(), "message": message, **given}
+            return json.dumps(line, ensure_ascii=False, default=str)
+        shown = [f"{name}={_quoted(value)}" for name, value in given.items() if value is not None]
+        prefix = f"<{self.PRIORITY[record.levelname]}>" if self._prefix else ""
+        return prefix + " ".join(map(str, [*when.values(), record.levelname, message, *shown]))
+
+
+def _quoted(value: object) -> str:
+    shown = f"{value:.6f}" if isinstance(value, float) else str(value)
+    return shown if re.fullmatch(r"[^\s\"=]+", shown) else json.dumps(shown)
+
+
+def setup_logging(config: LogConfig) -> None:
+    """Send the log to standard error in the configured form. Called again on reload."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(config.format))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(config.level.upper())
+
+
+def log_with(level: int, message: str, **fields: Any) -> None:
+    """A log line with fields; those that are None are left out."""
+    if log.isEnabledFor(level):
+        log.log(level, message, extra={"fields": fields})
+
+
+def log_bodies(call_id: str, **bodies: bytes) -> None:
+    """With `write_debug`: bodies in the log, escaped and cut at 4 KiB."""
+    shown = {name: repr(body[:DEBUG_BODY_BYTES])[2:-1] for name, body in bodies.items()}
+    log_with(logging.INFO, "bodies", call_id=call_id, **shown)
+
+
+class Metrics:
+    """Counters and gauges under OpenFaaS's names, so that its dashboards work. Labels are names of known functions."""
+
+    def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=registry)
+        gauge = functools.partial(prometheus_client.Gauge, registry=registry)
+
+        def labelled(kind: Any, *args: Any, **kwargs: Any) -> Any:
+            # Looking a label up costs more than counting: keep what was looked up.
+            return functools.cache(kind(*args, registry=registry, **kwargs).labels)
+
+        counter = functools.partial(labelled, prometheus_client.Counter)
+        by_code, by_lane = ["function_name", "code"], ["queue_name", "function_name"]
+        calls_s = (0.005, 0.025, 0.1, 0.5, 1, 5, 10, 60, 300, 3600)
+        commits_s = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+        histogram, commits = prometheus_client.Histogram, "faasd_async_commit_seconds"
+        # A gauge, because the library would append _total to a counter's name and OpenFaaS has none there.
+        started = "gateway_function_invocation_started"
+        self.started = labelled(prometheus_client.Gauge, started, "Function calls started.", ["function_name"])
+        self.ended = counter("gateway_function_invocation", "Function calls that ended, by HTTP status.", by_code)
+        self.seconds = labelled(histogram, "gateway_functions_seconds", "What calls took.", by_code, buckets=calls_s)
+        self.running = labelled(
+            prometheus_client.Gauge, "queue_worker_function_invocation_inflight", "Attempts running.", by_lane
+        )
+        self.submitted = counter("queue_worker_messages_submitted", "Calls accepted.", ["queue_name"])
+        self.processed = counter("queue_worker_messages_processed", "Attempts that ended.", ["queue_name"])
+        self.retries = prometheus_client.Counter(
+            "faasd_async_retries", "Attempts that led to another.", registry=registry
+        )
+        self.calls = counter("faasd_async_calls", "Calls that reached a final state.", ["status"])
+        self.callbacks = counter("faasd_async_callbacks", "Callbacks that reached a final state.", ["status"])
+        self.commits = histogram(commits, "What durable commits took.", buckets=commits_s, registry=registry)
+        # Filled when somebody looks:
+        self.replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
+        self.pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", by_lane)
+        self.oldest = gauge("faasd_async_oldest_seconds", "How long the oldest due call has waited.", ["queue"])
+
+    @contextlib.contextmanager
+    def counted(self, function: str) -> Iterator[list[int]]:
+        """Count a function call that runs in this block, which puts the status into the list."""
+        self.started(function).inc()
+        started, status = time.perf_counter(), [499]  # 499: nginx's code for a caller that went away
+        try:
+            yield status
+        finally:
+            self.ended(function, status[-1]).inc()
+            self.seconds(function, status[-1]).observe(time.perf_counter() - started)
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); does nothing where no one listens."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            try:
+                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+            except OSError as exc:
+                log.warning("systemd could not be notified: %s", exc)
+
+
+# --- Queue protocol -------------------------------------------------------------------------------------------------
+
+
+class RecordQuery(NamedTuple):
+    """Which records to list: those that match all that is given, older than the cursor `before`."""
+
+    status: str | None = None
+    function: str | None = None
+    queue: str | None = None
+    call_id: str | None = None
+    app: str | None = None
+    limit: int = 100
+    before: int | None = None
+
+
+class Queue(Protocol):
+    """The seam. What a method did is durable when it returns; it raises StoreError when nothing was done.
+
+    A call is queued, claimed (running) and completed, or retried and so queued again. A completed call whose outcome
+    has to be told becomes work of the queue CALLBACKS, in the same commit; claim, complete and retry treat it like
+    a call. No claim is ever lost: it is completed, retried, or its process ends and the next `open`
+    queues it again with `interrupted` counted and the attempt still charged.
+    """
+
+    async def open(
+        self, wake: Callable[[str], None], stop: Callable[[int], None], final: Callable[[Ended], None]
+    ) -> None:
+        """Recover what a dead process left. Then, always on the event loop, `wake(queue)` tells that a queue may have
+        due work that the last claim did not return, `stop(token)` that claimed work was cancelled, `final` that a call
+        reached its final state."""
+
+    async def close(self) -> None:
+        """Finish what was begun; afterwards another process can open the queue."""
+
+    def enqueue(self, call: Invocation) -> Awaitable[str]:
+        """Store a call and return the call id to answer with: its own, or that of the call which took the same
+        idempotency key first. Idempotent on `call.id`. Raises Refused: 429 the queue is full, 422 a reused key."""
+
+    def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
+        """Up to `limit` due items, charged with an attempt, at most `room[lane]` of a lane (`room[""]` of one without
+        an entry). When it returns fewer, `wake` tells when to ask again, but not when `room` is the reason."""
+
+    def extend(self, work: Claim) -> Awaitable[None]:
+        """Renew the lease of work that still runs."""
+
+    def complete(self, work: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
+        """Make the call (or its callback: "delivered", "failed") final. False when it is not this claim's any more:
+        it was cancelled meanwhile, and nothing was changed."""
+
+    def retry(self, work: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:
+        """Queue it again, due in `delay_s`. With `outcome` the attempt stays charged and the record shows why; without,
+        the attempt never happened. False as for `complete`."""
+
+    def lookup(self, call_id: str) -> Awaitable[dict[str, Any]]:
+        """The newest record with this id. This and what follows raises Refused(404) for an unknown one."""
+
+    def records(self, query: RecordQuery) -> Awaitable[tuple[list[dict[str, Any]], int | None]]:
+        """Records, newest first; with them the cursor for more, if there may be."""
+
+    def output(self, call_id: str) -> Awaitable[tuple[bytes, bytes]]:
+        """Body and stderr of the newest call's last attempt."""
+
+    def cancel(self, call_id: str) -> Awaitable[int]:
+        """Cancel all calls and pending callbacks with this id that are not final; how many. Raises Refused(409) when
+        there is none."""
+
+    def redrive(self, call_id: str) -> Awaitable[None]:
+        """Queue a final call again with its stored request, as if new. Raises Refused: 409, 410."""
+
+    def purge(self, queue: str) -> Awaitable[int]:
+        """Cancel all waiting calls of a queue; how many."""
+
+    def pause(self, queue: str, paused: bool) -> Awaitable[None]:
+        """Hand out no more work of a queue, or do again. Survives a restart."""
+
+    def stats(self) -> Awaitable[dict[str, QueueStats]]:
+        """All queues that have waiting calls or are paused."""
+
+    def prune(self) -> Awaitable[int]:
+        """Delete one small batch of records whose retention time has passed; how many."""
+
+    def probe(self) -> Awaitable[None]:
+        """Store something."""
+
+    def stalled(self) -> str | None:
+        """Why the queue does not answer, or None. Never blocks."""
+
+    def failing(self) -> str | None:
+        """Why the last attempt to store something failed, or None. Never blocks."""
+
+
+# --- SQLite queue ---------------------------------------------------------------------------------------------------
+# Lanes (who is next) · SqliteFile (connection, recovery) · steps (each a part of a transaction) ·
+# SqliteQueue (the seam, and the writer's thread with its group commit)
+
+
+class Lanes:
+    """Which lane of one queue is served next, in O(log lanes) whatever the backlog.
+
+    A lane waits in `later`, ordered by the due time of its first call, until that is due; then in `ready`, ordered
+    by its turn (fair) or by that due time (not fair). Only counts and one time per lane are in memory, the calls are
+    on disk. A lane's time is a lower bound: whoever finds nothing due puts the lane back with the true one.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: Counter[str] = Counter()
+        self.later: list[tuple[float, str]] = []
+        self.ready: list[tuple[float, str]] = []
+        self._place: dict[str, tuple[bool, float]] = {}  # lane: (ready, key); a heap entry that differs is stale
+        self._turn = 0.0
+        self.total = 0
+
+    def add(self, lane: str, due_at: float, number: int = 1) -> None:
+        """Count calls in, the first of them due at `due_at`."""
+        self.waiting[lane] += number
+        self.total += number
+        self.put(lane, due_at)
+
+    def put(self, lane: str, due_at: float) -> None:
+        """Line a lane up, unless it stands further ahead already."""
+        place = self._place.get(lane)
+        if place is None or (not place[0] and due_at < place[1]):
+            self._place[lane] = (False, due_at)
+            heapq.heappush(self.later, (due_at, lane))
+
+    def remove(self, lane: str, number: int) -> int:
+        """Count calls out; how many are left."""
+        self.total -= number
+        self.waiting[lane] -= number
+        left = self.waiting[lane]
+        if left <= 0:
+            del self.waiting[lane]
+            self._place.pop(lane, None)
+        return left
+
+    def next(self, now: float, fair: bool) -> str | None:
+        """Take the next lane with a due call out of the line."""
+        while self.later and self.later[0][0] <= now:
+            due_at, lane = heapq.heappop(self.later)
+            if self._place.get(lane) == (False, due_at):
+                self._turn += 1
+                self._place[lane] = (True, self._turn if fair else due_at)
+                heapq.heappush(self.ready, (self._place[lane][1], lane))
+        while self.ready:
+            place, lane = heapq.heappop(self.ready)
+            if self._place.get(lane) == (True, place):
+                del self._place[lane]
+                return lane
+        return None
+
+    def next_at(self) -> float:
+        """When the first of the lanes that are not due becomes due."""
+        return self.later[0][0] if self.later else float("inf")
+
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE calls (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,      -- a UUIDv7, so this index only grows at its end
+    call_id TEXT,                 -- the caller's own X-Call-Id; NULL: the id is the call id
+    function TEXT NOT NULL, namespace TEXT NOT NULL, queue TEXT NOT NULL, app TEXT,
+    status TEXT NOT NULL,         -- queued, running or final; "delayed" is a queued call that is not due
+    work TEXT, lane TEXT,         -- what is to be done: in which queue (or '@callbacks') and lane; NULL: nothing
+    due_at REAL,                  -- when; NULL while claimed
+    attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL, interrupted INTEGER NOT NULL DEFAULT 0,
+    start_time INTEGER NOT NULL,  -- nanoseconds: X-Start-Time
+    deadline_at REAL,             -- NULL once the call has started
+    started_at REAL, completed_at REAL, duration REAL, http_status INTEGER, error TEXT,
+    request_bytes INTEGER NOT NULL, response_bytes INTEGER,
+    callback_url TEXT, failure_url TEXT,
+    callback_status TEXT NOT NULL DEFAULT 'none', callback_attempts INTEGER NOT NULL DEFAULT 0,
+    callback_http_status INTEGER, callback_error TEXT,
+    idempotency_key TEXT, digest BLOB
+);
+CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
+CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
+CREATE INDEX calls_completed ON calls (completed_at) WHERE completed_at IS NOT NULL;
+CREATE INDEX calls_deadline ON calls (deadline_at) WHERE deadline_at IS NOT NULL;
+CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE TABLE requests (seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL);
+CREATE TABLE outputs (seq INTEGER PRIMARY KEY, headers BLOB, body BLOB NOT NULL, stderr BLOB NOT NULL);
+CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
+CREATE TABLE probe (id INTEGER PRIMARY KEY, at REAL NOT NULL);
+"""
+
+
+class Effects(NamedTuple):
+    """What a transaction leads to outside the file; told after its commit."""
+
+    touched: dict[str, float]  # queue: the earliest due time that was added
+    ended: list[Ended]  # calls that became final
+    stopped: list[int]  # tokens of claimed work that was cancelled
+
+
+class SqliteFile:
+    """The connection, and what is derived from the file in memory. Used by the writer's thread only.
+
+    The steps below change both inside a transaction; when that fails, `rebuild` derives the memory's part anew.
+    """
+
+    def __init__(self, path: Path, settings: Callable[[], Config]) -> None:
+        self.path = path
+        self.settings = settings
+        self.lanes: dict[str, Lanes] = {}
+        self.paused: set[str] = set()
+        self.seq = 0
+        self.deadline_at = float("inf")  # the earliest one
+        self.effects = Effects({}, [], [])
+
+    def open(self) -> None:
+        """Open or create the file, recover what a dead process left. Raises StoreError, StoreLocked."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._connect()
+            except sqlite3.DatabaseError as exc:
+                if isinstance(exc, sqlite3.OperationalError):
+                    raise
+                self._set_aside(exc)
+                self._connect()
+        except (OSError, sqlite3.Error) as exc:
+            if "locked" in str(exc):
+                raise StoreLocked(f"{self.path} is in use by another process: one daemon per file") from exc
+            raise StoreError(f"{self.path}: {exc}") from exc
+
+    def _connect(self) -> None:
+        self.db = db = sqlite3.connect(self.path, timeout=0, isolation_level=None, cached_statements=256)
+        try:
+            # One process per file, the lock held as long as it lives; also keeps the WAL index out of shared memory.
+            for pragma in ("locking_mode = EXCLUSIVE", "auto_vacuum = INCREMENTAL", "journal_mode = WAL",
+                "synchronous = FULL", "wal_autocheckpoint = 4000", "journal_size_limit = 67108864"):  # fmt: skip
+                db.execute(f"PRAGMA {pragma}")
+            for name, wanted in (("journal_mode", "wal"), ("synchronous", 2)):
+                if (found := db.execute(f"PRAGMA {name}").fetchone()[0]) != wanted:
+                    raise StoreError(f"{self.path}: {name} is {found}, not {wanted}: no durable commits here")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise StoreError(f"{self.path}: written by a newer version (schema {version}): update this program")
+            if version == 0:
+                db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            self._recover()
+        except BaseException:
+            db.close()
+            raise
+
+    def _set_aside(self, exc: sqlite3.Error) -> None:
+        """Keep a damaged file under another name, for somebody to look at."""
+        aside = f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).rename(self.path.with_name(aside + suffix))
+        log.error("%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside)
+
+    def _recover(self) -> None:
+        sql = """UPDATE calls SET due_at = ?, status = iif(status = 'running', 'queued', status),
+            interrupted = interrupted + (work <> ?) WHERE work = ? AND lane = ? AND due_at IS NULL"""
+        self.db.execute("BEGIN IMMEDIATE")
+        found = self.db.execute("SELECT DISTINCT work, lane FROM calls WHERE work IS NOT NULL").fetchall()
+        number = sum(self.db.execute(sql, (time.time(), CALLBACKS, *lane)).rowcount for lane in found)
+        self.db.execute("COMMIT")
+        self.rebuild()
+        if number:
+            log.warning("%d interrupted attempts of the previous process are queued again", number)
+
+    def rebuild(self) -> None:
+        """Derive what is in memory from the file."""
+        self.lanes, self.effects = {}, Effects({}, [], [])
+        self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
+        sql = "SELECT work, lane, min(due_at), count(due_at) FROM calls WHERE work IS NOT NULL GROUP BY work, lane"
+        for row in self.db.execute(sql).fetchall():
+            if row[3]:
+                self.add(*row)
+        (self.seq,) = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
+        self.find_deadline()
+
+    def lanes_of(self, work: str) -> Lanes:
+        return self.lanes.get(work) or self.lanes.setdefault(work, Lanes())
+
+    def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
+        """Count calls that wait, and have their queue told after the commit."""
+        self.lanes_of(work).add(lane, due_at, number)
+        if due_at < self.effects.touched.get(work, float("inf")):
+            self.effects.touched[work] = due_at
+
+    def head(self, work: str, lane: str) -> float:
+        """When the first waiting call of a lane is due."""
+        sql = "SELECT min(due_at) FROM calls WHERE work = ? AND lane = ? AND due_at IS NOT NULL"
+        return float(self.db.execute(sql, (work, lane)).fetchone()[0])
+
+    def find_deadline(self) -> None:
+        """Look up the next deadline, and have it watched."""
+        (at,) = self.db.execute("SELECT min(deadline_at) FROM calls WHERE deadline_at IS NOT NULL").fetchone()
+        self.deadline_at = float("inf") if at is None else at
+        self.effects.touched[DEADLINES] = self.deadline_at
+
+    def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
+        """Keep what an attempt gave: `whole` with its headers for the callback, else its beginning for people."""
+        keep = max(len(outcome.body), MAX_STDERR_BYTES) if whole else self.settings().calls.keep_output
+        if whole or outcome.body or outcome.stderr:
+            row = (seq, pack_headers(outcome.headers) if whole else None, outcome.body[:keep], outcome.stderr[:keep])
+            self.db.execute("INSERT OR REPLACE INTO outputs (seq, headers, body, stderr) VALUES (?, ?, ?, ?)", row)
+
+    def then_callback(self, status: str, urls: tuple[str | None, str | None], now: float) -> tuple[Any, ...]:
+        """What comes after a final status: callback_status, work, lane, due_at. Callbacks to one host share a lane."""
+        target = callback_target(status, *urls)
+        if target is None:
+            return "none", None, None, None
+        return "pending", CALLBACKS, urlsplit(target).netloc.rpartition("@")[2], now
+
+
+INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, app, status, work, lane, due_at,
+    max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest)
+    VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
+
+
+def sql_enqueue(file: SqliteFile, items: list[Invocation]) -> list[str | Exception]:
+    """Store calls; for each the call id to answer with, or a refusal."""
+    results: list[str | Exception] = []
+    calls: list[tuple[Any, ...]] = []
+    requests = []
+    for call in items:
+        queue = call.queue
+        if file.lanes_of(queue).total >= file.settings().queue(queue).max_pending:
+            results.append(Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)}))
+            continue
+        digest = None
+        if call.idempotency_key is not None:
+            digest = hashlib.blake2b(call.body, digest_size=16).digest()
+            if (taken := taken_key(file, call, digest, calls)) is not None:
+                results.append(taken)
+                continue
+        file.seq = seq = file.seq + 1
+        own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
+        calls.append((seq, call.id, own, call.function, call.namespace, queue, call.app, queue, lane, call.due_at,
+            call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
+            call.idempotency_key, digest))  # fmt: skip
+        requests.append((seq, call.target, call.headers, call.body))
+        file.add(queue, lane, call.due_at)
+        results.append(call.call_id)
+    try:
+        file.db.executemany(INSERT, calls)
+    except sqlite3.IntegrityError:
+        if len(items) == 1 and file.db.execute("SELECT 1 FROM calls WHERE id = ?", (items[0].id,)).fetchone():
+            file.rebuild()
+            return [items[0].call_id]  # the same call once more: it is stored already
+        raise  # each is tried alone
+    file.db.executemany(INSERT_REQUEST, requests)
+    if any(call.deadline_at is not None for call in items):
+        file.find_deadline()
+    return results
+
+
+def taken_key(file: SqliteFile, call: Invocation, digest: bytes, batch: list[tuple[Any, ...]]) -> str | Refused | None:
+    """What became of an idempotency key earlier: the first call's id, a refusal, or None when it is new."""
+    sql = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
+    mine = (call.function, call.namespace, call.idempotency_key)
+    found = file.db.execute(sql, mine).fetchone()
+    found = found or next(((row[2] or row[1], row[17]) for row in batch if (row[3], row[4], row[16]) == mine), None)
+    if found is None or found[1] == digest:
+        return found and str(found[0])
+    return Refused(422, "Idempotency-Key: this key came before with another body")
+
+
+DUE = "WHERE c.work = ? AND c.lane = ? AND c.due_at <= ? ORDER BY c.due_at, c.seq LIMIT ?"
+CLAIM = f"""SELECT c.seq, coalesce(c.call_id, c.id), c.function, c.namespace, c.queue, c.lane, c.attempts + 1,
+    c.attempts + 1, c.max_attempts, c.start_time, c.callback_url, c.failure_url, NULL, NULL, r.target, r.headers, r.body
+    FROM calls c LEFT JOIN requests r USING (seq) {DUE}"""
+CLAIM_CALLBACK = f"""SELECT c.seq, coalesce(c.call_id, c.id), c.function, c.namespace, c.work, c.lane,
+    c.callback_attempts + 1, c.attempts, c.max_attempts, c.start_time, c.callback_url, c.failure_url, c.http_status,
+    c.duration, iif(c.failure_url IS NOT NULL AND c.status <> 'success', c.failure_url, c.callback_url),
+    coalesce(o.headers, x''), coalesce(o.body, x'') FROM calls c LEFT JOIN outputs o USING (seq) {DUE}"""
+MARK = """UPDATE calls SET due_at = NULL, status = 'running', attempts = attempts + 1, started_at = ?,
+    deadline_at = NULL WHERE seq = ?"""
+MARK_CALLBACK = "UPDATE calls SET due_at = NULL, callback_attempts = callback_attempts + 1 WHERE seq = ?"
+
+
+def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> tuple[list[Claim], float]:
+    """Hand out due work of one queue; with it the time at which more becomes due."""
+    now = time.time()
+    if file.deadline_at <= now:
+        sql_expire(file)
+    lanes = file.lanes_of(work)
+    claims: list[Claim] = []
+    fair = work == CALLBACKS or file.settings().queue(work).fair
+    left, held = dict(room), []
+    while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
+        others = len(lanes.ready)  # about
+        share = max(1, (limit - len(claims)) // (others + 1)) if fair or not others else 1
+        free = left.get(lane, room.get(""))  # None: no limit
+        share = share if free is None else min(share, free)
+        rows = claim_lane(file, work, lane, now, share) if share > 0 else []
+        claims += rows
+        if free is not None:
+            left[lane] = free - len(rows)
+        if lanes.remove(lane, len(rows)) == 0:
+            continue
+        if left.get(lane, 1) <= 0:
+            held.append(lane)
+        else:
+            lanes.put(lane, now if fair and len(rows) == share else file.head(work, lane))
+    next_at = lanes.next_at()
+    for lane in held:
+        lanes.put(lane, file.head(work, lane))
+    return claims, next_at if next_at > now else float("inf")
+
+
+def claim_lane(file: SqliteFile, work: str, lane: str, now: float, limit: int) -> list[Claim]:
+    """Mark the first calls of a lane as claimed."""
+    select = CLAIM_CALLBACK if work == CALLBACKS else CLAIM
+    found = [Claim(*row) for row in file.db.execute(select, (work, lane, now, limit))]
+    if work == CALLBACKS:
+        file.db.executemany(MARK_CALLBACK, [(item.token,) for item in found])
+    else:
+        file.db.executemany(MARK, [(now, item.token) for item in found])
+    return found
+
+
+# What ends a claim looks at the attempt too: a call that was cancelled and queued again is somebody else's.
+COMPLETE = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
+    response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?
+    WHERE seq = ? AND status = 'running' AND attempts = ?"""
+COMPLETE_CALLBACK = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
+    work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND callback_attempts = ?"""
+RETRY = """UPDATE calls SET status = 'queued', due_at = ?, attempts = attempts - ?, http_status = ?, error = ?
+    WHERE seq = ? AND status = 'running' AND attempts = ?"""
+RETRY_CALLBACK = """UPDATE calls SET due_at = ?, callback_attempts = callback_attempts - ?, callback_http_status = ?,
+    callback_error = ? WHERE seq = ? AND work = '@callbacks' AND callback_attempts = ?"""
+
+
+def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -> bool:
+    """Make a call or its callback final."""
+    now, keep = time.time(), file.settings().calls.keep_output
+    if work.queue == CALLBACKS:
+        row: tuple[Any, ...] = (status, outcome.status if outcome.answered else None, outcome.error)
+        if file.db.execute(COMPLETE_CALLBACK, (*row, work.token, work.attempt)).rowcount == 0:
+            return False
+        if len(work.body) > keep:
+            file.db.execute("UPDATE outputs SET body = substr(body, 1, ?) WHERE seq = ?", (keep, work.token))
+        return True
+    follow = file.then_callback(status, (work.callback_url, work.failure_url), now)
+    row = (status, outcome.status, outcome.error, now, outcome.duration_s, outcome.size, *follow)
+    if file.db.execute(COMPLETE, (*row, work.token, work.attempt)).rowcount == 0:
+        return False
+    if follow[1]:
+        file.add(*follow[1:])
+    file.save_output(work.token, outcome, whole=follow[1] is not None)
+    if status == "success" and len(work.body) > keep:
+        file.db.execute("DELETE FROM requests WHERE seq = ?", (work.token,))
+    ended = (work.call_id, work.function, status, work.attempt, outcome.duration_s, outcome.status, outcome.error)
+    file.effects.ended.append(Ended(*ended))
+    return True
+
+
+def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
+    due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
+    code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
+    row = (due_at, outcome is None, code, outcome and outcome.error, work.token, work.attempt)
+    if file.db.execute(RETRY_CALLBACK if callback else RETRY, row).rowcount == 0:
+        return False
+    file.add(work.queue, work.lane, due_at)
+    if outcome is not None and not callback:
+        file.save_output(work.token, outcome, whole=False)
+    return True
+
+
+RECORD = """coalesce(call_id, id) AS call_id, function, namespace, queue,
+    iif(status = 'queued' AND due_at > :now, 'delayed', status) AS status, attempts, max_attempts,
+    http_status, error, start_time / 1e9 AS created_at, started_at, completed_at,
+    iif(status = 'queued', due_at, NULL) AS due_at, duration AS duration_seconds, interrupted,
+    iif(failure_url IS NOT NULL AND status IN ('error', 'timeout'), failure_url, callback_url) AS callback_url,
+    callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes, app"""
+BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
+
+
+def record(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
+    """A call as the API shows it, from the columns RECORD."""
+    found = {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
+    found |= {name: rfc3339(found[name]) for name in ("created_at", "started_at", "completed_at", "due_at")}
+    names = ("url", "status", "attempts", "http_status", "error")
+    found["callback"] = {name: found.pop(f"callback_{name}") for name in names}
+    found["callback"]["url"] = show_url(found["callback"]["url"])
+    if found["app"] is None:
+        del found["app"]
+    return found
+
+
+def unknown() -> Refused:
+    return Refused(404, "no call with this id, or its record was pruned after calls.keep")
+
+
+def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
+    cursor = file.db.execute(f"SELECT {RECORD} {BY_ID} LIMIT 1", {"id": call_id, "now": time.time()})
+    row = cursor.fetchone()
+    return unknown() if row is None else record(cursor, row)
+
+
+def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
+    """One window of records, newest first; with them the cursor for the next window."""
+    before = query.before if query.before is not None else file.seq + 1
+    floor = before - SCAN_WINDOW if query.call_id is None else 0
+    inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
+    wanted = [name for name in ("status", "function", "queue", "app") if getattr(query, name) is not None]
+    outer = " AND ".join(f"{name} = :{name}" for name in wanted) or "true"
+    sql = f"""SELECT * FROM (SELECT {RECORD}, seq FROM calls WHERE {inner} seq < :before AND seq >= :floor)
+        WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
+    cursor = file.db.execute(sql, {**query._asdict(), "before": before, "floor": floor, "now": time.time()})
+    found = [record(cursor, row) for row in cursor]
+    last = [item.pop("seq") for item in found][-1:]
+    after = last[0] if len(found) == query.limit else floor
+    return found, after if after > 1 else None
+
+
+def sql_output(file: SqliteFile, call_id: str) -> tuple[bytes, bytes] | Refused:
+    sql = f"""SELECT coalesce(body, x''), coalesce(stderr, x'') FROM (SELECT seq {BY_ID} LIMIT 1)
+        LEFT JOIN outputs USING (seq)"""
+    found: tuple[bytes, bytes] | None = file.db.execute(sql, {"id": call_id}).fetchone()
+    return found or unknown()
+
+
+CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
+
+
+def sql_cancel(file: SqliteFile, call_id: str) -> int | Refused:
+    rows = file.db.execute(f"{CANCELLED} {BY_ID}", {"id": call_id}).fetchall()
+    if not rows:
+        return unknown()
+    return cancel_rows(file, [row for row in rows if row[5]]) or Refused(409, "the call has finished already")
+
+
+def sql_purge(file: SqliteFile, queue: str) -> int:
+    sql = f"{CANCELLED} FROM calls WHERE work = ? AND due_at IS NOT NULL LIMIT {BATCH}"
+    return cancel_rows(file, file.db.execute(sql, (queue,)).fetchall())
+
+
+def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
+    """Take away what is to be done; claimed work is stopped after the commit."""
+    done = "work = NULL, lane = NULL, due_at = NULL, deadline_at = NULL WHERE seq = ?"
+    for seq, call_id, function, attempts, status, work, lane, due_at in rows:
+        if status in FINAL:  # only its callback was left
+            sql = "UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', "
+            file.db.execute(sql + done, (seq,))
+        else:
+            file.db.execute("UPDATE calls SET status = 'cancelled', completed_at = ?, " + done, (time.time(), seq))
+            file.effects.ended.append(Ended(call_id, function, "cancelled", attempts))
+        if due_at is None:
+            file.effects.stopped.append(seq)
+        else:
+            file.lanes_of(work).remove(lane, 1)
+    return len(rows)
+
+
+REDRIVE = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0, http_status = NULL,
+    error = NULL, started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
+    callback_status = 'none', callback_attempts = 0, callback_http_status = NULL, callback_error = NULL WHERE seq = ?"""
+
+
+def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
+    sql = f"SELECT seq, function || '.' || namespace, queue, work, status {BY_ID} LIMIT 1"
+    if (row := file.db.execute(sql, {"id": call_id}).fetchone()) is None:
+        return unknown()
+    seq, lane, queue, work, status = row
+    if status not in FINAL or work is not None:
+        return Refused(409, "the call, or its callback, has not finished yet")
+    if file.db.execute("SELECT 1 FROM requests WHERE seq = ?", (seq,)).fetchone() is None:
+        return Refused(410, "the request of this call is not stored any more")
+    file.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
+    file.db.execute(REDRIVE, (lane, time.time(), seq))
+    file.add(queue, lane, time.time())
+    return None
+
+
+EXPIRED = f"""SELECT seq, coalesce(call_id, id), function, work, lane, callback_url, failure_url FROM calls
+    WHERE deadline_at <= ? AND deadline_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH}"""
+EXPIRE = """UPDATE calls SET status = 'timeout', error = ?, completed_at = ?, deadline_at = NULL, callback_status = ?,
+    work = ?, lane = ?, due_at = ? WHERE seq = ?"""
+
+
+def sql_expire(file: SqliteFile) -> None:
+    """End the calls whose deadline has passed before they started: a claim takes the deadline away."""
+    now, reason = time.time(), "not started before its X-Deadline"
+    for seq, call_id, function, work, lane, *urls in file.db.execute(EXPIRED, (now,)).fetchall():
+        follow = file.then_callback("timeout", (urls[0], urls[1]), now)
+        file.db.execute(EXPIRE, (reason, now, *follow, seq))
+        if follow[1]:
+            file.add(*follow[1:])
+        file.lanes_of(work).remove(lane, 1)
+        file.effects.ended.append(Ended(call_id, function, "timeout", 0, error=reason))
+    file.find_deadline()
+
+
+def sql_stats(file: SqliteFile) -> dict[str, QueueStats]:
+    found = {}
+    for work in {*file.lanes, *file.paused}:
+        waiting = dict(file.lanes_of(work).waiting)
+        oldest = min((file.head(work, lane) for lane in waiting), default=time.time())
+        found[work] = QueueStats(waiting, oldest, work in file.paused)
+    return found
+
+
+def sql_pause(file: SqliteFile, queue: str, paused: bool) -> None:
+    file.db.execute("INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)", (queue, paused))
+    (file.paused.add if paused else file.paused.discard)(queue)
+    file.effects.touched[queue] = 0.0
+
+
+def sql_probe(file: SqliteFile) -> None:
+    file.db.execute("INSERT OR REPLACE INTO probe (id, at) VALUES (1, ?)", (time.time(),))
+
+
+def sql_prune(file: SqliteFile) -> int:
+    """Delete one batch of final records past their time and give their pages back to the file system."""
+    sql = f"""DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE completed_at < ? AND work IS NULL
+        AND completed_at IS NOT NULL ORDER BY completed_at LIMIT {BATCH}) RETURNING seq"""
+    gone = file.db.execute(sql, (time.time() - file.settings().calls.keep,)).fetchall()
+    file.db.executemany("DELETE FROM requests WHERE seq = ?", gone)
+    file.db.executemany("DELETE FROM outputs WHERE seq = ?", gone)
+    if gone:
+        file.db.execute(f"PRAGMA incremental_vacuum({2 * BATCH})").fetchall()
+    return len(gone)
+
+
+Batch = dict[Callable[..., Any], list[tuple[Any, asyncio.Future[Any]]]]  # by step: arguments, and who waits
+Results = list[tuple[asyncio.Future[Any], Any]]
+
+
+def in_transaction(
+    step: Callable[Concatenate[SqliteFile, P], T | Refused],
+) -> Callable[Concatenate[SqliteQueue, P], Awaitable[T]]:
+    """A method that has the writer run this step in its next transaction."""
+
+    def method(self: SqliteQueue, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return self.submit(step, args)
+
+    return method
+
+
+class SqliteQueue:
+    """The embedded queue. One thread owns the connection; all that arrives during one fsync shares the next (group
+    commit). Timers live on the event loop, one per queue that waits for a time."""
+
+    def __init__(self, path: Path, settings: Callable[[], Config], metrics: Metrics) -> None:
+        self._file = SqliteFile(path, settings)
+        self._observe = metrics.commits.observe
+        self._timers: dict[str, tuple[float, asyncio.TimerHandle]] = {}
+        self._outbox: list[tuple[Any, Any, asyncio.Future[Any]]] = []  # submitted since the loop's last round
+        self._inbox: queues.SimpleQueue[list[tuple[Any, Any, asyncio.Future[Any]]] | None] = queues.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._busy_since: float | None = None  # monotonic; since when the current transaction runs
+        self._failure: str | None = None  # why the last transaction failed; None after one that did not
+
+    async def open(
+        self, wake: Callable[[str], None], stop: Callable[[int], None], final: Callable[[Ended], None]
+    ) -> None:
+        self._wake, self._stop, self._final, self._loop = wake, stop, final, asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._thread.start()
+        await self._opened
+
+    async def close(self) -> None:
+        for _, timer in self._timers.values():
+            timer.cancel()
+        self._hand_over()
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    complete = in_transaction(sql_complete)
+    retry = in_transaction(sql_retry)
+    lookup = in_transaction(sql_lookup)
+    output = in_transaction(sql_output)
+    cancel = in_transaction(sql_cancel)
+    redrive = in_transaction(sql_redrive)
+    pause = in_transaction(sql_pause)
+    stats = in_transaction(sql_stats)
+    prune = in_transaction(sql_prune)
+    probe = in_transaction(sql_probe)
+
+    def enqueue(self, call: Invocation) -> Awaitable[str]:
+        return self.submit(sql_enqueue, call)
+
+    async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> Sequence[Claim]:
+        claims: list[Claim]
+        claims, next_at = await self.submit(sql_claim, (queue, limit, room))
+        self._arm(queue, next_at)
+        return claims
+
+    async def extend(self, work: Claim) -> None:
+        """One process owns the file, and so its claims: there is no lease to renew."""
+
+    async def records(self, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
+        found: list[dict[str, Any]] = []
+        while True:  # in windows, so that a rare match in a large file doesn't keep the writer
+            more, before = await self.submit(sql_records, (query._replace(limit=query.limit - len(found)),))
+            found += more
+            if before is None or len(found) >= query.limit:
+                return found, before
+            query = query._replace(before=before)
+
+    async def purge(self, queue: str) -> int:
+        total = 0
+        while number := await self.submit(sql_purge, (queue,)):
+            total += number
+        return total
+
+    def failing(self) -> str | None:
+        return self._failure
+
+    def stalled(self) -> str | None:
+        since = self._busy_since
+        if since is None or time.monotonic() - since < STALLED_S:
+            return None
+        return f"the disk has not answered for {time.monotonic() - since:.0f} s"
+
+    # -- the writer's thread
+
+    def submit(self, step: Callable[..., Any], item: Any) -> asyncio.Future[Any]:
+        """Run a step in the next transaction; the future is set once that is on disk."""
+        future = self._loop.create_future()
+        if not self._thread.is_alive():
+            future.set_exception(StoreError("the queue is closed"))
+            return future
+        if not self._outbox:  # hand over once per round of the loop: fewer and larger transactions
+            self._loop.call_soon(self._hand_over)
+        self._outbox.append((step, item, future))
+        return future
+
+    def _hand_over(self) -> None:
+        self._inbox.put(self._outbox)
+        self._outbox = []
+
+    def _run(self) -> None:
+        try:
+            self._file.open()
+        except BaseException as exc:
+            self._loop.call_soon_threadsafe(self._opened.set_exception, exc)
+            return
+        self._loop.call_soon_threadsafe(self._opened.set_result, None)
+        self._tell([])
+        while batch := self._collect():
+            self._busy_since = time.monotonic()
+            self._commit(batch)
+            self._busy_since = None
+        self._file.db.close()
+
+    def _collect(self) -> Batch:
+        """Wait for something to do, then take all that is there, by step. Empty at the end."""
+        batch: Batch = {}
+        number = 0
+        while number == 0 or (number < GROUP_COMMIT_MAX and self._inbox.qsize()):
+            if (entries := self._inbox.get()) is None:
+                if number:
+                    self._inbox.put(None)  # for the next round
+                break
+            for step, item, future in entries:
+                batch.setdefault(step, []).append((item, future))
+            number += len(entries)
+        return batch
+
+    def _commit(self, batch: Batch) -> None:
+        """One transaction. When it fails, its parts are tried alone, so that none takes the others down."""
+        db, started = self._file.db, time.perf_counter()
+        changes, results = db.total_changes, []
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for step, entries in batch.items():
+                items = [item for item, _ in entries]
+                answers = (
+                    step(self._file, items) if step is sql_enqueue else [step(self._file, *item) for item in items]
+                )
+                results += [(future, answer) for (_, future), answer in zip(entries, answers, strict=True)]
+            db.execute("COMMIT")
+        except Exception as exc:
+            self._failed(batch, exc)
+            return
+        self._failure = None
+        if db.total_changes != changes:
+            self._observe(time.perf_counter() - started)
+        self._tell(results)
+
+    def _failed(self, batch: Batch, exc: Exception) -> None:
+        try:
+            if self._file.db.in_transaction:
+                self._file.db.execute("ROLLBACK")
+            self._file.rebuild()
+        except sqlite3.Error as again:
+            exc = again
+        self._file.effects = Effects({}, [], [])  # who could not claim asks again by itself
+        parts: list[Batch] = [{step: entries} for step, entries in batch.items()]
+        if len(parts) == 1 and not isinstance(exc, sqlite3.OperationalError):
+            parts = [{step: [entry]} for step, entries in batch.items() for entry in entries]
+        if len(parts) > 1:
+            for part in parts:
+                self._commit(part)
+            return
+        self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
+        self._tell([(future, StoreError(self._failure)) for entries in batch.values() for _, future in entries])
+
+    # -- back on the event loop
+
+    def _tell(self, results: Results) -> None:
+        effects, self._file.effects = self._file.effects, Effects({}, [], [])
+        self._loop.call_soon_threadsafe(self._settle, results, effects)
+
+    def _settle(self, results: Results, effects: Effects) -> None:
+        """Tell first who waits for work, then who asked."""
+        for name, due_at in effects.touched.items():
+            self._arm(name, due_at)
+        for token in effects.stopped:
+            self._stop(token)
+        for call in effects.ended:
+            self._final(call)
+        for future, answer in results:
+            if not future.done():
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+    def _arm(self, name: str, due_at: float) -> None:
+        """Wake a queue at a wall-clock time; sleeps are short enough to notice a clock that was set."""
+        armed_at, timer = self._timers.get(name, (float("inf"), None))
+        wait = due_at - time.time()
+        if wait <= 0 and name == DEADLINES:
+            self.submit(sql_expire, ()).add_done_callback(self._expired)
+        elif wait <= 0:
+            self._wake(name)
+        elif due_at < armed_at:
+            if timer is not None:
+                timer.cancel()
+            timer = self._loop.call_later(min(wait, CLOCK_CHECK_S), self._timer, name)
+            self._timers[name] = (due_at, timer)
+
+    def _timer(self, name: str) -> None:
+        self._arm(name, self._timers.pop(name)[0])
+
+    def _expired(self, done: asyncio.Future[None]) -> None:
+        if not done.cancelled() and done.exception() is not None:
+            self._arm(DEADLINES, time.time() + RETRY_STORE_S)
+
+
+# --- Functions (HTTP, command) and callbacks ------------------------------------------------------------------------
+
+
+class Ask(NamedTuple):
+    """What a function is asked: `rest` is the path and query that followed its name, as sent."""
+
+    method: str
+    rest: str
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes | AsyncIterator[bytes]
+
+
+CLIENT_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")  # aiohttp shall not add its own
+# systemd's, which are for us and not for commands
+OWN_VARIABLES = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
+
+
+def client_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+    """A client that passes things on as they are: no cookies, no decompression, no headers or time limit of its own."""
+    return aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+        skip_auto_headers=CLIENT_HEADERS, timeout=aiohttp.ClientTimeout(),
+        max_line_size=MAX_HEADER_BYTES, max_field_size=MAX_HEADER_BYTES,
+    )  # fmt: skip
+
+
+def failure(exc: BaseException, who: str, started: float = 0.0) -> Outcome:
+    """The outcome of a call that gave no answer: 502 or 504 and one line. `started` is a time.perf_counter()."""
+    spent, status, timed_out = time.perf_counter() - started, 502, False
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        number = getattr(exc.os_error, "errno", None)
+        reason = f"can't be reached: {os.strerror(number) if number and number > 0 else exc.os_error}"
+    elif isinstance(exc, TimeoutError):
+        reason, status, timed_out = "did not answer in time", 504, True
+    elif isinstance(exc, aiohttp.ClientResponseError):
+        reason = "did not answer in valid HTTP"
+    elif isinstance(exc, aiohttp.ClientError | ConnectionError):
+        reason = "broke off the connection"
+    else:
+        reason = str(getattr(exc, "strerror", None) or exc)
+    return Outcome(status, False, spent, error=f"{who} {reason}", timed_out=timed_out, answered=False)
+
+
+async def read_capped(
+    content: asyncio.StreamReader | aiohttp.StreamReader, keep: int, full: Callable[[], object] | None = None
+) -> tuple[bytes, int]:
+    """Read to the end, keeping the first `keep` bytes: what was kept, and the whole size. With `full`, call that at
+    the first byte too many and read no further."""
+    parts, length = [], 0
+    while chunk := await content.read(256 * KIB):
+        if length < keep:
+            parts.append(chunk[: keep - length])
+        length += len(chunk)
+        if full is not None and length > keep:
+            full()
+            break
+    return parts[0] if len(parts) == 1 else b"".join(parts), length
+
+
+class Aimd:
+    """How many calls of one function may be in flight, found out by trying: additive increase, multiplicative decrease
+    (Chiu and Jain, 1989). Starts at one, doubles until the first 429, then probes slowly, so that 429s stay rare."""
+
+    def __init__(self) -> None:
+        self.limit = 1.0
+        self._probing = False
+        self._lowered_at = 0.0
+
+    def success(self) -> None:
+        """An answer other than 429."""
+        self.limit += 0.25 / self.limit if self._probing else 1.0
+
+    def refused(self, started: float) -> None:
+        """A 429 to a call that began at `started` (monotonic). Calls from before the last decrease count once."""
+        if started > self._lowered_at:
+            self.limit, self._probing, self._lowered_at = max(1.0, self.limit / 2), True, time.monotonic()
+
+
+class Slots:
+    """Calls in flight by function, sync and queued together, against max_inflight and what `adaptive` found out."""
+
+    def __init__(self, settings: Callable[[], Config]) -> None:
+        self._settings = settings
+        self._running: Counter[str] = Counter()
+        self._freed = asyncio.Event()
+        self._adaptive: dict[str, Aimd] = {}
+        self.freed: Callable[[], None] = lambda: None  # told when a function that was full has room again
+
+    def room(self, adaptive: bool) -> dict[str, int]:
+        """How many more calls the functions that have a limit can take."""
+        room = {name: max(0, limit - self._running[name]) for name, limit in self._settings().limits.items()}
+        if adaptive:
+            for name, found in self._adaptive.items():
+                room[name] = min(room.get(name, 1 << 30), max(0, int(found.limit) - self._running[name]))
+            room[""] = 1
+        return room
+
+    def learn(self, name: str, status: int, started: float) -> None:
+        """Take what a function of an adaptive queue answered into account."""
+        found = self._adaptive.setdefault(name, Aimd())
+        found.refused(started) if status == 429 else found.success()
+        self.freed()
+
+    def full(self, name: str) -> bool:
+        limit = self._settings().limits.get(name)
+        return limit is not None and self._running[name] >= limit
+
+    async def wait(self, name: str) -> None:
+        """Wait until a function has room: a sync call may have taken what a claim was promised."""
+        while self.full(name):
+            self._freed.clear()
+            await self._freed.wait()
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Take a slot while a call runs."""
+        self._running[name] += 1
+        try:
+            yield
+        finally:
+            was_full = self.full(name)
+            self._running[name] -= 1
+            if not self._running[name]:
+                del self._running[name]
+            if was_full:
+                self._freed.set()
+                self.freed()
+
+
+class Functions:
+    """Finds functions and calls them."""
+
+    def __init__(self, settings: Callable[[], Config]) -> None:
+        self._settings = settings
+        self.slots = Slots(settings)
+
+    async def open(self) -> None:
+        self._session = client_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_S))
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    def find(self, name: str, namespace: str = "") -> Function | None:
+        """The function of this name; "NAME.NAMESPACE" as one word will do."""
+        config = self._settings()
+        name, _, suffix = name.partition(".")
+        if (suffix or namespace or config.gateway.namespace) != config.gateway.namespace:
+            return None
+        return config.functions.get(name)
+
+    def request(self, function: Function, ask: Ask) -> Any:
+        """The HTTP call itself, an async context manager. The target reaches the function byte for byte."""
+        (scheme, host, port, prefix), rest = function.base, ask.rest
+        path = (prefix or "/") + rest if rest[:1] in ("", "?") else prefix + rest
+        # The query stands in `path`, because yarl would drop an empty one.
+        target = yarl.URL.build(scheme=scheme, host=host, port=port, path=path, encoded=True)
+        headers = as_multidict(ask.headers)
+        return self._session.request(ask.method, target, headers=headers, data=ask.body or None, allow_redirects=False)
+
+    async def call(self, function: Function, ask: Ask, timeout_s: float, keep: int, whole: bool = True) -> Outcome:
+        """Call a function and read its answer: the first `keep` bytes; with `whole`, a longer answer is a failure.
+        Never raises for what the function does."""
+        who, started = f"function {function.name}", time.perf_counter()
+        if function.command:
+            return await run_command(function, ask, timeout_s, max(keep, MAX_RESPONSE_BYTES))
+        try:
+            async with asyncio.timeout(timeout_s), self.request(function, ask) as answer:
+                kept, length = await read_capped(answer.content, keep, answer.close if whole else None)
+                status, given = answer.status, forward_headers(answer.raw_headers, CONTENT_LENGTH)
+        except (aiohttp.ClientError, OSError) as exc:
+            return failure(exc, who, started)
+        spent = time.perf_counter() - started
+        if whole and length > keep:
+            return Outcome(502, False, spent, error=f"{who} answered more than {keep} bytes", answered=False)
+        error = None if status < 400 else f"{who} answered {status}"
+        return Outcome(status, status < 400, spent, tuple(given), kept, length, error=error)
+
+
+CONTENT_LENGTH = frozenset((b"content-length",))
+
+
+def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
+    """Header fields as aiohttp takes them. It would lose bytes that are not UTF-8: they are taken for Latin-1. And it
+    would lose repeats of a name in another case: all get the case of the first."""
+    found, names = CIMultiDict[str](), dict[bytes, str]()
+    for name, value in headers:
+        lower = name.lower()
+        shown = names.get(lower) or names.setdefault(lower, name.decode("latin-1"))
+        try:
+            found.add(shown, value.decode())
+        except UnicodeDecodeError:
+            found.add(shown, value.decode("latin-1"))
+    return found
+
+
+async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int) -> Outcome:
+    """Start a command for one request, like the classic watchdog. Its process group never outlives the call."""
+    who, started, pipe = f"function {function.name}", time.perf_counter(), asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(function.command or ()), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True,
+            env=command_environment(function, ask),
+        )  # fmt: skip
+    except (OSError, ValueError) as exc:
+        return failure(OSError(f"can't be started: {getattr(exc, 'strerror', None) or exc}"), who, started)
+    kill = functools.partial(kill_group, process.pid)
+    try:
+        async with asyncio.timeout(min(timeout_s, function.exec_timeout or timeout_s)), asyncio.TaskGroup() as group:
+            assert process.stdin and process.stdout and process.stderr
+            feeding = group.create_task(feed(process.stdin, ask.body))
+            out = group.create_task(read_capped(process.stdout, keep, kill))
+            err = group.create_task(read_capped(process.stderr, MAX_STDERR_BYTES))
+            code = await process.wait()
+            kill()  # what it left behind; that also ends the pipes
+            feeding.cancel()
+    except TimeoutError as exc:
+        return failure(exc, who, started)
+    except ExceptionGroup as group_exc:
+        raise group_exc.exceptions[0] from None  # the caller's body could not be read
+    finally:
+        kill()
+        await process.wait()
+    (stdout, length), (stderr, _), spent = out.result(), err.result(), time.perf_counter() - started
+    if length > keep:
+        return Outcome(502, False, spent, stderr=stderr, error=f"{who} wrote more than {keep} bytes", answered=False)
+    if code == 0:
+        return Outcome(200, True, spent, content_type(stdout), stdout, length, stderr)
+    error = f"{who}: " + (f"exit status {code}" if code > 0 else f"killed by signal {-code}")
+    shown = stdout or stderr
+    return Outcome(500, False, spent, content_type(shown), shown, len(shown), stderr, error)
+
+
+def content_type(body: bytes) -> Headers:
+    """The Content-Type of what a command wrote: text where it is UTF-8."""
+    with contextlib.suppress(UnicodeDecodeError):
+        body.decode()
+        return ((b"Content-Type", b"text/plain; charset=utf-8"),)
+    return ((b"Content-Type", b"application/octet-stream"),)
+
+
+def command_environment(function: Function, ask: Ask) -> dict[str, str]:
+    """The variables of a command: ours without systemd's, the classic watchdog's Http_*, then those of `env`."""
+    path, _, query = ask.rest.partition("?")
+    found: dict[str, str] = {}
+    for raw_name, raw_value in ask.headers:
+        name = "Http_" + raw_name.decode("latin-1").title().replace("-", "_")
+        found[name] = f"{found[name]}, {os.fsdecode(raw_value)}" if name in found else os.fsdecode(raw_value)
+    found.pop("Http_Proxy", None)  # many programs would obey it (httpoxy, CVE-2016-5385)
+    found |= {"Http_Method": ask.method, "Http_Path": path or "/", "Http_Query": query}
+    length = str(len(ask.body)) if isinstance(ask.body, bytes) else found.get("Http_Content_Length", "-1")
+    found["Http_ContentLength"] = found["Http_Content_Length"] = length
+    own = {name: value for name, value in os.environ.items() if not OWN_VARIABLES.fullmatch(name)}
+    return {**own, **found, **function.env}
+
+
+def kill_group(pid: int) -> None:
+    """Kill a command with everything it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+async def feed(stdin: asyncio.StreamWriter, body: bytes | AsyncIterator[bytes]) -> None:
+    """Write a body to a command, which may stop reading whenever it likes."""
+    try:
+        if isinstance(body, bytes):
+            stdin.write(body)
+            await stdin.drain()
+        else:
+            async for chunk in body:
+                stdin.write(chunk)
+                await stdin.drain()
+    except (BrokenPipeError, ConnectionResetError, RuntimeError):
+        pass  # RuntimeError is what uvloop says of a pipe that is closed already
+    finally:
+        stdin.close()
+
+
+class Invoker:
+    """Runs claimed invocations: what the consumer of an ordinary queue does with its work."""
+
+    def __init__(self, settings: Callable[[], Config], functions: Functions, metrics: Metrics) -> None:
+        self._settings = settings
+        self._functions = functions
+        self._metrics = metrics
+        self._rng = random.Random()
+
+    def limit(self, queue: str) -> int:
+        return self._settings().queue(queue).max_inflight
+
+    def room(self, queue: str) -> Mapping[str, int]:
+        return self._functions.slots.room(self._settings().queue(queue).adaptive)
+
+    async def execute(self, claim: Claim) -> Outcome:
+        """One attempt."""
+        config, slots = self._settings(), self._functions.slots
+        function = self._functions.find(claim.function, claim.namespace)
+        if function is None:
+            return Outcome(404, False, 0.0, error=f"function {claim.function} does not exist any more", answered=False)
+        headers = [*unpack_headers(claim.headers), (b"X-Retry", b"%d" % (claim.attempt - 1))]
+        whole = bool(claim.callback_url or claim.failure_url)
+        keep = max(MAX_RESPONSE_BYTES, config.gateway.max_payload) if whole else config.calls.keep_output
+        queue, running = config.queue(claim.queue), self._metrics.running(claim.queue, function.key)
+        await slots.wait(function.key)
+        started = time.monotonic()
+        with slots.hold(function.key), self._metrics.counted(function.key) as status, running.track_inprogress():
+            ask = Ask("POST", claim.target, headers, claim.body)
+            outcome = await self._functions.call(function, ask, queue.timeout, keep, whole)
+            status.append(outcome.status)
+        if queue.adaptive:
+            slots.learn(function.key, outcome.status, started)
+        if config.log.write_debug:
+            log_bodies(claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
+        return outcome
+
+    def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
+        """What follows from the attempt."""
+        function = self._functions.find(claim.function, claim.namespace)
+        policy = function.retry if function else self._settings().retry
+        return decide(outcome, claim.attempt, claim.max_attempts, policy, time.time(), self._rng)
+
+    def ended(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
+        """Count and log what was stored; of a call's end the queue itself tells."""
+        self._metrics.processed(claim.queue).inc()
+        if verdict.delay_s is not None:
+            self._metrics.retries.inc()
+            log_with(
+                logging.INFO, "call will be tried again", call_id=claim.call_id, function=claim.function,
+                attempts=claim.attempt, http_status=outcome.status, error=outcome.error, delay=verdict.delay_s,
+            )  # fmt: skip
+
+
+class GuardedResolver(aiohttp.ThreadedResolver):
+    """Checks the address that a callback's connection will use, so a name can't point elsewhere than it did before."""
+
+    settings: Callable[[], Config]
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[aiohttp.abc.ResolveResult]:
+        found = await super().resolve(host, port, family)
+        allowed = [item for item in found if callback_allowed(host, item["host"], self.settings().callback)]
+        if not allowed:
+            raise Refused(403, f"callbacks to {host} at {found[0]['host']} are not allowed")
+        return allowed
+
+
+class CallbackSender:
+    """Delivers outcomes: what the consumer of the queue CALLBACKS does with its work."""
+
+    def __init__(self, settings: Callable[[], Config], metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._rng = random.Random()
+        self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
+        self._running: Counter[str] = Counter()
+        self.own_address = ""  # "http://HOST:PORT" or "unix:/path" of this daemon, known once it listens
+
+    async def open(self) -> None:
+        """Raises ConfigError when callback.tls_ca_file can't be used."""
+        cafile = self._settings().callback.tls_ca_file
+        try:
+            context: Any = ssl.create_default_context(cafile=cafile) if cafile else True
+        except OSError as exc:
+            raise ConfigError([f"callback.tls_ca_file: {cafile}: {exc.strerror or exc}"]) from exc
+        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": POOL_IDLE_S}
+        resolver = GuardedResolver()
+        resolver.settings = self._settings
+        guarded = aiohttp.TCPConnector(resolver=resolver, ssl=context, use_dns_cache=False, **options)
+        unix = self.own_address.removeprefix("unix:") if self.own_address.startswith("unix:") else ""
+        own = aiohttp.UnixConnector(unix, **options) if unix else aiohttp.TCPConnector(**options)
+        self._session, self._own_session = client_session(guarded), client_session(own)
+
+    async def close(self) -> None:
+        await self._session.close()
+        await self._own_session.close()
+
+    def limit(self, queue: str) -> int:
+        return self._settings().callback.max_inflight
+
+    def room(self, queue: str) -> Mapping[str, int]:
+        """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
+        most = self._settings().callback.max_inflight
+        share = max(1, most - most // 4)
+        hosts = {*self._running, *self._failing}
+        caps = {host: max(1, most // 8) if host in self._failing else share for host in hosts}
+        return {"": share, **{host: max(0, cap - self._running[host]) for host, cap in caps.items()}}
+
+    def _request(self, claim: Claim, headers: CIMultiDict[str]) -> Any:
+        """The POST, to this daemon itself where the host is one of its names."""
+        target, config = yarl.URL(claim.target, encoded=True), self._settings()
+        session, host = self._session, (target.host or "").lower()
+        if host in config.callback.gateway_hosts:
+            session, own = self._own_session, yarl.URL(self.own_address.replace("unix:", "http://localhost"))
+            target = target.with_scheme("http").with_host(own.host or "").with_port(own.port)
+            if config.credentials and config.auth.invoke:
+                target = target.with_user(None)
+                headers["Authorization"] = "Basic " + base64.b64encode(config.credentials).decode()
+        elif not callback_allowed(host, None, config.callback):
+            raise Refused(403, f"callbacks to {host} are not allowed")
+        return session.post(target, data=claim.body, headers=headers, allow_redirects=False)
+
+    def _headers(self, claim: Claim) -> CIMultiDict[str]:
+        headers = as_multidict(unpack_headers(claim.headers))
+        headers.update({
+            "User-Agent": USER_AGENT, "X-Call-Id": claim.call_id, "X-Function-Name": claim.function,
+            "X-Function-Status": str(claim.http_status or 504),  # a call that did not start before its deadline
+            "X-Duration-Seconds": f"{claim.duration_s or 0:.6f}", "X-Start-Time": str(claim.start_time),
+            "X-Retry": str(max(0, claim.runs - 1)), "X-Retry-Max": str(claim.max_attempts),
+        })  # fmt: skip
+        if secret := self._settings().signing_secret:
+            headers.update(webhook_signature(secret, claim.call_id, int(time.time()), claim.body))
+        return headers
+
+    async def execute(self, claim: Claim) -> Outcome:
+        """One claim. Success is a 2xx."""
+        config, started, who = self._settings(), time.perf_counter(), "the callback URL"
+        headers, lane = self._headers(claim), claim.lane
+        if config.log.write_debug:
+            log_bodies(claim.call_id, callback=claim.body)
+        self._running[lane] += 1
+        try:
+            async with asyncio.timeout(config.callback.timeout), self._request(claim, headers) as answer:
+                await read_capped(answer.content, 0)
+                status = answer.status
+                given = tuple((name, value) for name, value in answer.raw_headers if name.lower() == b"retry-after")
+            ok = 200 <= status < 300
+            error = None if ok else f"{who} answered {status}"
+            outcome = Outcome(status, ok, time.perf_counter() - started, given, error=error)
+        except (aiohttp.ClientError, OSError) as exc:
+            outcome = failure(exc, who, started)
+        except Refused as exc:
+            outcome = Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
+        finally:
+            self._running[lane] -= 1
+            if not self._running[lane]:
+                del self._running[lane]
+        (self._failing.discard if outcome.answered else self._failing.add)(lane)
+        return outcome
+
+    def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
+        """What follows from the claim."""
+        policy = callback_policy(self._settings().callback)
+        verdict = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self._rng)
+        if verdict.delay_s is not None:
+            return verdict
+        return Verdict("delivered" if verdict.status == "success" else "failed")
+
+    def ended(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
+        """Count and log what was stored."""
+        final = verdict.delay_s is None
+        if final:
+            self._failing.discard(claim.lane)
+            self._metrics.callbacks(verdict.status).inc()
+        level = {"delivered": logging.DEBUG, "failed": logging.WARNING}.get(verdict.status, logging.INFO)
+        log_with(
+            level, f"callback {verdict.status}" if final else "callback will be tried again", call_id=claim.call_id,
+            function=claim.function, callback=show_url(claim.target), attempts=claim.attempt,
+            http_status=outcome.status, error=outcome.error, delay=verdict.delay_s,
+        )  # fmt: skip
+
+
+def webhook_signature(secret: bytes, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
+    """The headers of https://www.standardwebhooks.com: HMAC-SHA256 over id, time and body."""
+    raw = base64.b64decode(secret[6:]) if secret.startswith(b"whsec_") else secret
+    signed = hmac.digest(raw, f"{message_id}.{timestamp}.".encode() + body, "sha256")
+    signature = "v1," + base64.b64encode(signed).decode()
+    return {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
+
+
+# --- Consumer -------------------------------------------------------------------------------------------------------
+
+
+class Consumer:
+    """Claims the work of one queue and runs it, at most `limit` at once. A slot is taken before work is claimed."""
+
+    def __init__(self, name: str, queue: Queue, job: Invoker | CallbackSender) -> None:
+        self.name = name
+        self._queue = queue
+        self._job = job
+        self._wake = asyncio.Event()
+        self._running: dict[int, asyncio.Task[None]] = {}  # by token: attempts that run
+        self._settling: set[asyncio.Task[None]] = set()  # attempts that have ended and wait to be stored
+        self._cancelled: set[int] = set()  # tokens of attempts whose calls were cancelled
+        self._stopping = asyncio.Event()
+        self._dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        self._wake.set()
+
+    def cancel(self, token: int) -> None:
+        """End an attempt whose call was cancelled; nothing of it is stored."""
+        if task := self._running.get(token):
+            self._cancelled.add(token)
+            # Not at once: a task that is cancelled before its first step would not run at all, nor free its slot.
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+    @property
+    def inflight(self) -> int:
+        return len(self._running)
+
+    async def _dispatch(self) -> None:
+        while not self._stopping.is_set():
+            await self._wake.wait()
+            self._wake.clear()
+            limit = self._job.limit(self.name)
+            free = limit - len(self._running)
+            # Outcomes that can't be stored (disk full) hold new work back, or they would pile up in memory.
+            if self._stopping.is_set() or free <= 0 or len(self._settling) > limit:
+                continue
+            try:
+                claims = await self._queue.claim(self.name, free, self._job.room(self.name))
+            except StoreError as exc:
+                log.error("queue %s: no work can be claimed: %s", self.name, exc)
+                await self._pause()
+                self._wake.set()
+                continue
+            for claim in claims:
+                self._running[claim.token] = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
+            if len(claims) >= free:
+                self._wake.set()
+
+    async def _work(self, claim: Claim) -> None:
+        """One attempt from claim to commit."""
+        outcome: Outcome | None = None  # what a shutdown leaves: queued again, the attempt not charged
+        try:
+            outcome = await self._job.execute(claim)
+        except asyncio.CancelledError:
+            if claim.token in self._cancelled:
+                return
+        except Exception:
+            log.exception("attempt of call %s failed in this program itself", claim.call_id)
+            outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
+        finally:
+            task = self._running.pop(claim.token)
+            self._cancelled.discard(claim.token)
+            self._wake.set()
+        self._settling.add(task)
+        try:
+            await self._settle(claim, outcome)
+        finally:
+            self._settling.discard(task)
+            self._wake.set()
+
+    async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
+        """Store what became of an attempt, however long the disk is full: the function has run."""
+        verdict = Verdict("queued", 0.0) if outcome is None else self._job.verdict(claim, outcome)
+        while True:
+            try:
+                if outcome is not None and verdict.delay_s is None:
+                    stored = await self._queue.complete(claim, outcome, verdict.status)
+                else:
+                    stored = await self._queue.retry(claim, outcome, verdict.delay_s or 0.0)
+                break
+            except StoreError as exc:
+                log.error("the outcome of call %s can't be stored yet: %s", claim.call_id, exc)
+                if self._stopping.is_set():
+                    log.error("stopping: call %s will run again", claim.call_id)
+                    return
+                await self._pause()
+        if stored and outcome is not None:
+            self._job.ended(claim, outcome, verdict)
+
+    async def _pause(self) -> None:
+        """Give a store that fails some time, unless we stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_STORE_S):
+                await self._stopping.wait()
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """Claim no more, wait for what runs until `hurry` is set, cancel the rest and queue it again uncharged."""
+        self._stopping.set()
+        self._wake.set()
+        await self._dispatcher
+        hurried = asyncio.create_task(hurry.wait())
+        while (busy := {*self._running.values(), *self._settling}) and not hurry.is_set():
+            await asyncio.wait({*busy, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        await asyncio.sleep(0)  # as in `cancel`: every task has to have begun
+        for task in self._running.values():
+            task.cancel()
+        await asyncio.gather(hurried, *self._running.values(), *self._settling, return_exceptions=True)
+
+
+# --- Gateway --------------------------------------------------------------------------------------------------------
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, with this gateway's form of errors: one line of text, nothing of what came in."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        line = "this is not a valid HTTP request"
+        if status >= 500:
+            log.error("request failed in this program itself", exc_info=exc)
+            line = "internal error: see the log of faasd-async"
+        if request.writer.output_size > 0:
+            raise ConnectionError("the response has begun")
+        response = plain(status, line)
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """aiohttp's low-level server: no router, because a router would normalise paths."""
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+
+class Answer(web.StreamResponse):
+    """A function's answer passed on, without the headers that aiohttp would add to it."""
+
+    async def _prepare_headers(self) -> None:
+        added = {name for name in ("Content-Type", "Server") if name not in self.headers}
+        await super()._prepare_headers()
+        for name in added:
+            self.headers.pop(name, None)
+
+
+def plain(status: int, line: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """One line of text."""
+    return web.Response(status=status, text=line + "\n", headers=headers)
+
+
+def as_json(data: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """A JSON document, ending in a newline for people with curl."""
+    text = json.dumps(data, ensure_ascii=False) + "\n"
+    return web.Response(status=status, text=text, content_type="application/json", headers=headers)
+
+
+def authorize(request: web.BaseRequest, config: Config, needed: bool) -> None:
+    """Basic auth, compared in constant time. Raises Refused(401)."""
+    if config.credentials is None or not needed:
+        return
+    kind, _, given = request.headers.get("Authorization", "").partition(" ")
+    with contextlib.suppress(ValueError):
+        if kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), config.credentials):
+            return
+    raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
+
+
+LIMIT = expect("a whole number from 1 to 1000", lambda value: need(int(value), 1 <= int(value) <= 1000))
+CURSOR = expect("the next_cursor of an earlier answer", lambda value: need(int(value), 0 <= int(value) < 1 << 62))
+
+
+def one_value(query: dict[str, list[str]], name: str, parse: Callable[[Any], Any]) -> Any:
+    """A query parameter, parsed; None where it is not given. Raises Refused(400) naming it."""
+    if name not in query:
+        return None
+    try:
+        return parse(need(query[name], len(query[name]) == 1)[0])
+    except ValueError as exc:
+        raise Refused(400, f"{name}: {json.dumps(query[name][0][:80])}: {exc or 'given more than once'}") from None
+
+
+class Operator:
+    """The operator's routes: calls, queues, health, metrics, and Fn's view of the calls."""
+
+    def __init__(self, settings: Callable[[], Config], queue: Queue, metrics: Metrics) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._metrics = metrics
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}  # by call id: who waits for it to become final
+        self.inflight: Callable[[], Mapping[str, int]] = dict  # attempts running, by queue
+        self.draining = False
+        self._routes: list[tuple[str, str, Callable[..., Awaitable[web.StreamResponse]]]] = [
+            ("GET", r"/system/calls", self._list),
+            ("GET", r"/system/calls/(.+)/log", self._log),
+            ("POST", r"/system/calls/(.+)/retry", self._retry),
+            ("GET", r"/system/calls/(.+)", self._show),
+            ("GET", r"/system/queues", self._queues),
+            ("POST", r"/system/queues/([^/]+)/(pause|resume|purge)", self._queue_action),
+            ("GET", r"/metrics", self._exposition),
+            ("GET", r"/v1/apps/([^/]+)/calls", self._fn_calls),
+            ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)", self._fn_call),
+            ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)/log", self._fn_log),
+        ]
+
+    async def handle(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        """Find the route. Raises Refused: 401, 404, 405."""
+        path, _, query = target.partition("?")
+        if path in ("/healthz", "/readyz"):
+            reason = self._queue.stalled() if path == "/healthz" else await self._readiness()
+            return plain(200, "ok") if reason is None else plain(503, reason)
+        authorize(request, self._settings(), True)
+        method = "GET" if request.method == "HEAD" else request.method
+        allowed = []
+        for wanted, pattern, handler in self._routes:
+            if match := re.fullmatch(pattern, path):
+                if wanted == method:
+                    return await handler(parse_qs(query, keep_blank_values=True), *map(unquote, match.groups()))
+                allowed.append(wanted)
+        if not allowed:
+            raise Refused(404, "no such route: calls go to /function/NAME or /async-function/NAME")
+        raise Refused(405, f"this route takes {allowed[0]}", {"Allow": allowed[0]})
+
+    def final(self, call_id: str) -> None:
+        """A call has become final: tell who waits for it."""
+        for waiter in self._waiters.pop(call_id, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def drain(self) -> None:
+        """Let go of everybody who waits: the daemon stops."""
+        self.draining = True
+        for call_id in list(self._waiters):
+            self.final(call_id)
+
+    # -- calls
+
+    async def _show(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
+        wait = one_value(query, "wait", duration)
+        if wait is None or self.draining:
+            return as_json(await self._queue.lookup(call_id))
+        waiter = asyncio.get_running_loop().create_future()
+        waiting = self._waiters.setdefault(call_id, set())
+        waiting.add(waiter)
+        try:
+            found = await self._queue.lookup(call_id)
+            if found["status"] not in FINAL:
+                await asyncio.wait([waiter], timeout=wait)
+                found = await self._queue.lookup(call_id)
+        finally:
+            waiting.discard(waiter)
+            if not waiting and self._waiters.get(call_id) is waiting:
+                del self._waiters[call_id]
+        return as_json(found)
+
+    def _query(self, query: dict[str, list[str]], **fixed: str) -> RecordQuery:
+        known = ("status", "function", "queue", "call_id", "limit", "cursor")
+        if unknown := set(query) - set(known):
+            raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(known)}")
+        function = one_value(query, "function", text)
+        return RecordQuery(
+            status=one_value(query, "status", one_of(*STATUSES)),
+            function=function and function.removesuffix("." + self._settings().gateway.namespace),
+            queue=one_value(query, "queue", text),
+            call_id=one_value(query, "call_id", text),
+            limit=one_value(query, "limit", LIMIT) or 100,
+            before=one_value(query, "cursor", CURSOR),
+            **fixed,
+        )
+
+    async def _list(self, query: dict[str, list[str]]) -> web.StreamResponse:
+        calls, cursor = await self._queue.records(self._query(query))
+        return as_json({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
+
+    async def _output(self, call_id: str) -> bytes:
+        body, stderr = await self._queue.output(call_id)
+        return body + (b"\n" if body and stderr and not body.endswith(b"\n") else b"") + stderr
+
+    async def _log(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
+        return web.Response(body=await self._output(call_id), content_type="text/plain", charset="utf-8")
+
+    async def _retry(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
+        await self._queue.redrive(call_id)
+        headers = {"X-Call-Id": call_id, "Location": f"/system/calls/{quote(call_id, safe='')}"}
+        return web.Response(status=202, headers=headers)
+
+    # -- queues
+
+    async def _queues(self, query: dict[str, list[str]]) -> web.StreamResponse:
+        config, stats, inflight, now = self._settings(), await self._queue.stats(), self.inflight(), time.time()
+        rows: list[dict[str, Any]] = []
+        for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
+            found, limits = stats.get(name, QueueStats({}, now, False)), config.queue(name)
+            row = {"name": name, "depth": sum(found.waiting.values()), "inflight": inflight.get(name, 0)}
+            row |= {"oldest_seconds": round(max(0.0, now - found.oldest_at), 3), "paused": found.paused}
+            row |= {"functions": found.waiting, "max_inflight": limits.max_inflight, "max_pending": limits.max_pending}
+            rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair, "adaptive": limits.adaptive})
+        rows[-1] = {name: rows[-1][name] for name in ("name", "depth", "inflight", "oldest_seconds")}
+        rows[-1]["max_inflight"] = config.callback.max_inflight
+        return as_json({"queues": rows})
+
+    async def _queue_action(self, query: dict[str, list[str]], queue: str, action: str) -> web.StreamResponse:
+        if queue == CALLBACKS or (queue not in self._settings().queues and queue not in await self._queue.stats()):
+            raise Refused(404, f"no such queue; there are {', '.join(sorted(self._settings().queues))}")
+        if action == "purge":
+            return as_json({"queue": queue, "cancelled": await self._queue.purge(queue)})
+        await self._queue.pause(queue, action == "pause")
+        log.info("queue %s: %sd", queue, action)
+        return as_json({"queue": queue, "paused": action == "pause"})
+
+    # -- health and metrics
+
+    async def _readiness(self) -> str | None:
+        if self.draining:
+            return "shutting down"
+        if (reason := self._queue.stalled()) is None and self._queue.failing():
+            try:
+                await self._queue.probe()
+            except StoreError as exc:
+                return f"the queue can't store: {exc}"
+        return reason
+
+    async def _exposition(self, query: dict[str, list[str]]) -> web.StreamResponse:
+        metrics = self._metrics
+        for gauge in (metrics.pending, metrics.oldest, metrics.replicas):
+            gauge.clear()
+        stats, now = await self._queue.stats(), time.time()
+        for name, found in stats.items():
+            metrics.oldest.labels(name).set(max(0.0, now - found.oldest_at))
+            for lane, number in found.waiting.items() if name != CALLBACKS else ():
+                metrics.pending.labels(name, lane).set(number)
+        for function in self._settings().functions.values():
+            metrics.replicas.labels(function.key).set(1)
+        body = prometheus_client.generate_latest(metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+
+    # -- Fn Project, 2017
+
+    @staticmethod
+    def _fn(found: dict[str, Any]) -> dict[str, Any]:
+        shown = {"id": found["call_id"], "app_name": found.get("app"), "path": "/" + found["function"]}
+        return shown | {name: found[name] for name in ("status", "created_at", "started_at", "completed_at")}
+
+    async def _fn_record(self, app: str, call_id: str) -> dict[str, Any]:
+        found = await self._queue.lookup(call_id)
+        if found.get("app") != app:
+            raise Refused(404, "Call not found")
+        return found
+
+    async def _fn_calls(self, query: dict[str, list[str]], app: str) -> web.StreamResponse:
+        path = one_value(query, "path", text)
+        wanted = {"function": path.strip("/").split("/")[0]} if path else {}
+        calls, _ = await self._queue.records(RecordQuery(app=app, **wanted))
+        return as_json({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
+
+    async def _fn_call(self, query: dict[str, list[str]], app: str, call_id: str) -> web.StreamResponse:
+        found = await self._fn_record(app, call_id)
+        return as_json({"message": "Successfully loaded call", "call": self._fn(found)})
+
+    async def _fn_log(self, query: dict[str, list[str]], app: str, call_id: str) -> web.StreamResponse:
+        await self._fn_record(app, call_id)
+        written = (await self._output(call_id)).decode("utf-8", "replace")
+        return as_json({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
+
+
+def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
+    """The headers that steer a call, with their parsers; these raise ValueError."""
+
+    def callback(value: str) -> str:
+        host = callback_host(value)
+        if host not in config.callback.gateway_hosts and not callback_allowed(host, None, config.callback):
+            raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
+        return value
+
+    visible = expect(
+        "1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value))
+    )
+    return {
+        "X-Call-Id": visible,
+        "X-Callback-Url": callback,
+        "X-Failure-Callback-Url": callback,
+        "Idempotency-Key": visible,
+        "X-Delay": lambda value: now + duration(value),
+        "X-Not-Before": parse_when,
+        "X-Deadline": expect(
+            'a duration such as "1h" or ' + TIME_FORM,
+            lambda value: now + duration(value) if value[-1:] in "smh" else parse_when(value),
+        ),
+        "X-Max-Attempts": expect("a whole number from 1", lambda value: count(int(value))),
+        "X-Queue": one_of(*config.queues),
+    }
+
+
+CONTROLS = tuple(controls(Config(), 0.0))
+
+
+def read_controls(given: Mapping[str, str], config: Config, now: float) -> dict[str, Any]:
+    """The control headers of a request, parsed. Raises Refused(400) naming header, value and the form expected."""
+    if not (asked := [name for name in CONTROLS if name in given]):
+        return {}
+    parsers, found = controls(config, now), {}
+    for name in asked:
+        try:
+            found[name] = parsers[name](given[name])
+        except ValueError as exc:
+            raise Refused(400, f"{name}: {json.dumps((show_url(given[name]) or '')[:80])}: {exc}") from None
+    return found
+
+
+COMPUTED = frozenset(b"content-length expect host x-call-id x-start-time x-forwarded-for x-retry".split())
+SET_BY_US = frozenset((b"x-call-id", b"x-start-time"))
+
+
+class Gateway:
+    """Calls come in: `/function/…` straight through, `/async-function/…` into the queue. The rest is the operator's."""
+
+    def __init__(
+        self, settings: Callable[[], Config], queue: Queue, functions: Functions, metrics: Metrics, operator: Operator
+    ) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._functions = functions
+        self._metrics = metrics
+        self._operator = operator
+        self._active = 0
+        self.idle = asyncio.Event()  # set while no request is being answered
+        self.idle.set()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Every request comes here."""
+        self._active += 1
+        self.idle.clear()
+        try:
+            return await self._route(request)
+        finally:
+            self._active -= 1
+            if not self._active:
+                self.idle.set()
+
+    async def _route(self, request: web.BaseRequest) -> web.StreamResponse:
+        target = request.raw_path
+        if not target.startswith("/"):  # absolute form, as sent to a proxy
+            target = "/" + target.partition("://")[2].partition("/")[2]
+        try:
+            if target.startswith("/async-function/"):
+                authorize(request, self._settings(), self._settings().auth.invoke)
+                return await self._async(request, target[16:])
+            if target.startswith("/function/"):
+                authorize(request, self._settings(), self._settings().auth.invoke)
+                return await self._sync(request, target[10:])
+            if target.startswith("/r/"):
+                authorize(request, self._settings(), self._settings().auth.invoke)
+                return await self._fn_route(request, target[3:])
+            return await self._operator.handle(request, target)
+        except StoreError as exc:
+            log.error("request refused: %s", exc)
+            reason = f"the queue can't store this now, try again later: {exc}"
+            refused = Refused(503, reason, {"Retry-After": str(RETRY_STORE_S)})
+        except Refused as exc:
+            refused = exc
+        if target.startswith(("/r/", "/v1/")):
+            return as_json({"error": {"message": refused.text}}, refused.status, refused.headers)
+        return plain(refused.status, refused.text, refused.headers)
+
+    def _find(self, target: str) -> tuple[Function, str]:
+        name, rest = split_target(target)
+        if (function := self._functions.find(name)) is None:
+            raise Refused(404, "no such function: it is not in the configuration")
+        return function, rest
+
+    def _headers(self, request: web.BaseRequest, call_id: str, start_time: int) -> list[tuple[bytes, bytes]]:
+        """What goes to the function: the caller's end-to-end headers and ours."""
+        given, drop = request.headers, COMPUTED
+        if self._settings().auth.invoke:
+            drop |= {b"authorization"}  # it was for us
+        headers = forward_headers(request.raw_headers, drop)
+        hops = given.getall("X-Forwarded-For", []) if "X-Forwarded-For" in given else []
+        if request.remote:
+            hops = [*hops, request.remote]
+        headers.append((b"X-Call-Id", call_id.encode()))
+        headers.append((b"X-Start-Time", b"%d" % start_time))
+        if hops:
+            headers.append((b"X-Forwarded-For", ", ".join(hops).encode("utf-8", "surrogateescape")))
+        if "X-Forwarded-Host" not in given and (host := given.get("Host")):
+            headers.append((b"X-Forwarded-Host", host.encode("utf-8", "surrogateescape")))
+        return headers
+
+    async def _chunks(self, request: web.BaseRequest, whole: bool = False) -> AsyncIterator[bytes]:
+        """The request's body as it comes in; within read_timeout as a whole, or each piece. Raises Refused."""
+        loop, limit = asyncio.get_running_loop(), self._settings().gateway.read_timeout
+        if request.headers.get("Expect", "").lower() == "100-continue":  # RFC 9110 10.1.1: the client waits to be asked
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the response itself has not begun
+        until = loop.time() + limit
+        try:
+            while True:
+                async with asyncio.timeout_at(until if whole else loop.time() + limit):
+                    chunk = await request.content.readany()
+                if not chunk:
+                    return
+                yield chunk
+        except TimeoutError:
+            line = "the request's body did not come within gateway.read_timeout"
+            raise Refused(408, line, {"Connection": "close"}) from None
+        except (aiohttp.ClientError, web.RequestPayloadError, HttpProcessingError):
+            raise Refused(400, "the request's body is not valid HTTP", {"Connection": "close"}) from None
+
+    async def _body(self, request: web.BaseRequest, limit: int) -> bytes:
+        """The whole body, refused as soon as it is known to be too long."""
+        too_long = f"the body is longer than gateway.max_payload ({limit} bytes)"
+        if (request.content_length or 0) > limit:
+            raise Refused(413, too_long)
+        if request.content.is_eof():  # it came with the headers
+            body: bytes = request.content.read_nowait()
+            if len(body) > limit:
+                raise Refused(413, too_long)
+            return body
+        parts, length = [], 0
+        async for chunk in self._chunks(request, whole=True):
+            parts.append(chunk)
+            if (length := length + len(chunk)) > limit:
+                raise Refused(413, too_long)
+        return b"".join(parts)
+
+    # -- /function
+
+    async def _sync(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        start_time = time.time_ns()
+        function, rest = self._find(target)
+        given = request.headers.get("X-Call-Id")
+        call_id = new_id() if given is None else read_controls({"X-Call-Id": given}, self._settings(), 0)["X-Call-Id"]
+        ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
+        slots, through = self._functions.slots, self._through_command if function.command else self._through_http
+        if slots.full(function.key):
+            line = f"function {function.name} runs max_inflight calls already, try again"
+            raise Refused(429, line, {"Retry-After": "1", **ours})
+        with slots.hold(function.key), self._metrics.counted(function.key) as status:
+            try:
+                body, length = await self._sync_body(request)
+                ask = Ask(request.method, rest, self._headers(request, call_id, start_time) + length, body)
+                response = await through(request, function, ask, ours)
+            except Refused as exc:
+                status.append(exc.status)
+                exc.headers.update(ours)
+                raise
+            status.append(response.status)
+        log_with(logging.DEBUG, "sync call ended", call_id=call_id, function=function.name, http_status=response.status)
+        return response
+
+    async def _sync_body(
+        self, request: web.BaseRequest
+    ) -> tuple[bytes | AsyncIterator[bytes], list[tuple[bytes, bytes]]]:
+        """A small body as a whole, a large one as a stream, with the length that goes with it."""
+        length = request.content_length
+        if not request.body_exists:
+            return b"", []
+        if length is not None and length <= SMALL_BODY_BYTES:
+            return await self._body(request, SMALL_BODY_BYTES), []
+        return self._chunks(request), [] if length is None else [(b"Content-Length", b"%d" % length)]
+
+    async def _through_command(
+        self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
+    ) -> web.StreamResponse:
+        limit = self._settings().gateway.upstream_timeout
+        outcome = await self._functions.call(function, ask, limit, MAX_RESPONSE_BYTES)
+        if not outcome.answered:
+            raise Refused(outcome.status, outcome.error or "no answer")
+        given = {**as_multidict(outcome.headers), **ours, "X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
+        return web.Response(status=outcome.status, headers=given, body=outcome.body)
+
+    async def _through_http(
+        self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
+    ) -> web.StreamResponse:
+        """Stream both ways. A client that goes away cancels this, and so closes the connection to the function."""
+        config, started = self._settings().gateway, time.perf_counter()
+        response: Answer | None = None
+        try:
+            async with asyncio.timeout(config.upstream_timeout), self._functions.request(function, ask) as answer:
+                given = as_multidict(forward_headers(answer.raw_headers, SET_BY_US))
+                given.update(ours)
+                given.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
+                response = Answer(status=answer.status, reason=answer.reason, headers=given)
+                await response.prepare(request)
+                while chunk := await answer.content.readany():
+                    await self._send(request, response, chunk, config.write_timeout)
+                await response.write_eof()
+                return response
+        except (aiohttp.ClientError, OSError) as exc:
+            if isinstance(exc.__cause__, Refused):  # the client's body could not be read
+                raise exc.__cause__ from None
+            outcome = failure(exc, f"function {function.name}")
+            gone = request.transport is None or request.transport.is_closing()
+            if not gone:
+                log_with(logging.WARNING, "sync call failed", error=outcome.error, call_id=ours["X-Call-Id"])
+            if response is None:
+                raise Refused(outcome.status, outcome.error or "no answer") from None
+            if request.transport is not None:
+                request.transport.abort()  # the client has to see that the answer is not whole
+            return response
+
+    async def _send(self, request: web.BaseRequest, response: Answer, chunk: bytes, limit: float) -> None:
+        """Pass a piece on; a client that takes nothing for `limit` seconds is cut off."""
+        timer = asyncio.get_running_loop().call_later(limit, request.transport.abort) if request.transport else None
+        try:
+            await response.write(chunk)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    # -- /async-function
+
+    async def _async(self, request: web.BaseRequest, target: str, app: str | None = None) -> web.StreamResponse:
+        if request.method == "DELETE" and app is None:
+            await self._queue.cancel(unquote(target.partition("?")[0]))
+            return web.Response(status=202)
+        if request.method != "POST" and app is None:
+            line = "a queued call is made with POST and cancelled with DELETE: there is nothing to get here"
+            raise Refused(405, line + ", its record is at /system/calls/{call-id}", {"Allow": "POST, DELETE"})
+        start_time = time.time_ns()
+        function, rest = self._find(target)
+        config, now, own = self._settings(), start_time / 1e9, new_id()
+        asked = read_controls(request.headers, config, now).get
+        call_id = asked("X-Call-Id", own)
+        queue = asked("X-Queue") or function.queue_name
+        body = await self._body(request, config.gateway.max_payload)
+        call = Invocation(
+            own, call_id, function.name, function.namespace, queue, app, start_time,
+            max(now, asked("X-Delay", now), asked("X-Not-Before", now)), asked("X-Deadline"),
+            asked("X-Max-Attempts") or function.retry.attempts, asked("X-Callback-Url"),
+            asked("X-Failure-Callback-Url"), asked("Idempotency-Key"), rest,
+            pack_headers(self._headers(request, call_id, start_time)), body,
+        )  # fmt: skip
+        call_id = await self._queue.enqueue(call)
+        self._metrics.submitted(queue).inc()
+        headers = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
+        headers["Location"] = f"/system/calls/{call_id if call_id is own else quote(call_id, safe='')}"
+        if app is not None or "application/json" in request.headers.get("Accept", ""):
+            return as_json({"call_id": call_id}, 202, headers)
+        return web.Response(status=202, headers=headers)
+
+    async def _fn_route(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        """Fn Project, 2017: /r/{app}/{route}. The app is a label; what the function is decides how it is called."""
+        app, _, route = target.partition("/")
+        function, _ = self._find(route)
+        if function.type == "async":
+            return await self._async(request, route, app)
+        return await self._sync(request, route)
+
+
+# --- Daemon ---------------------------------------------------------------------------------------------------------
+# puts the parts together, owns their lifecycle
+
+
+class Daemon:
+    """The composition root. `run()` returns the exit code."""
+
+    def __init__(self, config: Config, path: str | None) -> None:
+        self.config = config
+        self._path = path
+        self._consumers: dict[str, Consumer] = {}
+        self._stop = asyncio.Event()  # first signal, or a side task that failed
+        self._hurry = asyncio.Event()  # second signal, or drain_timeout
+        self._exit = 0
+
+        def settings() -> Config:
+            return self.config
+
+        self.metrics = Metrics()
+        self.queue: Queue = SqliteQueue(store_path(config), settings, self.metrics)
+        self.functions = Functions(settings)
+        self.operator = Operator(settings, self.queue, self.metrics)
+        self.gateway = Gateway(settings, self.queue, self.functions, self.metrics, self.operator)
+        self.invoker = Invoker(settings, self.functions, self.metrics)
+        self.sender = CallbackSender(settings, self.metrics)
+        self.functions.slots.freed = self._wake_all
+        self.operator.inflight = lambda: {name: consumer.inflight for name, consumer in self._consumers.items()}
+
+    async def run(self) -> int:
+        """Start everything, serve until a signal, stop in order."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._signals()
+            await self.queue.open(self._wake, self._cancel, self._final)
+            stack.push_async_callback(self.queue.close)
+            await self.functions.open()
+            stack.push_async_callback(self.functions.close)
+            runner = web.ServerRunner(self._server(), shutdown_timeout=0.1)  # the drain comes before
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            sites = await self._listen(runner)
+            await self.sender.open()
+            stack.push_async_callback(self.sender.close)
+            self._start_consumers()
+            side = [asyncio.create_task(self._housekeeping(), name="housekeeping")]
+            if usec := os.environ.get("WATCHDOG_USEC"):
+                side.append(asyncio.create_task(self._watchdog(int(usec) / 2e6), name="watchdog"))
+            for task in side:
+                task.add_done_callback(self._side_task_ended)
+            sd_notify("READY=1\nSTATUS=accepting calls")
+            await self._stop.wait()
+            await self._drain(sites)
+            for task in side:
+                task.cancel()
+            await asyncio.gather(*side, return_exceptions=True)
+        log.info("stopped")
+        return self._exit
+
+    def _server(self) -> Server:
+        return Server(
+            self.gateway.handle, handler_cancellation=True, auto_decompress=False, access_log=None, logger=log,
+            keepalive_timeout=self.config.gateway.read_timeout, max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+        )  # fmt: skip
+
+    async def _listen(self, runner: web.ServerRunner) -> list[web.BaseSite]:
+        """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
+        passed = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+        sites: list[web.BaseSite] = [web.SockSite(runner, socket.socket(fileno=3 + n)) for n in range(passed)]
+        for address in () if passed else self.config.gateway.listen:
+            host, _, port = address.rpartition(":")
+            if address.startswith("unix:"):
+                Path(address[5:]).unlink(missing_ok=True)  # noqa: ASYNC240 (before anything is served)
+                sites.append(web.UnixSite(runner, address[5:]))
+            else:
+                sites.append(web.TCPSite(runner, host.strip("[]") or None, int(port), backlog=1024))
+        for site in sites:
+            try:
+                await site.start()
+            except OSError as exc:
+                raise ConfigError([f"gateway.listen: {site.name}: {exc.strerror or exc}"]) from exc
+        own = []
+        for name in runner.addresses:
+            host = f"[{name[0]}]" if isinstance(name, tuple) and ":" in name[0] else name[0]
+            shown = f"http://{host}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
+            own.append(shown.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
+            log.info("listening on %s", shown)
+        self.sender.own_address = min(own, key=lambda address: address.startswith("unix:"))
+        return sites
+
+    # -- consumers and what the queue tells
+
+    def _start_consumers(self) -> None:
+        """One for each queue that has a name somewhere, one for callbacks; called again on reload."""
+        for name in (*self.config.queues, CALLBACKS):
+            self._consumer(name)
+
+    def _consumer(self, name: str) -> None:
+        if name in self._consumers or self._stop.is_set():
+            return
+        if name == CALLBACKS:
+            self._consumers[name] = Consumer(name, self.queue, self.sender)
+            return
+        if name not in self.config.queues:
+            log.warning("queue %s has calls but is not in the configuration: it runs with the defaults", name)
+        self._consumers[name] = Consumer(name, self.queue, self.invoker)
+
+    def _wake(self, name: str) -> None:
+        self._consumer(name)
+        if name in self._consumers:
+            self._consumers[name].wake()
+
+    def _wake_all(self) -> None:
+        for consumer in self._consumers.values():
+            consumer.wake()
+
+    def _cancel(self, token: int) -> None:
+        for consumer in self._consumers.values():
+            consumer.cancel(token)
+
+    def _final(self, call: Ended) -> None:
+        self.operator.final(call.call_id)
+        self.metrics.calls(call.status).inc()
+        log_with(logging.INFO, "call ended", **call._asdict())
+
+    # -- side tasks
+
+    async def _housekeeping(self) -> None:
+        """Prune what is past its time."""
+        while True:
+            with contextlib.suppress(StoreError):  # the queue keeps the reason for /readyz
+                while await self.queue.prune():
+                    pass
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    async def _watchdog(self, interval_s: float) -> None:
+        """Tell systemd that we are alive, but only after the event loop and the queue's writer both answered."""
+        while True:
+            with contextlib.suppress(StoreError):  # it answered
+                stats = await self.queue.stats()
+                waiting = sum(sum(item.waiting.values()) for item in stats.values())
+                running = sum(consumer.inflight for consumer in self._consumers.values())
+                sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
+            sd_notify("WATCHDOG=1")
+            await asyncio.sleep(interval_s)
+
+    def _side_task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.critical("%s failed, stopping", task.get_name(), exc_info=exc)
+            self._exit = EXIT_FAILURE
+            self._stop.set()
+
+    # -- signals
+
+    def _signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _terminate(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    def _reload(self) -> None:
+        """Take over functions, queues, retry, callback, calls and log; the rest needs a restart."""
+        try:
+            new = load_config(self._path)
+        except ConfigError as exc:
+            for problem in exc.problems:
+                log.error("%s", problem)
+            log.error("configuration not reloaded: the old settings stay")
+            return
+        kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "store", "credentials")}
+        changed = [name for name in ("gateway", "auth", "store") if getattr(new, name) != kept[name]]
+        self.config = replace(new, **kept)
+        setup_logging(new.log)
+        for name in changed:
+            log.warning("[%s] has changed: that needs a restart", name)
+        self._start_consumers()
+        self._wake_all()
+        log.info("configuration reloaded")
+
+    async def _drain(self, sites: Sequence[web.BaseSite]) -> None:
+        """Stop listening and claiming, let what runs end within drain_timeout, queue the rest again."""
+        sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
+        log.info("stopping: waiting up to %.0f s for running functions", self.config.gateway.drain_timeout)
+        self.operator.drain()
+        for site in sites:
+            await site.stop()
+        timer = asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
+        ends = [asyncio.create_task(event.wait()) for event in (self.gateway.idle, self._hurry)]
+        await asyncio.gather(*(consumer.stop(self._hurry) for consumer in self._consumers.values()))
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        timer.cancel()
+        for task in ends:
+            task.cancel()
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the daemon until a signal."""
+    config = load_config(args.config)
+    if args.listen:
+        try:
+            config = replace(config, gateway=replace(config.gateway, listen=addresses(args.listen)))
+        except ValueError as exc:
+            raise ConfigError([f"--listen: {exc}"]) from exc
+    setup_logging(config.log)
+
+    async def main() -> int:
+        return await Daemon(config, args.config).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
+        return runner.run(main())
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check a configuration file."""
+    config = load_config(args.config)
+    print(f"{args.config or 'defaults'}: ok, {len(config.functions)} functions, {len(config.queues)} queues")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; its --help is the manual."""
+    top = argparse.ArgumentParser(prog="faasd-async", description="Run functions in the background on one machine.")
+    top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
+    commands = top.add_subparsers(metavar="COMMAND")
+    serve_parser = commands.add_parser("serve", help="run the daemon (what happens without a command)")
+    check_parser = commands.add_parser("check", help="check a configuration file; exit code 78 when it is wrong")
+    for sub, run in ((top, serve), (serve_parser, serve), (check_parser, check)):
+        default = None if sub is top else argparse.SUPPRESS
+        sub.add_argument("--config", metavar="FILE", default=default, help="TOML file; without it all defaults")
+        if run is serve:
+            sub.add_argument("--listen", metavar="ADDRESS", default=default, help="instead of gateway.listen")
+        sub.set_defaults(run=run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Every fatal error ends here, as one line for each problem and an exit code from sysexits.h."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ConfigError as exc:
+        print("\n".join(exc.problems), file=sys.stderr)
+        return EXIT_CONFIG
+    except StoreError as exc:
+        print(f"faasd-async: {exc}", file=sys.stderr)
+        return EXIT_TEMPFAIL if isinstance(exc, StoreLocked) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

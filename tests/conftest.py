@@ -1,0 +1,506 @@
+"""Real things to test with: the daemon as a process of its own, functions and callback sinks as HTTP servers.
+
+Nothing here stands in for a part of the daemon. `daemon` starts `faasd_async.py serve` on a free port with a
+store in the test's own folder; `function` and `sink` are real servers in the test's event loop that note what
+they are sent, byte for byte, and do what the test tells them to. A test waits for what happens ("the
+function has seen two requests", "this line is in the log"), never for time to pass.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import tomllib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+from aiohttp import web
+from multidict import CIMultiDict
+
+SCRIPT = Path(__file__).resolve().parent.parent / "faasd_async.py"
+
+# How long anything that is waited for may take before the test fails. Never reached when all is well, so it is
+# long enough for a busy machine, and no test depends on its value.
+PATIENCE = 30.0
+
+# Added to every test's own settings, which win: a free port, and waits that suit a test and not the world.
+DEFAULTS: dict[str, Any] = {
+    "gateway": {"listen": "127.0.0.1:0"},
+    "retry": {"min_wait": "50ms", "max_wait": "200ms"},
+    "callback": {"min_wait": "50ms", "max_wait": "200ms"},
+}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in it, table by table."""
+    both = dict(base)
+    for key, value in over.items():
+        both[key] = merge(both.get(key, {}), value) if isinstance(value, Mapping) else value
+    return both
+
+
+def to_toml(tables: Mapping[str, Any], name: str = "") -> str:
+    """Nested dicts as TOML. A JSON string, number, boolean or list is a TOML one too."""
+    values, inner = [], []
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            header = f"{name}.{json.dumps(key)}".removeprefix(".")
+            inner.append(f"[{header}]\n{to_toml(value, header)}")
+        else:
+            values.append(f"{json.dumps(key)} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(values + inner)
+
+
+# ---- the daemon ------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """`faasd_async.py serve` as a process, with its log, on settings and a store that outlive the process."""
+
+    def __init__(
+        self, folder: Path, settings: str, *, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
+        self.folder = folder
+        self.config = folder / "config.toml"
+        self.store = folder / "calls.db"
+        self.env = dict(env or {})  # what the process gets beside our own environment
+        self.prefix = prefix  # a command that execs the daemon, e.g. a shell that sets something up first
+        self.arguments: list[str] = []  # more of them for `serve`
+        self.lines: list[str] = []  # the log of all processes so far
+        self.url = ""  # of the first listener; changes with every start unless the port is kept
+        self.process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._log_ended = False
+        self._news = asyncio.Condition()  # notified for every line, and when the log ends
+        self._session: aiohttp.ClientSession | None = None
+        self.configure(settings)
+
+    def configure(self, settings: str) -> None:
+        """Write the configuration file; a running daemon does not read it before SIGHUP."""
+        self.settings = merge({**DEFAULTS, "store": {"path": str(self.store)}}, tomllib.loads(settings))
+        self.config.write_text(to_toml(self.settings))
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running daemon."""
+        assert self.process is not None, "the daemon is not running"
+        assert self.process.returncode is None, f"the daemon ended by itself:\n{self.log}"
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """All that was logged so far."""
+        return "\n".join(self.lines)
+
+    async def start(self, *, same_port: bool = False) -> None:
+        """Start on what the last process left behind; return once it listens."""
+        assert self.process is None, "the daemon runs already"
+        if same_port:
+            self.configure(to_toml(merge(self.settings, {"gateway": {"listen": urlsplit(self.url).netloc}})))
+        first_line = len(self.lines)
+        await self.spawn()
+        line = await self.wait_for_log("listening on ", first_line)
+        if port := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            self.url = port.group()
+
+    async def spawn(self) -> None:
+        """Start the process without waiting for it to listen."""
+        env = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
+        self.process = await asyncio.create_subprocess_exec(
+            *self.prefix,
+            *(sys.executable, str(SCRIPT), "serve", "--config", str(self.config), *self.arguments),
+            cwd=self.folder,
+            env=env | self.env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            limit=2**20,
+        )
+        self._log_ended = False
+        self._reader = asyncio.create_task(self._read_log(self.process))
+
+    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        async for line in process.stderr:
+            async with self._news:
+                self.lines.append(line.decode().rstrip("\n"))
+                self._news.notify_all()
+        async with self._news:
+            self._log_ended = True
+            self._news.notify_all()
+
+    async def wait_for_log(self, text: str, first_line: int = 0) -> str:
+        """The first log line from `first_line` on that contains `text`, as soon as there is one."""
+
+        def found() -> str | None:
+            return next((line for line in self.lines[first_line:] if text in line), None)
+
+        async with self._news:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait_for(lambda: found() or self._log_ended), PATIENCE)
+        line = found()
+        assert line is not None, f"no {text!r} in the log:\n{self.log}"
+        return line
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the daemon."""
+        os.kill(self.pid, number)
+
+    async def ended(self) -> int:
+        """Wait until the process is gone and its log is read to the end; its exit code."""
+        assert self.process is not None and self._reader is not None
+        code = await asyncio.wait_for(self.process.wait(), PATIENCE)
+        await asyncio.wait_for(self._reader, PATIENCE)
+        self.process = None
+        return code
+
+    async def kill(self) -> None:
+        """SIGKILL, as a power cut or the kernel's OOM killer would do it."""
+        self.signal(signal.SIGKILL)
+        await self.ended()
+
+    async def terminate(self) -> int:
+        """SIGTERM, as systemd does it; the exit code."""
+        self.signal(signal.SIGTERM)
+        return await self.ended()
+
+    async def close(self) -> None:
+        """End of the test: a daemon that still runs must stop well, and none may have logged a traceback."""
+        if self._session is not None:
+            await self._session.close()
+        try:
+            if self.process is not None:
+                assert await self.terminate() == 0, f"the daemon did not stop well:\n{self.log}"
+        finally:
+            if self.process is not None and self.process.returncode is None:
+                await self.kill()
+        assert "Traceback" not in self.log, f"a traceback in the log:\n{self.log}"
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """A client for what this class itself has to ask."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE))
+        return self._session
+
+    async def record(self, call_id: str) -> dict[str, Any]:
+        """The record of a call."""
+        async with self.http.get(f"{self.url}/system/calls/{call_id}") as response:
+            assert response.status == 200, await response.text()
+            record: dict[str, Any] = await response.json()
+            return record
+
+    async def until(self, call_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The record of a call as soon as `condition` holds for it.
+
+        Polls, because the record can change after the last thing that a function or sink sees of the call:
+        the outcome is stored when their answer has come back.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not condition(record := await self.record(call_id)):
+            assert time.monotonic() < deadline, f"waited in vain; the record is {record}, the log\n{self.log}"
+            await asyncio.sleep(0.01)
+        return record
+
+    async def final(self, call_id: str) -> dict[str, Any]:
+        """The record of a call when it is final and nothing is left to do for its callback."""
+        return await self.until(
+            call_id,
+            lambda record: record["completed_at"] is not None and record["callback"]["status"] != "pending",
+        )
+
+    async def submit(self, path: str, body: bytes = b"", **headers: str) -> str:
+        """POST to /async-function/`path` and the call id of the 202; `X_Delay="1s"` is the header X-Delay."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.http.post(f"{self.url}/async-function/{path}", data=body, headers=named) as response:
+            assert response.status == 202, await response.text()
+            return response.headers["X-Call-Id"]
+
+
+class StartDaemon(Protocol):
+    """What the `daemon` fixture gives."""
+
+    async def __call__(
+        self, settings: str, *, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), start: bool = True
+    ) -> Daemon: ...
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
+    """Start a daemon: `await daemon('''TOML''')`. All are stopped and looked over when the test ends."""
+    async with contextlib.AsyncExitStack() as all_daemons:
+
+        async def start_daemon(
+            settings: str, *, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), start: bool = True
+        ) -> Daemon:
+            one = Daemon(tmp_path, settings, env=env, prefix=prefix)
+            all_daemons.push_async_callback(one.close)
+            if start:
+                await one.start()
+            return one
+
+        yield start_daemon
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def run(*command: str | Path, stdin: bytes = b"") -> Finished:
+    """Run a command to its end. A command that is not installed is an error, not a reason to skip."""
+    process = await asyncio.create_subprocess_exec(
+        *map(str, command),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(stdin), PATIENCE)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return Finished(process.returncode, out.decode(), err.decode())
+
+
+# ---- functions and callback sinks ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it was sent: nothing decoded, normalised or merged."""
+
+    method: str
+    target: str
+    raw_headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    arrived: float  # monotonic
+
+    @property
+    def headers(self) -> CIMultiDict[str]:
+        """The headers with names that compare without case; `getall()` has the repeats in order."""
+        return CIMultiDict((name.decode(), value.decode("latin-1")) for name, value in self.raw_headers)
+
+    @property
+    def call_id(self) -> str:
+        """The call id that came with it."""
+        return self.headers["X-Call-Id"]
+
+
+Behaviour = Callable[[web.BaseRequest, Request], Awaitable[web.StreamResponse]]
+
+
+async def ok(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+    """What a server does unless told otherwise."""
+    return web.Response(text="ok")
+
+
+def answer(status: int = 200, body: bytes = b"", **headers: str) -> Behaviour:
+    """A behaviour: always this answer; `Retry_After="1"` is the header Retry-After."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return web.Response(status=status, body=body, headers=named)
+
+    return behaviour
+
+
+async def never(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+    """A behaviour: no answer at all."""
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+class Gate:
+    """A behaviour: so many requests pass at once, the others wait until the gate is opened."""
+
+    def __init__(self, passing: int = 0) -> None:
+        self.passing = passing
+        self._opened = asyncio.Event()
+
+    def open(self) -> None:
+        """Let everybody through, from now on."""
+        self._opened.set()
+
+    async def __call__(self, request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        """Answer `ok` in the end."""
+        self.passing -= 1
+        if self.passing < 0:
+            await self._opened.wait()
+        return await ok(request, seen)
+
+
+class Server:
+    """A real HTTP server in the test's event loop: a function, or the receiver of callbacks."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []  # in order of arrival, each complete with its body
+        self.behaviour: Behaviour = ok
+        self.reads_body = True  # False: the behaviour reads it, piece by piece
+        self.running = 0  # requests that wait for their answer now
+        self.most_running = 0  # the most there ever were at once
+        self.cancelled = 0  # requests whose client went away before the answer
+        self.port = 0
+        self._news = asyncio.Condition()  # notified for each arrival and each end of a request
+        self._runner: web.ServerRunner | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def call_ids(self) -> list[str]:
+        """The call ids of all requests, in order of arrival."""
+        return [request.call_id for request in self.requests]
+
+    async def start(self) -> None:
+        """Listen, on the same port as before when it was stopped."""
+        server = web.Server(self._handle, auto_decompress=False, handler_cancellation=True, access_log=None)
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.01)  # 0 would wait for ever
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Close all connections; from now on new ones are refused."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        arrived = time.monotonic()
+        body = await request.read() if self.reads_body else b""
+        seen = Request(request.method, request.raw_path, request.raw_headers, body, arrived)
+        await self._note(+1, seen)
+        try:
+            return await self.behaviour(request, seen)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            await self._note(-1)
+
+    async def _note(self, started: int, seen: Request | None = None) -> None:
+        self.running += started
+        self.most_running = max(self.most_running, self.running)
+        if seen is not None:
+            self.requests.append(seen)
+        async with self._news:
+            self._news.notify_all()
+
+    async def until(self, condition: Callable[[], bool], what: str = "condition") -> None:
+        """Wait until `condition`, which is about this server's attributes, holds."""
+        async with self._news:
+            try:
+                await asyncio.wait_for(self._news.wait_for(condition), PATIENCE)
+            except TimeoutError:
+                raise AssertionError(f"{what} not met with {len(self.requests)} requests") from None
+
+    async def wait_for(self, number: int) -> list[Request]:
+        """The requests as soon as there are at least `number` of them."""
+        await self.until(lambda: len(self.requests) >= number, f"{number} requests")
+        return self.requests
+
+
+@pytest.fixture
+async def function() -> AsyncIterator[Server]:
+    """A function behind HTTP."""
+    server = Server()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def sink() -> AsyncIterator[Server]:
+    """A receiver of callbacks."""
+    server = Server()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+def refused() -> Iterator[str]:
+    """A URL whose port nobody listens on, and nobody else can take meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+# ---- clients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client that keeps its hands off: no decompression, no cookies."""
+    async with aiohttp.ClientSession(
+        auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(PATIENCE)
+    ) as session:
+        yield session
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer as it came over the wire."""
+
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+def parse(data: bytes) -> Reply:
+    """Split one answer, of a connection that was closed after it, into its parts; chunks are left as they are."""
+    if not data:
+        raise ConnectionError("the connection was closed without an answer")
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *rest = head.decode().split("\r\n")
+    fields = (line.partition(":") for line in rest)
+    return Reply(int(first.split()[1]), CIMultiDict((name, value.strip()) for name, _, value in fields), body)
+
+
+async def raw(url: str, data: bytes) -> Reply:
+    """Send exactly `data` to the server of `url`, which must ask for the connection to be closed; its answer."""
+    async with connection(url) as (reader, writer):
+        writer.write(data)
+        return parse(await asyncio.wait_for(reader.read(), PATIENCE))
+
+
+@contextlib.asynccontextmanager
+async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A TCP connection to the server of `url`, for tests that care when which bytes are sent."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def ask(
+    url: str, target: str, *headers: str, method: str = "GET", body: bytes = b"", host: str = "gateway.example"
+) -> Reply:
+    """A request with exactly this target and these `Name: value` lines (and Host, framing, `Connection: close`)."""
+    length = [f"Content-Length: {len(body)}"] if body or method == "POST" else []
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *headers, *length]
+    if not any(line.lower().startswith("connection:") for line in headers):
+        lines.append("Connection: close")
+    return await raw(url, "\r\n".join([*lines, "", ""]).encode() + body)

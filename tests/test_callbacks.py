@@ -1,0 +1,370 @@
+"""Callbacks: what is posted where, and how hard the daemon tries."""
+
+import asyncio
+import base64
+import gzip
+
+import pytest
+from aiohttp import web
+from conftest import Daemon, Request, Server, StartDaemon, answer, never, run
+
+CREDENTIALS = "sink-user:s%3Acret%40word"  # user `sink-user`, password `s:cret@word`
+PASSWORDS = ("s%3Acret%40word", "s:cret@word", base64.b64encode(b"sink-user:s:cret@word").decode())
+
+
+@pytest.fixture
+async def gateway(daemon: StartDaemon, function: Server) -> Daemon:
+    """A daemon with one function, `echo`, that is called twice at most."""
+    return await daemon(f'[functions.echo]\nurl = "{function.url}"\n[retry]\nattempts = 2')
+
+
+# ---- what is posted --------------------------------------------------------------------------------------------
+
+
+async def test_the_outcome_is_posted_to_the_callback(gateway: Daemon, function: Server, sink: Server) -> None:
+    """Body and headers of the function's answer, and what the daemon knows about the call."""
+    function.behaviour = answer(201, b"made it", Content_Type="text/x-outcome", X_Own="v")
+    call_id = await gateway.submit("echo", b"body", X_Callback_Url=f"{sink.url}/hook?a=%2F&b")
+    (request,) = await sink.wait_for(1)
+    headers = request.headers
+    assert (request.method, request.target, request.body) == ("POST", "/hook?a=%2F&b", b"made it")
+    assert (headers["Content-Type"], headers["X-Own"]) == ("text/x-outcome", "v")
+    assert (headers["X-Call-Id"], headers["X-Function-Name"]) == (call_id, "echo")
+    assert (headers["X-Function-Status"], headers["X-Retry"], headers["X-Retry-Max"]) == ("201", "0", "2")
+    assert float(headers["X-Duration-Seconds"]) > 0
+    assert headers["X-Start-Time"] == function.requests[0].headers["X-Start-Time"]
+    assert headers["User-Agent"].startswith("faasd-async/")
+
+
+async def test_a_callback_tells_how_often_the_function_was_tried_again(
+    gateway: Daemon, function: Server, sink: Server
+) -> None:
+    """X-Retry of X-Retry-Max, whatever the callback's own attempts."""
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return web.Response(status=500 if len(function.requests) == 1 else 200)
+
+    function.behaviour = behaviour
+    await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.headers["X-Retry"], request.headers["X-Retry-Max"]) == ("1", "2")
+
+
+async def test_every_header_of_a_callback_is_there_once(gateway: Daemon, function: Server, sink: Server) -> None:
+    """What the function set is not doubled by the daemon, and its repeats are not merged."""
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        response = web.Response(body=b"x", headers={"X-Duration-Seconds": "0.5", "X-Call-Id": "the-functions-own"})
+        response.headers.extend([("X-Many", "1"), ("X-Many", "2")])
+        return response
+
+    function.behaviour = behaviour
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    headers = request.headers
+    assert headers.getall("X-Many") == ["1", "2"]
+    assert headers.getall("X-Call-Id") == [call_id]
+    for name in ("X-Duration-Seconds", "Content-Type", "Content-Length", "Host", "User-Agent", "X-Function-Status"):
+        assert len(headers.getall(name)) == 1, headers
+
+
+async def test_a_compressed_outcome_is_posted_as_it_is(gateway: Daemon, function: Server, sink: Server) -> None:
+    """The bytes that the function gave, under the Content-Encoding that it gave."""
+    packed = gzip.compress(b"a" * 1000)
+    function.behaviour = answer(body=packed, Content_Encoding="gzip")
+    await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.body, request.headers["Content-Encoding"]) == (packed, "gzip")
+
+
+async def test_hop_by_hop_headers_of_the_outcome_are_not_posted(
+    gateway: Daemon, function: Server, sink: Server
+) -> None:
+    """They were about the function's connection."""
+    function.behaviour = answer(body=b"x", Connection="close, X-Private", X_Private="1", Keep_Alive="timeout=77")
+    await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert not {"X-Private", "Keep-Alive"} & set(request.headers)
+
+
+async def test_a_delivered_callback_is_in_the_record(gateway: Daemon, sink: Server) -> None:
+    """With its URL, its attempts and what the receiver said."""
+    sink.behaviour = answer(204)
+    record = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"{sink.url}/hook"))
+    expected = {"url": f"{sink.url}/hook", "status": "delivered", "attempts": 1, "http_status": 204, "error": None}
+    assert record["callback"] == expected
+
+
+async def test_an_error_is_posted_when_attempts_are_used_up(gateway: Daemon, function: Server, sink: Server) -> None:
+    """One callback with the last answer, not one for each attempt."""
+    function.behaviour = answer(500, b"broken")
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"], record["http_status"]) == ("error", 2, 500)
+    assert [(request.headers["X-Function-Status"], request.body) for request in sink.requests] == [("500", b"broken")]
+
+
+async def test_a_refusal_of_the_function_is_posted_at_once(gateway: Daemon, function: Server, sink: Server) -> None:
+    """A 400 is final; its body goes to the callback."""
+    function.behaviour = answer(400, b"no such figure")
+    await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.headers["X-Function-Status"], request.body) == ("400", b"no such figure")
+    assert len(function.requests) == 1
+
+
+async def test_a_timeout_is_posted_as_504_without_a_body(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """There was no answer to pass on, but the caller is told."""
+    function.behaviour = never
+    gateway = await daemon(
+        f'[functions.echo]\nurl = "{function.url}"\n[retry]\nattempts = 1\n[queues.faas-request]\ntimeout = "100ms"'
+    )
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.headers["X-Function-Status"], request.body, request.call_id) == ("504", b"", call_id)
+    assert (await gateway.final(call_id))["status"] == "timeout"
+
+
+async def test_a_dead_function_is_posted_as_502_without_a_body(daemon: StartDaemon, refused: str, sink: Server) -> None:
+    """The same for one that cannot be reached."""
+    gateway = await daemon(f'[functions.down]\nurl = "{refused}"\n[retry]\nattempts = 2')
+    call_id = await gateway.submit("down", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.headers["X-Function-Status"], request.body, request.call_id) == ("502", b"", call_id)
+    assert (await gateway.final(call_id))["status"] == "error"
+
+
+async def test_netcat_receives_a_callback(gateway: Daemon, function: Server) -> None:
+    """As a person would try it: `nc -l` shows the request as it is."""
+    function.behaviour = answer(body=b"hello from the function\n")
+    listener = await asyncio.create_subprocess_exec(
+        *("nc", "-v", "-l", "127.0.0.1", "0"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert listener.stdin and listener.stdout and listener.stderr
+    try:
+        port = (await listener.stderr.readline()).split()[-1].decode()
+        await gateway.submit("echo", X_Callback_Url=f"http://127.0.0.1:{port}/hook")
+        text = await listener.stdout.readuntil(b"hello from the function\n")
+        assert text.startswith(b"POST /hook HTTP/1.1\r\n")
+        listener.stdin.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        listener.stdin.close()
+    finally:
+        await asyncio.wait_for(listener.wait(), 30)
+
+
+# ---- trying again ----------------------------------------------------------------------------------------------
+
+
+async def test_a_callback_is_tried_again_without_running_the_function_again(
+    gateway: Daemon, function: Server, sink: Server
+) -> None:
+    """The receiver is not well for a moment, in every way that HTTP has for it."""
+    statuses = [408, 429, 500, 502, 503, 504, 200]
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return web.Response(status=statuses[len(sink.requests) - 1])
+
+    sink.behaviour = behaviour
+    record = await gateway.final(await gateway.submit("echo", X_Callback_Url=sink.url))
+    assert len({(request.body, request.call_id, request.headers["X-Start-Time"]) for request in sink.requests}) == 1
+    assert (record["callback"]["status"], record["callback"]["attempts"]) == ("delivered", len(statuses))
+    assert (record["status"], record["attempts"], len(function.requests)) == ("success", 1, 1)
+
+
+async def test_a_callback_waits_for_a_receiver_that_is_down(gateway: Daemon, function: Server, sink: Server) -> None:
+    """A refused connection is tried again, too."""
+    await sink.stop()
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    record = await gateway.until(call_id, lambda record: record["callback"]["attempts"] >= 2)
+    assert (record["status"], record["callback"]["status"]) == ("success", "pending")
+    assert record["callback"]["error"]
+    await sink.start()
+    (request,) = await sink.wait_for(1)
+    assert (request.call_id, request.body) == (call_id, b"ok")
+    assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
+    assert len(function.requests) == 1
+
+
+async def test_a_receiver_that_does_not_answer_is_given_up_for_now(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """`callback.timeout` ends an attempt, and the next one follows."""
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return await never(request, seen) if len(sink.requests) == 1 else web.Response()
+
+    sink.behaviour = behaviour
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\ntimeout = "200ms"')
+    record = await gateway.final(await gateway.submit("echo", X_Callback_Url=sink.url))
+    assert (record["callback"]["status"], record["callback"]["attempts"]) == ("delivered", 2)
+    assert len(function.requests) == 1
+
+
+async def test_the_attempts_of_a_callback_are_limited(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """After `callback.attempts` it has failed; the call itself is still a success."""
+    sink.behaviour = answer(500)
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 3')
+    record = await gateway.final(await gateway.submit("echo", X_Callback_Url=sink.url))
+    assert len(sink.requests) == 3
+    assert (record["status"], record["callback"]["status"]) == ("success", "failed")
+    assert (record["callback"]["attempts"], record["callback"]["http_status"]) == (3, 500)
+
+
+async def test_a_refusal_of_the_receiver_is_final(gateway: Daemon, sink: Server) -> None:
+    """A receiver that does not want it will not want it later."""
+    for status in (400, 401, 404, 410, 422):
+        sink.behaviour = answer(status)
+        record = await gateway.final(await gateway.submit("echo", X_Callback_Url=sink.url))
+        assert (record["callback"]["status"], record["callback"]["attempts"]) == ("failed", 1)
+        assert record["callback"]["http_status"] == status
+    assert len(sink.requests) == 5
+
+
+async def test_a_redirect_is_a_failure(gateway: Daemon, sink: Server) -> None:
+    """Following it would drop the body, so it is not followed."""
+    for status in (301, 302, 303, 307, 308):
+        sink.behaviour = answer(status, Location=f"{sink.url}/there")
+        record = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"{sink.url}/here"))
+        assert record["callback"]["status"] == "failed", status
+    assert {request.target for request in sink.requests} == {"/here"}
+
+
+async def test_a_pending_callback_survives_kill_9(gateway: Daemon, function: Server, sink: Server) -> None:
+    """It is delivered by the next process, and the function is not run again for it."""
+    function.behaviour = answer(body=b"the only run")
+    await sink.stop()
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    await gateway.until(call_id, lambda record: record["callback"]["attempts"] >= 1)
+    await gateway.kill()
+    await sink.start()
+    await gateway.start()
+    (request,) = await sink.wait_for(1)
+    assert (request.call_id, request.body, request.headers["X-Function-Status"]) == (call_id, b"the only run", "200")
+    record = await gateway.final(call_id)
+    assert (record["callback"]["status"], record["status"], record["attempts"]) == ("delivered", "success", 1)
+    assert len(function.requests) == 1
+
+
+async def test_a_callback_that_was_cut_off_by_kill_9_is_sent_again(
+    gateway: Daemon, function: Server, sink: Server
+) -> None:
+    """At least once: the receiver had it, but the daemon never heard so."""
+    sink.behaviour = never
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    await sink.wait_for(1)
+    await gateway.kill()
+    sink.behaviour = answer()
+    await gateway.start()
+    requests = await sink.wait_for(2)
+    assert [request.call_id for request in requests] == [call_id, call_id]
+    assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
+    assert len(function.requests) == 1
+
+
+async def test_a_pending_callback_survives_a_clean_stop(gateway: Daemon, function: Server, sink: Server) -> None:
+    """SIGTERM does not wait for a receiver that is down, nor forget it."""
+    await sink.stop()
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    await gateway.until(call_id, lambda record: record["callback"]["attempts"] >= 1)
+    assert await gateway.terminate() == 0
+    await sink.start()
+    await gateway.start()
+    assert (await sink.wait_for(1))[0].call_id == call_id
+    assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
+    assert len(function.requests) == 1
+
+
+async def test_a_dead_receiver_does_not_hold_up_other_callbacks(
+    daemon: StartDaemon, function: Server, refused: str, sink: Server
+) -> None:
+    """Many calls wait for a receiver that is down; one for another receiver is delivered meanwhile."""
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1000\nmax_inflight = 2')
+    for _ in range(50):
+        await gateway.submit("echo", X_Callback_Url=refused)
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    assert (await sink.wait_for(1))[0].call_id == call_id
+
+
+# ---- where it is posted ----------------------------------------------------------------------------------------
+
+
+async def test_the_gateways_names_mean_this_daemon(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """A callback may be another function, sync or async; no name is looked up for it."""
+    function.behaviour = answer(body=b"first result")
+    gateway = await daemon(f'[functions.first]\nurl = "{function.url}"\n[functions.second]\nurl = "{sink.url}"')
+    names = ("gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local", "gateway:8080")
+    urls = [f"http://{name}/{route}/second/path?q=%2F" for name in names for route in ("function", "async-function")]
+    calls = [await gateway.submit("first", X_Callback_Url=url) for url in urls]
+    requests = await sink.wait_for(len(calls))
+    assert sorted(request.call_id for request in requests) == sorted(calls)
+    assert {(request.target, request.body) for request in requests} == {("/path?q=%2F", b"first result")}
+
+
+async def test_a_callback_to_this_daemon_is_delivered(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """Its record shows what the other function answered."""
+    sink.behaviour = answer(201)
+    gateway = await daemon(f'[functions.first]\nurl = "{function.url}"\n[functions.second]\nurl = "{sink.url}"')
+    record = await gateway.final(await gateway.submit("first", X_Callback_Url="http://gateway:8080/function/second"))
+    assert (record["callback"]["status"], record["callback"]["http_status"]) == ("delivered", 201)
+
+
+async def test_the_gateways_names_can_be_set(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """`callback.gateway_hosts` replaces the default."""
+    gateway = await daemon(
+        f'[functions.first]\nurl = "{function.url}"\n[functions.second]\nurl = "{sink.url}"\n'
+        '[callback]\ngateway_hosts = ["edge.example"]'
+    )
+    await gateway.submit("first", X_Callback_Url="http://edge.example/function/second/x")
+    assert (await sink.wait_for(1))[0].target == "/x"
+
+
+async def test_credentials_in_the_url_are_used(gateway: Daemon, sink: Server) -> None:
+    """They are sent as basic authentication, percent-decoded, and are no part of the target."""
+    url = sink.url.replace("://", f"://{CREDENTIALS}@")
+    await gateway.submit("echo", X_Callback_Url=f"{url}/hook")
+    (request,) = await sink.wait_for(1)
+    assert request.headers.getall("Authorization") == [f"Basic {PASSWORDS[2]}"]
+    assert request.target == "/hook"
+
+
+async def test_credentials_in_the_url_are_shown_nowhere(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """Not in the record, not in the log, whether the callback is delivered or fails."""
+    gateway = await daemon(
+        f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 2\n'
+        '[log]\nlevel = "debug"\nwrite_debug = true'
+    )
+    url = sink.url.replace("://", f"://{CREDENTIALS}@")
+    delivered = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"{url}/hook"))
+    sink.behaviour = answer(500)
+    failed = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"{url}/hook"))
+    await sink.stop()
+    unreached = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"{url}/hook"))
+    shown = f"{delivered}{failed}{unreached}{gateway.log}"
+    assert sink.url.removeprefix("http://") in delivered["callback"]["url"]
+    assert not [password for password in PASSWORDS if password in shown]
+
+
+async def test_callbacks_can_be_limited_to_a_list(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """With `callback.allow`, every other host is refused when the call is sent."""
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nallow = ["127.0.0.0/8"]')
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
+    result = await run(
+        *("curl", "-sS", "-d", "x", "-H", "X-Callback-Url: http://192.0.2.1/", "-w", " %{http_code}"),
+        f"{gateway.url}/async-function/echo",
+    )
+    assert result.out.endswith(" 400"), result
+
+
+async def test_a_denied_address_is_not_reached_through_a_name(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """What counts is the address that would be connected to, whatever name leads there."""
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\ndeny = ["127.0.0.0/8", "::1/128"]')
+    call_id = await gateway.submit("echo", X_Callback_Url=f"http://localhost:{sink.port}/")
+    record = await gateway.final(call_id)
+    assert record["callback"]["status"] == "failed"
+    assert sink.requests == []

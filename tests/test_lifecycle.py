@@ -1,0 +1,542 @@
+"""Starting, stopping, reloading, and what is said meanwhile: to systemd, to the log, to the operator."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, SCRIPT, Finished, Gate, Server, StartDaemon, answer, ask, run
+
+
+def settings(function: Server, more: str = "") -> str:
+    """One function, `it`."""
+    return f'[functions.it]\nurl = "{function.url}"\n{more}\n'
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_an_idle_daemon_stops_at_once(daemon: StartDaemon, number: signal.Signals) -> None:
+    """Exit code 0 for either signal."""
+    gateway = await daemon("")
+    gateway.signal(number)
+    assert await gateway.ended() == 0
+
+
+async def test_a_stop_waits_for_what_runs(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """The running call ends well and is known to have; no queued call is started meanwhile."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function, "[queues.faas-request]\nmax_inflight = 1"))
+    running = await gateway.submit("it")
+    queued = await gateway.submit("it")
+    await function.wait_for(1)
+    gateway.signal(signal.SIGTERM)
+    await gateway.wait_for_log("stopping")
+    gate.open()
+    assert await gateway.ended() == 0
+    assert function.call_ids == [running]
+    await gateway.start()
+    record = await gateway.final(running)
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 1, 0)
+    assert (await gateway.final(queued))["status"] == "success"
+
+
+async def test_a_stop_waits_for_running_sync_calls(daemon: StartDaemon, function: Server) -> None:
+    """The client gets its answer; new clients are refused meanwhile."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function))
+    client = asyncio.create_task(ask(gateway.url, "/function/it"))
+    await function.wait_for(1)
+    gateway.signal(signal.SIGTERM)
+    await gateway.wait_for_log("stopping")
+    with pytest.raises(ConnectionError):
+        async with asyncio.timeout(PATIENCE):
+            while True:  # the log line comes just before the listener is closed
+                await ask(gateway.url, "/healthz")
+    gate.open()
+    assert (await client).body == b"ok"
+    assert await gateway.ended() == 0
+
+
+async def test_what_runs_for_too_long_is_queued_again(daemon: StartDaemon, function: Server) -> None:
+    """After `drain_timeout` the call is cancelled without charging the attempt, and runs after the restart."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "100ms"'))
+    call_id = await gateway.submit("it", b"body")
+    await function.wait_for(1)
+    assert await gateway.terminate() == 0
+    await function.until(lambda: function.cancelled == 1, "disconnect")
+    gate.open()
+    await gateway.start()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 1, 0)
+    assert [(request.call_id, request.body) for request in function.requests] == [(call_id, b"body")] * 2
+
+
+async def test_a_drain_timeout_of_nothing_stops_at_once(daemon: StartDaemon, function: Server) -> None:
+    """`0s` is no time, not endless time; neither kind of call holds up the end."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "0s"'))
+    client = asyncio.create_task(ask(gateway.url, "/function/it"))
+    call_id = await gateway.submit("it")
+    await function.wait_for(2)
+    assert await gateway.terminate() == 0
+    await asyncio.gather(client, return_exceptions=True)
+    gate.open()
+    await gateway.start()
+    assert (await gateway.final(call_id))["status"] == "success"
+
+
+async def test_a_second_signal_hurries(daemon: StartDaemon, function: Server) -> None:
+    """Whoever asks twice does not want to wait for the drain; nothing is lost by it."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "1h"'))
+    call_id = await gateway.submit("it")
+    await function.wait_for(1)
+    gateway.signal(signal.SIGTERM)
+    await gateway.wait_for_log("stopping")
+    assert await gateway.terminate() == 0
+    gate.open()
+    await gateway.start()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"]) == ("success", 1)
+
+
+async def test_a_stop_under_load_loses_nothing(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """Whatever was accepted before the end is run, by this process or the next."""
+    gateway = await daemon(settings(function))
+    accepted: list[str] = []
+
+    async def load() -> None:
+        while True:
+            accepted.append(await gateway.submit("it", X_Callback_Url=sink.url))
+
+    clients = [asyncio.create_task(load()) for _ in range(4)]
+    await function.wait_for(50)
+    assert await gateway.terminate() == 0
+    ends = await asyncio.gather(*clients, return_exceptions=True)
+    assert not [end for end in ends if isinstance(end, AssertionError)], "an answer other than 202"
+    await gateway.start()
+    await sink.until(lambda: set(sink.call_ids) >= set(accepted), "every callback arrives")
+    for call_id in accepted:
+        record = await gateway.final(call_id)
+        assert (record["status"], record["interrupted"]) == ("success", 0)
+    assert sorted(function.call_ids) == sorted(set(function.call_ids)), "a call ran twice"
+
+
+# ---- reloading -------------------------------------------------------------------------------------------------
+
+
+async def test_sighup_reloads_the_functions(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """A changed URL and a new function are used from now on, without a restart."""
+    gateway = await daemon(settings(function))
+    await ask(gateway.url, "/function/it")
+    gateway.configure(settings(sink, f'[functions.new]\nurl = "{sink.url}"'))
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("reload")
+    await ask(gateway.url, "/function/it/a")
+    await ask(gateway.url, "/function/new/b")
+    assert ([r.target for r in function.requests], [r.target for r in sink.requests]) == (["/"], ["/a", "/b"])
+
+
+async def test_sighup_reloads_queues_and_retries(daemon: StartDaemon, function: Server) -> None:
+    """A limit that is raised counts for what waits already."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function, "[queues.faas-request]\nmax_inflight = 1"))
+    calls = [await gateway.submit("it") for _ in range(5)]
+    await function.wait_for(1)
+    gateway.configure(settings(function, "[queues.faas-request]\nmax_inflight = 5\n[retry]\nattempts = 2"))
+    gateway.signal(signal.SIGHUP)
+    await function.wait_for(5)
+    gate.open()
+    for call_id in calls:
+        assert (await gateway.final(call_id))["status"] == "success"
+    function.behaviour = answer(500)
+    assert (await gateway.final(await gateway.submit("it")))["attempts"] == 2
+
+
+async def test_a_call_whose_function_was_removed_is_not_lost(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """It ends in an error that says so, and its callback is sent."""
+    function.behaviour = gate = Gate()
+    more = f'[functions.gone]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 1'
+    gateway = await daemon(settings(function, more))
+    await gateway.submit("it")
+    await function.wait_for(1)
+    call_id = await gateway.submit("gone", X_Callback_Url=sink.url)
+    gateway.configure(settings(function, "[retry]\nattempts = 2\n[queues.faas-request]\nmax_inflight = 1"))
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("reload")
+    gate.open()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["callback"]["status"]) == ("error", "delivered")
+    assert "gone" in record["error"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "key"),
+    [
+        ('[functions.it]\nurl = "http://127.0.0.1:1"\nqueu = "x"', "functions.it.queu"),
+        ("[retry]\nattempts = 0", "retry.attempts"),
+        ('[log]\nlevel = "loud"', "log.level"),
+    ],
+)
+async def test_a_broken_file_is_refused_and_the_old_settings_stay(
+    daemon: StartDaemon, function: Server, broken: str, key: str
+) -> None:
+    """The log says which key is wrong; calls go on as before."""
+    gateway = await daemon(settings(function))
+    gateway.configure(broken)
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log(key)
+    assert (await ask(gateway.url, "/function/it")).status == 200
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+async def test_a_file_that_is_no_toml_is_refused_too(daemon: StartDaemon, function: Server) -> None:
+    """A reload in the middle of an edit does no harm."""
+    gateway = await daemon(settings(function))
+    gateway.config.write_text("[functions.it\n")
+    first_line = len(gateway.lines)
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("config.toml", first_line)
+    assert (await ask(gateway.url, "/function/it")).status == 200
+
+
+# ---- systemd ---------------------------------------------------------------------------------------------------
+
+
+class ServiceManager:
+    """The receiving end of sd_notify(3): a real datagram socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.setblocking(False)
+        self.told: list[str] = []  # every line of every datagram so far
+
+    async def wait_for(self, start: str, times: int = 1) -> str:
+        """The last of so many lines that start like this."""
+        async with asyncio.timeout(PATIENCE):
+            while len(found := [line for line in self.told if line.startswith(start)]) < times:
+                data = await asyncio.get_running_loop().sock_recv(self.socket, 2**16)
+                self.told.extend(data.decode().splitlines())
+        return found[-1]
+
+
+def free_address() -> str:
+    """An address to listen on, for a daemon that cannot tell which port it got."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+async def systemd(tmp_path: Path) -> AsyncIterator[ServiceManager]:
+    """A service manager that listens."""
+    manager = ServiceManager(tmp_path / "notify.sock")
+    yield manager
+    manager.socket.close()
+
+
+async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(daemon: StartDaemon, systemd: ServiceManager) -> None:
+    """READY=1 once it listens, STATUS= with something to read, STOPPING=1 on the way out."""
+    gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path)})
+    await systemd.wait_for("READY=1")
+    assert (await ask(gateway.url, "/readyz")).status == 200
+    assert len(await systemd.wait_for("STATUS=")) > len("STATUS=")
+    assert "STOPPING=1" not in systemd.told
+    assert await gateway.terminate() == 0
+    await systemd.wait_for("STOPPING=1")
+
+
+async def test_ready_is_not_said_too_early(daemon: StartDaemon, systemd: ServiceManager) -> None:
+    """When READY=1 arrives, a client can connect."""
+    gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path)}, start=False)
+    address = free_address()
+    gateway.configure(f'[gateway]\nlisten = "{address}"')
+    await gateway.spawn()
+    await systemd.wait_for("READY=1")
+    assert (await ask(f"http://{address}", "/healthz")).status == 200
+
+
+async def test_the_watchdog_is_fed(daemon: StartDaemon, systemd: ServiceManager) -> None:
+    """More than once per WATCHDOG_USEC, for as long as it is well."""
+    gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
+    await systemd.wait_for("WATCHDOG=1", times=3)
+    assert await gateway.terminate() == 0
+
+
+async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, systemd: ServiceManager) -> None:
+    """A process that is stopped (as one in an endless loop would be) sends nothing, and goes on later."""
+    gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
+    await systemd.wait_for("WATCHDOG=1")
+    gateway.signal(signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        # The time in which nothing comes is the thing here: twice WATCHDOG_USEC, after what was on its way.
+        async with asyncio.timeout(1):
+            await systemd.wait_for("WATCHDOG=1", times=1000)
+    gateway.signal(signal.SIGCONT)
+    await systemd.wait_for("WATCHDOG=1", times=1 + len([line for line in systemd.told if line == "WATCHDOG=1"]))
+
+
+async def test_an_abstract_notify_socket_works_too(daemon: StartDaemon, tmp_path: Path) -> None:
+    """A name that starts with @ is in the abstract namespace."""
+    name = f"faasd-async-test-{tmp_path.name}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}")
+        manager.setblocking(False)
+        await daemon("", env={"NOTIFY_SOCKET": f"@{name}"})
+        data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(manager, 2**16), PATIENCE)
+    assert b"READY=1" in data.splitlines()
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------
+
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d|\d\d:\d\d:\d\d")
+
+
+async def test_the_end_of_a_call_is_one_line(daemon: StartDaemon, function: Server) -> None:
+    """Call id, function, status, attempts and duration, in one line per call."""
+    function.behaviour = answer(500)
+    gateway = await daemon(settings(function, "[retry]\nattempts = 2"))
+    await gateway.final(await gateway.submit("it", X_Call_Id="trace-17"))
+    function.behaviour = answer()
+    await gateway.final(await gateway.submit("it", X_Call_Id="trace-18"))
+    assert await gateway.terminate() == 0
+    failed = [line for line in gateway.lines if "trace-17" in line]
+    worked = [line for line in gateway.lines if "trace-18" in line]
+    assert (len(failed), len(worked)) == (2, 1), "one line for an attempt that is not the last, one for the end"
+    for line, words in ((failed[-1], ("it", "error", "2")), (worked[-1], ("it", "success", "1"))):
+        assert all(re.search(rf"\b{word}\b", line) for word in words), line
+        assert re.search(r"\d\.\d+ ?s|duration[^ ]*[=:] ?\d", line), line
+
+
+async def test_a_log_line_has_a_time(daemon: StartDaemon) -> None:
+    """On a terminal or in a file, nobody else adds one."""
+    gateway = await daemon("")
+    assert all(TIMESTAMP.search(line) for line in gateway.lines), gateway.log
+
+
+# Runs a command the way systemd does: with the device and inode of the stream that goes to the journal.
+UNDER_JOURNAL = ("sh", "-c", 'export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr); exec "$@"', "sh")
+
+
+async def test_the_journal_has_its_own_time(daemon: StartDaemon, function: Server) -> None:
+    """Under systemd a second timestamp in each line would be noise."""
+    gateway = await daemon(settings(function), prefix=UNDER_JOURNAL)
+    await gateway.final(await gateway.submit("it"))
+    assert not [line for line in gateway.lines if TIMESTAMP.search(line)]
+
+
+async def test_the_log_can_be_json(daemon: StartDaemon, function: Server) -> None:
+    """One object per line, with the facts of a call as members of their own."""
+    function.behaviour = answer(400)
+    gateway = await daemon(settings(function, '[log]\nformat = "json"'))
+    call_id = await gateway.submit("it", X_Call_Id='quote"back\\slash')
+    await gateway.final(call_id)
+    assert await gateway.terminate() == 0
+    entries = [json.loads(line) for line in gateway.lines]
+    assert all(isinstance(entry, dict) for entry in entries)
+    (end,) = (entry for entry in entries if entry.get("call_id") == call_id)
+    assert (end["function"], end["status"], end["attempts"]) == ("it", "error", 1)
+    assert any(isinstance(value, float) for name, value in end.items() if "duration" in name), end
+
+
+async def test_the_level_can_be_raised(daemon: StartDaemon, function: Server, systemd: ServiceManager) -> None:
+    """With `warning`, a daemon that is well says nothing at all."""
+    gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path)}, start=False)
+    address = free_address()
+    gateway.configure(settings(function, f'[gateway]\nlisten = "{address}"\n[log]\nlevel = "warning"'))
+    gateway.url = f"http://{address}"
+    await gateway.spawn()
+    await systemd.wait_for("READY=1")
+    await gateway.final(await gateway.submit("it"))
+    assert await gateway.terminate() == 0
+    assert gateway.lines == []
+
+
+BODY, ANSWER = b"body-of-the-request", b"body-of-the-answer"
+SECRETS = ("token-of-the-caller", "cookie-of-the-caller", "cookie-of-the-function", "proxy-token")
+
+
+async def logged(daemon: StartDaemon, function: Server, sink: Server, log: str) -> str:
+    """What is logged of a sync and an async call that carry secrets."""
+    function.behaviour = answer(200, ANSWER, Set_Cookie="c=cookie-of-the-function")
+    gateway = await daemon(settings(function, f"[log]\n{log}"))
+    secret = {
+        "Authorization": "Bearer token-of-the-caller",
+        "Cookie": "c=cookie-of-the-caller",
+        "Proxy_Authorization": "Basic proxy-token",
+    }
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in secret.items()]
+    assert (await ask(gateway.url, "/function/it", *lines, method="POST", body=BODY)).status == 200
+    await gateway.final(await gateway.submit("it", BODY, X_Callback_Url=sink.url, **secret))
+    function.behaviour = answer(400, ANSWER)
+    await gateway.final(await gateway.submit("it", BODY, **secret))
+    assert await gateway.terminate() == 0
+    return gateway.log
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+async def test_bodies_and_secrets_stay_out_of_the_log(
+    daemon: StartDaemon, function: Server, sink: Server, level: str
+) -> None:
+    """Whatever the level."""
+    log = await logged(daemon, function, sink, f'level = "{level}"')
+    assert log
+    assert not [text for text in (BODY.decode(), ANSWER.decode(), *SECRETS) if text in log]
+
+
+async def test_write_debug_shows_bodies_but_no_secrets(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """Authorization and cookies never appear."""
+    log = await logged(daemon, function, sink, "write_debug = true")
+    assert BODY.decode() in log
+    assert ANSWER.decode() in log
+    assert not [text for text in SECRETS if text in log]
+
+
+async def test_a_body_in_the_log_is_cut_and_escaped(daemon: StartDaemon, function: Server) -> None:
+    """At 4 KiB, and without line breaks or terminal codes of the caller's choice."""
+    function.behaviour = answer(200, b"")
+    gateway = await daemon(settings(function, "[log]\nwrite_debug = true"))
+    body = b"begin\nfake line\r\x1b[31mred\x00\xff" + b"x" * 10_000 + b"the-end"
+    await gateway.final(await gateway.submit("it", body))
+    assert await gateway.terminate() == 0
+    (line,) = (line for line in gateway.lines if "begin" in line)
+    assert "fake line" in line
+    assert line.isprintable()
+    assert "the-end" not in gateway.log
+    assert 4000 < len(line) < 6000
+
+
+async def test_a_caller_cannot_write_lines_into_the_log(daemon: StartDaemon, function: Server) -> None:
+    """A path with encoded line breaks or terminal codes stays encoded."""
+    gateway = await daemon(settings(function, '[log]\nlevel = "debug"'))
+    await ask(gateway.url, "/function/it/%0aFAKE%1b[31m?q=%0d%0aFAKE")
+    await ask(gateway.url, "/function/no%0aFAKE%1b[31m")
+    await ask(gateway.url, "/async-function/it/%0aFAKE", method="POST")
+    assert await gateway.terminate() == 0
+    assert not [line for line in gateway.lines if line.startswith("FAKE") or "\x1b" in line]
+
+
+# ---- the command line ------------------------------------------------------------------------------------------
+
+GOOD = """
+[gateway]
+listen = "127.0.0.1:0"
+[queues.slow-queue]
+max_inflight = 2
+timeout = "1h5m"
+[functions.it]
+command = ["cat"]
+queue = "slow-queue"
+"""
+
+# One problem each, and the words that its line must have.
+PROBLEMS = [
+    ("[queues.slow-queue]\nmax_inflght = 1", ["queues.slow-queue.max_inflght", "did you mean max_inflight?"]),
+    ('[gatway]\nlisten = "127.0.0.1:1"', ["gatway", "did you mean gateway?"]),
+    ("[queues.slow-queue]\nmax_inflight = 0", ["queues.slow-queue.max_inflight"]),
+    ('[queues.slow-queue]\nmax_inflight = "2"', ["queues.slow-queue.max_inflight"]),
+    ("[queues.slow-queue]\nmax_inflight = true", ["queues.slow-queue.max_inflight"]),
+    ('[queues.slow-queue]\ntimeout = "5 minutes"', ["queues.slow-queue.timeout"]),
+    ("[queues.slow-queue]\ntimeout = 5", ["queues.slow-queue.timeout"]),
+    ('[gateway]\nmax_payload = "1XB"', ["gateway.max_payload"]),
+    ('[gateway]\nlisten = "nonsense"', ["gateway.listen"]),
+    ('[gateway]\nlisten = "127.0.0.1:99999"', ["gateway.listen"]),
+    ('[functions.it]\nurl = "ftp://127.0.0.1/"', ["functions.it.url"]),
+    ("[functions.it]\ncommand = []", ["functions.it.command"]),
+    ('[functions.it]\ncommand = "cat"', ["functions.it.command"]),
+    ('[functions.it]\nqueue = "x"', ["functions.it", "url", "command"]),
+    ('[functions.it]\nurl = "http://127.0.0.1:1"\ncommand = ["cat"]', ["functions.it", "url", "command"]),
+    ('[functions."a.b"]\ncommand = ["cat"]', ["a.b"]),
+    ('[functions.it]\ncommand = ["cat"]\ntype = "asinc"', ["functions.it.type", "async"]),
+    ('[retry]\nmin_wait = "10s"\nmax_wait = "1s"', ["retry", "max_wait"]),
+    ('[retry]\nbackoff = "linear"', ["retry.backoff"]),
+    ('[log]\nformat = "xml"', ["log.format"]),
+    ('[auth]\nuser_file = "/nonexistent/user"\npassword_file = "/proc/version"', ["auth.user_file"]),
+    ('[auth]\nuser_file = "/proc/version"', ["auth", "password_file"]),
+    ("[gateway\n", ["line 1"]),
+]
+
+
+async def check(folder: Path, text: str) -> Finished:
+    """`faasd_async.py check` on a file with this text."""
+    config = folder / "config.toml"
+    config.write_text(text)
+    return await run(sys.executable, SCRIPT, "check", "--config", config)
+
+
+async def test_check_is_content_with_a_good_file(tmp_path: Path) -> None:
+    """Exit 0, and nothing on stderr."""
+    result = await check(tmp_path, GOOD)
+    assert (result.code, result.err) == (0, ""), result
+
+
+async def test_check_names_the_problem(tmp_path: Path) -> None:
+    """Exit 78 (EX_CONFIG) and one line with the file, the key, and what is wrong with it."""
+    folders = [tmp_path / str(number) for number in range(len(PROBLEMS))]
+    for folder in folders:
+        folder.mkdir()
+    checks = (check(folder, text) for folder, (text, _) in zip(folders, PROBLEMS, strict=True))
+    for result, (text, words) in zip(await asyncio.gather(*checks), PROBLEMS, strict=True):
+        assert (result.code, len(result.err.splitlines())) == (78, 1), (text, result)
+        assert "config.toml: " in result.err
+        assert all(word in result.err for word in words), (text, result.err)
+
+
+async def test_check_names_all_problems_at_once(tmp_path: Path) -> None:
+    """One line for each, so that a file is mended in one go."""
+    problems = '[gateway]\nlisten = 1\nread_timout = "1s"\n[queues.a]\nmax_inflight = -1\n[functions.b]\nurl = 5\n'
+    result = await check(tmp_path, problems)
+    lines = result.err.splitlines()
+    assert (result.code, len(lines)) == (78, 4), result
+    for key in ("gateway.listen", "gateway.read_timout", "queues.a.max_inflight", "functions.b.url"):
+        assert len([line for line in lines if key in line]) == 1, result.err
+
+
+async def test_check_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """One line with its name."""
+    result = await run(sys.executable, SCRIPT, "check", "--config", tmp_path / "nosuch.toml")
+    assert result.code not in (0, None)
+    assert len(result.err.splitlines()) == 1, result
+    assert "nosuch.toml" in result.err
+
+
+async def test_serve_refuses_a_bad_file_in_the_same_words(daemon: StartDaemon) -> None:
+    """Exit 78, and no store is created."""
+    gateway = await daemon(PROBLEMS[0][0], start=False)
+    await gateway.spawn()
+    code = await gateway.ended()
+    checked = await run(sys.executable, SCRIPT, "check", "--config", gateway.config)
+    assert (code, gateway.lines) == (78, checked.err.splitlines())
+    assert not gateway.store.exists()
+
+
+async def test_an_address_in_use_is_one_clear_line(daemon: StartDaemon, tmp_path: Path) -> None:
+    """Not a traceback: which address, and why."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        gateway = await daemon(f'[gateway]\nlisten = "{address}"', start=False)
+        await gateway.spawn()
+        assert await gateway.ended() != 0
+    assert len([line for line in gateway.lines if address in line]) == 1, gateway.log
+
+
+async def test_help_is_the_manual() -> None:
+    """`--help` on stdout, exit 0."""
+    result = await run(sys.executable, SCRIPT, "--help")
+    assert result.code == 0
+    assert "serve" in result.out
+    assert "check" in result.out

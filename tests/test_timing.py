@@ -1,0 +1,504 @@
+"""What a caller can ask for beside the call itself: when, by when, how often, through which queue, and once."""
+
+import asyncio
+import calendar
+import json
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from aiohttp import web
+from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, answer, ask
+
+# Where the passing of time is itself the thing, it is this much: long enough to tell from a busy machine's delays.
+UNIT = 0.5
+
+SECRET = b"s3cret-body-of-the-caller"
+
+
+def settings(function: Server, more: str = "") -> str:
+    """One function, `it`, whose queue runs one call at a time."""
+    return f'[functions.it]\nurl = "{function.url}"\nqueue = "line"\n{more}\n'
+
+
+@pytest.fixture
+async def gateway(daemon: StartDaemon, function: Server) -> Daemon:
+    """A daemon with `it`."""
+    return await daemon(settings(function))
+
+
+def unix(value: str) -> float:
+    """Unix time of a time in a record: RFC 3339 in UTC, ending in Z."""
+    assert value.endswith("Z"), value
+    return datetime.fromisoformat(value).timestamp()
+
+
+def rfc3339(at: float) -> str:
+    """A Unix time as a client would write it."""
+    return datetime.fromtimestamp(at, UTC).isoformat()
+
+
+def assert_refused(reply: Reply, status: int, *words: str, limit: int = 80) -> None:
+    """An error in the form that all have: one line of plain text with the words that matter, long ones cut."""
+    text = reply.body.decode()
+    assert reply.status == status, reply
+    assert reply.headers["Content-Type"].startswith("text/plain"), reply
+    assert len(text.splitlines()) == 1, text
+    assert SECRET.decode() not in text
+    for word in words:
+        assert word[:limit].lower() in text.lower(), f"{word!r} is not in {text!r}"
+
+
+async def get(gateway: Daemon, target: str) -> Any:
+    """The JSON document at a path."""
+    reply = await ask(gateway.url, target)
+    assert reply.status == 200, reply
+    return json.loads(reply.body)
+
+
+# ---- not before ------------------------------------------------------------------------------------------------
+
+
+async def test_a_delayed_call_runs_when_its_time_has_come(gateway: Daemon, function: Server) -> None:
+    """`X-Delay`: not before, and without anybody asking for it."""
+    sent = time.monotonic()
+    call_id = await gateway.submit("it", b"body", X_Delay=f"{UNIT}s")
+    (request,) = await function.wait_for(1)
+    assert request.arrived - sent >= UNIT
+    assert (request.call_id, request.body) == (call_id, b"body")
+    assert (await gateway.final(call_id))["status"] == "success"
+
+
+async def test_a_delayed_call_shows_when_it_is_due(gateway: Daemon, function: Server) -> None:
+    """`delayed` until then, with a `due_at` that is the delay behind `created_at`."""
+    for delay, seconds in (("1h", 3600), ("5m30s", 330), ("1.5h", 5400), ("2h45m", 9900), ("90000ms", 90)):
+        record = await gateway.record(await gateway.submit("it", X_Delay=delay))
+        assert (record["status"], record["attempts"], record["started_at"]) == ("delayed", 0, None)
+        assert unix(record["due_at"]) - unix(record["created_at"]) == pytest.approx(seconds, abs=0.01)
+    assert function.requests == []
+
+
+async def test_no_delay_is_none(gateway: Daemon, function: Server) -> None:
+    """`X-Delay: 0s` runs at once."""
+    assert (await gateway.final(await gateway.submit("it", X_Delay="0s")))["status"] == "success"
+    assert len(function.requests) == 1
+
+
+async def test_a_call_with_a_time_runs_then(gateway: Daemon, function: Server) -> None:
+    """`X-Not-Before`, as RFC 3339 and as Unix seconds: not before it."""
+    for number in (1, 2):
+        at = time.time() + UNIT
+        call_id = await gateway.submit("it", X_Not_Before=rfc3339(at) if number == 1 else str(at))
+        assert unix((await gateway.record(call_id))["due_at"]) == pytest.approx(at, abs=0.001)
+        await function.wait_for(number)
+        assert time.time() >= at
+
+
+async def test_a_time_means_the_same_in_every_form(gateway: Daemon, function: Server) -> None:
+    """With Z or an offset, with a fraction or without, or in Unix seconds."""
+    at = calendar.timegm((2040, 2, 29, 22, 30, 15))
+    forms = [
+        "2040-02-29T22:30:15Z",
+        "2040-02-29T22:30:15.000Z",
+        "2040-02-29T22:30:15+00:00",
+        "2040-03-01T04:00:15+05:30",
+        "2040-02-29T14:30:15-08:00",
+        str(at),
+    ]
+    for form in forms:
+        record = await gateway.record(await gateway.submit("it", X_Not_Before=form))
+        assert (record["status"], unix(record["due_at"])) == ("delayed", at), form
+
+
+async def test_a_time_that_has_passed_is_no_delay(gateway: Daemon) -> None:
+    """In both forms, however long ago."""
+    for form in (rfc3339(time.time() - 1), str(int(time.time()) - 1), "1970-01-01T00:00:00Z", "0"):
+        assert (await gateway.final(await gateway.submit("it", X_Not_Before=form)))["status"] == "success", form
+
+
+async def test_of_a_delay_and_a_time_the_later_counts(gateway: Daemon) -> None:
+    """Not before either."""
+    now = time.time()
+    for delay, at, due in (("1h", now + 60, 3600), ("60s", now + 7200, 7200)):
+        record = await gateway.record(await gateway.submit("it", X_Delay=delay, X_Not_Before=str(at)))
+        assert unix(record["due_at"]) - now == pytest.approx(due, abs=PATIENCE)
+
+
+async def test_a_time_at_the_end_of_the_calendar_does_no_harm(gateway: Daemon) -> None:
+    """It is taken or refused; records can be read and calls run afterwards as before."""
+    forms = ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00", "99999999999")
+    for form in forms:
+        reply = await ask(gateway.url, "/async-function/it", f"X-Not-Before: {form}", method="POST")
+        assert reply.status in (202, 400), (form, reply)
+        if reply.status == 202:
+            assert (await ask(gateway.url, reply.headers["Location"])).status == 200, form
+    assert (await ask(gateway.url, "/system/calls")).status == 200
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+async def test_calls_run_in_the_order_of_their_times(gateway: Daemon, function: Server) -> None:
+    """Not in that of their arrival; and one that is not due holds up nobody."""
+    far = await gateway.submit("it", X_Delay="1h")
+    third = await gateway.submit("it", X_Delay=f"{UNIT * 2}s")
+    second = await gateway.submit("it", X_Delay=f"{UNIT}s")
+    first = await gateway.submit("it")
+    await function.wait_for(3)
+    assert function.call_ids == [first, second, third]
+    assert (await gateway.record(far))["status"] == "delayed"
+
+
+async def test_a_delay_survives_kill_9(gateway: Daemon, function: Server) -> None:
+    """Neither forgotten nor shortened nor started anew."""
+    at = time.time() + 4 * UNIT
+    soon = await gateway.submit("it", X_Not_Before=str(at))
+    far = await gateway.submit("it", X_Delay="1h")
+    before = await gateway.record(far)
+    await gateway.kill()
+    await gateway.start()
+    assert await gateway.record(far) == before
+    await function.wait_for(1)
+    assert time.time() >= at
+    assert function.call_ids == [soon]
+
+
+async def test_a_call_that_became_due_while_the_daemon_was_down_runs_at_its_start(
+    gateway: Daemon, function: Server
+) -> None:
+    """Late is better than never."""
+    call_id = await gateway.submit("it", X_Delay=f"{UNIT}s")
+    await gateway.terminate()
+    await asyncio.sleep(UNIT)  # the passing of time is the thing
+    assert function.requests == []
+    await gateway.start()
+    assert (await gateway.final(call_id))["status"] == "success"
+
+
+# ---- not after -------------------------------------------------------------------------------------------------
+
+
+async def behind_a_gate(gateway: Daemon, function: Server) -> tuple[Gate, str]:
+    """A gate, and the call that waits there and so keeps the queue busy."""
+    function.behaviour = gate = Gate()
+    call_id = await gateway.submit("it")
+    await function.wait_for(1)
+    return gate, call_id
+
+
+@pytest.mark.parametrize("form", ["duration", "RFC 3339", "Unix seconds"])
+async def test_a_call_that_does_not_start_in_time_ends_in_timeout(gateway: Daemon, function: Server, form: str) -> None:
+    """`X-Deadline`: it ends then, while it still waits, and never runs; those without one do."""
+    gate, first = await behind_a_gate(gateway, function)
+    at = time.time() + UNIT
+    value = {"duration": f"{UNIT}s", "RFC 3339": rfc3339(at), "Unix seconds": str(at)}[form]
+    late = await gateway.submit("it", X_Deadline=value)
+    last = await gateway.submit("it")
+    record = await gateway.final(late)
+    assert time.time() >= at
+    assert (record["status"], record["attempts"], record["started_at"]) == ("timeout", 0, None)
+    assert record["error"]
+    gate.open()
+    await gateway.final(last)
+    assert function.call_ids == [first, last]
+
+
+async def test_a_deadline_that_has_passed_ends_the_call_at_once(gateway: Daemon, function: Server) -> None:
+    """It has not started by then; in all forms, and for an idle queue too."""
+    for value in ("0s", rfc3339(time.time() - 1), str(int(time.time()) - 1)):
+        record = await gateway.final(await gateway.submit("it", X_Deadline=value))
+        assert (record["status"], record["attempts"]) == ("timeout", 0), value
+    assert function.requests == []
+
+
+async def test_a_call_that_is_due_after_its_deadline_never_runs(gateway: Daemon, function: Server) -> None:
+    """It can't start in time."""
+    record = await gateway.final(await gateway.submit("it", X_Delay="1h", X_Deadline=f"{UNIT}s"))
+    assert (record["status"], record["due_at"]) == ("timeout", None)
+    assert function.requests == []
+
+
+async def test_a_missed_deadline_is_told(gateway: Daemon, sink: Server) -> None:
+    """A callback with status 504 and no body."""
+    call_id = await gateway.submit("it", X_Delay="1h", X_Deadline="1ms", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.call_id, request.headers["X-Function-Status"], request.body) == (call_id, "504", b"")
+    assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
+
+
+async def test_a_missed_deadline_is_a_failure(gateway: Daemon, sink: Server) -> None:
+    """Told to the URL for failures, when there is one."""
+    urls = {"X_Callback_Url": f"{sink.url}/done", "X_Failure_Callback_Url": f"{sink.url}/failed"}
+    await gateway.submit("it", b"", X_Delay="1h", X_Deadline="1ms", **urls)
+    (request,) = await sink.wait_for(1)
+    assert (request.target, request.headers["X-Function-Status"]) == ("/failed", "504")
+
+
+async def test_a_call_that_started_in_time_may_take_longer(gateway: Daemon, function: Server) -> None:
+    """The deadline is for the start; neither the run nor a further attempt is cut off by it."""
+    statuses = [500, 200]
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        await asyncio.sleep(3 * UNIT)  # the passing of time is the thing
+        return web.Response(status=statuses.pop(0))
+
+    function.behaviour = behaviour
+    record = await gateway.final(await gateway.submit("it", X_Deadline=f"{2 * UNIT}s"))
+    assert (record["status"], record["attempts"]) == ("success", 2)
+
+
+async def test_a_deadline_passes_in_a_paused_queue_too(gateway: Daemon, function: Server) -> None:
+    """Nobody has to ask the queue for work."""
+    assert (await ask(gateway.url, "/system/queues/line/pause", method="POST")).status == 200
+    record = await gateway.final(await gateway.submit("it", X_Deadline=f"{UNIT}s"))
+    assert record["status"] == "timeout"
+    assert function.requests == []
+
+
+async def test_a_deadline_survives_kill_9(gateway: Daemon, function: Server) -> None:
+    """It ends the call after the restart as it would have before."""
+    at = time.time() + 4 * UNIT
+    call_id = await gateway.submit("it", X_Delay="1h", X_Deadline=str(at))
+    await gateway.kill()
+    await gateway.start()
+    assert (await gateway.record(call_id))["status"] == "delayed"
+    record = await gateway.final(call_id)
+    assert time.time() >= at
+    assert (record["status"], record["attempts"]) == ("timeout", 0)
+    assert function.requests == []
+
+
+async def test_a_deadline_that_passed_while_the_daemon_was_down_is_missed(gateway: Daemon, function: Server) -> None:
+    """The call is not run late; one that had started before is, because that one was in time."""
+    _, started = await behind_a_gate(gateway, function)
+    late = await gateway.submit("it", X_Deadline=f"{UNIT}s")
+    await gateway.kill()
+    await asyncio.sleep(UNIT)  # the passing of time is the thing
+    function.behaviour = answer()
+    await gateway.start()
+    assert (await gateway.final(late))["status"] == "timeout"
+    record = await gateway.final(started)
+    assert (record["status"], record["interrupted"]) == ("success", 1)
+    assert function.call_ids == [started, started]
+
+
+async def test_a_call_that_was_interrupted_after_a_start_in_time_runs_again(gateway: Daemon, function: Server) -> None:
+    """Its own deadline was met by the first attempt."""
+    function.behaviour = Gate()
+    call_id = await gateway.submit("it", X_Deadline=f"{4 * UNIT}s")
+    await function.wait_for(1)
+    await gateway.kill()
+    await asyncio.sleep(4 * UNIT)  # the passing of time is the thing
+    function.behaviour = answer()
+    await gateway.start()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 2, 1)
+
+
+# ---- how often, and where --------------------------------------------------------------------------------------
+
+
+async def test_a_caller_may_ask_for_fewer_attempts(daemon: StartDaemon, function: Server) -> None:
+    """`X-Max-Attempts` below those of the policy."""
+    function.behaviour = answer(500)
+    gateway = await daemon(settings(function, "[functions.it.retry]\nattempts = 5"))
+    record = await gateway.final(await gateway.submit("it", X_Max_Attempts="1"))
+    assert (record["status"], record["attempts"], record["max_attempts"]) == ("error", 1, 1)
+    assert len(function.requests) == 1
+
+
+async def test_a_caller_may_ask_for_more_attempts(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """`X-Max-Attempts` above those of the policy; the callback tells it."""
+    function.behaviour = answer(500)
+    gateway = await daemon(settings(function, "[functions.it.retry]\nattempts = 1"))
+    record = await gateway.final(await gateway.submit("it", X_Max_Attempts="3", X_Callback_Url=sink.url))
+    assert (record["status"], record["attempts"], record["max_attempts"]) == ("error", 3, 3)
+    assert len(function.requests) == 3
+    assert (sink.requests[0].headers["X-Retry"], sink.requests[0].headers["X-Retry-Max"]) == ("2", "3")
+
+
+async def test_the_number_of_attempts_survives_kill_9(daemon: StartDaemon, function: Server) -> None:
+    """Those that were made count, those that were asked for are still due."""
+    function.behaviour = answer(500)
+    waits = f'[functions.it.retry]\nattempts = 10\nmin_wait = "{UNIT}s"\nmax_wait = "{UNIT}s"'
+    gateway = await daemon(settings(function, waits))
+    call_id = await gateway.submit("it", X_Max_Attempts="2")
+    await gateway.until(call_id, lambda record: record["attempts"] == 1 and record["status"] == "delayed")
+    await gateway.kill()
+    await gateway.start()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"], record["max_attempts"]) == ("error", 2, 2)
+
+
+async def test_a_caller_may_choose_the_queue(daemon: StartDaemon, function: Server) -> None:
+    """`X-Queue` instead of the function's: the call is shown there, and runs beside a busy one in the other."""
+    gateway = await daemon(settings(function, "[queues.express]\nmax_inflight = 1"))
+    gate, first = await behind_a_gate(gateway, function)
+    function.behaviour = answer()
+    waits = await gateway.submit("it")
+    record = await gateway.final(await gateway.submit("it", X_Queue="express"))
+    assert (record["status"], record["queue"]) == ("success", "express")
+    assert (await gateway.record(waits))["status"] == "queued"
+    gate.open()
+    assert (await gateway.final(waits))["queue"] == "line"
+    assert (await gateway.final(first))["queue"] == "line"
+
+
+async def test_the_chosen_queue_survives_kill_9(daemon: StartDaemon, function: Server) -> None:
+    """With its limit: two calls in a queue that runs one at a time never meet."""
+    gateway = await daemon(
+        f'[functions.it]\nurl = "{function.url}"\n[queues.express]\nmax_inflight = 1\n[queues.other]\nmax_inflight = 1'
+    )
+    assert (await ask(gateway.url, "/system/queues/express/pause", method="POST")).status == 200
+    calls = [await gateway.submit("it", X_Queue="express") for _ in range(10)]
+    await gateway.kill()
+    await gateway.start()
+    assert (await ask(gateway.url, "/system/queues/express/resume", method="POST")).status == 200
+    records = [await gateway.final(call_id) for call_id in calls]
+    assert {(record["status"], record["queue"]) for record in records} == {("success", "express")}
+    assert (function.call_ids, function.most_running) == (calls, 1)
+
+
+# ---- what is not understood ------------------------------------------------------------------------------------
+
+# By header: words of the form that is expected, and values that do not have it.
+BAD: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "X-Delay": (("duration",), ["", "soon", "10", "-1s", "1d", "1h30", "1s 2s", "1e3s", "NaN", "s", "9999999999h"]),
+    "X-Not-Before": (
+        ("RFC 3339", "Unix seconds"),
+        ["", "tomorrow", "10m", "-1", "1e9", "nan", "2030-13-01T00:00:00Z", "2030-01-31", "2030-01-31T08:00:00",
+         "2030-01-31T25:00:00Z", "9" * 400],
+    ),
+    "X-Deadline": (("duration", "RFC 3339"), ["", "never", "-1h", "2030-01-31T08:00:00", "1h later", "inf"]),
+    "X-Max-Attempts": (("whole number",), ["", "0", "-1", "many", "1.5", "1_0", "0x10", "9" * 40]),
+    "X-Queue": (("faas-request", "line"), ["", "nosuch", "LINE", "line,faas-request", "@callbacks"]),
+    "X-Failure-Callback-Url": (("http",), ["", "/relative", "example.org", "ftp://example.org", "http://"]),
+    "Idempotency-Key": (("ASCII",), ["", "caf\u00e9", "x" * 257]),
+}  # fmt: skip
+
+
+async def test_a_control_that_is_not_understood_is_refused(gateway: Daemon, function: Server) -> None:
+    """400 in one line that names the header, the value and the form expected; nothing is queued."""
+    for name, (form, values) in BAD.items():
+        for value in values:
+            reply = await ask(gateway.url, "/async-function/it", f"{name}: {value}", method="POST", body=SECRET)
+            assert_refused(reply, 400, name, *form, value if value.isascii() else "", limit=40)
+    assert (await get(gateway, "/system/calls"))["calls"] == []
+    assert function.requests == []
+
+
+async def test_a_bad_control_is_not_saved_by_a_good_one(gateway: Daemon, function: Server) -> None:
+    """Each of them has to be understood."""
+    good = {"X-Delay": "1h", "X-Not-Before": "2030-01-31T08:00:00Z", "X-Deadline": "1h", "X-Max-Attempts": "3",
+            "X-Queue": "line", "Idempotency-Key": "key"}  # fmt: skip
+    for bad in good:
+        headers = [f"{name}: {value if name != bad else ''}" for name, value in good.items()]
+        assert_refused(await ask(gateway.url, "/async-function/it", *headers, method="POST"), 400, bad)
+    assert function.requests == []
+
+
+# ---- once ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_same_key_is_the_same_call(gateway: Daemon, function: Server) -> None:
+    """While it waits and when it has ended: 202 with its id and place, and the function is called once."""
+    function.behaviour = gate = Gate()
+    first = await gateway.submit("it", b"body", Idempotency_Key="order-1")
+    replies = [await ask(gateway.url, "/async-function/it", "Idempotency-Key: order-1", method="POST", body=b"body")]
+    gate.open()
+    await gateway.final(first)
+    replies.append(
+        await ask(gateway.url, "/async-function/it", "Idempotency-Key: order-1", method="POST", body=b"body")
+    )
+    found = {(reply.status, reply.headers["X-Call-Id"], reply.headers["Location"]) for reply in replies}
+    assert found == {(202, first, f"/system/calls/{first}")}
+    await gateway.final(await gateway.submit("it", b"another call"))
+    assert [request.body for request in function.requests] == [b"body", b"another call"]
+
+
+async def test_the_first_of_many_with_one_key_wins(gateway: Daemon, function: Server) -> None:
+    """Also when they come all at once; each has brought a call id, and all get that of the winner."""
+    calls = await asyncio.gather(
+        *(gateway.submit("it", b"body", Idempotency_Key="order-1", X_Call_Id=f"client-{n}") for n in range(50))
+    )
+    assert len(set(calls)) == 1
+    await gateway.final(calls[0])
+    await gateway.final(await gateway.submit("it"))
+    assert len(function.requests) == 2
+
+
+async def test_other_keys_are_other_calls(gateway: Daemon, function: Server) -> None:
+    """Keys are compared exactly; no key is no key."""
+    keys: list[dict[str, str]] = [
+        {},
+        {},
+        {"Idempotency_Key": "a"},
+        {"Idempotency_Key": "A"},
+        {"Idempotency_Key": '"a"'},
+    ]
+    calls = [await gateway.submit("it", b"body", **key) for key in keys]
+    assert len(set(calls)) == len(keys)
+    for call_id in calls:
+        assert (await gateway.final(call_id))["status"] == "success"
+
+
+async def test_a_key_with_another_body_is_refused(gateway: Daemon, function: Server) -> None:
+    """422 in one line that names the header: one of the two was a mistake."""
+    first = await gateway.submit("it", b"body", Idempotency_Key="order-1")
+    for body in (SECRET, b"", b"body\n"):
+        reply = await ask(gateway.url, "/async-function/it", "Idempotency-Key: order-1", method="POST", body=body)
+        assert_refused(reply, 422, "Idempotency-Key")
+    await gateway.final(first)
+    assert [request.body for request in function.requests] == [b"body"]
+
+
+async def test_a_key_belongs_to_one_function(daemon: StartDaemon, function: Server) -> None:
+    """The same key for another function is another call, with whatever body."""
+    gateway = await daemon(settings(function, f'[functions.other]\nurl = "{function.url}/other"'))
+    calls = [
+        await gateway.submit("it", b"body", Idempotency_Key="order-1"),
+        await gateway.submit("other", b"other body", Idempotency_Key="order-1"),
+    ]
+    assert len(set(calls)) == 2
+    for call_id in calls:
+        assert (await gateway.final(call_id))["status"] == "success"
+    assert await gateway.submit("it.openfaas-fn", b"body", Idempotency_Key="order-1") == calls[0]
+
+
+async def test_a_key_of_a_call_that_failed_is_still_taken(gateway: Daemon, function: Server) -> None:
+    """Its record tells what became of it; nothing is queued."""
+    function.behaviour = answer(400)
+    call_id = await gateway.submit("it", Idempotency_Key="order-1")
+    assert (await gateway.final(call_id))["status"] == "error"
+    assert await gateway.submit("it", Idempotency_Key="order-1") == call_id
+    assert (await gateway.record(call_id))["status"] == "error"
+
+
+async def test_a_key_survives_kill_9(gateway: Daemon, function: Server) -> None:
+    """For a call that has ended and for one that waits."""
+    ended = await gateway.submit("it", b"body", Idempotency_Key="order-1")
+    await gateway.final(ended)
+    waits = await gateway.submit("it", b"body", Idempotency_Key="order-2", X_Delay="1h")
+    await gateway.kill()
+    await gateway.start()
+    assert await gateway.submit("it", b"body", Idempotency_Key="order-1") == ended
+    assert await gateway.submit("it", b"body", Idempotency_Key="order-2") == waits
+    reply = await ask(gateway.url, "/async-function/it", "Idempotency-Key: order-1", method="POST", body=SECRET)
+    assert_refused(reply, 422, "Idempotency-Key")
+    assert len(function.requests) == 1
+
+
+async def test_a_key_can_be_used_again_when_its_record_is_gone(daemon: StartDaemon, function: Server) -> None:
+    """The retention time is the memory for keys, too."""
+    gateway = await daemon(settings(function, '[calls]\nkeep = "1s"'))
+    first = await gateway.submit("it", b"body", Idempotency_Key="order-1")
+    await gateway.final(first)
+    await gateway.terminate()
+    await asyncio.sleep(1.1)  # the passing of time is the thing
+    await gateway.start()
+    async with asyncio.timeout(PATIENCE):
+        while (await ask(gateway.url, f"/system/calls/{first}")).status != 404:
+            pass
+    second = await gateway.submit("it", b"another body", Idempotency_Key="order-1")
+    assert second != first
+    assert (await gateway.final(second))["status"] == "success"
+    assert len(function.requests) == 2
