@@ -98,10 +98,8 @@ HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
 
 # RFC 9110 7.6.1, with the ones that RFC 9110 11.7 and 6.6.2 bind to one connection.
-HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding"
-    b" upgrade".split()
-)
+HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization"}
+HOP_BY_HOP |= {b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 FINAL = ("success", "error", "timeout", "cancelled")
 STATUSES = ("delayed", "queued", "running", *FINAL)
 
@@ -118,8 +116,8 @@ class ConfigError(Exception):
     """The configuration can't be used. `problems` has one line for each thing that is wrong. Exit code 78."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+        self.problems = tuple(problem.replace("\n", "\\n") for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 class StoreError(Exception):
@@ -135,9 +133,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(text)
-        self.status = status
-        self.text = text
-        self.headers = dict(headers or {})
+        self.status, self.text, self.headers = status, text, dict(headers or {})
 
 
 # --- Configuration --------------------------------------------------------------------------------------------------
@@ -198,11 +194,11 @@ def one_of(*choices: str) -> Callable[[Any], Any]:
 
 text = expect("a string", lambda value: need(value, isinstance(value, str) and value))
 boolean = expect("true or false", lambda value: need(value, isinstance(value, bool)))
+_whole: Callable[[str], int] = lambda value: int(need(value, re.fullmatch("[0-9]{1,18}", value)))  # noqa: E731
 count = expect("a whole number from 1", lambda value: need(value, type(value) is int and 1 <= value <= 10**9))
 duration = expect('a duration such as "10s", "5m30s" or "1h"', _seconds)
 positive = expect('a duration above zero, such as "10s"', lambda value: need(_seconds(value), _seconds(value) > 0))
 size = expect('a size such as "64KiB", "1MB" or a number of bytes', _bytes)
-strings = expect("a list of strings", _each(text))
 command = expect('a program and its arguments, such as ["tr", "a-z", "A-Z"]', lambda v: need(_each(text)(v), v))
 http_codes = expect(
     "a list of HTTP codes from 400 to 599",
@@ -211,17 +207,15 @@ http_codes = expect(
 url = expect('a URL such as "http://127.0.0.1:9001"', _url)
 addresses = expect(
     'one or more of "HOST:PORT" and "unix:/path"',
-    lambda value: _each(lambda item: need(item, _ADDRESS.fullmatch(item)))(
-        [value] if isinstance(value, str) else need(value, value)
+    lambda value: _each(lambda x: need(x, _ADDRESS.fullmatch(x)))(
+        [value] if type(value) is str else need(value, value)
     ),
 )
 patterns = expect(
     'a list of host names, "*.example.org", addresses and networks',
     _each(lambda value: need(value, "/" not in value or ipaddress.ip_network(value, strict=False)).lower()),
 )
-string_table = expect(
-    'a table such as { NAME = "value" }', lambda value: {name: need(x, type(x) is str) for name, x in value.items()}
-)
+string_table = expect("a table of strings", lambda value: {name: need(x, type(x) is str) for name, x in value.items()})
 
 
 def key(parse: Callable[[Any], Any], default: Any = None) -> Any:
@@ -267,7 +261,10 @@ class QueueConfig:
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
     fair: bool = key(boolean, True)
-    adaptive: bool = key(boolean, False)
+    adaptive: bool = key(
+        expect("false: this version can't adapt to 429 answers", lambda value: need(value, not value)), False
+    )
+    ack_wait: float = key(positive, "60s")  # leases: of no effect on the embedded queue, whose process owns its claims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,11 +410,6 @@ def _check_name(where: str, name: str, problems: list[str]) -> None:
         problems.append(f"{where}: a name has letters, digits, dashes and underscores, and no dot")
 
 
-def read_secret(path: str) -> bytes:
-    """The content of a secret file without the newline at its end. Raises OSError."""
-    return Path(os.path.expandvars(path)).read_bytes().rstrip(b"\r\n")
-
-
 def annotated_policy(annotations: Mapping[str, str], base: RetryPolicy, where: str) -> RetryPolicy:
     """The policy with `com.openfaas.retry.*` annotations laid over it. An invalid value keeps the default."""
     values: dict[str, Any] = {}
@@ -456,15 +448,16 @@ def _read_function(name: str, raw: Any, config: Config, problems: list[str]) -> 
 
 
 def _read_secrets(config: Config, problems: list[str]) -> tuple[bytes | None, bytes | None]:
-    """The credentials and the signing secret, from their files."""
+    """The credentials and the signing secret, from their files without the newline at the end."""
     auth, secrets = config.auth, dict[str, bytes]()
     paths = {"auth.user_file": auth.user_file, "auth.password_file": auth.password_file}
     for where, path in {**paths, "callback.signing_secret_file": config.callback.signing_secret_file}.items():
         try:
-            if path is not None and not secrets.setdefault(where, read_secret(path)):
-                problems.append(f"{where}: {path} is empty")
-        except OSError as exc:
-            problems.append(f"{where}: {path}: {exc.strerror}")
+            if path is not None:
+                secrets[where] = Path(os.path.expandvars(path)).read_bytes().rstrip(b"\r\n")
+                problems += [] if secrets[where] else [f"{where}: {path} is empty"]
+        except (OSError, ValueError) as exc:
+            problems.append(f"{where}: {path}: {getattr(exc, 'strerror', exc)}")
     if (auth.user_file is None) != (auth.password_file is None):
         problems.append("auth: user_file and password_file go together")
     if auth.invoke and auth.user_file is None:
@@ -536,7 +529,6 @@ class Invocation(NamedTuple):
     function: str
     namespace: str
     queue: str
-    app: str | None  # Fn's app, a label
     start_time: int
     due_at: float
     deadline_at: float | None
@@ -654,11 +646,8 @@ def rfc3339(at: float | None) -> str | None:
 
 
 def backoff_s(policy: RetryPolicy, attempt: int, rng: random.Random) -> float:
-    """Seconds to wait after the failed `attempt` (from 1): min_wait doubled each time, at most max_wait.
-
-    "full" and "equal" add jitter: anything from zero, or from half of the wait, up to the wait
-    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
-    """
+    """Seconds to wait after the failed `attempt` (from 1): min_wait doubled each time, at most max_wait. "full" and
+    "equal" jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/."""
     wait = min(policy.max_wait, policy.min_wait * 2.0 ** min(attempt - 1, 60))
     if policy.backoff == "full":
         return rng.uniform(0, wait)
@@ -672,7 +661,9 @@ def retry_after_s(value: str | None, now: float) -> float | None:
     if re.fullmatch(r"\s*[0-9]{1,12}\s*", value):
         return min(float(value), MAX_RETRY_AFTER_S)
     try:
-        return min(max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now), MAX_RETRY_AFTER_S)
+        moment = email.utils.parsedate_to_datetime(value)
+        at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return min(max(0.0, at - now), MAX_RETRY_AFTER_S)
     except (ValueError, OverflowError):
         return None
 
@@ -680,11 +671,9 @@ def retry_after_s(value: str | None, now: float) -> float | None:
 def decide(
     outcome: Outcome, attempt: int, max_attempts: int, policy: RetryPolicy, now: float, rng: random.Random
 ) -> Verdict:
-    """What follows from the outcome of attempt number `attempt`.
-
-    A failure whose status is one of `policy.codes` is tried again until `max_attempts` are used up; a refused
-    connection counts as 502, a timeout as 504. Retry-After on 429 and 503 replaces the wait, never below min_wait.
-    """
+    """What follows from the outcome of attempt number `attempt`. A failure whose status is one of `policy.codes` is
+    tried again until `max_attempts` are used up; a refused connection counts as 502, a timeout as 504. Retry-After on
+    429 and 503 replaces the wait, never below min_wait."""
     if outcome.ok:
         return Verdict("success")
     if outcome.status not in policy.codes or attempt >= max_attempts:
@@ -704,6 +693,7 @@ def callback_target(status: str, callback_url: str | None, failure_url: str | No
     return failure_url if failure_url and status in ("error", "timeout") else callback_url
 
 
+END_OF_TIME = 253_402_300_799.0  # 9999-12-31T23:59:59Z: what Python and RFC 3339 can write
 TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
 
 
@@ -711,9 +701,9 @@ def parse_when(value: str) -> float:
     """Unix time from RFC 3339 (with an offset or Z) or Unix seconds."""
     with contextlib.suppress(ValueError, OverflowError):
         if re.fullmatch(r"[0-9]{1,11}(\.[0-9]*)?", value):
-            return float(value)
+            return min(float(value), END_OF_TIME)
         if (moment := datetime.fromisoformat(value)).tzinfo is not None:
-            return moment.timestamp()
+            return min(moment.timestamp(), END_OF_TIME)
     raise ValueError(f"expected {TIME_FORM}")
 
 
@@ -742,12 +732,11 @@ def _listed(names: Iterable[str], listed: Sequence[str]) -> bool:
     return False
 
 
+@functools.lru_cache(1024)
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
-    """Whether a callback may go to this host name, at this address once that is known.
-
-    Link-local addresses, where clouds keep their metadata, have to be allowed by name. With `allow`, what it does not
-    list is denied; before a name is resolved, a list of networks can't deny it yet.
-    """
+    """Whether a callback may go to this host name, at this address once that is known. Link-local addresses, where
+    clouds keep their metadata, have to be allowed by name. With `allow`, what it does not list is denied; before a name
+    is resolved, a list of networks can't deny it yet."""
     names, literal = [host.lower().rstrip(".")], None
     with contextlib.suppress(ValueError):
         literal = ipaddress.ip_address((address or host).partition("%")[0])
@@ -815,6 +804,8 @@ def setup_logging(config: LogConfig) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.format))
     log.handlers, log.propagate = [handler], False
+    # https://docs.python.org/3/howto/logging.html#optimization: nobody reads these
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log.setLevel(config.level.upper())
 
 
@@ -847,20 +838,16 @@ class Metrics:
         by_code, by_lane = ["function_name", "code"], ["queue_name", "function_name"]
         calls_s = (0.005, 0.025, 0.1, 0.5, 1, 5, 10, 60, 300, 3600)
         commits_s = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-        histogram, commits = prometheus_client.Histogram, "faasd_async_commit_seconds"
+        histogram, retries, commits = prometheus_client.Histogram, "faasd_async_retries", "faasd_async_commit_seconds"
         # A gauge, because the library would append _total to a counter's name and OpenFaaS has none there.
-        started = "gateway_function_invocation_started"
+        started, running = "gateway_function_invocation_started", "queue_worker_function_invocation_inflight"
         self.started = labelled(prometheus_client.Gauge, started, "Function calls started.", ["function_name"])
         self.ended = counter("gateway_function_invocation", "Function calls that ended, by HTTP status.", by_code)
         self.seconds = labelled(histogram, "gateway_functions_seconds", "What calls took.", by_code, buckets=calls_s)
-        self.running = labelled(
-            prometheus_client.Gauge, "queue_worker_function_invocation_inflight", "Attempts running.", by_lane
-        )
+        self.running = labelled(prometheus_client.Gauge, running, "Attempts running.", by_lane)
         self.submitted = counter("queue_worker_messages_submitted", "Calls accepted.", ["queue_name"])
         self.processed = counter("queue_worker_messages_processed", "Attempts that ended.", ["queue_name"])
-        self.retries = prometheus_client.Counter(
-            "faasd_async_retries", "Attempts that led to another.", registry=registry
-        )
+        self.retries = prometheus_client.Counter(retries, "Attempts that led to another.", registry=registry)
         self.calls = counter("faasd_async_calls", "Calls that reached a final state.", ["status"])
         self.callbacks = counter("faasd_async_callbacks", "Callbacks that reached a final state.", ["status"])
         self.commits = histogram(commits, "What durable commits took.", buckets=commits_s, registry=registry)
@@ -901,7 +888,6 @@ class RecordQuery(NamedTuple):
     function: str | None = None
     queue: str | None = None
     call_id: str | None = None
-    app: str | None = None
     limit: int = 100
     before: int | None = None
 
@@ -910,17 +896,15 @@ class Queue(Protocol):
     """The seam. What a method did is durable when it returns; it raises StoreError when nothing was done.
 
     A call is queued, claimed (running) and completed, or retried and so queued again. A completed call whose outcome
-    has to be told becomes work of the queue CALLBACKS, in the same commit; claim, complete and retry treat it like
-    a call. No claim is ever lost: it is completed, retried, or its process ends and the next `open`
-    queues it again with `interrupted` counted and the attempt still charged.
+    has to be told becomes work of the queue CALLBACKS, in the same commit. No claim is ever lost: it is completed,
+    retried, or its process ends and the next `open` queues it again, `interrupted` counted and the attempt charged.
     """
 
     async def open(
         self, wake: Callable[[str], None], stop: Callable[[int], None], final: Callable[[Ended], None]
     ) -> None:
-        """Recover what a dead process left. Then, always on the event loop, `wake(queue)` tells that a queue may have
-        due work that the last claim did not return, `stop(token)` that claimed work was cancelled, `final` that a call
-        reached its final state."""
+        """Recover what a dead process left. On the event loop, `wake(queue)` tells that a queue may have due work that
+        the last claim did not return, `stop(token)` that claimed work was cancelled, `final` of a call's end."""
 
     async def close(self) -> None:
         """Finish what was begun; afterwards another process can open the queue."""
@@ -954,8 +938,7 @@ class Queue(Protocol):
         """Body and stderr of the newest call's last attempt."""
 
     def cancel(self, call_id: str) -> Awaitable[int]:
-        """Cancel all calls and pending callbacks with this id that are not final; how many. Raises Refused(409) when
-        there is none."""
+        """Cancel all calls and pending callbacks with this id that are not final; how many. None: Refused(409)."""
 
     def redrive(self, call_id: str) -> Awaitable[None]:
         """Queue a final call again with its stored request, as if new. Raises Refused: 409, 410."""
@@ -988,12 +971,10 @@ class Queue(Protocol):
 
 
 class Lanes:
-    """Which lane of one queue is served next, in O(log lanes) whatever the backlog.
-
-    A lane waits in `later`, ordered by the due time of its first call, until that is due; then in `ready`, ordered
-    by its turn (fair) or by that due time (not fair). Only counts and one time per lane are in memory, the calls are
-    on disk. A lane's time is a lower bound: whoever finds nothing due puts the lane back with the true one.
-    """
+    """Which lane of one queue is served next, in O(log lanes) whatever the backlog. A lane waits in `later`, ordered
+    by the due time of its first call, until that is due; then in `ready`, ordered by its turn (fair) or by that due
+    time (not fair). Only counts and one time per lane are in memory, the calls are on disk. A lane's time is a lower
+    bound: whoever finds nothing due puts the lane back with the true one."""
 
     def __init__(self) -> None:
         self.waiting: Counter[str] = Counter()
@@ -1001,6 +982,7 @@ class Lanes:
         self.ready: list[tuple[float, str]] = []
         self._place: dict[str, tuple[bool, float]] = {}  # lane: (ready, key); a heap entry that differs is stale
         self._turn = 0.0
+        self._fair = True
         self.total = 0
 
     def add(self, lane: str, due_at: float, number: int = 1) -> None:
@@ -1028,6 +1010,15 @@ class Lanes:
 
     def next(self, now: float, fair: bool) -> str | None:
         """Take the next lane with a due call out of the line."""
+        if fair != self._fair:  # a reload: line up anew
+            self._fair, lanes, self.ready = (
+                fair,
+                [lane for at, lane in self.ready if self._place.get(lane) == (True, at)],
+                [],
+            )
+            self.later += [(0.0, lane) for lane in lanes]
+            heapq.heapify(self.later)
+            self._place |= dict.fromkeys(lanes, (False, 0.0))
         while self.later and self.later[0][0] <= now:
             due_at, lane = heapq.heappop(self.later)
             if self._place.get(lane) == (False, due_at):
@@ -1052,7 +1043,7 @@ CREATE TABLE calls (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,      -- a UUIDv7, so this index only grows at its end
     call_id TEXT,                 -- the caller's own X-Call-Id; NULL: the id is the call id
-    function TEXT NOT NULL, namespace TEXT NOT NULL, queue TEXT NOT NULL, app TEXT,
+    function TEXT NOT NULL, namespace TEXT NOT NULL, queue TEXT NOT NULL,
     status TEXT NOT NULL,         -- queued, running or final; "delayed" is a queued call that is not due
     work TEXT, lane TEXT,         -- what is to be done: in which queue (or '@callbacks') and lane; NULL: nothing
     due_at REAL,                  -- when; NULL while claimed
@@ -1087,14 +1078,11 @@ class Effects(NamedTuple):
 
 
 class SqliteFile:
-    """The connection, and what is derived from the file in memory. Used by the writer's thread only.
-
-    The steps below change both inside a transaction; when that fails, `rebuild` derives the memory's part anew.
-    """
+    """The connection, and what is derived from the file in memory. Used by the writer's thread only. The steps below
+    change both inside a transaction; when that fails, `rebuild` derives the memory's part anew."""
 
     def __init__(self, path: Path, settings: Callable[[], Config]) -> None:
-        self.path = path
-        self.settings = settings
+        self.path, self.settings = path, settings
         self.lanes: dict[str, Lanes] = {}
         self.paused: set[str] = set()
         self.seq = 0
@@ -1202,9 +1190,10 @@ class SqliteFile:
         return "pending", CALLBACKS, urlsplit(target).netloc.rpartition("@")[2], now
 
 
-INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, app, status, work, lane, due_at,
+INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
     max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest)
-    VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+STORED = "SELECT 1 FROM calls WHERE id = ?"
 INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
 
 
@@ -1215,7 +1204,8 @@ def sql_enqueue(file: SqliteFile, items: list[Invocation]) -> list[str | Excepti
     requests = []
     for call in items:
         queue = call.queue
-        if file.lanes_of(queue).total >= file.settings().queue(queue).max_pending:
+        full = file.lanes_of(queue).total >= file.settings().queue(queue).max_pending
+        if full and not file.db.execute(STORED, (call.id,)).fetchone():
             results.append(Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)}))
             continue
         digest = None
@@ -1226,7 +1216,7 @@ def sql_enqueue(file: SqliteFile, items: list[Invocation]) -> list[str | Excepti
                 continue
         file.seq = seq = file.seq + 1
         own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
-        calls.append((seq, call.id, own, call.function, call.namespace, queue, call.app, queue, lane, call.due_at,
+        calls.append((seq, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
             call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
             call.idempotency_key, digest))  # fmt: skip
         requests.append((seq, call.target, call.headers, call.body))
@@ -1235,7 +1225,7 @@ def sql_enqueue(file: SqliteFile, items: list[Invocation]) -> list[str | Excepti
     try:
         file.db.executemany(INSERT, calls)
     except sqlite3.IntegrityError:
-        if len(items) == 1 and file.db.execute("SELECT 1 FROM calls WHERE id = ?", (items[0].id,)).fetchone():
+        if len(items) == 1 and file.db.execute(STORED, (items[0].id,)).fetchone():
             file.rebuild()
             return [items[0].call_id]  # the same call once more: it is stored already
         raise  # each is tried alone
@@ -1250,7 +1240,7 @@ def taken_key(file: SqliteFile, call: Invocation, digest: bytes, batch: list[tup
     sql = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
     mine = (call.function, call.namespace, call.idempotency_key)
     found = file.db.execute(sql, mine).fetchone()
-    found = found or next(((row[2] or row[1], row[17]) for row in batch if (row[3], row[4], row[16]) == mine), None)
+    found = found or next(((row[2] or row[1], row[16]) for row in batch if (row[3], row[4], row[15]) == mine), None)
     if found is None or found[1] == digest:
         return found and str(found[0])
     return Refused(422, "Idempotency-Key: this key came before with another body")
@@ -1329,8 +1319,7 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
         row: tuple[Any, ...] = (status, outcome.status if outcome.answered else None, outcome.error)
         if file.db.execute(COMPLETE_CALLBACK, (*row, work.token, work.attempt)).rowcount == 0:
             return False
-        if len(work.body) > keep:
-            file.db.execute("UPDATE outputs SET body = substr(body, 1, ?) WHERE seq = ?", (keep, work.token))
+        cut_output(file, work.token)
         return True
     follow = file.then_callback(status, (work.callback_url, work.failure_url), now)
     row = (status, outcome.status, outcome.error, now, outcome.duration_s, outcome.size, *follow)
@@ -1344,6 +1333,12 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
     ended = (work.call_id, work.function, status, work.attempt, outcome.duration_s, outcome.status, outcome.error)
     file.effects.ended.append(Ended(*ended))
     return True
+
+
+def cut_output(file: SqliteFile, seq: int) -> None:
+    """Once the callback needs an answer no more, its beginning will do."""
+    sql = "UPDATE outputs SET headers = NULL, body = substr(body, 1, :n) WHERE seq = :seq AND length(body) > :n"
+    file.db.execute(sql, {"n": file.settings().calls.keep_output, "seq": seq})
 
 
 def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
@@ -1363,8 +1358,9 @@ RECORD = """coalesce(call_id, id) AS call_id, function, namespace, queue,
     http_status, error, start_time / 1e9 AS created_at, started_at, completed_at,
     iif(status = 'queued', due_at, NULL) AS due_at, duration AS duration_seconds, interrupted,
     iif(failure_url IS NOT NULL AND status IN ('error', 'timeout'), failure_url, callback_url) AS callback_url,
-    callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes, app"""
+    callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes"""
 BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
+UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 
 
 def record(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
@@ -1374,19 +1370,13 @@ def record(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
     names = ("url", "status", "attempts", "http_status", "error")
     found["callback"] = {name: found.pop(f"callback_{name}") for name in names}
     found["callback"]["url"] = show_url(found["callback"]["url"])
-    if found["app"] is None:
-        del found["app"]
     return found
-
-
-def unknown() -> Refused:
-    return Refused(404, "no call with this id, or its record was pruned after calls.keep")
 
 
 def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
     cursor = file.db.execute(f"SELECT {RECORD} {BY_ID} LIMIT 1", {"id": call_id, "now": time.time()})
     row = cursor.fetchone()
-    return unknown() if row is None else record(cursor, row)
+    return Refused(404, UNKNOWN) if row is None else record(cursor, row)
 
 
 def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
@@ -1394,7 +1384,7 @@ def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, An
     before = query.before if query.before is not None else file.seq + 1
     floor = before - SCAN_WINDOW if query.call_id is None else 0
     inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
-    wanted = [name for name in ("status", "function", "queue", "app") if getattr(query, name) is not None]
+    wanted = [name for name in ("status", "function", "queue") if getattr(query, name) is not None]
     outer = " AND ".join(f"{name} = :{name}" for name in wanted) or "true"
     sql = f"""SELECT * FROM (SELECT {RECORD}, seq FROM calls WHERE {inner} seq < :before AND seq >= :floor)
         WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
@@ -1409,7 +1399,7 @@ def sql_output(file: SqliteFile, call_id: str) -> tuple[bytes, bytes] | Refused:
     sql = f"""SELECT coalesce(body, x''), coalesce(stderr, x'') FROM (SELECT seq {BY_ID} LIMIT 1)
         LEFT JOIN outputs USING (seq)"""
     found: tuple[bytes, bytes] | None = file.db.execute(sql, {"id": call_id}).fetchone()
-    return found or unknown()
+    return found or Refused(404, UNKNOWN)
 
 
 CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
@@ -1418,7 +1408,7 @@ CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work
 def sql_cancel(file: SqliteFile, call_id: str) -> int | Refused:
     rows = file.db.execute(f"{CANCELLED} {BY_ID}", {"id": call_id}).fetchall()
     if not rows:
-        return unknown()
+        return Refused(404, UNKNOWN)
     return cancel_rows(file, [row for row in rows if row[5]]) or Refused(409, "the call has finished already")
 
 
@@ -1432,8 +1422,10 @@ def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
     done = "work = NULL, lane = NULL, due_at = NULL, deadline_at = NULL WHERE seq = ?"
     for seq, call_id, function, attempts, status, work, lane, due_at in rows:
         if status in FINAL:  # only its callback was left
-            sql = "UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', "
-            file.db.execute(sql + done, (seq,))
+            file.db.execute(
+                "UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', " + done, (seq,)
+            )
+            cut_output(file, seq)
         else:
             file.db.execute("UPDATE calls SET status = 'cancelled', completed_at = ?, " + done, (time.time(), seq))
             file.effects.ended.append(Ended(call_id, function, "cancelled", attempts))
@@ -1452,7 +1444,7 @@ REDRIVE = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at 
 def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
     sql = f"SELECT seq, function || '.' || namespace, queue, work, status {BY_ID} LIMIT 1"
     if (row := file.db.execute(sql, {"id": call_id}).fetchone()) is None:
-        return unknown()
+        return Refused(404, UNKNOWN)
     seq, lane, queue, work, status = row
     if status not in FINAL or work is not None:
         return Refused(409, "the call, or its callback, has not finished yet")
@@ -1657,10 +1649,8 @@ class SqliteQueue:
         try:
             db.execute("BEGIN IMMEDIATE")
             for step, entries in batch.items():
-                items = [item for item, _ in entries]
-                answers = (
-                    step(self._file, items) if step is sql_enqueue else [step(self._file, *item) for item in items]
-                )
+                items, file = [item for item, _ in entries], self._file
+                answers = step(file, items) if step is sql_enqueue else [step(file, *item) for item in items]
                 results += [(future, answer) for (_, future), answer in zip(entries, answers, strict=True)]
             db.execute("COMMIT")
         except Exception as exc:
@@ -1688,8 +1678,6 @@ class SqliteQueue:
             return
         self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
         self._tell([(future, StoreError(self._failure)) for entries in batch.values() for _, future in entries])
-
-    # -- back on the event loop
 
     def _tell(self, results: Results) -> None:
         effects, self._file.effects = self._file.effects, Effects({}, [], [])
@@ -1721,11 +1709,8 @@ class SqliteQueue:
         elif due_at < armed_at:
             if timer is not None:
                 timer.cancel()
-            timer = self._loop.call_later(min(wait, CLOCK_CHECK_S), self._timer, name)
-            self._timers[name] = (due_at, timer)
-
-    def _timer(self, name: str) -> None:
-        self._arm(name, self._timers.pop(name)[0])
+            again = lambda: self._arm(name, self._timers.pop(name)[0])  # noqa: E731
+            self._timers[name] = (due_at, self._loop.call_later(min(wait, CLOCK_CHECK_S), again))
 
     def _expired(self, done: asyncio.Future[None]) -> None:
         if not done.cancelled() and done.exception() is not None:
@@ -1744,6 +1729,7 @@ class Ask(NamedTuple):
     body: bytes | AsyncIterator[bytes]
 
 
+CONTENT_LENGTH = frozenset((b"content-length",))
 CLIENT_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")  # aiohttp shall not add its own
 # systemd's, which are for us and not for commands
 OWN_VARIABLES = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
@@ -1791,49 +1777,17 @@ async def read_capped(
     return parts[0] if len(parts) == 1 else b"".join(parts), length
 
 
-class Aimd:
-    """How many calls of one function may be in flight, found out by trying: additive increase, multiplicative decrease
-    (Chiu and Jain, 1989). Starts at one, doubles until the first 429, then probes slowly, so that 429s stay rare."""
-
-    def __init__(self) -> None:
-        self.limit = 1.0
-        self._probing = False
-        self._lowered_at = 0.0
-
-    def success(self) -> None:
-        """An answer other than 429."""
-        self.limit += 0.25 / self.limit if self._probing else 1.0
-
-    def refused(self, started: float) -> None:
-        """A 429 to a call that began at `started` (monotonic). Calls from before the last decrease count once."""
-        if started > self._lowered_at:
-            self.limit, self._probing, self._lowered_at = max(1.0, self.limit / 2), True, time.monotonic()
-
-
 class Slots:
-    """Calls in flight by function, sync and queued together, against max_inflight and what `adaptive` found out."""
+    """Calls in flight by function, sync and queued together, against max_inflight."""
 
     def __init__(self, settings: Callable[[], Config]) -> None:
-        self._settings = settings
-        self._running: Counter[str] = Counter()
+        self._settings, self._running = settings, Counter[str]()
         self._freed = asyncio.Event()
-        self._adaptive: dict[str, Aimd] = {}
         self.freed: Callable[[], None] = lambda: None  # told when a function that was full has room again
 
-    def room(self, adaptive: bool) -> dict[str, int]:
+    def room(self) -> dict[str, int]:
         """How many more calls the functions that have a limit can take."""
-        room = {name: max(0, limit - self._running[name]) for name, limit in self._settings().limits.items()}
-        if adaptive:
-            for name, found in self._adaptive.items():
-                room[name] = min(room.get(name, 1 << 30), max(0, int(found.limit) - self._running[name]))
-            room[""] = 1
-        return room
-
-    def learn(self, name: str, status: int, started: float) -> None:
-        """Take what a function of an adaptive queue answered into account."""
-        found = self._adaptive.setdefault(name, Aimd())
-        found.refused(started) if status == 429 else found.success()
-        self.freed()
+        return {name: max(0, limit - self._running[name]) for name, limit in self._settings().limits.items()}
 
     def full(self, name: str) -> bool:
         limit = self._settings().limits.get(name)
@@ -1910,9 +1864,6 @@ class Functions:
         return Outcome(status, status < 400, spent, tuple(given), kept, length, error=error)
 
 
-CONTENT_LENGTH = frozenset((b"content-length",))
-
-
 def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
     """Header fields as aiohttp takes them. It would lose bytes that are not UTF-8: they are taken for Latin-1. And it
     would lose repeats of a name in another case: all get the case of the first."""
@@ -1931,10 +1882,14 @@ async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int)
     """Start a command for one request, like the classic watchdog. Its process group never outlives the call."""
     who, started, pipe = f"function {function.name}", time.perf_counter(), asyncio.subprocess.PIPE
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(function.command or ()), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True,
-            env=command_environment(function, ask),
-        )  # fmt: skip
+        environment = command_environment(function, ask)
+        starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
+            *(function.command or ()), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=environment
+        ))  # fmt: skip
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        starting.add_done_callback(lambda done: done.exception() or kill_group(done.result().pid))  # type: ignore[func-returns-value]
+        raise
     except (OSError, ValueError) as exc:
         return failure(OSError(f"can't be started: {getattr(exc, 'strerror', None) or exc}"), who, started)
     kill = functools.partial(kill_group, process.pid)
@@ -2013,16 +1968,14 @@ class Invoker:
     """Runs claimed invocations: what the consumer of an ordinary queue does with its work."""
 
     def __init__(self, settings: Callable[[], Config], functions: Functions, metrics: Metrics) -> None:
-        self._settings = settings
-        self._functions = functions
-        self._metrics = metrics
+        self._settings, self._functions, self._metrics = settings, functions, metrics
         self._rng = random.Random()
 
     def limit(self, queue: str) -> int:
         return self._settings().queue(queue).max_inflight
 
     def room(self, queue: str) -> Mapping[str, int]:
-        return self._functions.slots.room(self._settings().queue(queue).adaptive)
+        return self._functions.slots.room()
 
     async def execute(self, claim: Claim) -> Outcome:
         """One attempt."""
@@ -2035,13 +1988,10 @@ class Invoker:
         keep = max(MAX_RESPONSE_BYTES, config.gateway.max_payload) if whole else config.calls.keep_output
         queue, running = config.queue(claim.queue), self._metrics.running(claim.queue, function.key)
         await slots.wait(function.key)
-        started = time.monotonic()
         with slots.hold(function.key), self._metrics.counted(function.key) as status, running.track_inprogress():
             ask = Ask("POST", claim.target, headers, claim.body)
             outcome = await self._functions.call(function, ask, queue.timeout, keep, whole)
             status.append(outcome.status)
-        if queue.adaptive:
-            slots.learn(function.key, outcome.status, started)
         if config.log.write_debug:
             log_bodies(claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
         return outcome
@@ -2114,7 +2064,7 @@ class CallbackSender:
     def room(self, queue: str) -> Mapping[str, int]:
         """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
         most = self._settings().callback.max_inflight
-        share = max(1, most - most // 4)
+        share = max(1, most - max(1, most // 4))
         hosts = {*self._running, *self._failing}
         caps = {host: max(1, most // 8) if host in self._failing else share for host in hosts}
         return {"": share, **{host: max(0, cap - self._running[host]) for host, cap in caps.items()}}
@@ -2208,38 +2158,29 @@ class Consumer:
     """Claims the work of one queue and runs it, at most `limit` at once. A slot is taken before work is claimed."""
 
     def __init__(self, name: str, queue: Queue, job: Invoker | CallbackSender) -> None:
-        self.name = name
-        self._queue = queue
-        self._job = job
+        self.name, self._queue, self._job = name, queue, job
         self._wake = asyncio.Event()
-        self._running: dict[int, asyncio.Task[None]] = {}  # by token: attempts that run
+        self.wake = self._wake.set  # there may be something to claim
+        self.running: dict[int, asyncio.Task[None]] = {}  # by token: attempts that run
         self._settling: set[asyncio.Task[None]] = set()  # attempts that have ended and wait to be stored
         self._cancelled: set[int] = set()  # tokens of attempts whose calls were cancelled
         self._stopping = asyncio.Event()
         self._dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
         self.wake()
 
-    def wake(self) -> None:
-        """There may be something to claim."""
-        self._wake.set()
-
     def cancel(self, token: int) -> None:
         """End an attempt whose call was cancelled; nothing of it is stored."""
-        if task := self._running.get(token):
+        if task := self.running.get(token):
             self._cancelled.add(token)
             # Not at once: a task that is cancelled before its first step would not run at all, nor free its slot.
             asyncio.get_running_loop().call_soon(task.cancel)
-
-    @property
-    def inflight(self) -> int:
-        return len(self._running)
 
     async def _dispatch(self) -> None:
         while not self._stopping.is_set():
             await self._wake.wait()
             self._wake.clear()
             limit = self._job.limit(self.name)
-            free = limit - len(self._running)
+            free = limit - len(self.running)
             # Outcomes that can't be stored (disk full) hold new work back, or they would pile up in memory.
             if self._stopping.is_set() or free <= 0 or len(self._settling) > limit:
                 continue
@@ -2251,7 +2192,7 @@ class Consumer:
                 self._wake.set()
                 continue
             for claim in claims:
-                self._running[claim.token] = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
+                self.running[claim.token] = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
             if len(claims) >= free:
                 self._wake.set()
 
@@ -2267,7 +2208,7 @@ class Consumer:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
         finally:
-            task = self._running.pop(claim.token)
+            task = self.running.pop(claim.token)
             self._cancelled.discard(claim.token)
             self._wake.set()
         self._settling.add(task)
@@ -2299,8 +2240,7 @@ class Consumer:
     async def _pause(self) -> None:
         """Give a store that fails some time, unless we stop."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RETRY_STORE_S):
-                await self._stopping.wait()
+            await asyncio.wait_for(self._stopping.wait(), RETRY_STORE_S)
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """Claim no more, wait for what runs until `hurry` is set, cancel the rest and queue it again uncharged."""
@@ -2308,13 +2248,13 @@ class Consumer:
         self._wake.set()
         await self._dispatcher
         hurried = asyncio.create_task(hurry.wait())
-        while (busy := {*self._running.values(), *self._settling}) and not hurry.is_set():
+        while (busy := {*self.running.values(), *self._settling}) and not hurry.is_set():
             await asyncio.wait({*busy, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
         await asyncio.sleep(0)  # as in `cancel`: every task has to have begun
-        for task in self._running.values():
+        for task in self.running.values():
             task.cancel()
-        await asyncio.gather(hurried, *self._running.values(), *self._settling, return_exceptions=True)
+        await asyncio.gather(hurried, *self.running.values(), *self._settling, return_exceptions=True)
 
 
 # --- Gateway --------------------------------------------------------------------------------------------------------
@@ -2376,8 +2316,8 @@ def authorize(request: web.BaseRequest, config: Config, needed: bool) -> None:
     raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
 
 
-LIMIT = expect("a whole number from 1 to 1000", lambda value: need(int(value), 1 <= int(value) <= 1000))
-CURSOR = expect("the next_cursor of an earlier answer", lambda value: need(int(value), 0 <= int(value) < 1 << 62))
+LIMIT = expect("a whole number from 1 to 1000", lambda value: need(_whole(value), 1 <= _whole(value) <= 1000))
+CURSOR = expect("the next_cursor of an earlier answer", _whole)
 
 
 def one_value(query: dict[str, list[str]], name: str, parse: Callable[[Any], Any]) -> Any:
@@ -2391,12 +2331,10 @@ def one_value(query: dict[str, list[str]], name: str, parse: Callable[[Any], Any
 
 
 class Operator:
-    """The operator's routes: calls, queues, health, metrics, and Fn's view of the calls."""
+    """The operator's routes: calls, queues, health, metrics."""
 
     def __init__(self, settings: Callable[[], Config], queue: Queue, metrics: Metrics) -> None:
-        self._settings = settings
-        self._queue = queue
-        self._metrics = metrics
+        self._settings, self._queue, self._metrics = settings, queue, metrics
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}  # by call id: who waits for it to become final
         self.inflight: Callable[[], Mapping[str, int]] = dict  # attempts running, by queue
         self.draining = False
@@ -2408,9 +2346,6 @@ class Operator:
             ("GET", r"/system/queues", self._queues),
             ("POST", r"/system/queues/([^/]+)/(pause|resume|purge)", self._queue_action),
             ("GET", r"/metrics", self._exposition),
-            ("GET", r"/v1/apps/([^/]+)/calls", self._fn_calls),
-            ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)", self._fn_call),
-            ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)/log", self._fn_log),
         ]
 
     async def handle(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
@@ -2463,19 +2398,18 @@ class Operator:
                 del self._waiters[call_id]
         return as_json(found)
 
-    def _query(self, query: dict[str, list[str]], **fixed: str) -> RecordQuery:
+    def _query(self, query: dict[str, list[str]]) -> RecordQuery:
         known = ("status", "function", "queue", "call_id", "limit", "cursor")
         if unknown := set(query) - set(known):
             raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(known)}")
-        function = one_value(query, "function", text)
+        own = "." + self._settings().gateway.namespace
         return RecordQuery(
             status=one_value(query, "status", one_of(*STATUSES)),
-            function=function and function.removesuffix("." + self._settings().gateway.namespace),
+            function=one_value(query, "function", lambda value: text(value).removesuffix(own)),
             queue=one_value(query, "queue", text),
             call_id=one_value(query, "call_id", text),
             limit=one_value(query, "limit", LIMIT) or 100,
             before=one_value(query, "cursor", CURSOR),
-            **fixed,
         )
 
     async def _list(self, query: dict[str, list[str]]) -> web.StreamResponse:
@@ -2504,7 +2438,7 @@ class Operator:
             row = {"name": name, "depth": sum(found.waiting.values()), "inflight": inflight.get(name, 0)}
             row |= {"oldest_seconds": round(max(0.0, now - found.oldest_at), 3), "paused": found.paused}
             row |= {"functions": found.waiting, "max_inflight": limits.max_inflight, "max_pending": limits.max_pending}
-            rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair, "adaptive": limits.adaptive})
+            rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair})
         rows[-1] = {name: rows[-1][name] for name in ("name", "depth", "inflight", "oldest_seconds")}
         rows[-1]["max_inflight"] = config.callback.max_inflight
         return as_json({"queues": rows})
@@ -2544,34 +2478,6 @@ class Operator:
         body = prometheus_client.generate_latest(metrics.registry)
         return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
-    # -- Fn Project, 2017
-
-    @staticmethod
-    def _fn(found: dict[str, Any]) -> dict[str, Any]:
-        shown = {"id": found["call_id"], "app_name": found.get("app"), "path": "/" + found["function"]}
-        return shown | {name: found[name] for name in ("status", "created_at", "started_at", "completed_at")}
-
-    async def _fn_record(self, app: str, call_id: str) -> dict[str, Any]:
-        found = await self._queue.lookup(call_id)
-        if found.get("app") != app:
-            raise Refused(404, "Call not found")
-        return found
-
-    async def _fn_calls(self, query: dict[str, list[str]], app: str) -> web.StreamResponse:
-        path = one_value(query, "path", text)
-        wanted = {"function": path.strip("/").split("/")[0]} if path else {}
-        calls, _ = await self._queue.records(RecordQuery(app=app, **wanted))
-        return as_json({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
-
-    async def _fn_call(self, query: dict[str, list[str]], app: str, call_id: str) -> web.StreamResponse:
-        found = await self._fn_record(app, call_id)
-        return as_json({"message": "Successfully loaded call", "call": self._fn(found)})
-
-    async def _fn_log(self, query: dict[str, list[str]], app: str, call_id: str) -> web.StreamResponse:
-        await self._fn_record(app, call_id)
-        written = (await self._output(call_id)).decode("utf-8", "replace")
-        return as_json({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
-
 
 def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
     """The headers that steer a call, with their parsers; these raise ValueError."""
@@ -2596,7 +2502,7 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
             'a duration such as "1h" or ' + TIME_FORM,
             lambda value: now + duration(value) if value[-1:] in "smh" else parse_when(value),
         ),
-        "X-Max-Attempts": expect("a whole number from 1", lambda value: count(int(value))),
+        "X-Max-Attempts": expect("a whole number from 1", lambda value: count(_whole(value))),
         "X-Queue": one_of(*config.queues),
     }
 
@@ -2627,11 +2533,8 @@ class Gateway:
     def __init__(
         self, settings: Callable[[], Config], queue: Queue, functions: Functions, metrics: Metrics, operator: Operator
     ) -> None:
-        self._settings = settings
-        self._queue = queue
-        self._functions = functions
-        self._metrics = metrics
-        self._operator = operator
+        self._settings, self._queue, self._operator = settings, queue, operator
+        self._functions, self._metrics = functions, metrics
         self._active = 0
         self.idle = asyncio.Event()  # set while no request is being answered
         self.idle.set()
@@ -2658,9 +2561,10 @@ class Gateway:
             if target.startswith("/function/"):
                 authorize(request, self._settings(), self._settings().auth.invoke)
                 return await self._sync(request, target[10:])
-            if target.startswith("/r/"):
+            if target.startswith("/r/"):  # Fn Project, 2017: /r/{app}/{route}
                 authorize(request, self._settings(), self._settings().auth.invoke)
-                return await self._fn_route(request, target[3:])
+                route = target[3:].partition("/")[2]
+                return await (self._async if self._find(route)[0].type == "async" else self._sync)(request, route)
             return await self._operator.handle(request, target)
         except StoreError as exc:
             log.error("request refused: %s", exc)
@@ -2819,11 +2723,11 @@ class Gateway:
 
     # -- /async-function
 
-    async def _async(self, request: web.BaseRequest, target: str, app: str | None = None) -> web.StreamResponse:
-        if request.method == "DELETE" and app is None:
+    async def _async(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        if request.method == "DELETE":
             await self._queue.cancel(unquote(target.partition("?")[0]))
             return web.Response(status=202)
-        if request.method != "POST" and app is None:
+        if request.method != "POST":
             line = "a queued call is made with POST and cancelled with DELETE: there is nothing to get here"
             raise Refused(405, line + ", its record is at /system/calls/{call-id}", {"Allow": "POST, DELETE"})
         start_time = time.time_ns()
@@ -2834,7 +2738,7 @@ class Gateway:
         queue = asked("X-Queue") or function.queue_name
         body = await self._body(request, config.gateway.max_payload)
         call = Invocation(
-            own, call_id, function.name, function.namespace, queue, app, start_time,
+            own, call_id, function.name, function.namespace, queue, start_time,
             max(now, asked("X-Delay", now), asked("X-Not-Before", now)), asked("X-Deadline"),
             asked("X-Max-Attempts") or function.retry.attempts, asked("X-Callback-Url"),
             asked("X-Failure-Callback-Url"), asked("Idempotency-Key"), rest,
@@ -2844,17 +2748,9 @@ class Gateway:
         self._metrics.submitted(queue).inc()
         headers = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         headers["Location"] = f"/system/calls/{call_id if call_id is own else quote(call_id, safe='')}"
-        if app is not None or "application/json" in request.headers.get("Accept", ""):
+        if "application/json" in request.headers.get("Accept", "") or request.raw_path.startswith("/r/"):
             return as_json({"call_id": call_id}, 202, headers)
         return web.Response(status=202, headers=headers)
-
-    async def _fn_route(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        """Fn Project, 2017: /r/{app}/{route}. The app is a label; what the function is decides how it is called."""
-        app, _, route = target.partition("/")
-        function, _ = self._find(route)
-        if function.type == "async":
-            return await self._async(request, route, app)
-        return await self._sync(request, route)
 
 
 # --- Daemon ---------------------------------------------------------------------------------------------------------
@@ -2872,9 +2768,7 @@ class Daemon:
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
         self._exit = 0
 
-        def settings() -> Config:
-            return self.config
-
+        settings: Callable[[], Config] = lambda: self.config  # noqa: E731
         self.metrics = Metrics()
         self.queue: Queue = SqliteQueue(store_path(config), settings, self.metrics)
         self.functions = Functions(settings)
@@ -2883,7 +2777,7 @@ class Daemon:
         self.invoker = Invoker(settings, self.functions, self.metrics)
         self.sender = CallbackSender(settings, self.metrics)
         self.functions.slots.freed = self._wake_all
-        self.operator.inflight = lambda: {name: consumer.inflight for name, consumer in self._consumers.items()}
+        self.operator.inflight = lambda: {name: len(consumer.running) for name, consumer in self._consumers.items()}
 
     async def run(self) -> int:
         """Start everything, serve until a signal, stop in order."""
@@ -2893,13 +2787,19 @@ class Daemon:
             stack.push_async_callback(self.queue.close)
             await self.functions.open()
             stack.push_async_callback(self.functions.close)
-            runner = web.ServerRunner(self._server(), shutdown_timeout=0.1)  # the drain comes before
+            server = Server(
+                self.gateway.handle, handler_cancellation=True, auto_decompress=False, access_log=None, logger=log,
+                keepalive_timeout=self.config.gateway.read_timeout, max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
+            )  # fmt: skip
+            runner = web.ServerRunner(server, shutdown_timeout=0.1)  # the drain comes before
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             sites = await self._listen(runner)
             await self.sender.open()
             stack.push_async_callback(self.sender.close)
-            self._start_consumers()
+            for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
+                self._consumer(name)
             side = [asyncio.create_task(self._housekeeping(), name="housekeeping")]
             if usec := os.environ.get("WATCHDOG_USEC"):
                 side.append(asyncio.create_task(self._watchdog(int(usec) / 2e6), name="watchdog"))
@@ -2913,13 +2813,6 @@ class Daemon:
             await asyncio.gather(*side, return_exceptions=True)
         log.info("stopped")
         return self._exit
-
-    def _server(self) -> Server:
-        return Server(
-            self.gateway.handle, handler_cancellation=True, auto_decompress=False, access_log=None, logger=log,
-            keepalive_timeout=self.config.gateway.read_timeout, max_line_size=MAX_HEADER_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-        )  # fmt: skip
 
     async def _listen(self, runner: web.ServerRunner) -> list[web.BaseSite]:
         """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
@@ -2948,13 +2841,9 @@ class Daemon:
 
     # -- consumers and what the queue tells
 
-    def _start_consumers(self) -> None:
-        """One for each queue that has a name somewhere, one for callbacks; called again on reload."""
-        for name in (*self.config.queues, CALLBACKS):
-            self._consumer(name)
-
     def _consumer(self, name: str) -> None:
-        if name in self._consumers or self._stop.is_set():
+        """One for each queue that has a name somewhere, and one for callbacks."""
+        if name in self._consumers:
             return
         if name == CALLBACKS:
             self._consumers[name] = Consumer(name, self.queue, self.sender)
@@ -2964,8 +2853,8 @@ class Daemon:
         self._consumers[name] = Consumer(name, self.queue, self.invoker)
 
     def _wake(self, name: str) -> None:
-        self._consumer(name)
-        if name in self._consumers:
+        if self._consumers:  # else it begins with a look into its queue
+            self._consumer(name)
             self._consumers[name].wake()
 
     def _wake_all(self) -> None:
@@ -2981,8 +2870,6 @@ class Daemon:
         self.metrics.calls(call.status).inc()
         log_with(logging.INFO, "call ended", **call._asdict())
 
-    # -- side tasks
-
     async def _housekeeping(self) -> None:
         """Prune what is past its time."""
         while True:
@@ -2997,7 +2884,7 @@ class Daemon:
             with contextlib.suppress(StoreError):  # it answered
                 stats = await self.queue.stats()
                 waiting = sum(sum(item.waiting.values()) for item in stats.values())
-                running = sum(consumer.inflight for consumer in self._consumers.values())
+                running = sum(len(consumer.running) for consumer in self._consumers.values())
                 sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
             sd_notify("WATCHDOG=1")
             await asyncio.sleep(interval_s)
@@ -3007,8 +2894,6 @@ class Daemon:
             log.critical("%s failed, stopping", task.get_name(), exc_info=exc)
             self._exit = EXIT_FAILURE
             self._stop.set()
-
-    # -- signals
 
     def _signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -3036,7 +2921,8 @@ class Daemon:
         setup_logging(new.log)
         for name in changed:
             log.warning("[%s] has changed: that needs a restart", name)
-        self._start_consumers()
+        for name in new.queues:
+            self._consumer(name)
         self._wake_all()
         log.info("configuration reloaded")
 
@@ -3068,12 +2954,8 @@ def serve(args: argparse.Namespace) -> int:
         except ValueError as exc:
             raise ConfigError([f"--listen: {exc}"]) from exc
     setup_logging(config.log)
-
-    async def main() -> int:
-        return await Daemon(config, args.config).run()
-
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
-        return runner.run(main())
+        return runner.run(Daemon(config, args.config).run())
 
 
 def check(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -214,7 +215,7 @@ async def test_a_command_that_cannot_be_started_is_a_502(daemon: StartDaemon) ->
 # ---- the process group -----------------------------------------------------------------------------------------
 
 # A shell with a grandchild in the background, all of which hold the FIFO open.
-FAMILY = 'exec 3>"$FIFO"; (sleep 1000; sleep 1000) & echo started >&3; wait'
+FAMILY = 'exec 3>"$FIFO"; (sleep 100; sleep 100) & echo started >&3; wait'
 
 
 class Family:
@@ -257,9 +258,13 @@ class Family:
         assert await asyncio.wait_for(self.reader.readline(), PATIENCE) == b"started\n"
         self._let_go()
 
-    async def dead(self) -> bool:
-        """True as soon as none of the family is left."""
-        return await asyncio.wait_for(self.reader.read(), PATIENCE) == b""
+    async def dead(self) -> None:
+        """Wait until none of the family is left."""
+        self._let_go()
+        try:
+            await asyncio.wait_for(self.reader.read(), PATIENCE)
+        except TimeoutError:
+            raise AssertionError("some of the family still live") from None
 
 
 @pytest.fixture
@@ -276,7 +281,7 @@ async def test_a_command_that_takes_too_long_is_killed_with_its_children(daemon:
     reply = await ask(gateway.url, "/function/it")
     await family.started()
     assert reply.status == 504
-    assert await family.dead()
+    await family.dead()
 
 
 async def test_an_async_command_that_takes_too_long_is_a_timeout(daemon: StartDaemon, family: Family) -> None:
@@ -285,7 +290,7 @@ async def test_an_async_command_that_takes_too_long_is_a_timeout(daemon: StartDa
     record = await gateway.final(await gateway.submit("it"))
     await family.started()
     assert (record["status"], record["http_status"]) == ("timeout", 504)
-    assert await family.dead()
+    await family.dead()
 
 
 async def test_the_timeout_of_the_queue_kills_the_command_too(daemon: StartDaemon, family: Family) -> None:
@@ -295,7 +300,7 @@ async def test_the_timeout_of_the_queue_kills_the_command_too(daemon: StartDaemo
     record = await gateway.final(await gateway.submit("it"))
     await family.started()
     assert record["status"] == "timeout"
-    assert await family.dead()
+    await family.dead()
 
 
 async def test_a_client_that_goes_away_kills_the_command(daemon: StartDaemon, family: Family) -> None:
@@ -304,7 +309,26 @@ async def test_a_client_that_goes_away_kills_the_command(daemon: StartDaemon, fa
     async with connection(gateway.url) as (_, writer):
         writer.write(b"GET /function/it HTTP/1.1\r\nHost: x\r\n\r\n")
         await family.started()
-    assert await family.dead()
+    await family.dead()
+
+
+async def test_a_client_that_goes_away_while_the_command_starts_leaves_nothing_behind(
+    daemon: StartDaemon, family: Family
+) -> None:
+    """There is no moment at which a process is started and not yet the daemon's to kill."""
+    gateway = await daemon(family.settings())
+    chance = random.Random(5)
+
+    async def short_visit() -> None:
+        async with connection(gateway.url) as (_, writer):
+            writer.write(b"GET /function/it HTTP/1.1\r\nHost: x\r\n\r\n")
+            # The moment is the thing here: before, while and after the command is started.
+            await asyncio.sleep(chance.uniform(0, 0.05))
+
+    for _ in range(10):
+        await asyncio.gather(*(short_visit() for _ in range(5)))
+    assert await gateway.terminate() == 0
+    await family.dead()
 
 
 async def test_shutdown_kills_the_command(daemon: StartDaemon, family: Family) -> None:
@@ -313,7 +337,7 @@ async def test_shutdown_kills_the_command(daemon: StartDaemon, family: Family) -
     await gateway.submit("it")
     await family.started()
     assert await gateway.terminate() == 0
-    assert await family.dead()
+    await family.dead()
 
 
 async def test_the_kill_does_not_ask(daemon: StartDaemon, family: Family) -> None:
@@ -322,7 +346,7 @@ async def test_the_kill_does_not_ask(daemon: StartDaemon, family: Family) -> Non
     reply = await ask(gateway.url, "/function/it")
     await family.started()
     assert reply.status == 504
-    assert await family.dead()
+    await family.dead()
 
 
 async def test_many_commands_run_at_once(daemon: StartDaemon) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import json
 import random
 from typing import Any
 
@@ -169,6 +170,28 @@ async def test_the_wait_before_a_retry_survives_kill_9(daemon: StartDaemon, func
     await gateway.start()
     assert await gateway.record(call_id) == before
     assert len(function.requests) == 1
+
+
+async def test_what_is_due_at_the_start_waits_until_the_daemon_is_ready(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """A start that takes its time, here over many listeners, does not begin with attempts that cannot succeed."""
+    addresses = [f"127.0.0.{number}:0" for number in range(1, 60)]
+    gateway = await daemon(
+        f"[gateway]\nlisten = {json.dumps(addresses)}\n"
+        f'[functions.it]\nurl = "{function.url}"\n[functions.other]\nurl = "{sink.url}"\n'
+        "[callback]\nattempts = 100"
+    )
+    await sink.stop()
+    calls = await submit_many(gateway, 10, X_Callback_Url="http://gateway/function/other")
+    for call_id in calls:
+        await gateway.until(call_id, lambda record: record["callback"]["attempts"] >= 1)
+    await gateway.kill()
+    await sink.start()
+    await gateway.start()
+    records = await final_records(gateway, calls)
+    assert {record["callback"]["status"] for record in records} == {"delivered"}
+    assert "failed in this program" not in gateway.log
 
 
 async def test_a_second_process_on_the_same_store_gives_up(daemon: StartDaemon, function: Server) -> None:

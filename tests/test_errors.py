@@ -167,6 +167,29 @@ def resident_bytes(daemon: Daemon) -> int:
     return pages * resource.getpagesize()
 
 
+async def test_a_body_that_does_not_come_is_not_waited_for(daemon: StartDaemon, function: Server) -> None:
+    """A client that stops in the middle gets its answer after `read_timeout`, and nothing is run."""
+    gateway = await daemon(f'[gateway]\nread_timeout = "200ms"\n[functions.echo]\nurl = "{function.url}"')
+    for route in ("function", "async-function"):
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(f"POST /{route}/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf".encode())
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+            body = await asyncio.wait_for(reader.readexactly(int(parse(head).headers["Content-Length"])), PATIENCE)
+        assert parse(head).status == 408
+        assert_one_line(parse(head + body))
+    assert function.requests == []
+
+
+async def test_a_client_that_never_asks_is_hung_up_on(daemon: StartDaemon) -> None:
+    """Connections on which nothing, or half a head, comes do not stay open for ever."""
+    gateway = await daemon('[gateway]\nread_timeout = "200ms"')
+    for start in (b"", b"GET /healthz HTTP/1.1\r\nHost:"):
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(start)
+            received = await asyncio.wait_for(reader.read(), PATIENCE)
+        assert not received.startswith(b"HTTP/1.1 2")
+
+
 async def test_a_sync_body_has_no_limit(gateway: Daemon, function: Server) -> None:
     """`max_payload` is for what has to be stored."""
     reply = await ask(gateway.url, "/function/echo", method="POST", body=bytes(512 * KIB))

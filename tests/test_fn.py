@@ -14,11 +14,11 @@ SECRET = b"s3cret-body-of-the-caller"
 
 
 @pytest.fixture
-async def gateway(daemon: StartDaemon, function: Server) -> Daemon:
-    """A daemon with an async function, `hello-async`, and a sync one, `hello`."""
+async def gateway(daemon: StartDaemon, function: Server, refused: str) -> Daemon:
+    """A daemon with an async function, `hello-async`, a sync one, `hello`, and one that is down, `dead`."""
     return await daemon(
         f'[functions.hello-async]\nurl = "{function.url}"\ntype = "async"\n'
-        f'[functions.hello]\nurl = "{function.url}"\n'
+        f'[functions.hello]\nurl = "{function.url}"\n[functions.dead]\nurl = "{refused}"\n'
         '[gateway]\nmax_payload = "1KiB"\n[retry]\nattempts = 1'
     )
 
@@ -172,7 +172,7 @@ async def test_a_call_by_fns_route_is_a_call_like_any_other(gateway: Daemon, fun
 
 
 async def test_a_sync_function_answers_directly(gateway: Daemon, function: Server) -> None:
-    """Status, headers and body are the function's, for any method, path and query."""
+    """Status, headers and body are the function's, its errors too, for any method, path and query."""
     function.behaviour = answer(418, b"short and stout", X_Own="v", Content_Type="text/x-tea")
     for method in ("GET", "POST", "PUT", "DELETE"):
         reply = await ask(gateway.url, "/r/myapp/hello/a%2Fb?x=%20", method=method, body=b"body")
@@ -183,32 +183,21 @@ async def test_a_sync_function_answers_directly(gateway: Daemon, function: Serve
     assert [request.method for request in function.requests] == ["GET", "POST", "PUT", "DELETE"]
 
 
-async def test_a_functions_own_error_is_not_wrapped(gateway: Daemon, function: Server) -> None:
-    """Fn's form is for the gateway's errors."""
-    function.behaviour = answer(404, b"my own words")
-    reply = await ask(gateway.url, "/r/myapp/hello")
-    assert (reply.status, reply.body) == (404, b"my own words")
-
-
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
 async def test_what_does_not_exist_is_not_found(gateway: Daemon, function: Server) -> None:
-    """404 for a route, a call and a log, and for the call of another app."""
+    """404 for a route, a call and a log, for the call of another app, and for one that belongs to none."""
     call_id = await call(gateway)
+    without = await gateway.submit("hello-async")
     for target in ("calls/nosuch", "calls/nosuch/log"):
         assert_error(await ask(gateway.url, f"/v1/apps/myapp/{target}"), 404)
     for suffix in ("", "/log"):
         assert_error(await ask(gateway.url, f"/v1/apps/otherapp/calls/{call_id}{suffix}"), 404)
+        for app in ("myapp", "None", "null", "%20"):
+            assert_error(await ask(gateway.url, f"/v1/apps/{app}/calls/{without}{suffix}"), 404)
     for target in ("/r/myapp/nosuch", "/r/myapp", "/r/myapp/", "/v1/nosuch"):
         assert_error(await ask(gateway.url, target, method="POST", body=SECRET), 404)
-
-
-async def test_a_call_that_fn_was_not_asked_for_belongs_to_no_app(gateway: Daemon) -> None:
-    """Not even to one without a name."""
-    call_id = await gateway.submit("hello-async")
-    for app in ("myapp", "None", "null", "%20"):
-        assert_error(await ask(gateway.url, f"/v1/apps/{app}/calls/{call_id}"), 404)
 
 
 async def test_a_request_that_is_refused_is_told_in_fns_form(gateway: Daemon) -> None:
@@ -218,12 +207,7 @@ async def test_a_request_that_is_refused_is_told_in_fns_form(gateway: Daemon) ->
     assert_error(await ask(gateway.url, target, method="POST", body=SECRET * 100), 413)
     assert (await ask(gateway.url, target, "Idempotency-Key: k", method="POST", body=b"body")).status == 202
     assert_error(await ask(gateway.url, target, "Idempotency-Key: k", method="POST", body=SECRET), 422)
-
-
-async def test_a_dead_function_is_told_in_fns_form(daemon: StartDaemon, refused: str) -> None:
-    """502."""
-    gateway = await daemon(f'[functions.hello]\nurl = "{refused}"')
-    assert_error(await ask(gateway.url, "/r/myapp/hello", method="POST", body=SECRET), 502)
+    assert_error(await ask(gateway.url, "/r/myapp/dead", method="POST", body=SECRET), 502)
 
 
 # ---- credentials -----------------------------------------------------------------------------------------------
