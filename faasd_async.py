@@ -12,9 +12,7 @@ The promise
     final state; a crash in the middle of an attempt leads to another attempt, which the record shows
     (`interrupted`). A call's outcome and its pending callback are committed together before the callback is sent.
 
-Reading order: the banners below; each section uses only what stands above it. Plain frozen data crosses sections.
-
-Who owns which task
+Sections use only what stands above them. Plain frozen data crosses them. Who owns which task:
     Daemon      one task per side job (housekeeping, watchdog); their failure stops the daemon in an orderly way
     Consumer    its dispatcher, and one task per claimed call or callback; `stop()` awaits all of them
     aiohttp     one task per HTTP request; `runner.cleanup()` awaits them
@@ -106,6 +104,7 @@ STATUSES = ("delayed", "queued", "running", *FINAL)
 log = logging.getLogger("faasd_async")
 T = TypeVar("T")
 P = ParamSpec("P")
+Tell = Callable[[T], None]
 Headers = tuple[tuple[bytes, bytes], ...]
 
 # --- Errors ---------------------------------------------------------------------------------------------------------
@@ -332,7 +331,6 @@ class Function:
 
     @functools.cached_property
     def key(self) -> str:
-        """Tells functions of all namespaces apart; the metrics' function_name."""
         return f"{self.name}.{self.namespace}"
 
     @functools.cached_property
@@ -369,7 +367,6 @@ class Config:
 
     @functools.cached_property
     def limits(self) -> Mapping[str, int]:
-        """The functions that have a max_inflight, by key."""
         return {f.key: f.max_inflight for f in self.functions.values() if f.max_inflight is not None}
 
     def queue(self, name: str) -> QueueConfig:
@@ -413,13 +410,9 @@ def _check_name(where: str, name: str, problems: list[str]) -> None:
 def annotated_policy(annotations: Mapping[str, str], base: RetryPolicy, where: str) -> RetryPolicy:
     """The policy with `com.openfaas.retry.*` annotations laid over it. An invalid value keeps the default."""
     values: dict[str, Any] = {}
-    readers: dict[str, Callable[[str], Any]] = {
-        "attempts": lambda value: count(int(value)),
-        "codes": lambda value: http_codes([int(code) for code in value.split(",")]),
-        "min_wait": duration,
-        "max_wait": duration,
-    }
-    for name, read in readers.items():
+    readers: dict[str, Callable[[str], Any]] = {"attempts": lambda value: count(_whole(value))}
+    readers["codes"] = lambda value: http_codes([_whole(code.strip()) for code in value.split(",")])
+    for name, read in {**readers, "min_wait": duration, "max_wait": duration}.items():
         value = annotations.get(f"com.openfaas.retry.{name}")
         try:
             if value is not None:
@@ -546,6 +539,7 @@ class Claim(NamedTuple):
     CALLBACKS the outcome of one. Calls of a lane are FIFO, lanes take turns."""
 
     token: int  # the queue's own handle
+    fence: int  # tells this claim from others of the same call
     call_id: str
     function: str
     namespace: str
@@ -900,9 +894,7 @@ class Queue(Protocol):
     retried, or its process ends and the next `open` queues it again, `interrupted` counted and the attempt charged.
     """
 
-    async def open(
-        self, wake: Callable[[str], None], stop: Callable[[int], None], final: Callable[[Ended], None]
-    ) -> None:
+    async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
         """Recover what a dead process left. On the event loop, `wake(queue)` tells that a queue may have due work that
         the last claim did not return, `stop(token)` that claimed work was cancelled, `final` of a call's end."""
 
@@ -1047,6 +1039,7 @@ CREATE TABLE calls (
     status TEXT NOT NULL,         -- queued, running or final; "delayed" is a queued call that is not due
     work TEXT, lane TEXT,         -- what is to be done: in which queue (or '@callbacks') and lane; NULL: nothing
     due_at REAL,                  -- when; NULL while claimed
+    claims INTEGER NOT NULL DEFAULT 0,  -- how often it was handed out: a claim from before can't end it
     attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL, interrupted INTEGER NOT NULL DEFAULT 0,
     start_time INTEGER NOT NULL,  -- nanoseconds: X-Start-Time
     deadline_at REAL,             -- NULL once the call has started
@@ -1181,6 +1174,8 @@ class SqliteFile:
         if whole or outcome.body or outcome.stderr:
             row = (seq, pack_headers(outcome.headers) if whole else None, outcome.body[:keep], outcome.stderr[:keep])
             self.db.execute("INSERT OR REPLACE INTO outputs (seq, headers, body, stderr) VALUES (?, ?, ?, ?)", row)
+        else:
+            self.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
 
     def then_callback(self, status: str, urls: tuple[str | None, str | None], now: float) -> tuple[Any, ...]:
         """What comes after a final status: callback_status, work, lane, due_at. Callbacks to one host share a lane."""
@@ -1201,35 +1196,35 @@ def sql_enqueue(file: SqliteFile, items: list[Invocation]) -> list[str | Excepti
     """Store calls; for each the call id to answer with, or a refusal."""
     results: list[str | Exception] = []
     calls: list[tuple[Any, ...]] = []
-    requests = []
+    requests, new = [], Counter[str]()
     for call in items:
-        queue = call.queue
-        full = file.lanes_of(queue).total >= file.settings().queue(queue).max_pending
-        if full and not file.db.execute(STORED, (call.id,)).fetchone():
-            results.append(Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)}))
-            continue
-        digest = None
+        queue, digest = call.queue, None
         if call.idempotency_key is not None:
             digest = hashlib.blake2b(call.body, digest_size=16).digest()
             if (taken := taken_key(file, call, digest, calls)) is not None:
                 results.append(taken)
                 continue
+        full = file.lanes_of(queue).total + new[queue] >= file.settings().queue(queue).max_pending
+        if full and not file.db.execute(STORED, (call.id,)).fetchone():
+            results.append(Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)}))
+            continue
         file.seq = seq = file.seq + 1
         own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
         calls.append((seq, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
             call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
             call.idempotency_key, digest))  # fmt: skip
         requests.append((seq, call.target, call.headers, call.body))
-        file.add(queue, lane, call.due_at)
+        new[queue] += 1
         results.append(call.call_id)
     try:
         file.db.executemany(INSERT, calls)
     except sqlite3.IntegrityError:
         if len(items) == 1 and file.db.execute(STORED, (items[0].id,)).fetchone():
-            file.rebuild()
             return [items[0].call_id]  # the same call once more: it is stored already
         raise  # each is tried alone
     file.db.executemany(INSERT_REQUEST, requests)
+    for row in calls:
+        file.add(*row[6:9])
     if any(call.deadline_at is not None for call in items):
         file.find_deadline()
     return results
@@ -1247,16 +1242,18 @@ def taken_key(file: SqliteFile, call: Invocation, digest: bytes, batch: list[tup
 
 
 DUE = "WHERE c.work = ? AND c.lane = ? AND c.due_at <= ? ORDER BY c.due_at, c.seq LIMIT ?"
-CLAIM = f"""SELECT c.seq, coalesce(c.call_id, c.id), c.function, c.namespace, c.queue, c.lane, c.attempts + 1,
-    c.attempts + 1, c.max_attempts, c.start_time, c.callback_url, c.failure_url, NULL, NULL, r.target, r.headers, r.body
-    FROM calls c LEFT JOIN requests r USING (seq) {DUE}"""
-CLAIM_CALLBACK = f"""SELECT c.seq, coalesce(c.call_id, c.id), c.function, c.namespace, c.work, c.lane,
+CLAIM = f"""SELECT c.seq, c.claims + 1, coalesce(c.call_id, c.id), c.function, c.namespace, c.queue, c.lane,
+    c.attempts + 1, c.attempts + 1, c.max_attempts, c.start_time, c.callback_url, c.failure_url, NULL, NULL, r.target,
+    r.headers, r.body FROM calls c LEFT JOIN requests r USING (seq) {DUE}"""
+CLAIM_CALLBACK = f"""SELECT c.seq, c.claims + 1, coalesce(c.call_id, c.id), c.function, c.namespace, c.work, c.lane,
     c.callback_attempts + 1, c.attempts, c.max_attempts, c.start_time, c.callback_url, c.failure_url, c.http_status,
     c.duration, iif(c.failure_url IS NOT NULL AND c.status <> 'success', c.failure_url, c.callback_url),
     coalesce(o.headers, x''), coalesce(o.body, x'') FROM calls c LEFT JOIN outputs o USING (seq) {DUE}"""
-MARK = """UPDATE calls SET due_at = NULL, status = 'running', attempts = attempts + 1, started_at = ?,
-    deadline_at = NULL WHERE seq = ?"""
-MARK_CALLBACK = "UPDATE calls SET due_at = NULL, callback_attempts = callback_attempts + 1 WHERE seq = ?"
+MARK = """UPDATE calls SET due_at = NULL, claims = claims + 1, status = 'running', attempts = attempts + 1,
+    started_at = ?, deadline_at = NULL WHERE seq = ?"""
+MARK_CALLBACK = (
+    "UPDATE calls SET due_at = NULL, claims = claims + 1, callback_attempts = callback_attempts + 1 WHERE seq = ?"
+)
 
 
 def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> tuple[list[Claim], float]:
@@ -1264,12 +1261,17 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
     now = time.time()
     if file.deadline_at <= now:
         sql_expire(file)
+        if file.deadline_at <= now:
+            return [], now + 0.001  # there are more of them: others first
     lanes = file.lanes_of(work)
     claims: list[Claim] = []
     fair = work == CALLBACKS or file.settings().queue(work).fair
     left, held = dict(room), []
     while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
         others = len(lanes.ready)  # about
+        if not fair and others and (head := file.head(work, lane)) > lanes.ready[0][0]:
+            lanes.put(lane, head)  # its first call was cancelled
+            continue
         share = max(1, (limit - len(claims)) // (others + 1)) if fair or not others else 1
         free = left.get(lane, room.get(""))  # None: no limit
         share = share if free is None else min(share, free)
@@ -1300,16 +1302,16 @@ def claim_lane(file: SqliteFile, work: str, lane: str, now: float, limit: int) -
     return found
 
 
-# What ends a claim looks at the attempt too: a call that was cancelled and queued again is somebody else's.
 COMPLETE = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
     response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?
-    WHERE seq = ? AND status = 'running' AND attempts = ?"""
+    WHERE seq = ? AND status = 'running' AND claims = ?"""
 COMPLETE_CALLBACK = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
-    work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND callback_attempts = ?"""
-RETRY = """UPDATE calls SET status = 'queued', due_at = ?, attempts = attempts - ?, http_status = ?, error = ?
-    WHERE seq = ? AND status = 'running' AND attempts = ?"""
-RETRY_CALLBACK = """UPDATE calls SET due_at = ?, callback_attempts = callback_attempts - ?, callback_http_status = ?,
-    callback_error = ? WHERE seq = ? AND work = '@callbacks' AND callback_attempts = ?"""
+    work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
+RETRY = """UPDATE calls SET status = 'queued', due_at = ?1, attempts = attempts - ?2, http_status = iif(?2, http_status,
+    ?3), error = iif(?2, error, ?4) WHERE seq = ?5 AND status = 'running' AND claims = ?6"""
+RETRY_CALLBACK = """UPDATE calls SET due_at = ?1, callback_attempts = callback_attempts - ?2, callback_http_status =
+    iif(?2, callback_http_status, ?3), callback_error = iif(?2, callback_error, ?4)
+    WHERE seq = ?5 AND work = '@callbacks' AND claims = ?6"""
 
 
 def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -> bool:
@@ -1317,13 +1319,13 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
     now, keep = time.time(), file.settings().calls.keep_output
     if work.queue == CALLBACKS:
         row: tuple[Any, ...] = (status, outcome.status if outcome.answered else None, outcome.error)
-        if file.db.execute(COMPLETE_CALLBACK, (*row, work.token, work.attempt)).rowcount == 0:
+        if file.db.execute(COMPLETE_CALLBACK, (*row, work.token, work.fence)).rowcount == 0:
             return False
         cut_output(file, work.token)
         return True
     follow = file.then_callback(status, (work.callback_url, work.failure_url), now)
     row = (status, outcome.status, outcome.error, now, outcome.duration_s, outcome.size, *follow)
-    if file.db.execute(COMPLETE, (*row, work.token, work.attempt)).rowcount == 0:
+    if file.db.execute(COMPLETE, (*row, work.token, work.fence)).rowcount == 0:
         return False
     if follow[1]:
         file.add(*follow[1:])
@@ -1344,7 +1346,7 @@ def cut_output(file: SqliteFile, seq: int) -> None:
 def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
     due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
     code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
-    row = (due_at, outcome is None, code, outcome and outcome.error, work.token, work.attempt)
+    row = (due_at, outcome is None, code, outcome and outcome.error, work.token, work.fence)
     if file.db.execute(RETRY_CALLBACK if callback else RETRY, row).rowcount == 0:
         return False
     file.add(work.queue, work.lane, due_at)
@@ -1436,9 +1438,10 @@ def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
     return len(rows)
 
 
-REDRIVE = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0, http_status = NULL,
-    error = NULL, started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
-    callback_status = 'none', callback_attempts = 0, callback_http_status = NULL, callback_error = NULL WHERE seq = ?"""
+REDRIVE = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0,
+    interrupted = 0, http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL, duration = NULL,
+    response_bytes = NULL, callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
+    callback_error = NULL WHERE seq = ?"""
 
 
 def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
@@ -1501,13 +1504,13 @@ def sql_prune(file: SqliteFile) -> int:
     gone = file.db.execute(sql, (time.time() - file.settings().calls.keep,)).fetchall()
     file.db.executemany("DELETE FROM requests WHERE seq = ?", gone)
     file.db.executemany("DELETE FROM outputs WHERE seq = ?", gone)
-    if gone:
-        file.db.execute(f"PRAGMA incremental_vacuum({2 * BATCH})").fetchall()
+    (free,) = file.db.execute("PRAGMA freelist_count").fetchone()
+    for _ in range(min(free, 2 * BATCH) if gone else 0):
+        file.db.execute("PRAGMA incremental_vacuum(1)")  # more than one page at a time Python's module does not do
     return len(gone)
 
 
 Batch = dict[Callable[..., Any], list[tuple[Any, asyncio.Future[Any]]]]  # by step: arguments, and who waits
-Results = list[tuple[asyncio.Future[Any], Any]]
 
 
 def in_transaction(
@@ -1532,12 +1535,11 @@ class SqliteQueue:
         self._outbox: list[tuple[Any, Any, asyncio.Future[Any]]] = []  # submitted since the loop's last round
         self._inbox: queues.SimpleQueue[list[tuple[Any, Any, asyncio.Future[Any]]] | None] = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._closing = False
         self._busy_since: float | None = None  # monotonic; since when the current transaction runs
         self._failure: str | None = None  # why the last transaction failed; None after one that did not
 
-    async def open(
-        self, wake: Callable[[str], None], stop: Callable[[int], None], final: Callable[[Ended], None]
-    ) -> None:
+    async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
         self._wake, self._stop, self._final, self._loop = wake, stop, final, asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
@@ -1546,6 +1548,7 @@ class SqliteQueue:
     async def close(self) -> None:
         for _, timer in self._timers.values():
             timer.cancel()
+        self._closing = True
         self._hand_over()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -1597,12 +1600,10 @@ class SqliteQueue:
             return None
         return f"the disk has not answered for {time.monotonic() - since:.0f} s"
 
-    # -- the writer's thread
-
     def submit(self, step: Callable[..., Any], item: Any) -> asyncio.Future[Any]:
         """Run a step in the next transaction; the future is set once that is on disk."""
         future = self._loop.create_future()
-        if not self._thread.is_alive():
+        if self._closing or not self._thread.is_alive():
             future.set_exception(StoreError("the queue is closed"))
             return future
         if not self._outbox:  # hand over once per round of the loop: fewer and larger transactions
@@ -1679,11 +1680,11 @@ class SqliteQueue:
         self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
         self._tell([(future, StoreError(self._failure)) for entries in batch.values() for _, future in entries])
 
-    def _tell(self, results: Results) -> None:
+    def _tell(self, results: list[tuple[asyncio.Future[Any], Any]]) -> None:
         effects, self._file.effects = self._file.effects, Effects({}, [], [])
         self._loop.call_soon_threadsafe(self._settle, results, effects)
 
-    def _settle(self, results: Results, effects: Effects) -> None:
+    def _settle(self, results: list[tuple[asyncio.Future[Any], Any]], effects: Effects) -> None:
         """Tell first who waits for work, then who asked."""
         for name, due_at in effects.touched.items():
             self._arm(name, due_at)
@@ -2055,8 +2056,7 @@ class CallbackSender:
         self._session, self._own_session = client_session(guarded), client_session(own)
 
     async def close(self) -> None:
-        await self._session.close()
-        await self._own_session.close()
+        await asyncio.gather(self._session.close(), self._own_session.close())
 
     def limit(self, queue: str) -> int:
         return self._settings().callback.max_inflight

@@ -5,7 +5,7 @@ import base64
 import contextlib
 import json
 import resource
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -23,6 +23,7 @@ from conftest import (
     connection,
     never,
     parse,
+    rude_server,
     run,
 )
 
@@ -402,23 +403,6 @@ async def test_a_function_that_refuses_the_connection_is_a_bad_gateway(daemon: S
     reply = await ask(gateway.url, "/function/down", method="POST", body=SECRET)
     assert reply.status == 502
     assert_one_line(reply, "down")
-
-
-@contextlib.asynccontextmanager
-async def rude_server(data: bytes) -> AsyncIterator[str]:
-    """A server that answers each request with `data` and hangs up."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(data)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        await server.wait_closed()
 
 
 @pytest.mark.parametrize("data", [b"", b"HTTP/1.1 200", b"SSH-2.0-OpenSSH\r\n"], ids=["nothing", "half", "not http"])

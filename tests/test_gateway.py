@@ -29,6 +29,7 @@ from conftest import (
     never,
     parse,
     raw,
+    rude_server,
     run,
 )
 from prometheus_client.parser import text_string_to_metric_families
@@ -527,6 +528,46 @@ async def test_a_slow_function_does_not_hold_up_another(daemon: StartDaemon, fun
     assert (await ask(gateway.url, "/function/quick")).status == 200
     gate.open()
     assert {reply.status for reply in await asyncio.gather(*slow)} == {200}
+
+
+async def test_an_answer_that_ends_with_its_connection_is_whole(daemon: StartDaemon) -> None:
+    """Small servers of HTTP/1.0 tell no length; theirs are functions, too."""
+    async with rude_server(b"HTTP/1.0 200 OK\r\nX-Own: v\r\n\r\nthe whole") as url:
+        gateway = await daemon(f'[functions.old]\nurl = "{url}"')
+        result = await run("curl", "-sS", f"{gateway.url}/function/old")
+        assert (result.code, result.out) == (0, "the whole"), result.err
+        record = await gateway.final(await gateway.submit("old"))
+        assert (record["status"], record["response_bytes"]) == ("success", 9)
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks(gateway: Daemon, function: Server) -> None:
+    """It would take their lengths for the body."""
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"one,")
+        await response.write(b"two")
+        return response
+
+    function.behaviour = behaviour
+    reply = await raw(gateway.url, b"GET /function/echo HTTP/1.0\r\n\r\n")
+    assert (reply.status, reply.body) == (200, b"one,two")
+
+
+async def test_a_function_may_answer_before_it_has_read_the_body(
+    gateway: Daemon, function: Server, tmp_path: Path
+) -> None:
+    """A refusal in the middle of an upload is the answer, not a broken connection."""
+    function.reads_body = False
+    function.behaviour = answer(413, b"too much", Connection="close")
+    upload = tmp_path / "upload"
+    upload.write_bytes(bytes(32 * 2**20))
+    result = await run(
+        *("curl", "-sS", "-w", " %{http_code}", "-H", "Expect:", "--data-binary", f"@{upload}"),
+        f"{gateway.url}/function/echo",
+    )
+    assert (result.code, result.out) == (0, "too much 413"), result.err
 
 
 # ---- the 202 and the record ------------------------------------------------------------------------------------
