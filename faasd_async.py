@@ -1975,7 +1975,7 @@ class Invoker:
     def limit(self, queue: str) -> int:
         return self._settings().queue(queue).max_inflight
 
-    def room(self, queue: str) -> Mapping[str, int]:
+    def room(self, running: Mapping[str, int]) -> Mapping[str, int]:
         return self._functions.slots.room()
 
     async def execute(self, claim: Claim) -> Outcome:
@@ -2037,7 +2037,6 @@ class CallbackSender:
         self._metrics = metrics
         self._rng = random.Random()
         self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
-        self._running: Counter[str] = Counter()
         self.own_address = ""  # "http://HOST:PORT" or "unix:/path" of this daemon, known once it listens
 
     async def open(self) -> None:
@@ -2061,13 +2060,12 @@ class CallbackSender:
     def limit(self, queue: str) -> int:
         return self._settings().callback.max_inflight
 
-    def room(self, queue: str) -> Mapping[str, int]:
+    def room(self, running: Mapping[str, int]) -> Mapping[str, int]:
         """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
         most = self._settings().callback.max_inflight
         share = max(1, most - max(1, most // 4))
-        hosts = {*self._running, *self._failing}
-        caps = {host: max(1, most // 8) if host in self._failing else share for host in hosts}
-        return {"": share, **{host: max(0, cap - self._running[host]) for host, cap in caps.items()}}
+        caps = {**dict.fromkeys(running, share), **dict.fromkeys(self._failing, max(1, most // 8))}
+        return {"": share, **{host: max(0, cap - running.get(host, 0)) for host, cap in caps.items()}}
 
     def _request(self, claim: Claim, headers: CIMultiDict[str]) -> Any:
         """The POST, to this daemon itself where the host is one of its names."""
@@ -2101,7 +2099,6 @@ class CallbackSender:
         headers, lane = self._headers(claim), claim.lane
         if config.log.write_debug:
             log_bodies(claim.call_id, callback=claim.body)
-        self._running[lane] += 1
         try:
             async with asyncio.timeout(config.callback.timeout), self._request(claim, headers) as answer:
                 await read_capped(answer.content, 0)
@@ -2114,10 +2111,6 @@ class CallbackSender:
             outcome = failure(exc, who, started)
         except Refused as exc:
             outcome = Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
-        finally:
-            self._running[lane] -= 1
-            if not self._running[lane]:
-                del self._running[lane]
         (self._failing.discard if outcome.answered else self._failing.add)(lane)
         return outcome
 
@@ -2161,7 +2154,7 @@ class Consumer:
         self.name, self._queue, self._job = name, queue, job
         self._wake = asyncio.Event()
         self.wake = self._wake.set  # there may be something to claim
-        self.running: dict[int, asyncio.Task[None]] = {}  # by token: attempts that run
+        self.running: dict[int, tuple[str, asyncio.Task[None]]] = {}  # by token: lane and task of attempts that run
         self._settling: set[asyncio.Task[None]] = set()  # attempts that have ended and wait to be stored
         self._cancelled: set[int] = set()  # tokens of attempts whose calls were cancelled
         self._stopping = asyncio.Event()
@@ -2170,10 +2163,10 @@ class Consumer:
 
     def cancel(self, token: int) -> None:
         """End an attempt whose call was cancelled; nothing of it is stored."""
-        if task := self.running.get(token):
+        if token in self.running:
             self._cancelled.add(token)
             # Not at once: a task that is cancelled before its first step would not run at all, nor free its slot.
-            asyncio.get_running_loop().call_soon(task.cancel)
+            asyncio.get_running_loop().call_soon(self.running[token][1].cancel)
 
     async def _dispatch(self) -> None:
         while not self._stopping.is_set():
@@ -2185,14 +2178,16 @@ class Consumer:
             if self._stopping.is_set() or free <= 0 or len(self._settling) > limit:
                 continue
             try:
-                claims = await self._queue.claim(self.name, free, self._job.room(self.name))
+                room = self._job.room(Counter(lane for lane, _ in self.running.values()))
+                claims = await self._queue.claim(self.name, free, room)
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
                 await self._pause()
                 self._wake.set()
                 continue
             for claim in claims:
-                self.running[claim.token] = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
+                task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
+                self.running[claim.token] = claim.lane, task
             if len(claims) >= free:
                 self._wake.set()
 
@@ -2208,7 +2203,7 @@ class Consumer:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
         finally:
-            task = self.running.pop(claim.token)
+            _, task = self.running.pop(claim.token)
             self._cancelled.discard(claim.token)
             self._wake.set()
         self._settling.add(task)
@@ -2248,13 +2243,14 @@ class Consumer:
         self._wake.set()
         await self._dispatcher
         hurried = asyncio.create_task(hurry.wait())
-        while (busy := {*self.running.values(), *self._settling}) and not hurry.is_set():
+        while (busy := {*(task for _, task in self.running.values()), *self._settling}) and not hurry.is_set():
             await asyncio.wait({*busy, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
         await asyncio.sleep(0)  # as in `cancel`: every task has to have begun
-        for task in self.running.values():
+        for _, task in self.running.values():
             task.cancel()
-        await asyncio.gather(hurried, *self.running.values(), *self._settling, return_exceptions=True)
+        tasks = [task for _, task in self.running.values()]
+        await asyncio.gather(hurried, *tasks, *self._settling, return_exceptions=True)
 
 
 # --- Gateway --------------------------------------------------------------------------------------------------------
@@ -2724,10 +2720,11 @@ class Gateway:
     # -- /async-function
 
     async def _async(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        if request.method == "DELETE":
+        fn = request.raw_path.startswith("/r/")  # Fn's route takes any method
+        if request.method == "DELETE" and not fn:
             await self._queue.cancel(unquote(target.partition("?")[0]))
             return web.Response(status=202)
-        if request.method != "POST":
+        if request.method != "POST" and not fn:
             line = "a queued call is made with POST and cancelled with DELETE: there is nothing to get here"
             raise Refused(405, line + ", its record is at /system/calls/{call-id}", {"Allow": "POST, DELETE"})
         start_time = time.time_ns()
@@ -2748,7 +2745,7 @@ class Gateway:
         self._metrics.submitted(queue).inc()
         headers = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         headers["Location"] = f"/system/calls/{call_id if call_id is own else quote(call_id, safe='')}"
-        if "application/json" in request.headers.get("Accept", "") or request.raw_path.startswith("/r/"):
+        if fn or "application/json" in request.headers.get("Accept", ""):
             return as_json({"call_id": call_id}, 202, headers)
         return web.Response(status=202, headers=headers)
 
