@@ -508,7 +508,7 @@ def test_retry_annotations_are_laid_over_the_common_policy() -> None:
     found = function("""
         [functions.it.annotations]
         "com.openfaas.retry.attempts" = "3"
-        "com.openfaas.retry.codes" = "500,503"
+        "com.openfaas.retry.codes" = "500, 503"
         "com.openfaas.retry.min_wait" = "1s"
         "com.openfaas.retry.max_wait" = "5m"
     """)
@@ -527,6 +527,8 @@ def test_a_retry_table_wins_over_annotations() -> None:
         ("attempts", "many"),
         ("attempts", "0"),
         ("attempts", "-3"),
+        ("attempts", "1_0"),
+        ("attempts", ""),
         ("codes", "500;503"),
         ("codes", "200"),
         ("codes", ""),

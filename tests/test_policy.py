@@ -453,6 +453,12 @@ def test_a_time_is_rfc_3339_or_unix_seconds(value: str, at: float) -> None:
     assert parse_when(value) == at
 
 
+@pytest.mark.parametrize("value", ["99999999999", "9999-12-31T23:59:59Z", "9999-12-31T23:59:59-12:00"])
+def test_a_time_that_is_taken_can_be_written(value: str) -> None:
+    """However far away it is, the record of the call shows it."""
+    assert (rfc3339(parse_when(value)) or "").endswith("Z")
+
+
 @pytest.mark.parametrize(
     "value", ["", "now", "-5", "1e9", "nan", "inf", "2023-11-14T22:13:20", "2023-11-14", "tomorrow", "999999999999"]
 )

@@ -1266,6 +1266,16 @@ async def test_pages_are_filtered_as_a_whole(bench: Bench) -> None:
     assert found[:2] == [["call-10", "call-7"], ["call-4", "call-1"]]
 
 
+async def test_a_rare_match_is_found_however_far_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long history is read in steps, which nobody sees from outside."""
+    monkeypatch.setattr(faasd_async, "SCAN_WINDOW", 7)
+    for number in range(50):
+        await bench.enqueue(f"call-{number}", function="rare" if number in (0, 3, 20, 21) else "other")
+    found = [page async for page in pages(bench.queue, RecordQuery(function="rare", limit=2))]
+    assert [call_id for page in found for call_id in page] == ["call-21", "call-20", "call-3", "call-0"]
+    assert found[0] == ["call-21", "call-20"]
+
+
 # ---- output ----------------------------------------------------------------------------------------------------
 
 
@@ -2092,6 +2102,7 @@ class Row:
     due_at: float
     status: str = "queued"
     work: str | None = None  # what is to be done: in which queue, CALLBACKS or nothing
+    deadline_at: float | None = None  # None once it has started
     owner: Claim | None = None
     attempts: int = 0
     interrupted: int = 0
@@ -2133,6 +2144,7 @@ CALLS = st.fixed_dictionaries({
     "function": st.sampled_from(["a", "b", "c"]),
     "queue": st.sampled_from(QUEUES),
     "delay": st.sampled_from([0, 0, 0, 5, 60]),
+    "deadline": st.sampled_from([None, None, None, 30]),
     "call_id": st.sampled_from([None, None, "batch-1", "batch-2"]),
     "callback_url": st.sampled_from([None, "http://sink-1/", "http://sink-2/"]),
     "failure_url": st.sampled_from([None, None, "http://sink-2/bad"]),
@@ -2142,7 +2154,7 @@ CALLS = st.fixed_dictionaries({
 ROOMS = st.dictionaries(
     st.sampled_from(["", "a.openfaas-fn", "b.openfaas-fn", "sink-1", "sink-2"]), st.integers(0, 2), max_size=3
 )
-KEEP_S, KEEP_OUTPUT = 100.0, 64
+KEEP_S, KEEP_OUTPUT, MAX_PENDING = 100.0, 64, 10
 PICK = st.integers(0, 99)
 
 
@@ -2169,7 +2181,7 @@ class QueueMachine(RuleBasedStateMachine):
         config = Settings()
         config.config = parse_config({
             "calls": {"keep": f"{KEEP_S}s", "keep_output": KEEP_OUTPUT},
-            "queues": {"plain": {"fair": False}},
+            "queues": {"plain": {"fair": False, "max_pending": MAX_PENDING}, REQUESTS: {"max_pending": MAX_PENDING}},
         })  # fmt: skip
         self.bench = Bench(STORES[0](self.folder, config), config)
         self.run(self.bench.open())
@@ -2188,15 +2200,24 @@ class QueueMachine(RuleBasedStateMachine):
 
         return self.runner.run(act())
 
-    def tick(self) -> float:
-        """No two steps happen at the same time."""
-        self.clock.now = round(self.clock.now + 0.001, 3)
+    def tick(self, seconds: float = 0.001) -> float:
+        """No two steps happen at the same time. Calls whose deadline passes end, at the latest when work is asked for."""
+        self.clock.now = round(self.clock.now + seconds, 3)
+        late = [row for row in self.rows if row.deadline_at is not None and row.deadline_at <= self.clock.now]
+        for row in late:
+            self.finish(row, "timeout")
+        if late:
+            self.run(self.bench.claim(queue="nowhere"))
+            self.run(self.bench.until(lambda: len(self.bench.ended) >= len(self.ended)))
         return self.clock.now
 
     def finish(self, row: Row, status: str) -> None:
-        """A call becomes final."""
+        """A call becomes final, and its outcome is to be told."""
         row.status, row.owner, row.work, row.completed_at = status, None, None, self.clock.now
+        row.deadline_at = None
         self.ended.append((row.call.call_id, status, row.attempts))
+        if status != "cancelled" and row.target is not None:
+            row.work, row.due_at, row.callback_status = CALLBACKS, self.clock.now, "pending"
 
     # -- rules
 
@@ -2206,7 +2227,8 @@ class QueueMachine(RuleBasedStateMachine):
         now, calls, expected = self.tick(), [], []
         for fields in drawn:
             details = dict(fields)
-            due_at = now + details.pop("delay")
+            due_at, deadline = now + details.pop("delay"), details.pop("deadline")
+            details["deadline_at"] = None if deadline is None else now + deadline
             calls.append(invocation(details.pop("call_id"), due_at=due_at, **details))
             expected.append(self.accept(calls[-1]))
 
@@ -2222,8 +2244,10 @@ class QueueMachine(RuleBasedStateMachine):
         for row in self.rows:
             if call.idempotency_key and (row.call.function, row.call.idempotency_key) == mine:
                 return row.call.call_id if row.call.body == call.body else 422
+        if len(self.waiting(call.queue)) >= MAX_PENDING:
+            return 429
         self.accepted += 1
-        self.rows.append(Row(self.accepted, call, call.due_at, work=call.queue))
+        self.rows.append(Row(self.accepted, call, call.due_at, work=call.queue, deadline_at=call.deadline_at))
         return call.call_id
 
     def due(self) -> list[Row]:
@@ -2270,7 +2294,7 @@ class QueueMachine(RuleBasedStateMachine):
             row.callback_attempts += 1
             assert (work.target, work.attempt, work.runs) == (row.target, row.callback_attempts, row.attempts)
         else:
-            row.attempts, row.status = row.attempts + 1, "running"
+            row.attempts, row.status, row.deadline_at = row.attempts + 1, "running", None
             assert (work.attempt, work.body) == (row.attempts, row.call.body)
         assert (work.call_id, work.start_time) == (row.call.call_id, row.call.start_time)
         row.owner = work
@@ -2281,7 +2305,8 @@ class QueueMachine(RuleBasedStateMachine):
     def complete(self, pick: int, status: str) -> None:
         """A consumer ends what it holds, cancelled work included."""
         work, row = self.held.pop(pick % len(self.held))
-        now, mine = self.tick(), row.owner is work
+        self.tick()
+        mine = row.owner is work
         outcome = {"success": OK, "error": BAD, "timeout": LATE}[status]
         if work.queue == CALLBACKS:
             status = "delivered" if status == "success" else "failed"
@@ -2293,8 +2318,6 @@ class QueueMachine(RuleBasedStateMachine):
             return
         self.finish(row, status)
         row.has_request = status != "success" or len(row.call.body) <= KEEP_OUTPUT
-        if row.target is not None:
-            row.work, row.due_at, row.callback_status = CALLBACKS, now, "pending"
 
     @precondition(lambda self: self.held)
     @rule(pick=PICK, charged=st.booleans(), delay=st.sampled_from([0.0, 7.0]))
@@ -2381,7 +2404,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1, 6, 60]))
     def advance(self, seconds: int) -> None:
         """Time passes."""
-        self.clock.now += seconds
+        self.tick(seconds)
 
     def past_their_time(self) -> list[Row]:
         """The calls whose records may go."""
