@@ -1127,8 +1127,8 @@ class SqliteFile:
         log.error("%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside)
 
     def _recover(self) -> None:
-        sql = """UPDATE calls SET due_at = ?, status = iif(status = 'running', 'queued', status),
-            interrupted = interrupted + (work <> ?) WHERE work = ? AND lane = ? AND due_at IS NULL"""
+        sql = """UPDATE calls SET due_at = min(?, start_time / 1e9), status = iif(status = 'running', 'queued', status),
+            interrupted = interrupted + (work <> ?) WHERE work = ? AND lane = ? AND due_at IS NULL"""  # they go first
         self.db.execute("BEGIN IMMEDIATE")
         found = self.db.execute("SELECT DISTINCT work, lane FROM calls WHERE work IS NOT NULL").fetchall()
         number = sum(self.db.execute(sql, (time.time(), CALLBACKS, *lane)).rowcount for lane in found)
@@ -2464,13 +2464,14 @@ class Operator:
         metrics = self._metrics
         for gauge in (metrics.pending, metrics.oldest, metrics.replicas):
             gauge.clear()
+        for function in self._settings().functions.values():
+            metrics.replicas.labels(function.key).set(1)
+            metrics.pending.labels(function.queue_name, function.key).set(0)
         stats, now = await self._queue.stats(), time.time()
         for name, found in stats.items():
             metrics.oldest.labels(name).set(max(0.0, now - found.oldest_at))
             for lane, number in found.waiting.items() if name != CALLBACKS else ():
                 metrics.pending.labels(name, lane).set(number)
-        for function in self._settings().functions.values():
-            metrics.replicas.labels(function.key).set(1)
         body = prometheus_client.generate_latest(metrics.registry)
         return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 

@@ -447,7 +447,9 @@ def running_daemon(script: str, directory: Path, sink: Sink) -> Iterator[Daemon]
     text = CONFIG.format(port=port, store=directory / "queue.db", sink=sink.port)
     queues = (QUEUE_CONFIG.format(name=name, in_flight=n, sink=sink.port) for name, n in IN_FLIGHT.items())
     config.write_text(text + "".join(queues))
-    command = [sys.executable, script, "serve", "--config", str(config)]
+    # As the installed command does it: imported, so that its compiled form comes from the cache.
+    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faasd_async; sys.exit(faasd_async.main())"
+    command = [sys.executable, "-c", start, str(Path(script).parent), "serve", "--config", str(config)]
     begun = time.monotonic()
     with log.open("a") as stderr, child(command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr) as process:
         try:

@@ -222,9 +222,6 @@ async def test_a_function_at_its_limit_does_not_hold_up_its_queue(daemon: StartD
     assert await finished(gateway, slow) == {"success": 100}
 
 
-# ---- back-pressure ---------------------------------------------------------------------------------------------
-
-
 # ---- callbacks -------------------------------------------------------------------------------------------------
 
 

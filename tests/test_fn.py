@@ -1,6 +1,7 @@
-"""Fn Project's HTTP interface of 2017: the walk-through of its tutorial for async functions, and the rest of it."""
+"""Fn Project's HTTP interface of 2017: its routes call functions, sync or async, and tell errors in its own form."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def assert_error(reply: Reply, status: int) -> str:
     return str(message)
 
 
-# ---- the walk-through ------------------------------------------------------------------------------------------
+# ---- async functions -------------------------------------------------------------------------------------------
 
 
 async def test_an_async_function_is_queued(gateway: Daemon, function: Server) -> None:
@@ -123,3 +124,19 @@ async def test_a_request_that_is_refused_is_told_in_fns_form(gateway: Daemon) ->
 
 
 # ---- credentials -----------------------------------------------------------------------------------------------
+
+
+async def test_only_the_calls_need_credentials(daemon: StartDaemon, function: Server, tmp_path: Path) -> None:
+    """With `[auth]`, `/v1` asks for them and `/r` does not."""
+    (tmp_path / "user").write_text("admin\n")
+    (tmp_path / "password").write_text("secret\n")
+    gateway = await daemon(
+        f'[functions.hello-async]\nurl = "{function.url}"\ntype = "async"\n'
+        f'[functions.hello]\nurl = "{function.url}"\n'
+        f'[auth]\nuser_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
+    )
+    call_id = await call(gateway)
+    assert (await ask(gateway.url, "/r/myapp/hello")).status == 200
+    for target in ("", f"/{call_id}", f"/{call_id}/log"):
+        reply = await ask(gateway.url, f"/v1/apps/myapp/calls{target}")
+        assert (reply.status, reply.headers["WWW-Authenticate"]) == (401, 'Basic realm="Restricted"')

