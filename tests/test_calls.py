@@ -495,12 +495,19 @@ async def test_a_running_command_is_killed_with_its_children(daemon: StartDaemon
     os.mkfifo(fifo)
     script = f"exec 3>'{fifo}'; (sleep 60; sleep 60) & echo started >&3; wait"
     gateway = await daemon(f"[functions.it]\ncommand = {json.dumps(['sh', '-c', script])}")
-    call_id = await gateway.submit("it")
-    with await asyncio.to_thread(fifo.open) as held:
-        assert await asyncio.to_thread(held.readline) == "started\n"
-        assert await stop(gateway, call_id) == 202
-        # Its end comes when the last process that holds the other side open is dead.
-        assert await asyncio.wait_for(asyncio.to_thread(held.read), PATIENCE) == ""
+    held, loop = asyncio.StreamReader(), asyncio.get_running_loop()
+    file = os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    ours = os.open(fifo, os.O_WRONLY)  # before the command has it open, the FIFO would be at its end
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(held), file)
+    try:
+        call_id = await gateway.submit("it")
+        assert await asyncio.wait_for(held.readline(), PATIENCE) == b"started\n"
+    finally:
+        os.close(ours)
+    assert await stop(gateway, call_id) == 202
+    # Its end comes when the last process that holds the other side open is dead.
+    assert await asyncio.wait_for(held.read(), PATIENCE) == b""
+    transport.close()
     assert (await gateway.record(call_id))["status"] == "cancelled"
 
 

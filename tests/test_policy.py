@@ -2,8 +2,10 @@
 
 import base64
 import email.utils
+import functools
 import hashlib
 import hmac
+import operator
 import random
 import time
 import uuid
@@ -346,7 +348,7 @@ ONE_HOST = callbacks(allow=["hooks.example.org"])
 WILDCARD = callbacks(allow=["*.example.org"])
 NETWORK = callbacks(allow=["10.0.0.0/8", "fd00::/8"])
 NO_PRIVATE = callbacks(deny=["10.0.0.0/8", "127.0.0.0/8", "::1", "localhost", "*.internal"])
-METADATA = callbacks(allow=["169.254.169.254"])
+METADATA = callbacks(allow=["169.254.169.254", "fe80::1"])
 BOTH = callbacks(allow=["*.example.org", "10.0.0.0/8"], deny=["evil.example.org", "10.6.6.6"])
 
 
@@ -369,6 +371,7 @@ BOTH = callbacks(allow=["*.example.org", "10.0.0.0/8"], deny=["evil.example.org"
         # link-local addresses that are allowed
         (METADATA, "169.254.169.254", None, True),
         (METADATA, "::ffff:169.254.169.254", None, True),
+        (METADATA, "fe80::1%eth0", None, True),
         (METADATA, "169.254.1.1", None, False),
         # a list of allowed names
         (ONE_HOST, "hooks.example.org", None, True),
@@ -628,8 +631,11 @@ def test_ids_sort_by_their_time(clock: Clock) -> None:
 
 
 def test_ids_of_one_millisecond_differ(clock: Clock) -> None:
-    """74 bits of chance are left."""
-    assert len({new_id() for _ in range(1000)}) == 1000
+    """74 bits of chance are left, and each of them is used."""
+    numbers = [uuid.UUID(new_id()).int for _ in range(1000)]
+    assert len(set(numbers)) == 1000
+    changing = functools.reduce(operator.or_, numbers) ^ functools.reduce(operator.and_, numbers)
+    assert changing.bit_count() == 74
 
 
 BODY = b'{"ok": true}\x00\xff'

@@ -1012,7 +1012,7 @@ async def test_a_deadline_that_passes_while_nobody_runs_counts(bench: Bench) -> 
 
 async def test_a_call_that_has_started_is_not_ended_by_its_deadline(bench: Bench) -> None:
     """The limit of a run is the queue's timeout."""
-    deadline_at = time.time() + 0.1
+    deadline_at = time.time() + 0.5
     await bench.enqueue("a", deadline_at=deadline_at)
     work = await bench.take()
     await bench.enqueue("b", deadline_at=deadline_at, due_at=deadline_at + 3600)
@@ -1022,7 +1022,7 @@ async def test_a_call_that_has_started_is_not_ended_by_its_deadline(bench: Bench
 
 async def test_a_call_that_is_tried_again_after_its_deadline_is_not_ended_by_it(bench: Bench) -> None:
     """It has started in time."""
-    deadline_at = time.time() + 0.1
+    deadline_at = time.time() + 0.5
     await bench.enqueue("a", deadline_at=deadline_at)
     await bench.queue.retry(await bench.take(), BAD, 0.0)
     await bench.enqueue("b", deadline_at=deadline_at, due_at=deadline_at + 3600)
@@ -1623,14 +1623,14 @@ async def test_prune_comes_to_an_end(bench: Bench) -> None:
 
 
 async def test_what_was_pruned_stays_away_after_a_power_cut(bench: Bench) -> None:
-    """And what came later is not taken for it."""
+    """And what comes later has nothing of it."""
     await bench.enqueue("a", idempotency_key="key")
-    await bench.run()
+    await bench.run(BAD, "error")
     bench.config.set({"keep": "1ns"})
     await bench.queue.prune()
     await bench.crash()
     await bench.enqueue("b")
-    assert await bench.listed() == ["b"]
+    assert (await bench.listed(), await bench.queue.output("b")) == (["b"], (b"", b""))
 
 
 # ---- what is left by a process that died -----------------------------------------------------------------------
