@@ -1307,11 +1307,11 @@ COMPLETE = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed
     WHERE seq = ? AND status = 'running' AND claims = ?"""
 COMPLETE_CALLBACK = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
     work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
-RETRY = """UPDATE calls SET status = 'queued', due_at = ?1, attempts = attempts - ?2, http_status = iif(?2, http_status,
-    ?3), error = iif(?2, error, ?4) WHERE seq = ?5 AND status = 'running' AND claims = ?6"""
-RETRY_CALLBACK = """UPDATE calls SET due_at = ?1, callback_attempts = callback_attempts - ?2, callback_http_status =
-    iif(?2, callback_http_status, ?3), callback_error = iif(?2, callback_error, ?4)
-    WHERE seq = ?5 AND work = '@callbacks' AND claims = ?6"""
+RETRY = """UPDATE calls SET status = 'queued', due_at = :due, attempts = attempts - :free, http_status = iif(:free,
+    http_status, :code), error = iif(:free, error, :error) WHERE seq = :seq AND status = 'running' AND claims = :fence"""
+RETRY_CALLBACK = """UPDATE calls SET due_at = :due, callback_attempts = callback_attempts - :free, callback_http_status =
+    iif(:free, callback_http_status, :code), callback_error = iif(:free, callback_error, :error)
+    WHERE seq = :seq AND work = '@callbacks' AND claims = :fence"""
 
 
 def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -> bool:
@@ -1346,7 +1346,8 @@ def cut_output(file: SqliteFile, seq: int) -> None:
 def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
     due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
     code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
-    row = (due_at, outcome is None, code, outcome and outcome.error, work.token, work.fence)
+    row = {"due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
+    row |= {"seq": work.token, "fence": work.fence}
     if file.db.execute(RETRY_CALLBACK if callback else RETRY, row).rowcount == 0:
         return False
     file.add(work.queue, work.lane, due_at)
