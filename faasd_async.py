@@ -729,8 +729,8 @@ def _listed(names: Iterable[str], listed: Sequence[str]) -> bool:
 @functools.lru_cache(1024)
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
     """Whether a callback may go to this host name, at this address once that is known. Link-local addresses, where
-    clouds keep their metadata, have to be allowed by name. With `allow`, what it does not list is denied; before a name
-    is resolved, a list of networks can't deny it yet."""
+    clouds keep their metadata, have to be allowed by address. With `allow`, what it does not list is denied; before a
+    name is resolved, a list of networks can't deny it yet."""
     names, literal = [host.lower().rstrip(".")], None
     with contextlib.suppress(ValueError):
         literal = ipaddress.ip_address((address or host).partition("%")[0])
@@ -738,10 +738,10 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
         names.append(str(literal))
     if _listed(names, config.deny):
         return False
-    if _listed(names, config.allow):
-        return True
+    if literal is not None and literal.is_link_local:
+        return _listed(names[1:], config.allow)
     undecided = literal is None and any(re.search(r"/|:|^[0-9.]+$", pattern) for pattern in config.allow)
-    return (not config.allow or undecided) and not (literal is not None and literal.is_link_local)
+    return not config.allow or undecided or _listed(names, config.allow)
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -1307,10 +1307,11 @@ COMPLETE = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed
     WHERE seq = ? AND status = 'running' AND claims = ?"""
 COMPLETE_CALLBACK = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
     work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
-RETRY = """UPDATE calls SET status = 'queued', due_at = :due, attempts = attempts - :free, http_status = iif(:free,
-    http_status, :code), error = iif(:free, error, :error) WHERE seq = :seq AND status = 'running' AND claims = :fence"""
-RETRY_CALLBACK = """UPDATE calls SET due_at = :due, callback_attempts = callback_attempts - :free, callback_http_status =
-    iif(:free, callback_http_status, :code), callback_error = iif(:free, callback_error, :error)
+RETRY = """UPDATE calls SET status = 'queued', due_at = :due, attempts = attempts - :free,
+    http_status = iif(:free, http_status, :code), error = iif(:free, error, :error)
+    WHERE seq = :seq AND status = 'running' AND claims = :fence"""
+RETRY_CALLBACK = """UPDATE calls SET due_at = :due, callback_attempts = callback_attempts - :free,
+    callback_http_status = iif(:free, callback_http_status, :code), callback_error = iif(:free, callback_error, :error)
     WHERE seq = :seq AND work = '@callbacks' AND claims = :fence"""
 
 

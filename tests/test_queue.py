@@ -1646,6 +1646,14 @@ async def test_an_interrupted_call_is_queued_again(bench: Bench) -> None:
     assert (await bench.take()).attempt == 2
 
 
+async def test_an_interrupted_call_goes_before_those_that_waited(bench: Bench) -> None:
+    """It was first, and has lost enough time already."""
+    await bench.enqueue_all("a", "b", "c")
+    await bench.claim(1)
+    await bench.crash()
+    assert await bench.claim() == ["a", "b", "c"]
+
+
 async def test_every_interruption_is_counted(bench: Bench) -> None:
     """A function that takes the machine down with it can be found."""
     await bench.enqueue("a")
@@ -2427,7 +2435,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run(self.bench.reopen() if orderly else self.bench.crash())
         for _, row in self.held:
             if row.owner is not None:
-                row.owner, row.due_at = None, now
+                row.owner, row.due_at = None, min(now, row.call.start_time / 1e9)  # before all that waited
                 if row.work != CALLBACKS:
                     row.status, row.interrupted = "queued", row.interrupted + 1
         self.held.clear()
