@@ -521,3 +521,35 @@ async def ask(
     if not any(line.lower().startswith("connection:") for line in headers):
         lines.append("Connection: close")
     return await raw(url, "\r\n".join([*lines, "", ""]).encode() + body)
+
+
+class Clock:
+    """The time module with a time of our choice."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def time(self) -> float:
+        """Seconds since 1970."""
+        return self.now
+
+    def time_ns(self) -> int:
+        """The same in nanoseconds."""
+        return round(self.now * 1e9)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+SECRET = b"s3cret-body-of-the-caller"  # no answer and no log may repeat it
+
+
+def assert_refused(reply: Reply, status: int, *words: str, limit: int = 80) -> None:
+    """An error in the form that all have: one line of plain text with the words that matter, long ones cut."""
+    text = reply.body.decode()
+    assert reply.status == status, reply
+    assert reply.headers["Content-Type"].startswith("text/plain"), reply
+    assert len(text.splitlines()) == 1, text
+    assert SECRET.decode() not in text
+    for word in words:
+        assert word[:limit].lower() in text.lower(), f"{word!r} is not in {text!r}"

@@ -19,6 +19,7 @@ import pytest
 from aiohttp import web
 from conftest import (
     PATIENCE,
+    SECRET,
     Daemon,
     Gate,
     Reply,
@@ -27,13 +28,13 @@ from conftest import (
     StartDaemon,
     answer,
     ask,
+    assert_refused,
     connection,
     never,
     parse,
 )
 
 KIB = 1024
-SECRET = b"s3cret-body-of-the-caller"
 
 
 def settings(function: Server, more: str = "") -> str:
@@ -86,17 +87,6 @@ async def written(gateway: Daemon, call_id: str) -> bytes:
     reply = await ask(gateway.url, f"/system/calls/{quote(call_id, safe='')}/log")
     assert reply.status == 200, reply
     return reply.body
-
-
-def assert_refused(reply: Reply, status: int, *words: str) -> None:
-    """An error in the form that all have: one line of plain text with the words that matter."""
-    text = reply.body.decode()
-    assert reply.status == status, reply
-    assert reply.headers["Content-Type"].startswith("text/plain"), reply
-    assert len(text.splitlines()) == 1, text
-    assert SECRET.decode() not in text
-    for word in words:
-        assert word.lower() in text.lower(), f"{word!r} is not in {text!r}"
 
 
 # ---- the list --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 from conftest import (
     PATIENCE,
+    SECRET,
     Daemon,
     Gate,
     Reply,
@@ -28,7 +29,6 @@ from conftest import (
 )
 
 # Sent as the body of every request that is refused, and never to be seen again.
-SECRET = b"s3cret-body-of-the-caller"
 
 KIB = 1024
 

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, Reply, Server, StartDaemon, answer, ask
-
-SECRET = b"s3cret-body-of-the-caller"
+from conftest import SECRET, Daemon, Reply, Server, StartDaemon, answer, ask
 
 
 @pytest.fixture

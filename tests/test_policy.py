@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from conftest import Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -579,24 +580,6 @@ def test_a_header_is_found_whatever_its_case(name: bytes) -> None:
 
 
 # ---- ids and signatures ----------------------------------------------------------------------------------------
-
-
-class Clock:
-    """The time module with a time of our choice."""
-
-    def __init__(self, now: float) -> None:
-        self.now = now
-
-    def time(self) -> float:
-        """Seconds since 1970."""
-        return self.now
-
-    def time_ns(self) -> int:
-        """The same in nanoseconds."""
-        return round(self.now * 1e9)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
 
 
 @pytest.fixture

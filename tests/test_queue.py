@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 from unittest import mock
 
 import pytest
+from conftest import Clock
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -1795,24 +1796,6 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[SqliteBench]:
     await found.open()
     yield found
     await found.queue.close()
-
-
-class Clock:
-    """The time module with a time of our choice."""
-
-    def __init__(self, now: float) -> None:
-        self.now = now
-
-    def time(self) -> float:
-        """Seconds since 1970."""
-        return self.now
-
-    def time_ns(self) -> int:
-        """The same in nanoseconds."""
-        return round(self.now * 1e9)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, answer, ask
+from conftest import PATIENCE, SECRET, Daemon, Gate, Request, Server, StartDaemon, answer, ask, assert_refused
 
 # Where the passing of time is itself the thing, it is this much: long enough to tell from a busy machine's delays.
 UNIT = 0.5
-
-SECRET = b"s3cret-body-of-the-caller"
 
 
 def settings(function: Server, more: str = "") -> str:
@@ -37,17 +35,6 @@ def unix(value: str) -> float:
 def rfc3339(at: float) -> str:
     """A Unix time as a client would write it."""
     return datetime.fromtimestamp(at, UTC).isoformat()
-
-
-def assert_refused(reply: Reply, status: int, *words: str, limit: int = 80) -> None:
-    """An error in the form that all have: one line of plain text with the words that matter, long ones cut."""
-    text = reply.body.decode()
-    assert reply.status == status, reply
-    assert reply.headers["Content-Type"].startswith("text/plain"), reply
-    assert len(text.splitlines()) == 1, text
-    assert SECRET.decode() not in text
-    for word in words:
-        assert word[:limit].lower() in text.lower(), f"{word!r} is not in {text!r}"
 
 
 async def get(gateway: Daemon, target: str) -> Any:
