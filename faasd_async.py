@@ -600,7 +600,7 @@ class QueueStats(NamedTuple):
     """One queue as it stands: calls waiting (delayed ones too) by lane, and the due time of the oldest."""
 
     waiting: Mapping[str, int]
-    oldest_at: float
+    oldest_at: float  # infinity: nothing waits
     paused: bool
 
 
@@ -1484,7 +1484,7 @@ def sql_stats(file: SqliteFile) -> dict[str, QueueStats]:
     found = {}
     for work in {*file.lanes, *file.paused}:
         waiting = dict(file.lanes_of(work).waiting)
-        oldest = min((file.head(work, lane) for lane in waiting), default=time.time())
+        oldest = min((file.head(work, lane) for lane in waiting), default=float("inf"))
         found[work] = QueueStats(waiting, oldest, work in file.paused)
     return found
 
