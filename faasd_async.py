@@ -1003,11 +1003,8 @@ class Lanes:
     def next(self, now: float, fair: bool) -> str | None:
         """Take the next lane with a due call out of the line."""
         if fair != self._fair:  # a reload: line up anew
-            self._fair, lanes, self.ready = (
-                fair,
-                [lane for at, lane in self.ready if self._place.get(lane) == (True, at)],
-                [],
-            )
+            lanes = [lane for at, lane in self.ready if self._place.get(lane) == (True, at)]
+            self._fair, self.ready = fair, []
             self.later += [(0.0, lane) for lane in lanes]
             heapq.heapify(self.later)
             self._place |= dict.fromkeys(lanes, (False, 0.0))
@@ -2563,7 +2560,9 @@ class Gateway:
             if target.startswith("/r/"):  # Fn Project, 2017: /r/{app}/{route}
                 authorize(request, self._settings(), self._settings().auth.invoke)
                 route = target[3:].partition("/")[2]
-                return await (self._async if self._find(route)[0].type == "async" else self._sync)(request, route)
+                if self._find(route)[0].type == "async":
+                    return await self._async(request, route, fn=True)
+                return await self._sync(request, route)
             return await self._operator.handle(request, target)
         except StoreError as exc:
             log.error("request refused: %s", exc)
@@ -2722,8 +2721,8 @@ class Gateway:
 
     # -- /async-function
 
-    async def _async(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        fn = request.raw_path.startswith("/r/")  # Fn's route takes any method
+    async def _async(self, request: web.BaseRequest, target: str, fn: bool = False) -> web.StreamResponse:
+        """Queue a call, or cancel one. Fn's route takes any method and answers in JSON."""
         if request.method == "DELETE" and not fn:
             await self._queue.cancel(unquote(target.partition("?")[0]))
             return web.Response(status=202)
