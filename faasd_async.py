@@ -50,7 +50,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -136,7 +136,7 @@ class Refused(Exception):
 
 
 # --- Configuration --------------------------------------------------------------------------------------------------
-# A key is a dataclass field whose metadata says how its TOML value is read. The same parsers read
+# A table is a dataclass; a key is a field whose metadata says how its TOML value is read. The same parsers read
 # the control headers, so "10m" means the same in the file and in X-Delay.
 
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
@@ -214,7 +214,19 @@ patterns = expect(
     'a list of host names, "*.example.org", addresses and networks',
     _each(lambda value: need(value, "/" not in value or ipaddress.ip_network(value, strict=False)).lower()),
 )
+table = expect("a table", lambda value: need(value, isinstance(value, dict)))
 string_table = expect("a table of strings", lambda value: {name: need(x, type(x) is str) for name, x in value.items()})
+
+
+def _secret(path: str) -> bytes:
+    """What a file holds, without the newline at its end: the value of a key that names a secret's file."""
+    try:
+        content = Path(os.path.expandvars(text(path))).read_bytes().rstrip(b"\r\n")
+    except OSError as exc:
+        raise ValueError(f"{path}: {exc.strerror}") from None
+    if not content:
+        raise ValueError(f"{path} is empty")
+    return content
 
 
 def key(parse: Callable[[Any], Any], default: Any = None) -> Any:
@@ -237,11 +249,16 @@ class GatewayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AuthConfig:
-    """[auth]: files with the user and the password; without them nobody is asked."""
+    """[auth]: the user and the password, out of their files; without them nobody is asked."""
 
-    user_file: str | None = key(text)
-    password_file: str | None = key(text)
+    user_file: bytes | None = key(_secret)
+    password_file: bytes | None = key(_secret)
     invoke: bool = key(boolean, False)
+
+    @functools.cached_property
+    def credentials(self) -> bytes | None:
+        """User, colon, password."""
+        return None if self.user_file is None else self.user_file + b":" + (self.password_file or b"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +308,7 @@ class CallbackConfig:
     gateway_hosts: tuple[str, ...] = key(
         patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"]
     )
-    signing_secret_file: str | None = key(text)
+    signing_secret_file: bytes | None = key(_secret)
     tls_ca_file: str | None = key(text)
 
 
@@ -318,24 +335,20 @@ class Function:
 
     name: str
     namespace: str
-    retry: RetryPolicy
     url: str | None = key(url)
     command: tuple[str, ...] | None = key(command)
     exec_timeout: float | None = key(positive)
-    queue: str | None = key(text)
+    queue: str = key(text)
     type: str = key(one_of("sync", "async"), "sync")
     max_inflight: int | None = key(count)
     annotations: Mapping[str, str] = key(string_table, {})
     labels: Mapping[str, str] = key(string_table, {})
     env: Mapping[str, str] = key(string_table, {})
+    retry: RetryPolicy = key(table, {})  # as it stands in the file until `read_function` has laid it over the others
 
     @functools.cached_property
     def key(self) -> str:
         return f"{self.name}.{self.namespace}"
-
-    @functools.cached_property
-    def queue_name(self) -> str:
-        return self.queue or self.annotations.get("com.openfaas.queue") or DEFAULT_QUEUE
 
     @functools.cached_property
     def base(self) -> tuple[str, str, int | None, str]:
@@ -344,26 +357,19 @@ class Function:
         return parts.scheme, parts.hostname or "", parts.port, parts.path.rstrip("/")
 
 
-def table(cls: Any) -> Any:
-    """A configuration table with defaults for all its keys."""
-    return field(default_factory=cls, metadata={"table": cls})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole file, checked. Immutable: a reload makes a new one."""
 
-    gateway: GatewayConfig = table(GatewayConfig)
-    auth: AuthConfig = table(AuthConfig)
-    store: StoreConfig = table(StoreConfig)
-    retry: RetryPolicy = table(RetryPolicy)
-    callback: CallbackConfig = table(CallbackConfig)
-    calls: CallsConfig = table(CallsConfig)
-    log: LogConfig = table(LogConfig)
-    queues: Mapping[str, QueueConfig] = field(default_factory=dict)
-    functions: Mapping[str, Function] = field(default_factory=dict)
-    credentials: bytes | None = None  # "user:password", read from the files of [auth]
-    signing_secret: bytes | None = None
+    gateway: GatewayConfig = GatewayConfig()
+    auth: AuthConfig = AuthConfig()
+    store: StoreConfig = StoreConfig()
+    retry: RetryPolicy = RetryPolicy()
+    callback: CallbackConfig = CallbackConfig()
+    calls: CallsConfig = CallsConfig()
+    log: LogConfig = LogConfig()
+    queues: Mapping[str, QueueConfig] = key(table, {})
+    functions: Mapping[str, Function] = key(table, {})
 
     @functools.cached_property
     def limits(self) -> Mapping[str, int]:
@@ -374,37 +380,42 @@ class Config:
         return self.queues.get(name) or QueueConfig()
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+# What is wrong with a table whose keys are right by themselves.
+CONFLICTS: tuple[tuple[Any, Callable[[Any], object], str], ...] = (
+    (AuthConfig, lambda t: bool(t.user_file) != bool(t.password_file), "user_file and password_file go together"),
+    (AuthConfig, lambda t: t.invoke and t.user_file is None, "invoke needs user_file and password_file"),
+    (RetryPolicy | CallbackConfig, lambda t: t.min_wait > t.max_wait, "min_wait is longer than max_wait"),
+    (Function, lambda t: (t.url is None) == (t.command is None), "set either url or command"),
+    (Function, lambda t: t.url and (t.exec_timeout or t.env), "exec_timeout and env are for a command"),
+)
 
 
-def _read_keys(cls: Any, raw: object, where: str, problems: list[str]) -> dict[str, Any]:
-    """The keys of one table, parsed; what is wrong goes to `problems`."""
-    known = {item.name: item.metadata["parse"] for item in fields(cls) if item.metadata}
+def read_table(base: Any, raw: Any, where: str, problems: list[str]) -> Any:
+    """`base` with a table of the file laid over it (and with the tables in that over its own). `where` is the table's
+    name; what is wrong goes to `problems`, a line for each thing."""
     if not isinstance(raw, dict):
         problems.append(f"{where}: expected a table")
-        return {}
-    values = {}
+        return base
+    keys = [item for item in fields(base) if item.metadata or is_dataclass(item.default)]
+    known = {item.name: item.metadata.get("parse") for item in keys}
+    values, found = dict[str, Any](), len(problems)
     for name, value in raw.items():
+        place = f"{where}.{name}" if where else name
         if name not in known:
-            problems.append(f"{where}.{name}: unknown key{_hint(name, known)}")
-            continue
-        try:
-            values[name] = known[name](value)
-        except ValueError as exc:
-            problems.append(f"{where}.{name}: {exc}")
-    return values
-
-
-def _check_waits(where: str, waits: RetryPolicy | CallbackConfig, problems: list[str]) -> None:
-    if waits.min_wait > waits.max_wait:
-        problems.append(f"{where}: min_wait is longer than max_wait")
-
-
-def _check_name(where: str, name: str, problems: list[str]) -> None:
-    if not _NAME.fullmatch(name):
-        problems.append(f"{where}: a name has letters, digits, dashes and underscores, and no dot")
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            problems.append(f"{place}: unknown {'key' if where else 'table'}{hint}")
+        elif (parse := known[name]) is None:
+            values[name] = read_table(getattr(base, name), value, place, problems)
+        else:
+            try:
+                values[name] = parse(value)
+            except ValueError as exc:
+                problems.append(f"{place}: {exc}")
+    made = replace(base, **values)
+    if len(problems) == found:
+        problems += [f"{where}: {text}" for cls, wrong, text in CONFLICTS if isinstance(made, cls) and wrong(made)]
+    return made
 
 
 def annotated_policy(annotations: Mapping[str, str], base: RetryPolicy, where: str) -> RetryPolicy:
@@ -422,68 +433,32 @@ def annotated_policy(annotations: Mapping[str, str], base: RetryPolicy, where: s
     return replace(base, **values)
 
 
-def _read_function(name: str, raw: Any, config: Config, problems: list[str]) -> Function:
-    where, found = f"functions.{name}", len(problems)
-    _check_name(where, name, problems)
-    retry_raw = raw.get("retry", {}) if isinstance(raw, dict) else {}
-    keys = {key: value for key, value in raw.items() if key != "retry"} if isinstance(raw, dict) else raw
-    values = _read_keys(Function, keys, where, problems)
-    policy = annotated_policy(values.get("annotations", {}), config.retry, where)
-    policy = replace(policy, **_read_keys(RetryPolicy, retry_raw, f"{where}.retry", problems))
-    _check_waits(f"{where}.retry", policy, problems)
-    function = Function(name=name, namespace=config.gateway.namespace, retry=policy, **values)
-    if len(problems) == found and (function.url is None) == (function.command is None):
-        problems.append(f"{where}: set either url or command")
-    if function.url and (function.exec_timeout or function.env):
-        problems.append(f"{where}: exec_timeout and env are for commands; the queue's timeout limits a url")
-    _check_name(f"{where}.queue", function.queue_name, problems)
-    return function
-
-
-def _read_secrets(config: Config, problems: list[str]) -> tuple[bytes | None, bytes | None]:
-    """The credentials and the signing secret, from their files without the newline at the end."""
-    auth, secrets = config.auth, dict[str, bytes]()
-    paths = {"auth.user_file": auth.user_file, "auth.password_file": auth.password_file}
-    for where, path in {**paths, "callback.signing_secret_file": config.callback.signing_secret_file}.items():
-        try:
-            if path is not None:
-                secrets[where] = Path(os.path.expandvars(path)).read_bytes().rstrip(b"\r\n")
-                problems += [] if secrets[where] else [f"{where}: {path} is empty"]
-        except (OSError, ValueError) as exc:
-            problems.append(f"{where}: {path}: {getattr(exc, 'strerror', exc)}")
-    if (auth.user_file is None) != (auth.password_file is None):
-        problems.append("auth: user_file and password_file go together")
-    if auth.invoke and auth.user_file is None:
-        problems.append("auth.invoke: needs user_file and password_file")
-    login = [secrets[where] for where in paths if where in secrets]
-    return b":".join(login) if len(login) == 2 else None, secrets.get("callback.signing_secret_file")
+def read_function(name: str, raw: Any, config: Config, problems: list[str]) -> Function:
+    """A function from its table. Its retry policy lies over that of its annotations, which lies over [retry]."""
+    where = f"functions.{name}"
+    function: Function = read_table(Function(name=name, namespace=config.gateway.namespace), raw, where, problems)
+    policy = annotated_policy(function.annotations, config.retry, where)
+    policy = read_table(policy, function.retry, f"{where}.retry", problems)
+    queue = function.queue or function.annotations.get("com.openfaas.queue") or DEFAULT_QUEUE
+    return replace(function, retry=policy, queue=queue)
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """The configuration in a parsed TOML file. Raises ConfigError with every problem, each naming its key."""
     problems: list[str] = []
-    tables = {item.name: item.metadata["table"] for item in fields(Config) if item.metadata}
-    known = [*tables, "queues", "functions"]
-    problems += [f"{name}: unknown table{_hint(name, known)}" for name in raw if name not in known]
-    parts = {name: cls(**_read_keys(cls, raw.get(name, {}), name, problems)) for name, cls in tables.items()}
-    config = Config(**parts)
-    _check_waits("retry", config.retry, problems)
-    _check_waits("callback", config.callback, problems)
-    named = {section: raw.get(section, {}) for section in ("queues", "functions")}
-    for section in [section for section in named if not isinstance(named[section], dict)]:
-        problems.append(f"{section}: expected tables such as [{section}.NAME]")
-        named[section] = {}
-    functions = {name: _read_function(name, keys, config, problems) for name, keys in named["functions"].items()}
+    config: Config = read_table(Config(), raw, "", problems)  # its queues and functions as they stand in the file
+    functions = {name: read_function(name, keys, config, problems) for name, keys in config.functions.items()}
     # A queue that a function only names exists, with the defaults.
-    found = {**{f.queue_name: QueueConfig() for f in functions.values()}, DEFAULT_QUEUE: QueueConfig(max_inflight=4)}
-    for name, keys in named["queues"].items():
-        _check_name(f"queues.{name}", name, problems)
-        values = _read_keys(QueueConfig, keys, f"queues.{name}", problems)
-        found[name] = replace(found.get(name, QueueConfig()), **values)
-    credentials, secret = _read_secrets(config, problems)
+    queues = {**{f.queue: QueueConfig() for f in functions.values()}, DEFAULT_QUEUE: QueueConfig(max_inflight=4)}
+    for name, keys in config.queues.items():
+        queues[name] = read_table(queues.get(name, QueueConfig()), keys, f"queues.{name}", problems)
+    names = {f"functions.{f.name}.queue": f.queue for f in functions.values()}
+    names |= {f"queues.{name}": name for name in config.queues} | {f"functions.{name}": name for name in functions}
+    rule = "a name has letters, digits, dashes and underscores, and no dot"
+    problems += [f"{where}: {rule}" for where, name in names.items() if not _NAME.fullmatch(name)]
     if problems:
         raise ConfigError(problems)
-    return replace(config, queues=found, functions=functions, credentials=credentials, signing_secret=secret)
+    return replace(config, queues=queues, functions=functions)
 
 
 def load_config(path: str | None) -> Config:
@@ -2073,9 +2048,9 @@ class CallbackSender:
         if host in config.callback.gateway_hosts:
             session, own = self._own_session, yarl.URL(self.own_address.replace("unix:", "http://localhost"))
             target = target.with_scheme("http").with_host(own.host or "").with_port(own.port)
-            if config.credentials and config.auth.invoke:
+            if config.auth.credentials and config.auth.invoke:
                 target = target.with_user(None)
-                headers["Authorization"] = "Basic " + base64.b64encode(config.credentials).decode()
+                headers["Authorization"] = "Basic " + base64.b64encode(config.auth.credentials).decode()
         elif not callback_allowed(host, None, config.callback):
             raise Refused(403, f"callbacks to {host} are not allowed")
         return session.post(target, data=claim.body, headers=headers, allow_redirects=False)
@@ -2088,7 +2063,7 @@ class CallbackSender:
             "X-Duration-Seconds": f"{claim.duration_s or 0:.6f}", "X-Start-Time": str(claim.start_time),
             "X-Retry": str(max(0, claim.runs - 1)), "X-Retry-Max": str(claim.max_attempts),
         })  # fmt: skip
-        if secret := self._settings().signing_secret:
+        if secret := self._settings().callback.signing_secret_file:
             headers.update(webhook_signature(secret, claim.call_id, int(time.time()), claim.body))
         return headers
 
@@ -2302,11 +2277,11 @@ def as_json(data: object, status: int = 200, headers: Mapping[str, str] | None =
 
 def authorize(request: web.BaseRequest, config: Config, needed: bool) -> None:
     """Basic auth, compared in constant time. Raises Refused(401)."""
-    if config.credentials is None or not needed:
+    if config.auth.credentials is None or not needed:
         return
     kind, _, given = request.headers.get("Authorization", "").partition(" ")
     with contextlib.suppress(ValueError):
-        if kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), config.credentials):
+        if kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), config.auth.credentials):
             return
     raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
 
@@ -2465,7 +2440,7 @@ class Operator:
             gauge.clear()
         for function in self._settings().functions.values():
             metrics.replicas.labels(function.key).set(1)
-            metrics.pending.labels(function.queue_name, function.key).set(0)
+            metrics.pending.labels(function.queue, function.key).set(0)
         stats, now = await self._queue.stats(), time.time()
         for name, found in stats.items():
             metrics.oldest.labels(name).set(max(0.0, now - found.oldest_at))
@@ -2734,7 +2709,7 @@ class Gateway:
         config, now, own = self._settings(), start_time / 1e9, new_id()
         asked = read_controls(request.headers, config, now).get
         call_id = asked("X-Call-Id", own)
-        queue = asked("X-Queue") or function.queue_name
+        queue = asked("X-Queue") or function.queue
         body = await self._body(request, config.gateway.max_payload)
         call = Invocation(
             own, call_id, function.name, function.namespace, queue, start_time,
@@ -2914,8 +2889,8 @@ class Daemon:
                 log.error("%s", problem)
             log.error("configuration not reloaded: the old settings stay")
             return
-        kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "store", "credentials")}
-        changed = [name for name in ("gateway", "auth", "store") if getattr(new, name) != kept[name]]
+        kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "store")}
+        changed = [name for name in kept if getattr(new, name) != kept[name]]
         self.config = replace(new, **kept)
         setup_logging(new.log)
         for name in changed:
