@@ -310,6 +310,9 @@ class CallbackConfig:
     )
     signing_secret_file: bytes | None = key(_secret)
     tls_ca_file: str | None = key(text)
+    # Not keys, but as in RetryPolicy: any other answer than these and 2xx is final.
+    codes: frozenset[int] = frozenset((408, 429, *range(500, 600)))
+    backoff: str = "exponential"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,11 +383,12 @@ class Config:
         return self.queues.get(name) or QueueConfig()
 
 
+Policy = RetryPolicy | CallbackConfig  # when what failed is tried again
 # What is wrong with a table whose keys are right by themselves.
 CONFLICTS: tuple[tuple[Any, Callable[[Any], object], str], ...] = (
     (AuthConfig, lambda t: bool(t.user_file) != bool(t.password_file), "user_file and password_file go together"),
     (AuthConfig, lambda t: t.invoke and t.user_file is None, "invoke needs user_file and password_file"),
-    (RetryPolicy | CallbackConfig, lambda t: t.min_wait > t.max_wait, "min_wait is longer than max_wait"),
+    (Policy, lambda t: t.min_wait > t.max_wait, "min_wait is longer than max_wait"),
     (Function, lambda t: (t.url is None) == (t.command is None), "set either url or command"),
     (Function, lambda t: t.url and (t.exec_timeout or t.env), "exec_timeout and env are for a command"),
 )
@@ -614,7 +618,7 @@ def rfc3339(at: float | None) -> str | None:
 # pure rules
 
 
-def backoff_s(policy: RetryPolicy, attempt: int, rng: random.Random) -> float:
+def backoff_s(policy: Policy, attempt: int, rng: random.Random) -> float:
     """Seconds to wait after the failed `attempt` (from 1): min_wait doubled each time, at most max_wait. "full" and
     "equal" jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/."""
     wait = min(policy.max_wait, policy.min_wait * 2.0 ** min(attempt - 1, 60))
@@ -638,7 +642,7 @@ def retry_after_s(value: str | None, now: float) -> float | None:
 
 
 def decide(
-    outcome: Outcome, attempt: int, max_attempts: int, policy: RetryPolicy, now: float, rng: random.Random
+    outcome: Outcome, attempt: int, max_attempts: int, policy: Policy, now: float, rng: random.Random
 ) -> Verdict:
     """What follows from the outcome of attempt number `attempt`. A failure whose status is one of `policy.codes` is
     tried again until `max_attempts` are used up; a refused connection counts as 502, a timeout as 504. Retry-After on
@@ -649,12 +653,6 @@ def decide(
         return Verdict("timeout" if outcome.timed_out else "error")
     asked = retry_after_s(outcome.header(b"retry-after"), now) if outcome.status in (429, 503) else None
     return Verdict("queued", backoff_s(policy, attempt, rng) if asked is None else max(asked, policy.min_wait))
-
-
-def callback_policy(config: CallbackConfig) -> RetryPolicy:
-    """Callbacks are tried again on 408, 429 and every 5xx; any other answer but 2xx is final."""
-    codes = frozenset((408, 429, *range(500, 600)))
-    return RetryPolicy(attempts=config.attempts, codes=codes, min_wait=config.min_wait, max_wait=config.max_wait)
 
 
 def callback_target(status: str, callback_url: str | None, failure_url: str | None) -> str | None:
@@ -2090,7 +2088,7 @@ class CallbackSender:
 
     def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
         """What follows from the claim."""
-        policy = callback_policy(self._settings().callback)
+        policy = self._settings().callback
         verdict = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self._rng)
         if verdict.delay_s is not None:
             return verdict

@@ -24,12 +24,12 @@ from faasd_async import (
     CallbackConfig,
     Lanes,
     Outcome,
+    Policy,
     RetryPolicy,
     Verdict,
     backoff_s,
     callback_allowed,
     callback_host,
-    callback_policy,
     callback_target,
     decide,
     forward_headers,
@@ -57,7 +57,7 @@ def outcome(status: int, retry_after: str | None = None, **more: Any) -> Outcome
     return Outcome(status, status < 400, 0.1, headers, **more)
 
 
-def verdict(result: Outcome, attempt: int = 1, max_attempts: int = 10, policy: RetryPolicy = POLICY) -> Verdict:
+def verdict(result: Outcome, attempt: int = 1, max_attempts: int = 10, policy: Policy = POLICY) -> Verdict:
     """What follows from an outcome, with no chance in it."""
     return decide(result, attempt, max_attempts, policy, NOW, random.Random(0))
 
@@ -269,20 +269,20 @@ def test_without_jitter_the_wait_never_shrinks(attempt: int) -> None:
 @pytest.mark.parametrize("status", [408, 429, 500, 501, 502, 503, 504, 599])
 def test_a_callback_is_tried_again(status: int) -> None:
     """408, 429 and every 5xx."""
-    policy = callback_policy(CallbackConfig())
+    policy = CallbackConfig()
     assert verdict(outcome(status), policy=policy) == Verdict("queued", 5.0)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308, 400, 401, 403, 404, 410, 413, 422])
 def test_any_other_answer_to_a_callback_is_final(status: int) -> None:
     """A redirect would drop the body, and what is refused stays refused."""
-    policy = callback_policy(CallbackConfig())
+    policy = CallbackConfig()
     assert verdict(Outcome(status, False, 0.1), policy=policy).delay_s is None
 
 
 def test_a_callback_has_its_own_attempts_and_waits() -> None:
     """[callback] rules, not [retry]."""
-    policy = callback_policy(parse_config({"callback": {"attempts": 3, "min_wait": "2s", "max_wait": "3s"}}).callback)
+    policy = parse_config({"callback": {"attempts": 3, "min_wait": "2s", "max_wait": "3s"}}).callback
     assert [backoff_s(policy, attempt, random.Random(0)) for attempt in (1, 2)] == [2.0, 3.0]
     assert policy.attempts == 3
 
