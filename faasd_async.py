@@ -467,10 +467,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 def load_config(path: str | None) -> Config:
     """Read and check a TOML file (None: all defaults). Raises ConfigError; each line starts with the file's name."""
-    if path is None:
-        return parse_config({})
     try:
-        return parse_config(tomllib.loads(Path(path).read_text("utf-8")))
+        return parse_config({} if path is None else tomllib.loads(Path(path).read_text("utf-8")))
     except OSError as exc:
         raise ConfigError([f"{path}: {exc.strerror}"]) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
@@ -481,12 +479,9 @@ def load_config(path: str | None) -> Config:
 
 def store_path(config: Config) -> Path:
     """Where the queue's file is: the key, else systemd's state directory, else the user's."""
-    if config.store.path:
-        return Path(os.path.expandvars(config.store.path)).expanduser()
-    if state := os.environ.get("STATE_DIRECTORY"):
-        return Path(state.split(":")[0]) / "faasd-async.db"
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(home).expanduser() / "faasd-async" / "faasd-async.db"
+    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0] or f"{home}/faasd-async"
+    return Path(os.path.expandvars(config.store.path or f"{state}/faasd-async.db")).expanduser()
 
 
 # --- Domain data ----------------------------------------------------------------------------------------------------
