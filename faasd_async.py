@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 import aiohttp
 import prometheus_client
@@ -177,9 +177,9 @@ def _bytes(value: Any) -> int:
     return int(need(match, match)[1]) * _UNIT_BYTES[match[2]]  # type: ignore[index]
 
 
-def _url(value: str) -> str:
+def _url(value: str) -> SplitResult:
     parts = urlsplit(value)
-    return need(value, parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query)
+    return need(parts, parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
 
 
 def _each(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -203,7 +203,11 @@ http_codes = expect(
     "a list of HTTP codes from 400 to 599",
     lambda value: frozenset(_each(lambda code: need(code, type(code) is int and 400 <= code < 600))(value)),
 )
-url = expect('a URL such as "http://127.0.0.1:9001"', _url)
+url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(value, not _url(value).query))
+callback_host = expect(  # of the URL
+    "an absolute http:// or https:// URL, in ASCII and with no spaces",
+    lambda value: _url(need(value, re.fullmatch(r"[!-~]{1,4096}", value))).hostname,
+)
 addresses = expect(
     'one or more of "HOST:PORT" and "unix:/path"',
     lambda value: _each(lambda x: need(x, _ADDRESS.fullmatch(x)))(
@@ -667,15 +671,6 @@ def parse_when(value: str) -> float:
         if (moment := datetime.fromisoformat(value)).tzinfo is not None:
             return min(moment.timestamp(), END_OF_TIME)
     raise ValueError(f"expected {TIME_FORM}")
-
-
-def callback_host(value: str) -> str:
-    """The host of an absolute http(s) URL. Raises ValueError."""
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(need(value, re.fullmatch(r"[!-~]{1,4096}", value)))
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts.hostname
-    raise ValueError("expected an absolute http:// or https:// URL, in ASCII and with no spaces")
 
 
 def show_url(value: str | None) -> str | None:
