@@ -779,33 +779,31 @@ class Metrics:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=registry)
-        gauge = functools.partial(prometheus_client.Gauge, registry=registry)
+        counter, gauge, histogram = prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram
 
-        def labelled(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        def metric(kind: Any, name: str, what: str, *labels: str, **more: Any) -> Any:
+            made = kind(name, what, labels, registry=registry, **more)
             # Looking a label up costs more than counting: keep what was looked up.
-            return functools.cache(kind(*args, registry=registry, **kwargs).labels)
+            return functools.cache(made.labels) if labels else made
 
-        counter = functools.partial(labelled, prometheus_client.Counter)
-        by_code, by_lane = ["function_name", "code"], ["queue_name", "function_name"]
+        by_code, by_lane = ("function_name", "code"), ("queue_name", "function_name")
         calls_s = (0.005, 0.025, 0.1, 0.5, 1, 5, 10, 60, 300, 3600)
         commits_s = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-        histogram, retries, commits = prometheus_client.Histogram, "faasd_async_retries", "faasd_async_commit_seconds"
         # A gauge, because the library would append _total to a counter's name and OpenFaaS has none there.
-        started, running = "gateway_function_invocation_started", "queue_worker_function_invocation_inflight"
-        self.started = labelled(prometheus_client.Gauge, started, "Function calls started.", ["function_name"])
-        self.ended = counter("gateway_function_invocation", "Function calls that ended, by HTTP status.", by_code)
-        self.seconds = labelled(histogram, "gateway_functions_seconds", "What calls took.", by_code, buckets=calls_s)
-        self.running = labelled(prometheus_client.Gauge, running, "Attempts running.", by_lane)
-        self.submitted = counter("queue_worker_messages_submitted", "Calls accepted.", ["queue_name"])
-        self.processed = counter("queue_worker_messages_processed", "Attempts that ended.", ["queue_name"])
-        self.retries = prometheus_client.Counter(retries, "Attempts that led to another.", registry=registry)
-        self.calls = counter("faasd_async_calls", "Calls that reached a final state.", ["status"])
-        self.callbacks = counter("faasd_async_callbacks", "Callbacks that reached a final state.", ["status"])
-        self.commits = histogram(commits, "What durable commits took.", buckets=commits_s, registry=registry)
+        self.started = metric(gauge, "gateway_function_invocation_started", "Function calls started.", "function_name")
+        self.ended = metric(counter, "gateway_function_invocation", "Function calls that ended.", *by_code)
+        self.seconds = metric(histogram, "gateway_functions_seconds", "What calls took.", *by_code, buckets=calls_s)
+        self.running = metric(gauge, "queue_worker_function_invocation_inflight", "Attempts running.", *by_lane)
+        self.submitted = metric(counter, "queue_worker_messages_submitted", "Calls accepted.", "queue_name")
+        self.processed = metric(counter, "queue_worker_messages_processed", "Attempts that ended.", "queue_name")
+        self.retries = metric(counter, "faasd_async_retries", "Attempts that led to another.")
+        self.calls = metric(counter, "faasd_async_calls", "Calls that reached a final state.", "status")
+        self.callbacks = metric(counter, "faasd_async_callbacks", "Callbacks that reached a final state.", "status")
+        self.commits = metric(histogram, "faasd_async_commit_seconds", "What durable commits took.", buckets=commits_s)
         # Filled when somebody looks:
-        self.replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
-        self.pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", by_lane)
-        self.oldest = gauge("faasd_async_oldest_seconds", "How long the oldest due call has waited.", ["queue"])
+        self.replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"], registry=registry)
+        self.pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", by_lane, registry=registry)
+        self.oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"], registry=registry)
 
     @contextlib.contextmanager
     def counted(self, function: str) -> Iterator[list[int]]:
