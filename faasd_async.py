@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
-from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import aiohttp
 import prometheus_client
@@ -177,9 +177,9 @@ def _bytes(value: Any) -> int:
     return int(need(match, match)[1]) * _UNIT_BYTES[match[2]]  # type: ignore[index]
 
 
-def _url(value: str) -> SplitResult:
-    parts = urlsplit(value)
-    return need(parts, parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+def _url(value: str) -> yarl.URL:
+    found = yarl.URL(value, encoded=True)
+    return need(found, found.scheme in ("http", "https") and found.host and found.explicit_port != 0)
 
 
 def _each(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -203,10 +203,10 @@ http_codes = expect(
     "a list of HTTP codes from 400 to 599",
     lambda value: frozenset(_each(lambda code: need(code, type(code) is int and 400 <= code < 600))(value)),
 )
-url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(value, not _url(value).query))
+url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(_url(value), "?" not in value).with_user(None))
 callback_host = expect(  # of the URL
     "an absolute http:// or https:// URL, in ASCII and with no spaces",
-    lambda value: _url(need(value, re.fullmatch(r"[!-~]{1,4096}", value))).hostname,
+    lambda value: _url(need(value, re.fullmatch(r"[!-~]{1,4096}", value))).host,
 )
 addresses = expect(
     'one or more of "HOST:PORT" and "unix:/path"',
@@ -342,7 +342,7 @@ class Function:
 
     name: str
     namespace: str
-    url: str | None = key(url)
+    url: yarl.URL | None = key(url)
     command: tuple[str, ...] | None = key(command)
     exec_timeout: float | None = key(positive)
     queue: str = key(text)
@@ -356,12 +356,6 @@ class Function:
     @functools.cached_property
     def key(self) -> str:
         return f"{self.name}.{self.namespace}"
-
-    @functools.cached_property
-    def base(self) -> tuple[str, str, int | None, str]:
-        """Scheme, host, port and path prefix of the URL, taken apart once."""
-        parts = urlsplit(self.url or "")
-        return parts.scheme, parts.hostname or "", parts.port, parts.path.rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1793,10 +1787,9 @@ class Functions:
 
     def request(self, function: Function, ask: Ask) -> Any:
         """The HTTP call itself, an async context manager. The target reaches the function byte for byte."""
-        (scheme, host, port, prefix), rest = function.base, ask.rest
-        path = (prefix or "/") + rest if rest[:1] in ("", "?") else prefix + rest
-        # The query stands in `path`, because yarl would drop an empty one.
-        target = yarl.URL.build(scheme=scheme, host=host, port=port, path=path, encoded=True)
+        assert function.url
+        # The query stands in the path, because yarl would drop an empty one.
+        target = function.url.with_path(function.url.raw_path.rstrip("/") + ask.rest, encoded=True)
         headers = as_multidict(ask.headers)
         return self._session.request(ask.method, target, headers=headers, data=ask.body or None, allow_redirects=False)
 
