@@ -199,10 +199,7 @@ duration = expect('a duration such as "10s", "5m30s" or "1h"', _seconds)
 positive = expect('a duration above zero, such as "10s"', lambda value: need(_seconds(value), _seconds(value) > 0))
 size = expect('a size such as "64KiB", "1MB" or a number of bytes', _bytes)
 command = expect('a program and its arguments, such as ["tr", "a-z", "A-Z"]', lambda v: need(_each(text)(v), v))
-http_codes = expect(
-    "a list of HTTP codes from 400 to 599",
-    lambda value: frozenset(_each(lambda code: need(code, type(code) is int and 400 <= code < 600))(value)),
-)
+http_codes = expect("a list of codes from 400 to 599", lambda v: frozenset(need(x, x in range(400, 600)) for x in v))
 url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(_url(value), "?" not in value).with_user(None))
 callback_host = expect(  # of the URL
     "an absolute http:// or https:// URL, in ASCII and with no spaces",
@@ -210,9 +207,7 @@ callback_host = expect(  # of the URL
 )
 addresses = expect(
     'one or more of "HOST:PORT" and "unix:/path"',
-    lambda value: _each(lambda x: need(x, _ADDRESS.fullmatch(x)))(
-        [value] if type(value) is str else need(value, value)
-    ),
+    lambda v: need(_each(lambda x: need(x, _ADDRESS.fullmatch(x)))([v] if type(v) is str else v), v),
 )
 patterns = expect(
     'a list of host names, "*.example.org", addresses and networks',
