@@ -712,26 +712,24 @@ def forward_headers(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[byte
 
 
 class LogFormatter(logging.Formatter):
-    """Text or JSON lines. Under systemd the journal keeps the time, and "<6>" tells it the priority."""
+    """Text or JSON lines. In text, what goes to the journal has a priority such as "<6>" and leaves the time to it."""
 
     PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
     def __init__(self, style: str) -> None:
         super().__init__()
-        stream, status = os.environ.get("JOURNAL_STREAM"), os.fstat(2)
-        self._json, self._journal = style == "json", stream is not None and not os.isatty(2)
-        self._prefix = stream == f"{status.st_dev}:{status.st_ino}" and not self._json
+        self._json, status = style == "json", os.fstat(2)
+        self._journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
     def format(self, record: logging.LogRecord) -> str:
         given: dict[str, Any] = getattr(record, "fields", {})
         message = record.getMessage() + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
-        when = {} if self._journal else {"time": rfc3339(record.created)}
         if self._json:
-            line = {**when, "level": record.levelname.lower(), "message": message, **given}
+            line = {"time": rfc3339(record.created), "level": record.levelname.lower(), "message": message, **given}
             return json.dumps(line, ensure_ascii=False, default=str)
         shown = [f"{name}={_quoted(value)}" for name, value in given.items() if value is not None]
-        prefix = f"<{self.PRIORITY[record.levelname]}>" if self._prefix else ""
-        return prefix + " ".join(map(str, [*when.values(), record.levelname, message, *shown]))
+        head = f"<{self.PRIORITY[record.levelname]}>" if self._journal else f"{rfc3339(record.created)} "
+        return head + " ".join([record.levelname, message, *shown])
 
 
 def _quoted(value: object) -> str:
