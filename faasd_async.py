@@ -201,9 +201,9 @@ size = expect('a size such as "64KiB", "1MB" or a number of bytes', _bytes)
 command = expect('a program and its arguments, such as ["tr", "a-z", "A-Z"]', lambda v: need(_each(text)(v), v))
 http_codes = expect("a list of codes from 400 to 599", lambda v: frozenset(need(x, x in range(400, 600)) for x in v))
 url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(_url(value), "?" not in value).with_user(None))
-callback_host = expect(  # of the URL
+callback_host = expect(  # of the URL, as it stands there: not decoded from IDNA
     "an absolute http:// or https:// URL, in ASCII and with no spaces",
-    lambda value: _url(need(value, re.fullmatch(r"[!-~]{1,4096}", value))).host,
+    lambda value: (_url(need(value, re.fullmatch(r"[!-~]{1,4096}", value))).raw_host or "").lower(),
 )
 addresses = expect(
     'one or more of "HOST:PORT" and "unix:/path"',

@@ -316,6 +316,7 @@ def test_failures_go_to_the_failure_url(
         ("http://user:password@example.org/", "example.org"),
         ("http://[::1]:8080/", "::1"),
         ("http://10.1.2.3", "10.1.2.3"),
+        ("http://xn--exmple-cua.org/", "xn--exmple-cua.org"),
         ("http://gateway:8080/async-function/next", "gateway"),
     ],
 )
