@@ -26,6 +26,7 @@ How each group is measured:
   callback one call at a time: from sending the POST until its callback has arrived
   sync     /function through to the function, a small HTTP server made for this (stock: through a provider)
   enqueue  /async-function, every call on disk before its 202, while the function holds its only call open
+  fair     as drain with 64 in flight, with the calls spread over so many functions of one queue, which take turns
   memory   of the daemon that has been through all of the above
   million  two daemons take turns, one on an empty store, the other with the backlog, built through HTTP
 
@@ -69,7 +70,7 @@ from aiohttp import web
 BODY = b"x" * 256
 STOCK_BARE = 20_000.0  # requests/s of the bare handler where the stock figures were measured
 IN_FLIGHT = {"one": 1, "many": 64, "parked": 1, "backlog": 64}  # queues, each with a function of the same name
-GROUPS = ("start", "idle", "drain", "mixed", "callback", "sync", "enqueue", "million")
+GROUPS = ("start", "idle", "drain", "mixed", "callback", "sync", "enqueue", "fair", "million")
 ENDING = (signal.SIGINT, signal.SIGTERM)
 HEADER = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 CONFIG = """
@@ -82,6 +83,11 @@ path = "{store}"
 level = "warning"
 [functions.sink]
 url = "http://127.0.0.1:{sink}"
+"""
+SPREAD_CONFIG = """
+[functions.spread-{number}]
+url = "http://127.0.0.1:{sink}"
+queue = "many"
 """
 QUEUE_CONFIG = """
 [queues.{name}]
@@ -440,13 +446,14 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running_daemon(script: str, directory: Path, sink: Sink) -> Iterator[Daemon]:
-    """A daemon on the store in `directory`, which is named after it."""
+def running_daemon(script: str, directory: Path, sink: Sink, spread: int) -> Iterator[Daemon]:
+    """A daemon on the store in `directory`, which is named after it, with `spread` more functions."""
     directory.mkdir(exist_ok=True)
     port, config, log = free_port(), directory / "config.toml", directory / "stderr.log"
     text = CONFIG.format(port=port, store=directory / "queue.db", sink=sink.port)
     queues = (QUEUE_CONFIG.format(name=name, in_flight=n, sink=sink.port) for name, n in IN_FLIGHT.items())
-    config.write_text(text + "".join(queues))
+    others = (SPREAD_CONFIG.format(number=number, sink=sink.port) for number in range(spread))
+    config.write_text(text + "".join(queues) + "".join(others))
     # As the installed command does it: imported, so that its compiled form comes from the cache.
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faasd_async; sys.exit(faasd_async.main())"
     command = [sys.executable, "-c", start, str(Path(script).parent), "serve", "--config", str(config)]
@@ -519,8 +526,8 @@ class Bench:
         self.rows.append(Row(title, unit, here, beside, **more))
         print(f"{title}: {number(here)} {unit}", file=sys.stderr)
 
-    def daemon(self, name: str) -> contextlib.AbstractContextManager[Daemon]:
-        return running_daemon(self.script, self.directory / name, self.sink)
+    def daemon(self, name: str, spread: int = 0) -> contextlib.AbstractContextManager[Daemon]:
+        return running_daemon(self.script, self.directory / name, self.sink, spread)
 
     def alternate(self, targets: list[tuple[int, str]], connections: int) -> list[list[Load]]:
         """Load the targets (port and path) in turns; the rounds of each."""
@@ -556,12 +563,15 @@ class Bench:
         self.sink.wait(station, waiting=held)
         return load
 
-    def drain_once(self, daemon: Daemon, queue: str, count: int, *, callback: bool = False) -> float:
-        """Calls (or callbacks) per second from the release until all have arrived; each exactly once."""
+    def drain_once(self, daemon: Daemon, queue: str, count: int, *, callback: bool = False, spread: int = 0) -> float:
+        """Calls (or callbacks) per second from the release until all have arrived; each exactly once. With `spread`
+        they are for so many functions in turn."""
         station, back = daemon.station(queue), f"back-{daemon.station(queue)}"
         header = f"X-Callback-Url: http://127.0.0.1:{self.sink.port}/{back}\r\n" if callback else ""
         called_back = self.sink.tell("stats", back).answered
-        self.fill(daemon, queue, count, headers=header)
+        self.fill(daemon, queue, 0 if spread else count, headers=header)
+        for turn in range(count if spread else 0):
+            post(daemon.port, f"/async-function/spread-{turn % spread}/{station}")
         begun = self.sink.tell("release", station)
         due = begun.answered + begun.waiting + count
         end = self.sink.wait(station, answered=due)
@@ -642,6 +652,17 @@ class Bench:
         self.against_bare("enqueue", target, 1)
         self.against_bare("enqueue", target, 32, "ratio >= 0.55", rate=11_100 / STOCK_BARE, p50_ms=2.6, p99_ms=6.3)
         self.against_bare("enqueue", target, 128)
+
+    def fair(self) -> None:
+        rates: dict[int, list[float]] = {1: [], 10: [], 1000: []}
+        with self.daemon("fair", max(rates)) as daemon:
+            for _ in range(self.rounds):
+                for functions, found in rates.items():
+                    found.append(self.drain_once(daemon, "many", self.calls, spread=functions))
+        for functions, found in rates.items():
+            ratio = median(rate / beside for rate, beside in zip(found, rates[1], strict=True))
+            title = f"drain, {functions:,} function{'s' if functions > 1 else ''} taking turns"
+            self.add(title, "/s", median(found), beside=median(rates[1]), ratio=ratio, goal="ratio >= 0.9")
 
     def backlog(self, count: int) -> None:
         """The figures with `count` calls waiting, beside those of an empty store."""
@@ -748,7 +769,7 @@ def busy_s() -> tuple[float, float]:
 def measure(bench: Bench, groups: set[str], million: int) -> None:
     if "start" in groups:
         bench.start()
-    if of_one_daemon := groups - {"start", "million"}:
+    if of_one_daemon := groups - {"start", "fair", "million"}:
         with bench.daemon("main") as daemon:
             for name in GROUPS:
                 if name in of_one_daemon:
@@ -756,6 +777,8 @@ def measure(bench: Bench, groups: set[str], million: int) -> None:
             if of_one_daemon - {"idle"}:
                 time.sleep(2)
                 bench.memory(daemon, "memory, after the load", "<= 60")
+    if "fair" in groups:
+        bench.fair()
     if million:
         bench.backlog(million)
     elif "million" in groups:
