@@ -1686,6 +1686,9 @@ def client_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
     )  # fmt: skip
 
 
+NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
+
+
 def failure(exc: BaseException, who: str, started: float = 0.0) -> Outcome:
     """The outcome of a call that gave no answer: 502 or 504 and one line. `started` is a time.perf_counter()."""
     spent, status, timed_out = time.perf_counter() - started, 502, False
@@ -1704,18 +1707,17 @@ def failure(exc: BaseException, who: str, started: float = 0.0) -> Outcome:
 
 
 async def read_capped(
-    content: asyncio.StreamReader | aiohttp.StreamReader, keep: int, full: Callable[[], object] | None = None
+    content: asyncio.StreamReader | aiohttp.StreamReader, keep: int, whole: bool = False
 ) -> tuple[bytes, int]:
-    """Read to the end, keeping the first `keep` bytes: what was kept, and the whole size. With `full`, call that at
-    the first byte too many and read no further."""
+    """Read to the end, keeping the first `keep` bytes: what was kept, and the whole size. With `whole`, a byte too
+    many raises OSError."""
     parts, length = [], 0
     while chunk := await content.read(256 * KIB):
         if length < keep:
             parts.append(chunk[: keep - length])
         length += len(chunk)
-        if full is not None and length > keep:
-            full()
-            break
+        if whole and length > keep:
+            raise OSError(f"answered more than {keep} bytes")
     return parts[0] if len(parts) == 1 else b"".join(parts), length
 
 
@@ -1790,18 +1792,16 @@ class Functions:
         """Call a function and read its answer: the first `keep` bytes; with `whole`, a longer answer is a failure.
         Never raises for what the function does."""
         who, started = f"function {function.name}", time.perf_counter()
-        if function.command:
-            return await run_command(function, ask, timeout_s, max(keep, MAX_RESPONSE_BYTES))
         try:
+            if function.command:
+                return await run_command(function, ask, timeout_s, max(keep, MAX_RESPONSE_BYTES))
             async with asyncio.timeout(timeout_s), self.request(function, ask) as answer:
-                kept, length = await read_capped(answer.content, keep, answer.close if whole else None)
-                status, given = answer.status, forward_headers(answer.raw_headers, CONTENT_LENGTH)
-        except (aiohttp.ClientError, OSError) as exc:
+                kept, length = await read_capped(answer.content, keep, whole)
+        except NO_ANSWER as exc:
             return failure(exc, who, started)
-        spent = time.perf_counter() - started
-        if whole and length > keep:
-            return Outcome(502, False, spent, error=f"{who} answered more than {keep} bytes", answered=False)
+        status, given = answer.status, forward_headers(answer.raw_headers, CONTENT_LENGTH)
         error = None if status < 400 else f"{who} answered {status}"
+        spent = time.perf_counter() - started
         return Outcome(status, status < 400, spent, tuple(given), kept, length, error=error)
 
 
@@ -1820,8 +1820,9 @@ def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
 
 
 async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int) -> Outcome:
-    """Start a command for one request, like the classic watchdog. Its process group never outlives the call."""
-    who, started, pipe = f"function {function.name}", time.perf_counter(), asyncio.subprocess.PIPE
+    """Start a command for one request, like the classic watchdog. Its process group never outlives the call. Raises
+    OSError when it can't be started, writes more than `keep` bytes or takes too long (TimeoutError)."""
+    started, pipe = time.perf_counter(), asyncio.subprocess.PIPE
     try:
         environment = command_environment(function, ask)
         starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
@@ -1832,30 +1833,25 @@ async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int)
         starting.add_done_callback(lambda done: done.exception() or kill_group(done.result().pid))  # type: ignore[func-returns-value]
         raise
     except (OSError, ValueError) as exc:
-        return failure(OSError(f"can't be started: {getattr(exc, 'strerror', None) or exc}"), who, started)
-    kill = functools.partial(kill_group, process.pid)
+        raise OSError(f"can't be started: {getattr(exc, 'strerror', None) or exc}") from exc
     try:
         async with asyncio.timeout(min(timeout_s, function.exec_timeout or timeout_s)), asyncio.TaskGroup() as group:
             assert process.stdin and process.stdout and process.stderr
             feeding = group.create_task(feed(process.stdin, ask.body))
-            out = group.create_task(read_capped(process.stdout, keep, kill))
+            out = group.create_task(read_capped(process.stdout, keep, whole=True))
             err = group.create_task(read_capped(process.stderr, MAX_STDERR_BYTES))
             code = await process.wait()
-            kill()  # what it left behind; that also ends the pipes
+            kill_group(process.pid)  # what it left behind; that also ends the pipes
             feeding.cancel()
-    except TimeoutError as exc:
-        return failure(exc, who, started)
     except ExceptionGroup as group_exc:
-        raise group_exc.exceptions[0] from None  # the caller's body could not be read
+        raise group_exc.exceptions[0] from None  # too much output, or the caller's body could not be read
     finally:
-        kill()
+        kill_group(process.pid)
         await process.wait()
     (stdout, length), (stderr, _), spent = out.result(), err.result(), time.perf_counter() - started
-    if length > keep:
-        return Outcome(502, False, spent, stderr=stderr, error=f"{who} wrote more than {keep} bytes", answered=False)
     if code == 0:
         return Outcome(200, True, spent, content_type(stdout), stdout, length, stderr)
-    error = f"{who}: " + (f"exit status {code}" if code > 0 else f"killed by signal {-code}")
+    error = f"function {function.name}: " + (f"exit status {code}" if code > 0 else f"killed by signal {-code}")
     shown = stdout or stderr
     return Outcome(500, False, spent, content_type(shown), shown, len(shown), stderr, error)
 
@@ -2047,7 +2043,7 @@ class CallbackSender:
             ok = 200 <= status < 300
             error = None if ok else f"{who} answered {status}"
             outcome = Outcome(status, ok, time.perf_counter() - started, given, error=error)
-        except (aiohttp.ClientError, OSError) as exc:
+        except NO_ANSWER as exc:
             outcome = failure(exc, who, started)
         except Refused as exc:
             outcome = Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
@@ -2583,7 +2579,7 @@ class Gateway:
         given = request.headers.get("X-Call-Id")
         call_id = new_id() if given is None else read_controls({"X-Call-Id": given}, self._settings(), 0)["X-Call-Id"]
         ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
-        slots, through = self._functions.slots, self._through_command if function.command else self._through_http
+        slots = self._functions.slots
         if slots.full(function.key):
             line = f"function {function.name} runs max_inflight calls already, try again"
             raise Refused(429, line, {"Retry-After": "1", **ours})
@@ -2591,7 +2587,7 @@ class Gateway:
             try:
                 body, length = await self._sync_body(request)
                 ask = Ask(request.method, rest, self._headers(request, call_id, start_time) + length, body)
-                response = await through(request, function, ask, ours)
+                response = await self._answer(request, function, ask, ours)
             except Refused as exc:
                 status.append(exc.status)
                 exc.headers.update(ours)
@@ -2611,23 +2607,17 @@ class Gateway:
             return await self._body(request, SMALL_BODY_BYTES), []
         return self._chunks(request), [] if length is None else [(b"Content-Length", b"%d" % length)]
 
-    async def _through_command(
+    async def _answer(
         self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
     ) -> web.StreamResponse:
-        limit = self._settings().gateway.upstream_timeout
-        outcome = await self._functions.call(function, ask, limit, MAX_RESPONSE_BYTES)
-        if not outcome.answered:
-            raise Refused(outcome.status, outcome.error or "no answer")
-        given = {**as_multidict(outcome.headers), **ours, "X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
-        return web.Response(status=outcome.status, headers=given, body=outcome.body)
-
-    async def _through_http(
-        self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
-    ) -> web.StreamResponse:
-        """Stream both ways. A client that goes away cancels this, and so closes the connection to the function."""
+        """Call and answer, streaming both ways. A client that goes away cancels this, and so ends the call."""
         config, started = self._settings().gateway, time.perf_counter()
         response: Answer | None = None
         try:
+            if function.command:
+                outcome = await run_command(function, ask, config.upstream_timeout, MAX_RESPONSE_BYTES)
+                headers = {**as_multidict(outcome.headers), **ours, "X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
+                return web.Response(status=outcome.status, headers=headers, body=outcome.body)
             async with asyncio.timeout(config.upstream_timeout), self._functions.request(function, ask) as answer:
                 given = as_multidict(forward_headers(answer.raw_headers, SET_BY_US))
                 given.update(ours)
@@ -2638,12 +2628,11 @@ class Gateway:
                     await self._send(request, response, chunk, config.write_timeout)
                 await response.write_eof()
                 return response
-        except (aiohttp.ClientError, OSError) as exc:
+        except NO_ANSWER as exc:
             if isinstance(exc.__cause__, Refused):  # the client's body could not be read
                 raise exc.__cause__ from None
             outcome = failure(exc, f"function {function.name}")
-            gone = request.transport is None or request.transport.is_closing()
-            if not gone:
+            if request.transport is not None and not request.transport.is_closing():
                 log_with(logging.WARNING, "sync call failed", error=outcome.error, call_id=ours["X-Call-Id"])
             if response is None:
                 raise Refused(outcome.status, outcome.error or "no answer") from None
