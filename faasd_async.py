@@ -2456,7 +2456,7 @@ def read_controls(given: Mapping[str, str], config: Config, now: float) -> dict[
     return found
 
 
-COMPUTED = frozenset(b"content-length expect host x-call-id x-start-time x-forwarded-for x-retry".split())
+COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 SET_BY_US = frozenset((b"x-call-id", b"x-start-time"))
 
 
@@ -2585,8 +2585,10 @@ class Gateway:
             raise Refused(429, line, {"Retry-After": "1", **ours})
         with slots.hold(function.key), self._metrics.counted(function.key) as status:
             try:
-                body, length = await self._sync_body(request)
-                ask = Ask(request.method, rest, self._headers(request, call_id, start_time) + length, body)
+                length = request.content_length if request.body_exists else 0
+                small = length is not None and length <= SMALL_BODY_BYTES
+                body = await self._body(request, SMALL_BODY_BYTES) if small else self._chunks(request)
+                ask = Ask(request.method, rest, self._headers(request, call_id, start_time), body)
                 response = await self._answer(request, function, ask, ours)
             except Refused as exc:
                 status.append(exc.status)
@@ -2595,17 +2597,6 @@ class Gateway:
             status.append(response.status)
         log_with(logging.DEBUG, "sync call ended", call_id=call_id, function=function.name, http_status=response.status)
         return response
-
-    async def _sync_body(
-        self, request: web.BaseRequest
-    ) -> tuple[bytes | AsyncIterator[bytes], list[tuple[bytes, bytes]]]:
-        """A small body as a whole, a large one as a stream, with the length that goes with it."""
-        length = request.content_length
-        if not request.body_exists:
-            return b"", []
-        if length is not None and length <= SMALL_BODY_BYTES:
-            return await self._body(request, SMALL_BODY_BYTES), []
-        return self._chunks(request), [] if length is None else [(b"Content-Length", b"%d" % length)]
 
     async def _answer(
         self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
