@@ -2091,16 +2091,14 @@ class Consumer:
         self._wake = asyncio.Event()
         self.wake = self._wake.set  # there may be something to claim
         self.running: dict[int, tuple[str, asyncio.Task[None]]] = {}  # by token: lane and task of attempts that run
-        self._settling: set[asyncio.Task[None]] = set()  # attempts that have ended and wait to be stored
-        self._cancelled: set[int] = set()  # tokens of attempts whose calls were cancelled
+        self._tasks: set[asyncio.Task[None]] = set()  # these, and those whose attempt has ended and waits to be stored
         self._stopping = asyncio.Event()
         self._dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
         self.wake()
 
     def cancel(self, token: int) -> None:
-        """End an attempt whose call was cancelled; nothing of it is stored."""
+        """End an attempt whose call was cancelled. The queue stores nothing of it: the claim is not ours any more."""
         if token in self.running:
-            self._cancelled.add(token)
             # Not at once: a task that is cancelled before its first step would not run at all, nor free its slot.
             asyncio.get_running_loop().call_soon(self.running[token][1].cancel)
 
@@ -2111,7 +2109,7 @@ class Consumer:
             limit = self._job.limit(self.name)
             free = limit - len(self.running)
             # Outcomes that can't be stored (disk full) hold new work back, or they would pile up in memory.
-            if self._stopping.is_set() or free <= 0 or len(self._settling) > limit:
+            if self._stopping.is_set() or free <= 0 or len(self._tasks) - len(self.running) > limit:
                 continue
             try:
                 room = self._job.room(Counter(lane for lane, _ in self.running.values()))
@@ -2124,6 +2122,8 @@ class Consumer:
             for claim in claims:
                 task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
                 self.running[claim.token] = claim.lane, task
+                self._tasks.add(task)
+                task.add_done_callback(self._ended)
             if len(claims) >= free:
                 self._wake.set()
 
@@ -2133,21 +2133,17 @@ class Consumer:
         try:
             outcome = await self._job.execute(claim)
         except asyncio.CancelledError:
-            if claim.token in self._cancelled:
-                return
+            pass  # by `stop`, or by `cancel`: then the queue refuses what follows
         except Exception:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
-        finally:
-            _, task = self.running.pop(claim.token)
-            self._cancelled.discard(claim.token)
-            self._wake.set()
-        self._settling.add(task)
-        try:
-            await self._settle(claim, outcome)
-        finally:
-            self._settling.discard(task)
-            self._wake.set()
+        del self.running[claim.token]
+        self._wake.set()
+        await self._settle(claim, outcome)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._wake.set()
 
     async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Store what became of an attempt, however long the disk is full: the function has run."""
@@ -2173,20 +2169,16 @@ class Consumer:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), RETRY_STORE_S)
 
-    async def stop(self, hurry: asyncio.Event) -> None:
-        """Claim no more, wait for what runs until `hurry` is set, cancel the rest and queue it again uncharged."""
+    async def stop(self, hurried: asyncio.Task[Any]) -> None:
+        """Claim no more, wait for what runs until `hurried` ends, cancel the rest and queue it again uncharged."""
         self._stopping.set()
         self._wake.set()
-        await self._dispatcher
-        hurried = asyncio.create_task(hurry.wait())
-        while (busy := {*(task for _, task in self.running.values()), *self._settling}) and not hurry.is_set():
-            await asyncio.wait({*busy, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
-        await asyncio.sleep(0)  # as in `cancel`: every task has to have begun
+        await self._dispatcher  # which ends after its tasks have begun: cancelled earlier, one could not queue again
+        ended = asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
         for _, task in self.running.values():
             task.cancel()
-        tasks = [task for _, task in self.running.values()]
-        await asyncio.gather(hurried, *tasks, *self._settling, return_exceptions=True)
+        await ended
 
 
 # --- Gateway --------------------------------------------------------------------------------------------------------
@@ -2854,12 +2846,11 @@ class Daemon:
         for site in sites:
             await site.stop()
         timer = asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
-        ends = [asyncio.create_task(event.wait()) for event in (self.gateway.idle, self._hurry)]
-        await asyncio.gather(*(consumer.stop(self._hurry) for consumer in self._consumers.values()))
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        timer.cancel()
-        for task in ends:
-            task.cancel()
+        idle, hurried = (asyncio.create_task(event.wait()) for event in (self.gateway.idle, self._hurry))
+        await asyncio.gather(*(consumer.stop(hurried) for consumer in self._consumers.values()))
+        await asyncio.wait({idle, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (timer, idle, hurried):
+            waiting.cancel()
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
