@@ -1677,11 +1677,11 @@ CLIENT_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")  # 
 OWN_VARIABLES = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
 
 
-def client_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
-    """A client that passes things on as they are: no cookies, no decompression, no headers or time limit of its own."""
+def client_session(connector: Callable[..., aiohttp.BaseConnector], **options: Any) -> aiohttp.ClientSession:
+    """A client that passes things on as they are: no cookies, no decompression, no headers or limits of its own."""
     return aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
-        skip_auto_headers=CLIENT_HEADERS, timeout=aiohttp.ClientTimeout(),
+        connector=connector(limit=0, keepalive_timeout=POOL_IDLE_S, **options), cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False, skip_auto_headers=CLIENT_HEADERS, timeout=aiohttp.ClientTimeout(),
         max_line_size=MAX_HEADER_BYTES, max_field_size=MAX_HEADER_BYTES,
     )  # fmt: skip
 
@@ -1766,11 +1766,8 @@ class Functions:
         self._settings = settings
         self.slots = Slots(settings)
 
-    async def open(self) -> None:
-        self._session = client_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_IDLE_S))
-
-    async def close(self) -> None:
-        await self._session.close()
+    async def open(self, stack: contextlib.AsyncExitStack) -> None:
+        self._session = await stack.enter_async_context(client_session(aiohttp.TCPConnector))
 
     def find(self, name: str, namespace: str = "") -> Function | None:
         """The function of this name; "NAME.NAMESPACE" as one word will do."""
@@ -1975,23 +1972,21 @@ class CallbackSender:
         self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
         self.own_address = ""  # "http://HOST:PORT" or "unix:/path" of this daemon, known once it listens
 
-    async def open(self) -> None:
+    async def open(self, stack: contextlib.AsyncExitStack) -> None:
         """Raises ConfigError when callback.tls_ca_file can't be used."""
         cafile = self._settings().callback.tls_ca_file
         try:
             context: Any = ssl.create_default_context(cafile=cafile) if cafile else True
         except OSError as exc:
             raise ConfigError([f"callback.tls_ca_file: {cafile}: {exc.strerror or exc}"]) from exc
-        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": POOL_IDLE_S}
         resolver = GuardedResolver()
         resolver.settings = self._settings
-        guarded = aiohttp.TCPConnector(resolver=resolver, ssl=context, use_dns_cache=False, **options)
-        unix = self.own_address.removeprefix("unix:") if self.own_address.startswith("unix:") else ""
-        own = aiohttp.UnixConnector(unix, **options) if unix else aiohttp.TCPConnector(**options)
-        self._session, self._own_session = client_session(guarded), client_session(own)
-
-    async def close(self) -> None:
-        await asyncio.gather(self._session.close(), self._own_session.close())
+        guarded = client_session(aiohttp.TCPConnector, resolver=resolver, ssl=context, use_dns_cache=False)
+        scheme, _, path = self.own_address.partition(":")
+        unix = scheme == "unix"
+        own = client_session(aiohttp.UnixConnector, path=path) if unix else client_session(aiohttp.TCPConnector)
+        self._session = await stack.enter_async_context(guarded)
+        self._own_session = await stack.enter_async_context(own)
 
     def limit(self, queue: str) -> int:
         return self._settings().callback.max_inflight
@@ -2676,9 +2671,8 @@ class Daemon:
         self.config = config
         self._path = path
         self._consumers: dict[str, Consumer] = {}
-        self._stop = asyncio.Event()  # first signal, or a side task that failed
+        self._stop = asyncio.Event()  # first signal, or the end of a side task
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
-        self._exit = 0
 
         settings: Callable[[], Config] = lambda: self.config  # noqa: E731
         self.metrics = Metrics()
@@ -2694,11 +2688,13 @@ class Daemon:
     async def run(self) -> int:
         """Start everything, serve until a signal, stop in order."""
         async with contextlib.AsyncExitStack() as stack:
-            self._signals()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._terminate)
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
             await self.queue.open(self._wake, self._cancel, self._final)
             stack.push_async_callback(self.queue.close)
-            await self.functions.open()
-            stack.push_async_callback(self.functions.close)
+            await self.functions.open(stack)
             server = Server(
                 self.gateway.handle, handler_cancellation=True, auto_decompress=False, access_log=None, logger=log,
                 keepalive_timeout=self.config.gateway.read_timeout, max_line_size=MAX_HEADER_BYTES,
@@ -2708,23 +2704,25 @@ class Daemon:
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             sites = await self._listen(runner)
-            await self.sender.open()
-            stack.push_async_callback(self.sender.close)
+            await self.sender.open(stack)
             for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
                 self._consumer(name)
-            side = [asyncio.create_task(self._housekeeping(), name="housekeeping")]
+            side: list[asyncio.Task[Any]] = [asyncio.create_task(self._stop.wait())]
+            side.append(asyncio.create_task(self._housekeeping(), name="housekeeping"))
             if usec := os.environ.get("WATCHDOG_USEC"):
                 side.append(asyncio.create_task(self._watchdog(int(usec) / 2e6), name="watchdog"))
-            for task in side:
-                task.add_done_callback(self._side_task_ended)
             sd_notify("READY=1\nSTATUS=accepting calls")
-            await self._stop.wait()
+            ended, _ = await asyncio.wait(side, return_when=asyncio.FIRST_COMPLETED)
+            failed = [task for task in ended if task.exception() is not None]
+            for task in failed:
+                log.critical("%s failed, stopping", task.get_name(), exc_info=task.exception())
+            self._stop.set()
             await self._drain(sites)
             for task in side:
                 task.cancel()
             await asyncio.gather(*side, return_exceptions=True)
         log.info("stopped")
-        return self._exit
+        return EXIT_FAILURE if failed else 0
 
     async def _listen(self, runner: web.ServerRunner) -> list[web.BaseSite]:
         """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
@@ -2800,18 +2798,6 @@ class Daemon:
                 sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
             sd_notify("WATCHDOG=1")
             await asyncio.sleep(interval_s)
-
-    def _side_task_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.critical("%s failed, stopping", task.get_name(), exc_info=exc)
-            self._exit = EXIT_FAILURE
-            self._stop.set()
-
-    def _signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._terminate)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
 
     def _terminate(self) -> None:
         if self._stop.is_set():
