@@ -2742,30 +2742,26 @@ class Daemon:
                 raise ConfigError([f"gateway.listen: {site.name}: {exc.strerror or exc}"]) from exc
         own = []
         for name in runner.addresses:
-            host = f"[{name[0]}]" if isinstance(name, tuple) and ":" in name[0] else name[0]
-            shown = f"http://{host}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
-            own.append(shown.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
-            log.info("listening on %s", shown)
-        self.sender.own_address = min(own, key=lambda address: address.startswith("unix:"))
+            host = f"[{name[0]}]" if ":" in name[0] else name[0]
+            own.append(f"http://{host}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}")
+            log.info("listening on %s", own[-1])
+        self.sender.own_address = min(own)  # http before unix; to connect to 0.0.0.0 or [::] reaches ourselves
         return sites
 
     # -- consumers and what the queue tells
 
-    def _consumer(self, name: str) -> None:
+    def _consumer(self, name: str) -> Consumer:
         """One for each queue that has a name somewhere, and one for callbacks."""
-        if name in self._consumers:
-            return
-        if name == CALLBACKS:
-            self._consumers[name] = Consumer(name, self.queue, self.sender)
-            return
-        if name not in self.config.queues:
-            log.warning("queue %s has calls but is not in the configuration: it runs with the defaults", name)
-        self._consumers[name] = Consumer(name, self.queue, self.invoker)
+        if name not in self._consumers:
+            if name not in (*self.config.queues, CALLBACKS):
+                log.warning("queue %s has calls but is not in the configuration: it runs with the defaults", name)
+            job = self.sender if name == CALLBACKS else self.invoker
+            self._consumers[name] = Consumer(name, self.queue, job)
+        return self._consumers[name]
 
     def _wake(self, name: str) -> None:
         if self._consumers:  # else it begins with a look into its queue
-            self._consumer(name)
-            self._consumers[name].wake()
+            self._consumer(name).wake()
 
     def _wake_all(self) -> None:
         for consumer in self._consumers.values():
@@ -2814,10 +2810,9 @@ class Daemon:
             log.error("configuration not reloaded: the old settings stay")
             return
         kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "store")}
-        changed = [name for name in kept if getattr(new, name) != kept[name]]
         self.config = replace(new, **kept)
         setup_logging(new.log)
-        for name in changed:
+        for name in [name for name, old in kept.items() if getattr(new, name) != old]:
             log.warning("[%s] has changed: that needs a restart", name)
         for name in new.queues:
             self._consumer(name)
