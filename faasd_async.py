@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import tomllib
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -2254,7 +2255,8 @@ class Operator:
 
     def __init__(self, settings: Callable[[], Config], queue: Queue, metrics: Metrics) -> None:
         self._settings, self._queue, self._metrics = settings, queue, metrics
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}  # by call id: who waits for it to become final
+        # By call id, while somebody waits for the call to become final:
+        self._ends = weakref.WeakValueDictionary[str, asyncio.Event]()
         self.inflight: Callable[[], Mapping[str, int]] = dict  # attempts running, by queue
         self.draining = False
         self._routes: list[tuple[str, str, Callable[..., Awaitable[web.StreamResponse]]]] = [
@@ -2287,34 +2289,25 @@ class Operator:
 
     def final(self, call_id: str) -> None:
         """A call has become final: tell who waits for it."""
-        for waiter in self._waiters.pop(call_id, ()):
-            if not waiter.done():
-                waiter.set_result(None)
+        if end := self._ends.pop(call_id, None):
+            end.set()
 
     def drain(self) -> None:
         """Let go of everybody who waits: the daemon stops."""
         self.draining = True
-        for call_id in list(self._waiters):
+        for call_id in list(self._ends):
             self.final(call_id)
 
     # -- calls
 
     async def _show(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
         wait = one_value(query, "wait", duration)
-        if wait is None or self.draining:
-            return as_json(await self._queue.lookup(call_id))
-        waiter = asyncio.get_running_loop().create_future()
-        waiting = self._waiters.setdefault(call_id, set())
-        waiting.add(waiter)
-        try:
+        end = self._ends.setdefault(call_id, asyncio.Event())
+        found = await self._queue.lookup(call_id)
+        if wait and not self.draining and found["status"] not in FINAL:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(end.wait(), wait)
             found = await self._queue.lookup(call_id)
-            if found["status"] not in FINAL:
-                await asyncio.wait([waiter], timeout=wait)
-                found = await self._queue.lookup(call_id)
-        finally:
-            waiting.discard(waiter)
-            if not waiting and self._waiters.get(call_id) is waiting:
-                del self._waiters[call_id]
         return as_json(found)
 
     def _query(self, query: dict[str, list[str]]) -> RecordQuery:
