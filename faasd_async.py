@@ -55,7 +55,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import aiohttp
 import prometheus_client
@@ -2236,18 +2236,26 @@ def authorize(request: web.BaseRequest, config: Config, needed: bool) -> None:
     raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
 
 
-LIMIT = expect("a whole number from 1 to 1000", lambda value: need(_whole(value), 1 <= _whole(value) <= 1000))
-CURSOR = expect("the next_cursor of an earlier answer", _whole)
+def parsed(given: Mapping[str, str], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """The parameters or headers that have a parser, parsed. Raises Refused(400) naming one, its value and the form."""
+    found = {}
+    for name, parse in parsers.items():
+        if name in given:
+            try:
+                found[name] = parse(given[name])
+            except ValueError as exc:
+                raise Refused(400, f"{name}: {json.dumps((show_url(given[name]) or '')[:80])}: {exc}") from None
+    return found
 
 
-def one_value(query: dict[str, list[str]], name: str, parse: Callable[[Any], Any]) -> Any:
-    """A query parameter, parsed; None where it is not given. Raises Refused(400) naming it."""
-    if name not in query:
-        return None
-    try:
-        return parse(need(query[name], len(query[name]) == 1)[0])
-    except ValueError as exc:
-        raise Refused(400, f"{name}: {json.dumps(query[name][0][:80])}: {exc or 'given more than once'}") from None
+FILTERS = {
+    "status": one_of(*STATUSES),
+    "function": text,
+    "queue": text,
+    "call_id": text,
+    "limit": expect("a whole number from 1 to 1000", lambda value: need(_whole(value), 1 <= _whole(value) <= 1000)),
+    "cursor": expect("the next_cursor of an earlier answer", _whole),
+}
 
 
 class Operator:
@@ -2277,15 +2285,12 @@ class Operator:
             return plain(200, "ok") if reason is None else plain(503, reason)
         authorize(request, self._settings(), True)
         method = "GET" if request.method == "HEAD" else request.method
-        allowed = []
         for wanted, pattern, handler in self._routes:
             if match := re.fullmatch(pattern, path):
-                if wanted == method:
-                    return await handler(parse_qs(query, keep_blank_values=True), *map(unquote, match.groups()))
-                allowed.append(wanted)
-        if not allowed:
-            raise Refused(404, "no such route: calls go to /function/NAME or /async-function/NAME")
-        raise Refused(405, f"this route takes {allowed[0]}", {"Allow": allowed[0]})
+                if wanted != method:
+                    raise Refused(405, f"this route takes {wanted}", {"Allow": wanted})
+                return await handler(dict(parse_qsl(query, keep_blank_values=True)), *map(unquote, match.groups()))
+        raise Refused(404, "no such route: calls go to /function/NAME or /async-function/NAME")
 
     def final(self, call_id: str) -> None:
         """A call has become final: tell who waits for it."""
@@ -2300,8 +2305,8 @@ class Operator:
 
     # -- calls
 
-    async def _show(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
-        wait = one_value(query, "wait", duration)
+    async def _show(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
+        wait = parsed(query, {"wait": duration}).get("wait")
         end = self._ends.setdefault(call_id, asyncio.Event())
         found = await self._queue.lookup(call_id)
         if wait and not self.draining and found["status"] not in FINAL:
@@ -2310,39 +2315,29 @@ class Operator:
             found = await self._queue.lookup(call_id)
         return as_json(found)
 
-    def _query(self, query: dict[str, list[str]]) -> RecordQuery:
-        known = ("status", "function", "queue", "call_id", "limit", "cursor")
-        if unknown := set(query) - set(known):
-            raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(known)}")
-        own = "." + self._settings().gateway.namespace
-        return RecordQuery(
-            status=one_value(query, "status", one_of(*STATUSES)),
-            function=one_value(query, "function", lambda value: text(value).removesuffix(own)),
-            queue=one_value(query, "queue", text),
-            call_id=one_value(query, "call_id", text),
-            limit=one_value(query, "limit", LIMIT) or 100,
-            before=one_value(query, "cursor", CURSOR),
-        )
-
-    async def _list(self, query: dict[str, list[str]]) -> web.StreamResponse:
-        calls, cursor = await self._queue.records(self._query(query))
+    async def _list(self, query: dict[str, str]) -> web.StreamResponse:
+        if unknown := query.keys() - FILTERS.keys():
+            raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(FILTERS)}")
+        asked = parsed(query, FILTERS)
+        if "function" in asked:
+            asked["function"] = asked["function"].removesuffix("." + self._settings().gateway.namespace)
+        before = asked.pop("cursor", None)
+        calls, cursor = await self._queue.records(RecordQuery(**asked, before=before))
         return as_json({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
 
-    async def _output(self, call_id: str) -> bytes:
+    async def _log(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
         body, stderr = await self._queue.output(call_id)
-        return body + (b"\n" if body and stderr and not body.endswith(b"\n") else b"") + stderr
+        between = b"\n" if body and stderr and not body.endswith(b"\n") else b""
+        return web.Response(body=body + between + stderr, content_type="text/plain", charset="utf-8")
 
-    async def _log(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
-        return web.Response(body=await self._output(call_id), content_type="text/plain", charset="utf-8")
-
-    async def _retry(self, query: dict[str, list[str]], call_id: str) -> web.StreamResponse:
+    async def _retry(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
         await self._queue.redrive(call_id)
         headers = {"X-Call-Id": call_id, "Location": f"/system/calls/{quote(call_id, safe='')}"}
         return web.Response(status=202, headers=headers)
 
     # -- queues
 
-    async def _queues(self, query: dict[str, list[str]]) -> web.StreamResponse:
+    async def _queues(self, query: dict[str, str]) -> web.StreamResponse:
         config, stats, inflight, now = self._settings(), await self._queue.stats(), self.inflight(), time.time()
         rows: list[dict[str, Any]] = []
         for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
@@ -2355,7 +2350,7 @@ class Operator:
         rows[-1]["max_inflight"] = config.callback.max_inflight
         return as_json({"queues": rows})
 
-    async def _queue_action(self, query: dict[str, list[str]], queue: str, action: str) -> web.StreamResponse:
+    async def _queue_action(self, query: dict[str, str], queue: str, action: str) -> web.StreamResponse:
         if queue == CALLBACKS or (queue not in self._settings().queues and queue not in await self._queue.stats()):
             raise Refused(404, f"no such queue; there are {', '.join(sorted(self._settings().queues))}")
         if action == "purge":
@@ -2376,7 +2371,7 @@ class Operator:
                 return f"the queue can't store: {exc}"
         return reason
 
-    async def _exposition(self, query: dict[str, list[str]]) -> web.StreamResponse:
+    async def _exposition(self, query: dict[str, str]) -> web.StreamResponse:
         metrics = self._metrics
         for gauge in (metrics.pending, metrics.oldest, metrics.replicas):
             gauge.clear()
@@ -2392,6 +2387,10 @@ class Operator:
         return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
 
+visible = expect("1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value)))
+CALL_ID = {"X-Call-Id": visible}
+
+
 def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
     """The headers that steer a call, with their parsers; these raise ValueError."""
 
@@ -2401,11 +2400,8 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
             raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
         return value
 
-    visible = expect(
-        "1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value))
-    )
     return {
-        "X-Call-Id": visible,
+        **CALL_ID,
         "X-Callback-Url": callback,
         "X-Failure-Callback-Url": callback,
         "Idempotency-Key": visible,
@@ -2424,16 +2420,8 @@ CONTROLS = tuple(controls(Config(), 0.0))
 
 
 def read_controls(given: Mapping[str, str], config: Config, now: float) -> dict[str, Any]:
-    """The control headers of a request, parsed. Raises Refused(400) naming header, value and the form expected."""
-    if not (asked := [name for name in CONTROLS if name in given]):
-        return {}
-    parsers, found = controls(config, now), {}
-    for name in asked:
-        try:
-            found[name] = parsers[name](given[name])
-        except ValueError as exc:
-            raise Refused(400, f"{name}: {json.dumps((show_url(given[name]) or '')[:80])}: {exc}") from None
-    return found
+    """The control headers of a request, parsed. Raises Refused(400)."""
+    return parsed(given, controls(config, now)) if any(name in given for name in CONTROLS) else {}
 
 
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
@@ -2556,8 +2544,7 @@ class Gateway:
     async def _sync(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
         start_time = time.time_ns()
         function, rest = self._find(target)
-        given = request.headers.get("X-Call-Id")
-        call_id = new_id() if given is None else read_controls({"X-Call-Id": given}, self._settings(), 0)["X-Call-Id"]
+        call_id = parsed(request.headers, CALL_ID).get("X-Call-Id") or new_id()
         ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         slots = self._functions.slots
         if slots.full(function.key):
