@@ -2442,48 +2442,42 @@ class Gateway:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every request comes here."""
-        self._active += 1
-        self.idle.clear()
-        try:
-            return await self._route(request)
-        finally:
-            self._active -= 1
-            if not self._active:
-                self.idle.set()
-
-    async def _route(self, request: web.BaseRequest) -> web.StreamResponse:
         target = request.raw_path
         if not target.startswith("/"):  # absolute form, as sent to a proxy
             target = "/" + target.partition("://")[2].partition("/")[2]
+        self._active += 1
+        self.idle.clear()
         try:
-            if target.startswith("/async-function/"):
-                authorize(request, self._settings(), self._settings().auth.invoke)
-                return await self._async(request, target[16:])
-            if target.startswith("/function/"):
-                authorize(request, self._settings(), self._settings().auth.invoke)
-                return await self._sync(request, target[10:])
-            if target.startswith("/r/"):  # Fn Project, 2017: /r/{app}/{route}
-                authorize(request, self._settings(), self._settings().auth.invoke)
-                route = target[3:].partition("/")[2]
-                if self._find(route)[0].type == "async":
-                    return await self._async(request, route, fn=True)
-                return await self._sync(request, route)
-            return await self._operator.handle(request, target)
+            return await self._route(request, target)
         except StoreError as exc:
             log.error("request refused: %s", exc)
             reason = f"the queue can't store this now, try again later: {exc}"
             refused = Refused(503, reason, {"Retry-After": str(RETRY_STORE_S)})
         except Refused as exc:
             refused = exc
+        finally:
+            self._active -= 1
+            if not self._active:
+                self.idle.set()
         if target.startswith(("/r/", "/v1/")):
             return as_json({"error": {"message": refused.text}}, refused.status, refused.headers)
         return plain(refused.status, refused.text, refused.headers)
 
-    def _find(self, target: str) -> tuple[Function, str]:
-        name, rest = split_target(target)
+    async def _route(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        route, _, rest = target[1:].partition("/")
+        if route not in ("function", "async-function", "r"):
+            return await self._operator.handle(request, target)
+        authorize(request, self._settings(), self._settings().auth.invoke)
+        if route == "async-function" and request.method != "POST":
+            return await self._cancel(request, rest)
+        if fn := route == "r":  # Fn Project, 2017: /r/{app}/{route}
+            rest = rest.partition("/")[2]
+        name, rest = split_target(rest)
         if (function := self._functions.find(name)) is None:
             raise Refused(404, "no such function: it is not in the configuration")
-        return function, rest
+        if route == "async-function" or (fn and function.type == "async"):
+            return await self._async(request, function, rest, fn)
+        return await self._sync(request, function, rest)
 
     def _headers(self, request: web.BaseRequest, call_id: str, start_time: int) -> list[tuple[bytes, bytes]]:
         """What goes to the function: the caller's end-to-end headers and ours."""
@@ -2491,9 +2485,9 @@ class Gateway:
         if self._settings().auth.invoke:
             drop |= {b"authorization"}  # it was for us
         headers = forward_headers(request.raw_headers, drop)
-        hops = given.getall("X-Forwarded-For", []) if "X-Forwarded-For" in given else []
+        hops = given.getall("X-Forwarded-For", [])
         if request.remote:
-            hops = [*hops, request.remote]
+            hops.append(request.remote)
         headers.append((b"X-Call-Id", call_id.encode()))
         headers.append((b"X-Start-Time", b"%d" % start_time))
         if hops:
@@ -2541,9 +2535,8 @@ class Gateway:
 
     # -- /function
 
-    async def _sync(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+    async def _sync(self, request: web.BaseRequest, function: Function, rest: str) -> web.StreamResponse:
         start_time = time.time_ns()
-        function, rest = self._find(target)
         call_id = parsed(request.headers, CALL_ID).get("X-Call-Id") or new_id()
         ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         slots = self._functions.slots
@@ -2609,16 +2602,16 @@ class Gateway:
 
     # -- /async-function
 
-    async def _async(self, request: web.BaseRequest, target: str, fn: bool = False) -> web.StreamResponse:
-        """Queue a call, or cancel one. Fn's route takes any method and answers in JSON."""
-        if request.method == "DELETE" and not fn:
-            await self._queue.cancel(unquote(target.partition("?")[0]))
-            return web.Response(status=202)
-        if request.method != "POST" and not fn:
+    async def _cancel(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        if request.method != "DELETE":
             line = "a queued call is made with POST and cancelled with DELETE: there is nothing to get here"
             raise Refused(405, line + ", its record is at /system/calls/{call-id}", {"Allow": "POST, DELETE"})
+        await self._queue.cancel(unquote(target.partition("?")[0]))
+        return web.Response(status=202)
+
+    async def _async(self, request: web.BaseRequest, function: Function, rest: str, fn: bool) -> web.StreamResponse:
+        """Queue a call. Fn's route takes any method and answers in JSON."""
         start_time = time.time_ns()
-        function, rest = self._find(target)
         config, now, own = self._settings(), start_time / 1e9, new_id()
         asked = read_controls(request.headers, config, now).get
         call_id = asked("X-Call-Id", own)
