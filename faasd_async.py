@@ -1753,8 +1753,6 @@ class Slots:
         finally:
             was_full = self.full(name)
             self._running[name] -= 1
-            if not self._running[name]:
-                del self._running[name]
             if was_full:
                 self._freed.set()
                 self.freed()
@@ -1906,11 +1904,9 @@ class Invoker:
         self._settings, self._functions, self._metrics = settings, functions, metrics
         self._rng = random.Random()
 
-    def limit(self, queue: str) -> int:
-        return self._settings().queue(queue).max_inflight
-
-    def room(self, running: Mapping[str, int]) -> Mapping[str, int]:
-        return self._functions.slots.room()
+    def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
+        """How many may run at once and, where the lanes `running` do, how many more of each that has a limit."""
+        return self._settings().queue(queue).max_inflight, self._functions.slots.room()
 
     async def execute(self, claim: Claim) -> Outcome:
         """One attempt."""
@@ -1989,15 +1985,12 @@ class CallbackSender:
         self._session = await stack.enter_async_context(guarded)
         self._own_session = await stack.enter_async_context(own)
 
-    def limit(self, queue: str) -> int:
-        return self._settings().callback.max_inflight
-
-    def room(self, running: Mapping[str, int]) -> Mapping[str, int]:
+    def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
-        most = self._settings().callback.max_inflight
+        lanes, most = Counter(running), self._settings().callback.max_inflight
         share = max(1, most - max(1, most // 4))
-        caps = {**dict.fromkeys(running, share), **dict.fromkeys(self._failing, max(1, most // 8))}
-        return {"": share, **{host: max(0, cap - running.get(host, 0)) for host, cap in caps.items()}}
+        caps = {**dict.fromkeys(lanes, share), **dict.fromkeys(self._failing, max(1, most // 8))}
+        return most, {"": share, **{host: max(0, cap - lanes[host]) for host, cap in caps.items()}}
 
     def _request(self, claim: Claim, headers: CIMultiDict[str]) -> Any:
         """The POST, to this daemon itself where the host is one of its names."""
@@ -2102,13 +2095,12 @@ class Consumer:
         while not self._stopping.is_set():
             await self._wake.wait()
             self._wake.clear()
-            limit = self._job.limit(self.name)
+            limit, room = self._job.room(self.name, (lane for lane, _ in self.running.values()))
             free = limit - len(self.running)
             # Outcomes that can't be stored (disk full) hold new work back, or they would pile up in memory.
             if self._stopping.is_set() or free <= 0 or len(self._tasks) - len(self.running) > limit:
                 continue
             try:
-                room = self._job.room(Counter(lane for lane, _ in self.running.values()))
                 claims = await self._queue.claim(self.name, free, room)
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
@@ -2119,7 +2111,8 @@ class Consumer:
                 task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
                 self.running[claim.token] = claim.lane, task
                 self._tasks.add(task)
-                task.add_done_callback(self._ended)
+                task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(lambda _: self.wake())
             if len(claims) >= free:
                 self._wake.set()
 
@@ -2136,10 +2129,6 @@ class Consumer:
         del self.running[claim.token]
         self._wake.set()
         await self._settle(claim, outcome)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._wake.set()
 
     async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Store what became of an attempt, however long the disk is full: the function has run."""
