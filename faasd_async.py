@@ -1963,9 +1963,7 @@ class CallbackSender:
     """Delivers outcomes: what the consumer of the queue CALLBACKS does with its work."""
 
     def __init__(self, settings: Callable[[], Config], metrics: Metrics) -> None:
-        self._settings = settings
-        self._metrics = metrics
-        self._rng = random.Random()
+        self._settings, self._metrics, self._rng = settings, metrics, random.Random()
         self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
         self.own_address = ""  # "http://HOST:PORT" or "unix:/path" of this daemon, known once it listens
 
@@ -2021,31 +2019,27 @@ class CallbackSender:
     async def execute(self, claim: Claim) -> Outcome:
         """One claim. Success is a 2xx."""
         config, started, who = self._settings(), time.perf_counter(), "the callback URL"
-        headers, lane = self._headers(claim), claim.lane
+        headers = self._headers(claim)
         if config.log.write_debug:
             log_bodies(claim.call_id, callback=claim.body)
         try:
             async with asyncio.timeout(config.callback.timeout), self._request(claim, headers) as answer:
                 await read_capped(answer.content, 0)
-                status = answer.status
-                given = tuple((name, value) for name, value in answer.raw_headers if name.lower() == b"retry-after")
-            ok = 200 <= status < 300
-            error = None if ok else f"{who} answered {status}"
-            outcome = Outcome(status, ok, time.perf_counter() - started, given, error=error)
+            ok, spent = 200 <= answer.status < 300, time.perf_counter() - started
+            error = None if ok else f"{who} answered {answer.status}"
+            outcome = Outcome(answer.status, ok, spent, answer.raw_headers, error=error)
         except NO_ANSWER as exc:
             outcome = failure(exc, who, started)
         except Refused as exc:
             outcome = Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
-        (self._failing.discard if outcome.answered else self._failing.add)(lane)
+        (self._failing.discard if outcome.answered else self._failing.add)(claim.lane)
         return outcome
 
     def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
         """What follows from the claim."""
         policy = self._settings().callback
         verdict = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self._rng)
-        if verdict.delay_s is not None:
-            return verdict
-        return Verdict("delivered" if verdict.status == "success" else "failed")
+        return Verdict("delivered" if outcome.ok else "failed") if verdict.delay_s is None else verdict
 
     def ended(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
         """Count and log what was stored."""
