@@ -2471,8 +2471,7 @@ class Gateway:
         hops = given.getall("X-Forwarded-For", [])
         if request.remote:
             hops.append(request.remote)
-        headers.append((b"X-Call-Id", call_id.encode()))
-        headers.append((b"X-Start-Time", b"%d" % start_time))
+        headers += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time)]
         if hops:
             headers.append((b"X-Forwarded-For", ", ".join(hops).encode("utf-8", "surrogateescape")))
         if "X-Forwarded-Host" not in given and (host := given.get("Host")):
