@@ -2105,8 +2105,6 @@ class Consumer:
                 task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
                 self.running[claim.token] = claim.lane, task
                 self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                task.add_done_callback(lambda _: self.wake())
             if len(claims) >= free:
                 self._wake.set()
 
@@ -2120,9 +2118,13 @@ class Consumer:
         except Exception:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
-        del self.running[claim.token]
+        _, task = self.running.pop(claim.token)
         self._wake.set()
-        await self._settle(claim, outcome)
+        try:
+            await self._settle(claim, outcome)
+        finally:
+            self._tasks.discard(task)
+            self._wake.set()
 
     async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Store what became of an attempt, however long the disk is full: the function has run."""
