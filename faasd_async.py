@@ -49,7 +49,7 @@ import threading
 import time
 import tomllib
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
@@ -907,18 +907,16 @@ class Queue(Protocol):
 
 class Lanes:
     """Which lane of one queue is served next, in O(log lanes) whatever the backlog. A lane waits in `later`, ordered
-    by the due time of its first call, until that is due; then in `ready`, ordered by its turn (fair) or by that due
-    time (not fair). Only counts and one time per lane are in memory, the calls are on disk. A lane's time is a lower
-    bound: whoever finds nothing due puts the lane back with the true one."""
+    by the due time of its first call, and is served from there (not fair) or, once due, gets its turn in `ready`
+    (fair). Only counts and one time per lane are in memory, the calls are on disk. A lane's time is a lower bound:
+    whoever finds nothing due puts the lane back with the true one."""
 
     def __init__(self) -> None:
         self.waiting: Counter[str] = Counter()
-        self.later: list[tuple[float, str]] = []
-        self.ready: list[tuple[float, str]] = []
-        self._place: dict[str, tuple[bool, float]] = {}  # lane: (ready, key); a heap entry that differs is stale
-        self._turn = 0.0
-        self._fair = True
         self.total = 0
+        self.later: list[tuple[float, str]] = []
+        self.ready: OrderedDict[str, None] = OrderedDict()
+        self._due: dict[str, float] = {}  # lane: its time in `later`; an entry there that differs is stale
 
     def add(self, lane: str, due_at: float, number: int = 1) -> None:
         """Count calls in, the first of them due at `due_at`."""
@@ -928,9 +926,8 @@ class Lanes:
 
     def put(self, lane: str, due_at: float) -> None:
         """Line a lane up, unless it stands further ahead already."""
-        place = self._place.get(lane)
-        if place is None or (not place[0] and due_at < place[1]):
-            self._place[lane] = (False, due_at)
+        if lane not in self.ready and due_at < self._due.get(lane, float("inf")):
+            self._due[lane] = due_at
             heapq.heappush(self.later, (due_at, lane))
 
     def remove(self, lane: str, number: int) -> int:
@@ -940,32 +937,25 @@ class Lanes:
         left = self.waiting[lane]
         if left <= 0:
             del self.waiting[lane]
-            self._place.pop(lane, None)
+            self._due.pop(lane, None)
+            self.ready.pop(lane, None)
         return left
 
     def next(self, now: float, fair: bool) -> str | None:
         """Take the next lane with a due call out of the line."""
-        if fair != self._fair:  # a reload: line up anew
-            lanes = [lane for at, lane in self.ready if self._place.get(lane) == (True, at)]
-            self._fair, self.ready = fair, []
-            self.later += [(0.0, lane) for lane in lanes]
-            heapq.heapify(self.later)
-            self._place |= dict.fromkeys(lanes, (False, 0.0))
-        while self.later and self.later[0][0] <= now:
+        while self.ready and not fair:  # a reload: line up anew
+            self.put(self.ready.popitem()[0], 0.0)
+        while self.next_at() <= now:
             due_at, lane = heapq.heappop(self.later)
-            if self._place.get(lane) == (False, due_at):
-                self._turn += 1
-                self._place[lane] = (True, self._turn if fair else due_at)
-                heapq.heappush(self.ready, (self._place[lane][1], lane))
-        while self.ready:
-            place, lane = heapq.heappop(self.ready)
-            if self._place.get(lane) == (True, place):
-                del self._place[lane]
-                return lane
-        return None
+            if self._due.get(lane) == due_at:
+                del self._due[lane]
+                if not fair:
+                    return lane
+                self.ready[lane] = None
+        return self.ready.popitem(last=False)[0] if self.ready else None
 
     def next_at(self) -> float:
-        """When the first of the lanes that are not due becomes due."""
+        """When the first of the lanes in `later` becomes due, or earlier."""
         return self.later[0][0] if self.later else float("inf")
 
 
@@ -1208,20 +1198,15 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
     fair = work == CALLBACKS or file.settings().queue(work).fair
     left, held = dict(room), []
     while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
-        others = len(lanes.ready)  # about
-        if not fair and others and (head := file.head(work, lane)) > lanes.ready[0][0]:
-            lanes.put(lane, head)  # its first call was cancelled
-            continue
-        share = max(1, (limit - len(claims)) // (others + 1)) if fair or not others else 1
-        free = left.get(lane, room.get(""))  # None: no limit
-        share = share if free is None else min(share, free)
-        rows = claim_lane(file, work, lane, now, share) if share > 0 else []
+        share = max(1, (limit - len(claims)) // (len(lanes.ready) + 1))
+        until = now if fair else min(now, lanes.next_at())  # then it is another lane's turn
+        free = left.get(lane, room.get("", limit + 1))  # more than there can be: no limit
+        rows = claim_lane(file, work, lane, until, min(share, free)) if free > 0 else []
         claims += rows
-        if free is not None:
-            left[lane] = free - len(rows)
+        left[lane] = free - len(rows)
         if lanes.remove(lane, len(rows)) == 0:
             continue
-        if left.get(lane, 1) <= 0:
+        if left[lane] <= 0:
             held.append(lane)
         else:
             lanes.put(lane, now if fair and len(rows) == share else file.head(work, lane))
@@ -1231,13 +1216,14 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
     return claims, next_at if next_at > now else float("inf")
 
 
-def claim_lane(file: SqliteFile, work: str, lane: str, now: float, limit: int) -> list[Claim]:
-    """Mark the first calls of a lane as claimed."""
+def claim_lane(file: SqliteFile, work: str, lane: str, until: float, limit: int) -> list[Claim]:
+    """Mark the first calls of a lane as claimed, of those due by `until`."""
     select = CLAIM_CALLBACK if work == CALLBACKS else CLAIM
-    found = [Claim(*row) for row in file.db.execute(select, (work, lane, now, limit))]
+    found = [Claim(*row) for row in file.db.execute(select, (work, lane, until, limit))]
     if work == CALLBACKS:
         file.db.executemany(MARK_CALLBACK, [(item.token,) for item in found])
     else:
+        now = time.time()
         file.db.executemany(MARK, [(now, item.token) for item in found])
     return found
 
