@@ -1115,60 +1115,36 @@ class SqliteFile:
         return "pending", CALLBACKS, urlsplit(target).netloc.rpartition("@")[2], now
 
 
+TAKEN = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
+STORED = "SELECT 1 FROM calls WHERE id = ?"
 INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
     max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest)
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-STORED = "SELECT 1 FROM calls WHERE id = ?"
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
 INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
 
 
-def sql_enqueue(file: SqliteFile, items: list[Invocation]) -> list[str | Exception]:
-    """Store calls; for each the call id to answer with, or a refusal."""
-    results: list[str | Exception] = []
-    calls: list[tuple[Any, ...]] = []
-    requests, new = [], Counter[str]()
-    for call in items:
-        queue, digest = call.queue, None
-        if call.idempotency_key is not None:
-            digest = hashlib.blake2b(call.body, digest_size=16).digest()
-            if (taken := taken_key(file, call, digest, calls)) is not None:
-                results.append(taken)
-                continue
-        full = file.lanes_of(queue).total + new[queue] >= file.settings().queue(queue).max_pending
-        if full and not file.db.execute(STORED, (call.id,)).fetchone():
-            results.append(Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)}))
-            continue
-        file.seq = seq = file.seq + 1
-        own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
-        calls.append((seq, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
-            call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
-            call.idempotency_key, digest))  # fmt: skip
-        requests.append((seq, call.target, call.headers, call.body))
-        new[queue] += 1
-        results.append(call.call_id)
-    try:
-        file.db.executemany(INSERT, calls)
-    except sqlite3.IntegrityError:
-        if len(items) == 1 and file.db.execute(STORED, (items[0].id,)).fetchone():
-            return [items[0].call_id]  # the same call once more: it is stored already
-        raise  # each is tried alone
-    file.db.executemany(INSERT_REQUEST, requests)
-    for row in calls:
-        file.add(*row[6:9])
-    if any(call.deadline_at is not None for call in items):
-        file.find_deadline()
-    return results
-
-
-def taken_key(file: SqliteFile, call: Invocation, digest: bytes, batch: list[tuple[Any, ...]]) -> str | Refused | None:
-    """What became of an idempotency key earlier: the first call's id, a refusal, or None when it is new."""
-    sql = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
-    mine = (call.function, call.namespace, call.idempotency_key)
-    found = file.db.execute(sql, mine).fetchone()
-    found = found or next(((row[2] or row[1], row[16]) for row in batch if (row[3], row[4], row[15]) == mine), None)
-    if found is None or found[1] == digest:
-        return found and str(found[0])
-    return Refused(422, "Idempotency-Key: this key came before with another body")
+def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
+    """Store a call; the call id to answer with, or a refusal."""
+    db, queue, digest = file.db, call.queue, None
+    if call.idempotency_key is not None:
+        digest = hashlib.blake2b(call.body, digest_size=16).digest()
+        if taken := db.execute(TAKEN, (call.function, call.namespace, call.idempotency_key)).fetchone():
+            same = taken[1] == digest
+            return str(taken[0]) if same else Refused(422, "Idempotency-Key: this key came before with another body")
+    full = file.lanes_of(queue).total >= file.settings().queue(queue).max_pending
+    if full and not db.execute(STORED, (call.id,)).fetchone():
+        return Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)})
+    own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
+    row = (file.seq + 1, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
+        call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
+        call.idempotency_key, digest)  # fmt: skip
+    if db.execute(INSERT, row).rowcount:  # else it is stored already
+        file.seq += 1
+        db.execute(INSERT_REQUEST, (file.seq, call.target, call.headers, call.body))
+        file.add(queue, lane, call.due_at)
+        if call.deadline_at is not None and call.deadline_at < file.deadline_at:
+            file.find_deadline()
+    return call.call_id
 
 
 DUE = "WHERE c.work = ? AND c.lane = ? AND c.due_at <= ? ORDER BY c.due_at, c.seq LIMIT ?"
@@ -1438,7 +1414,7 @@ def sql_prune(file: SqliteFile) -> int:
     return len(gone)
 
 
-Batch = dict[Callable[..., Any], list[tuple[Any, asyncio.Future[Any]]]]  # by step: arguments, and who waits
+Entry = tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]  # a step, its arguments, and who waits
 
 
 def in_transaction(
@@ -1460,8 +1436,8 @@ class SqliteQueue:
         self._file = SqliteFile(path, settings)
         self._observe = metrics.commits.observe
         self._timers: dict[str, tuple[float, asyncio.TimerHandle]] = {}
-        self._outbox: list[tuple[Any, Any, asyncio.Future[Any]]] = []  # submitted since the loop's last round
-        self._inbox: queues.SimpleQueue[list[tuple[Any, Any, asyncio.Future[Any]]] | None] = queues.SimpleQueue()
+        self._outbox: list[Entry] = []  # submitted since the loop's last round
+        self._inbox: queues.SimpleQueue[list[Entry] | None] = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
         self._busy_since: float | None = None  # monotonic; since when the current transaction runs
@@ -1481,6 +1457,7 @@ class SqliteQueue:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    enqueue = in_transaction(sql_enqueue)
     complete = in_transaction(sql_complete)
     retry = in_transaction(sql_retry)
     lookup = in_transaction(sql_lookup)
@@ -1491,9 +1468,6 @@ class SqliteQueue:
     stats = in_transaction(sql_stats)
     prune = in_transaction(sql_prune)
     probe = in_transaction(sql_probe)
-
-    def enqueue(self, call: Invocation) -> Awaitable[str]:
-        return self.submit(sql_enqueue, call)
 
     async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> Sequence[Claim]:
         claims: list[Claim]
@@ -1528,7 +1502,7 @@ class SqliteQueue:
             return None
         return f"the disk has not answered for {time.monotonic() - since:.0f} s"
 
-    def submit(self, step: Callable[..., Any], item: Any) -> asyncio.Future[Any]:
+    def submit(self, step: Callable[..., Any], arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
         """Run a step in the next transaction; the future is set once that is on disk."""
         future = self._loop.create_future()
         if self._closing or not self._thread.is_alive():
@@ -1536,7 +1510,7 @@ class SqliteQueue:
             return future
         if not self._outbox:  # hand over once per round of the loop: fewer and larger transactions
             self._loop.call_soon(self._hand_over)
-        self._outbox.append((step, item, future))
+        self._outbox.append((step, arguments, future))
         return future
 
     def _hand_over(self) -> None:
@@ -1557,40 +1531,34 @@ class SqliteQueue:
             self._busy_since = None
         self._file.db.close()
 
-    def _collect(self) -> Batch:
-        """Wait for something to do, then take all that is there, by step. Empty at the end."""
-        batch: Batch = {}
-        number = 0
-        while number == 0 or (number < GROUP_COMMIT_MAX and self._inbox.qsize()):
+    def _collect(self) -> list[Entry]:
+        """Wait for something to do, then take all that is there. Empty at the end."""
+        batch: list[Entry] = []
+        while not batch or (len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize()):
             if (entries := self._inbox.get()) is None:
-                if number:
+                if batch:
                     self._inbox.put(None)  # for the next round
                 break
-            for step, item, future in entries:
-                batch.setdefault(step, []).append((item, future))
-            number += len(entries)
+            batch += entries
         return batch
 
-    def _commit(self, batch: Batch) -> None:
+    def _commit(self, batch: list[Entry]) -> None:
         """One transaction. When it fails, its parts are tried alone, so that none takes the others down."""
-        db, started = self._file.db, time.perf_counter()
-        changes, results = db.total_changes, []
+        file, started = self._file, time.perf_counter()
+        changes = file.db.total_changes
         try:
-            db.execute("BEGIN IMMEDIATE")
-            for step, entries in batch.items():
-                items, file = [item for item, _ in entries], self._file
-                answers = step(file, items) if step is sql_enqueue else [step(file, *item) for item in items]
-                results += [(future, answer) for (_, future), answer in zip(entries, answers, strict=True)]
-            db.execute("COMMIT")
+            file.db.execute("BEGIN IMMEDIATE")
+            results = [(future, step(file, *arguments)) for step, arguments, future in batch]
+            file.db.execute("COMMIT")
         except Exception as exc:
             self._failed(batch, exc)
             return
         self._failure = None
-        if db.total_changes != changes:
+        if file.db.total_changes != changes:
             self._observe(time.perf_counter() - started)
         self._tell(results)
 
-    def _failed(self, batch: Batch, exc: Exception) -> None:
+    def _failed(self, batch: list[Entry], exc: Exception) -> None:
         try:
             if self._file.db.in_transaction:
                 self._file.db.execute("ROLLBACK")
@@ -1598,15 +1566,16 @@ class SqliteQueue:
         except sqlite3.Error as again:
             exc = again
         self._file.effects = Effects({}, [], [])  # who could not claim asks again by itself
-        parts: list[Batch] = [{step: entries} for step, entries in batch.items()]
-        if len(parts) == 1 and not isinstance(exc, sqlite3.OperationalError):
-            parts = [{step: [entry]} for step, entries in batch.items() for entry in entries]
+        disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
+        parts: dict[Any, list[Entry]] = {}
+        for step, arguments, future in batch:
+            parts.setdefault(step if disk else future, []).append((step, arguments, future))
         if len(parts) > 1:
-            for part in parts:
+            for part in parts.values():
                 self._commit(part)
             return
         self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
-        self._tell([(future, StoreError(self._failure)) for entries in batch.values() for _, future in entries])
+        self._tell([(future, StoreError(self._failure)) for _, _, future in batch])
 
     def _tell(self, results: list[tuple[asyncio.Future[Any], Any]]) -> None:
         effects, self._file.effects = self._file.effects, Effects({}, [], [])
