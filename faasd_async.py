@@ -1058,14 +1058,10 @@ class SqliteFile:
 
     def _recover(self) -> None:
         sql = """UPDATE calls SET due_at = min(?, start_time / 1e9), status = iif(status = 'running', 'queued', status),
-            interrupted = interrupted + (work <> ?) WHERE work = ? AND lane = ? AND due_at IS NULL"""  # they go first
-        self.db.execute("BEGIN IMMEDIATE")
-        found = self.db.execute("SELECT DISTINCT work, lane FROM calls WHERE work IS NOT NULL").fetchall()
-        number = sum(self.db.execute(sql, (time.time(), CALLBACKS, *lane)).rowcount for lane in found)
-        self.db.execute("COMMIT")
-        self.rebuild()
-        if number:
+            interrupted = interrupted + (work <> ?) WHERE work IS NOT NULL AND due_at IS NULL"""  # they go first
+        if number := self.db.execute(sql, (time.time(), CALLBACKS)).rowcount:
             log.warning("%d interrupted attempts of the previous process are queued again", number)
+        self.rebuild()
 
     def rebuild(self) -> None:
         """Derive what is in memory from the file."""
