@@ -890,14 +890,11 @@ class Queue(Protocol):
     def prune(self) -> Awaitable[int]:
         """Delete one small batch of records whose retention time has passed; how many."""
 
-    def probe(self) -> Awaitable[None]:
-        """Store something."""
-
     def stalled(self) -> str | None:
         """Why the queue does not answer, or None. Never blocks."""
 
-    def failing(self) -> str | None:
-        """Why the last attempt to store something failed, or None. Never blocks."""
+    async def failing(self) -> str | None:
+        """Why nothing can be stored, or None. When the last attempt to store something failed, it makes another."""
 
 
 # --- SQLite queue ---------------------------------------------------------------------------------------------------
@@ -988,7 +985,6 @@ CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key) WH
 CREATE TABLE requests (seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL);
 CREATE TABLE outputs (seq INTEGER PRIMARY KEY, headers BLOB, body BLOB NOT NULL, stderr BLOB NOT NULL);
 CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
-CREATE TABLE probe (id INTEGER PRIMARY KEY, at REAL NOT NULL);
 """
 
 
@@ -1394,7 +1390,9 @@ def sql_pause(file: SqliteFile, queue: str, paused: bool) -> None:
 
 
 def sql_probe(file: SqliteFile) -> None:
-    file.db.execute("INSERT OR REPLACE INTO probe (id, at) VALUES (1, ?)", (time.time(),))
+    """Take room for something new, and give it back."""
+    file.db.execute("CREATE TABLE room (id)")
+    file.db.execute("DROP TABLE room")
 
 
 def sql_prune(file: SqliteFile) -> int:
@@ -1463,7 +1461,6 @@ class SqliteQueue:
     pause = in_transaction(sql_pause)
     stats = in_transaction(sql_stats)
     prune = in_transaction(sql_prune)
-    probe = in_transaction(sql_probe)
 
     async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> Sequence[Claim]:
         claims: list[Claim]
@@ -1489,7 +1486,10 @@ class SqliteQueue:
             total += number
         return total
 
-    def failing(self) -> str | None:
+    async def failing(self) -> str | None:
+        if self._failure is not None:
+            with contextlib.suppress(StoreError):
+                await self.submit(sql_probe, ())
         return self._failure
 
     def stalled(self) -> str | None:
@@ -2300,11 +2300,8 @@ class Operator:
     async def _readiness(self) -> str | None:
         if self.draining:
             return "shutting down"
-        if (reason := self._queue.stalled()) is None and self._queue.failing():
-            try:
-                await self._queue.probe()
-            except StoreError as exc:
-                return f"the queue can't store: {exc}"
+        if (reason := self._queue.stalled()) is None and (failure := await self._queue.failing()):
+            return f"the queue can't store: {failure}"
         return reason
 
     async def _exposition(self, query: dict[str, str]) -> web.StreamResponse:
