@@ -1099,13 +1099,6 @@ class SqliteFile:
         else:
             self.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
 
-    def then_callback(self, status: str, urls: tuple[str | None, str | None], now: float) -> tuple[Any, ...]:
-        """What comes after a final status: callback_status, work, lane, due_at. Callbacks to one host share a lane."""
-        target = callback_target(status, *urls)
-        if target is None:
-            return "none", None, None, None
-        return "pending", CALLBACKS, urlsplit(target).netloc.rpartition("@")[2], now
-
 
 TAKEN = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
 STORED = "SELECT 1 FROM calls WHERE id = ?"
@@ -1196,10 +1189,10 @@ def claim_lane(file: SqliteFile, work: str, lane: str, until: float, limit: int)
     return found
 
 
-COMPLETE = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
+FINISH = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
     response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?
-    WHERE seq = ? AND status = 'running' AND claims = ?"""
-COMPLETE_CALLBACK = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
+    WHERE seq = ? AND claims = ? AND status = ?"""
+DELIVERED = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
     work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
 RETRY = """UPDATE calls SET status = 'queued', due_at = :due, attempts = attempts - :free,
     http_status = iif(:free, http_status, :code), error = iif(:free, error, :error)
@@ -1209,26 +1202,35 @@ RETRY_CALLBACK = """UPDATE calls SET due_at = :due, callback_attempts = callback
     WHERE seq = :seq AND work = '@callbacks' AND claims = :fence"""
 
 
+def finish(file: SqliteFile, ended: Ended, target: str | None, size: int | None, was: tuple[int, int, str]) -> bool:
+    """Make a call final that `was` this claim (seq, claims, status), and have its outcome told to `target`."""
+    now = time.time()
+    host = target and urlsplit(target).netloc.rpartition("@")[2]  # callbacks to one host share a lane
+    follow = ("pending", CALLBACKS, host, now) if host else ("none", None, None, None)
+    row = (ended.status, ended.http_status, ended.error, now, ended.duration, size, *follow, *was)
+    if file.db.execute(FINISH, row).rowcount == 0:
+        return False
+    if host:
+        file.add(CALLBACKS, host, now)
+    file.effects.ended.append(ended)
+    return True
+
+
 def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -> bool:
     """Make a call or its callback final."""
-    now, keep = time.time(), file.settings().calls.keep_output
     if work.queue == CALLBACKS:
-        row: tuple[Any, ...] = (status, outcome.status if outcome.answered else None, outcome.error)
-        if file.db.execute(COMPLETE_CALLBACK, (*row, work.token, work.fence)).rowcount == 0:
+        row = (status, outcome.status if outcome.answered else None, outcome.error, work.token, work.fence)
+        if file.db.execute(DELIVERED, row).rowcount == 0:
             return False
         cut_output(file, work.token)
         return True
-    follow = file.then_callback(status, (work.callback_url, work.failure_url), now)
-    row = (status, outcome.status, outcome.error, now, outcome.duration_s, outcome.size, *follow)
-    if file.db.execute(COMPLETE, (*row, work.token, work.fence)).rowcount == 0:
+    ended = Ended(work.call_id, work.function, status, work.attempt, outcome.duration_s, outcome.status, outcome.error)
+    target = callback_target(status, work.callback_url, work.failure_url)
+    if not finish(file, ended, target, outcome.size, (work.token, work.fence, "running")):
         return False
-    if follow[1]:
-        file.add(*follow[1:])
-    file.save_output(work.token, outcome, whole=follow[1] is not None)
-    if status == "success" and len(work.body) > keep:
+    file.save_output(work.token, outcome, whole=target is not None)
+    if status == "success" and len(work.body) > file.settings().calls.keep_output:
         file.db.execute("DELETE FROM requests WHERE seq = ?", (work.token,))
-    ended = (work.call_id, work.function, status, work.attempt, outcome.duration_s, outcome.status, outcome.error)
-    file.effects.ended.append(Ended(*ended))
     return True
 
 
@@ -1355,22 +1357,17 @@ def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
     return None
 
 
-EXPIRED = f"""SELECT seq, coalesce(call_id, id), function, work, lane, callback_url, failure_url FROM calls
-    WHERE deadline_at <= ? AND deadline_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH}"""
-EXPIRE = """UPDATE calls SET status = 'timeout', error = ?, completed_at = ?, deadline_at = NULL, callback_status = ?,
-    work = ?, lane = ?, due_at = ? WHERE seq = ?"""
+EXPIRED = f"""UPDATE calls SET deadline_at = NULL WHERE seq IN (SELECT seq FROM calls WHERE deadline_at <= ?
+    AND deadline_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH})
+    RETURNING seq, coalesce(call_id, id), function, work, lane, callback_url, failure_url"""
 
 
 def sql_expire(file: SqliteFile) -> None:
     """End the calls whose deadline has passed before they started: a claim takes the deadline away."""
-    now, reason = time.time(), "not started before its X-Deadline"
-    for seq, call_id, function, work, lane, *urls in file.db.execute(EXPIRED, (now,)).fetchall():
-        follow = file.then_callback("timeout", (urls[0], urls[1]), now)
-        file.db.execute(EXPIRE, (reason, now, *follow, seq))
-        if follow[1]:
-            file.add(*follow[1:])
+    for seq, call_id, function, work, lane, *urls in file.db.execute(EXPIRED, (time.time(),)).fetchall():
         file.lanes_of(work).remove(lane, 1)
-        file.effects.ended.append(Ended(call_id, function, "timeout", 0, error=reason))
+        ended = Ended(call_id, function, "timeout", 0, error="not started before its X-Deadline")
+        finish(file, ended, callback_target("timeout", *urls), None, (seq, 0, "queued"))
     file.find_deadline()
 
 
