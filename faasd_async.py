@@ -1428,7 +1428,7 @@ class SqliteQueue:
         self._observe = metrics.commits.observe
         self._timers: dict[str, tuple[float, asyncio.TimerHandle]] = {}
         self._outbox: list[Entry] = []  # submitted since the loop's last round
-        self._inbox: queues.SimpleQueue[list[Entry] | None] = queues.SimpleQueue()
+        self._inbox: queues.SimpleQueue[list[Entry]] = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
         self._busy_since: float | None = None  # monotonic; since when the current transaction runs
@@ -1443,9 +1443,9 @@ class SqliteQueue:
     async def close(self) -> None:
         for _, timer in self._timers.values():
             timer.cancel()
-        self._closing = True
         self._hand_over()
-        self._inbox.put(None)
+        self._closing = True  # nothing is handed over after this
+        self._inbox.put([])  # the writer may wait for something
         await asyncio.to_thread(self._thread.join)
 
     enqueue = in_transaction(sql_enqueue)
@@ -1518,22 +1518,14 @@ class SqliteQueue:
             return
         self._loop.call_soon_threadsafe(self._opened.set_result, None)
         self._tell([])
-        while batch := self._collect():
+        while not self._closing or self._inbox.qsize():
+            batch = self._inbox.get()
+            while len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize():
+                batch += self._inbox.get()
             self._busy_since = time.monotonic()
             self._commit(batch)
             self._busy_since = None
         self._file.db.close()
-
-    def _collect(self) -> list[Entry]:
-        """Wait for something to do, then take all that is there. Empty at the end."""
-        batch: list[Entry] = []
-        while not batch or (len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize()):
-            if (entries := self._inbox.get()) is None:
-                if batch:
-                    self._inbox.put(None)  # for the next round
-                break
-            batch += entries
-        return batch
 
     def _commit(self, batch: list[Entry]) -> None:
         """One transaction. When it fails, its parts are tried alone, so that none takes the others down."""
