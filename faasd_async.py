@@ -49,7 +49,7 @@ import threading
 import time
 import tomllib
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
@@ -1002,7 +1002,7 @@ class SqliteFile:
 
     def __init__(self, path: Path, settings: Callable[[], Config]) -> None:
         self.path, self.settings = path, settings
-        self.lanes: dict[str, Lanes] = {}
+        self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
         self.paused: set[str] = set()
         self.seq = 0
         self.deadline_at = float("inf")  # the earliest one
@@ -1061,7 +1061,8 @@ class SqliteFile:
 
     def rebuild(self) -> None:
         """Derive what is in memory from the file."""
-        self.lanes, self.effects = {}, Effects({}, [], [])
+        self.effects = Effects({}, [], [])
+        self.lanes.clear()
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
         sql = "SELECT work, lane, min(due_at), count(due_at) FROM calls WHERE work IS NOT NULL GROUP BY work, lane"
         for row in self.db.execute(sql).fetchall():
@@ -1070,12 +1071,9 @@ class SqliteFile:
         (self.seq,) = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
         self.find_deadline()
 
-    def lanes_of(self, work: str) -> Lanes:
-        return self.lanes.get(work) or self.lanes.setdefault(work, Lanes())
-
     def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
         """Count calls that wait, and have their queue told after the commit."""
-        self.lanes_of(work).add(lane, due_at, number)
+        self.lanes[work].add(lane, due_at, number)
         if due_at < self.effects.touched.get(work, float("inf")):
             self.effects.touched[work] = due_at
 
@@ -1116,7 +1114,7 @@ def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
         if taken := db.execute(TAKEN, (call.function, call.namespace, call.idempotency_key)).fetchone():
             same = taken[1] == digest
             return str(taken[0]) if same else Refused(422, "Idempotency-Key: this key came before with another body")
-    full = file.lanes_of(queue).total >= file.settings().queue(queue).max_pending
+    full = file.lanes[queue].total >= file.settings().queue(queue).max_pending
     if full and not db.execute(STORED, (call.id,)).fetchone():
         return Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)})
     own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
@@ -1154,7 +1152,7 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
         sql_expire(file)
         if file.deadline_at <= now:
             return [], now + 0.001  # there are more of them: others first
-    lanes = file.lanes_of(work)
+    lanes = file.lanes[work]
     claims: list[Claim] = []
     fair = work == CALLBACKS or file.settings().queue(work).fair
     left, held = dict(room), []
@@ -1332,7 +1330,7 @@ def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
         if due_at is None:
             file.effects.stopped.append(seq)
         else:
-            file.lanes_of(work).remove(lane, 1)
+            file.lanes[work].remove(lane, 1)
     return len(rows)
 
 
@@ -1365,7 +1363,7 @@ EXPIRED = f"""UPDATE calls SET deadline_at = NULL WHERE seq IN (SELECT seq FROM 
 def sql_expire(file: SqliteFile) -> None:
     """End the calls whose deadline has passed before they started: a claim takes the deadline away."""
     for seq, call_id, function, work, lane, *urls in file.db.execute(EXPIRED, (time.time(),)).fetchall():
-        file.lanes_of(work).remove(lane, 1)
+        file.lanes[work].remove(lane, 1)
         ended = Ended(call_id, function, "timeout", 0, error="not started before its X-Deadline")
         finish(file, ended, callback_target("timeout", *urls), None, (seq, 0, "queued"))
     file.find_deadline()
@@ -1374,7 +1372,7 @@ def sql_expire(file: SqliteFile) -> None:
 def sql_stats(file: SqliteFile) -> dict[str, QueueStats]:
     found = {}
     for work in {*file.lanes, *file.paused}:
-        waiting = dict(file.lanes_of(work).waiting)
+        waiting = dict(file.lanes[work].waiting)
         oldest = min((file.head(work, lane) for lane in waiting), default=float("inf"))
         found[work] = QueueStats(waiting, oldest, work in file.paused)
     return found
