@@ -1947,6 +1947,16 @@ async def test_a_full_disk_is_an_error(sqlite: SqliteBench) -> None:
     assert "full" in (await sqlite.queue.failing() or "")
 
 
+async def test_a_disk_with_room_for_little_takes_little(sqlite: SqliteBench) -> None:
+    """A call that was too large does not mean that nothing can be stored."""
+    await sqlite.pragma(f"max_page_count = {await sqlite.pragma('page_count') + 5}")
+    with pytest.raises(StoreError, match="full"):
+        await sqlite.enqueue("big", body=bytes(100_000))
+    assert await sqlite.queue.failing() is None
+    await sqlite.enqueue("small")
+    assert await sqlite.claim() == ["small"]
+
+
 async def test_a_full_disk_leaves_what_was_stored(sqlite: SqliteBench) -> None:
     """Counts, order and limits are as they were before the call that found no place."""
     sqlite.config.set(max_pending=3)
