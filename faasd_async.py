@@ -33,6 +33,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import http.client
 import ipaddress
 import json
 import logging
@@ -55,7 +56,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import aiohttp
 import prometheus_client
@@ -78,7 +79,7 @@ CALLBACKS = "@callbacks"  # the callback sender's own queue; no queue in the fil
 DEADLINES = "@deadlines"  # the pseudo-queue whose timer ends calls that did not start in time
 
 # sysexits.h: a configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
-EXIT_FAILURE, EXIT_TEMPFAIL, EXIT_CONFIG = 1, 75, 78
+EXIT_FAILURE, EXIT_UNAVAILABLE, EXIT_TEMPFAIL, EXIT_NOPERM, EXIT_CONFIG = 1, 69, 75, 77, 78
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
@@ -2727,6 +2728,155 @@ class Daemon:
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
+# `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the only authority
+
+
+class Client:
+    """A running daemon's HTTP interface, found and logged in to as the configuration or the flags say."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        config = load_config(args.config)
+        if args.user_file or args.password_file:
+            config = parse_config({"auth": {"user_file": args.user_file, "password_file": args.password_file}})
+        address = config.gateway.listen[0]  # to connect to 0.0.0.0 or [::] reaches this machine
+        self._url = args.url or (address if address.startswith("unix:") else f"http://{address}")
+        userinfo, _, server = self._url.partition("://")[2].rstrip("/").rpartition("@")
+        self._server, login = server or "localhost", unquote(userinfo).encode() or config.auth.credentials
+        self._login = {"Authorization": "Basic " + base64.b64encode(login).decode()} if login else {}
+
+    def ask(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
+        """The body that answers a request. Raises Refused for what the daemon refuses; its absence has status 0."""
+        kind = http.client.HTTPSConnection if self._url.startswith("https:") else http.client.HTTPConnection
+        try:
+            with contextlib.closing(kind(self._server)) as connection:
+                if self._url.startswith("unix:"):
+                    connection.sock = socket.socket(socket.AF_UNIX)
+                    connection.sock.connect(self._url[5:])
+                connection.request(method, path, body, {"User-Agent": USER_AGENT, **self._login, **(headers or {})})
+                answer = connection.getresponse()
+                found = answer.read()
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+            raise Refused(0, f"the daemon at {show_url(self._url)} can't be reached: {reason}") from None
+        if answer.status >= 300:
+            raise Refused(answer.status, found.decode(errors="replace").strip() or f"{answer.status} {answer.reason}")
+        return found
+
+    def record(self, call_id: str, wait: bool) -> dict[str, Any]:
+        """A call's record; with `wait`, once that is final."""
+        path = f"/system/calls/{quote(call_id, safe='')}" + ("?wait=60s" if wait else "")
+        while (found := json.loads(self.ask("GET", path)))["status"] not in FINAL and wait:
+            pass
+        return dict(found)
+
+    def records(self, args: argparse.Namespace, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` records that match the filters of the command line, newest first."""
+        query = {name: getattr(args, name) for name in ("status", "function", "queue") if getattr(args, name)}
+        found: list[dict[str, Any]] = []
+        while len(found) < limit and query.get("cursor", "") is not None:
+            query["limit"] = str(min(1000, limit - len(found)))
+            page = json.loads(self.ask("GET", "/system/calls?" + urlencode(query)))
+            found, query["cursor"] = found + page["calls"], page["next_cursor"]
+        return found
+
+
+def write_out(body: bytes | str) -> None:
+    """To standard output, as it is."""
+    sys.stdout.buffer.write(body.encode() if isinstance(body, str) else body)
+    sys.stdout.buffer.flush()
+
+
+def brief(seconds: float | None) -> str:
+    """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds is not None and seconds >= length:
+            return f"{seconds // length:.0f}{unit}"
+    return "-" if seconds is None else f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+
+
+# Tables of 80 columns at most; --json has everything whole.
+CALL_ROW, QUEUE_ROW = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n", "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
+
+
+def list_calls(args: argparse.Namespace) -> None:
+    """Newest first; with --watch then those that are new or have changed, as they do."""
+    client, seen = Client(args), list[dict[str, Any]]()
+    found = client.records(args, args.limit or 20)
+    if args.json and not args.watch:
+        return write_out(json.dumps({"calls": found}) + "\n")
+    write_out("" if args.json else CALL_ROW.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
+    while True:
+        for call in [call for call in found if call not in seen][:: -1 if args.watch else 1]:
+            cells = [call[name] for name in ("call_id", "status", "function", "attempts")]
+            cells += [brief(time.time() - parse_when(call["created_at"])), brief(call["duration_seconds"])]
+            write_out(json.dumps(call) + "\n" if args.json else CALL_ROW.format(*cells))
+        if not args.watch:
+            return None
+        time.sleep(1.0)
+        seen, found = found, client.records(args, args.limit or 20)
+
+
+def show_call(args: argparse.Namespace) -> None:
+    """The record, in JSON."""
+    write_out(json.dumps(Client(args).record(args.id, args.wait), indent=2) + "\n")
+
+
+def send(route: str, args: argparse.Namespace) -> None:
+    """One request, whose answer is printed as it is."""
+    method, _, path = route.partition(" ")
+    write_out(Client(args).ask(method, path.format(quote(args.id, safe=""))))
+
+
+def change_calls(args: argparse.Namespace) -> None:
+    """Cancel or retry, one by one. Raises Refused at the end when some could not be, each told on standard error."""
+    client, ids, missed = Client(args), args.ids, 0
+    if bool(ids) == bool(args.status):
+        raise Refused(400, f"{args.action} what? Give call ids (- reads them from standard input), or --status")
+    if args.status:
+        ids = [call["call_id"] for call in client.records(args, 10**9)]
+    method, route = ("DELETE", "/async-function/{}") if args.action == "cancel" else ("POST", "/system/calls/{}/retry")
+    for call_id in dict.fromkeys(sys.stdin.read().split() if ids == ["-"] else ids):
+        try:
+            client.ask(method, route.format(quote(call_id, safe="")))
+            write_out(call_id + "\n")
+        except Refused as exc:
+            if exc.status not in (404, 409, 410):
+                raise
+            print(f"{call_id}: {exc.text}", file=sys.stderr)
+            missed += 1
+    if missed:
+        raise Refused(409, f"{args.action}: not done for {missed} calls")
+
+
+def list_queues(args: argparse.Namespace) -> None:
+    """The last one is the callback sender's."""
+    body = Client(args).ask("GET", "/system/queues")
+    write_out(body if args.json else QUEUE_ROW.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
+    for queue in () if args.json else json.loads(body)["queues"]:
+        cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
+        write_out(QUEUE_ROW.format(*cells, brief(queue["oldest_seconds"]), "paused" if queue.get("paused") else "-"))
+
+
+def invoke(args: argparse.Namespace) -> None:
+    """Print the answer; with --async the call's id; with --wait the output, once the call has ended."""
+    client, source = Client(args), args.data if args.data is not None else "" if sys.stdin.isatty() else "-"
+    try:
+        path = Path("/dev/stdin" if source in ("-", "@-") else source[1:])
+        body = path.read_bytes() if source == "-" or source.startswith("@") else source.encode()
+    except OSError as exc:
+        raise Refused(400, f"--data {source}: {exc.strerror}") from None
+    headers = {name.strip(): value.strip() for name, _, value in (item.partition(":") for item in args.header or ())}
+    if not args.queued and not args.wait:
+        return write_out(client.ask("POST", f"/function/{args.id}", body, headers))
+    answer = client.ask("POST", f"/async-function/{args.id}", body, {**headers, "Accept": "application/json"})
+    call_id = json.loads(answer)["call_id"]
+    if not args.wait:
+        return write_out(answer if args.json else call_id + "\n")
+    found = client.record(call_id, wait=True)
+    write_out(client.ask("GET", f"/system/calls/{quote(call_id, safe='')}/log"))
+    if found["status"] != "success":
+        raise Refused(500, f"call {call_id} ended in {found['status']}: {found['error']}")
+    return None
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -2742,26 +2892,69 @@ def serve(args: argparse.Namespace) -> int:
         return runner.run(Daemon(config, args.config).run())
 
 
-def check(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> None:
     """Check a configuration file."""
     config = load_config(args.config)
     print(f"{args.config or 'defaults'}: ok, {len(config.functions)} functions, {len(config.queues)} queues")
-    return 0
+
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--config": {"metavar": "FILE", "help": "TOML file; without it all defaults"},
+    "--listen": {"metavar": "ADDRESS", "help": "instead of gateway.listen"},
+    "--url": {"help": "where the daemon is: http://HOST:PORT or unix:/path, instead of gateway.listen"},
+    "--user-file": {"metavar": "FILE", "help": "instead of auth.user_file"},
+    "--password-file": {"metavar": "FILE", "help": "instead of auth.password_file"},
+    "--json": {"action": "store_true", "help": "JSON instead of a table or a line"},
+    "--status": {"metavar": "STATUS", "choices": STATUSES, "help": "one of " + ", ".join(STATUSES)},
+    "--function": {"metavar": "NAME", "help": "only calls of this function"},
+    "--queue": {"metavar": "NAME", "help": "only calls of this queue"},
+    "--limit": {"metavar": "N", "type": int, "help": "at most so many (20)"},
+    "--watch": {"action": "store_true", "help": "go on with calls that are new or have changed, until Ctrl-C"},
+    "--wait": {"action": "store_true", "help": "until the call has ended"},
+    "--async": {"action": "store_true", "dest": "queued", "help": "queue the call and print its id"},
+    "--data": {"metavar": "TEXT", "help": "the body; @FILE: a file's; - (or no --data in a pipe): standard input"},
+    "-H": {"metavar": "'NAME: VALUE'", "action": "append", "dest": "header", "help": "a header, repeatable"},
+    "id": {"metavar": "ID", "help": "a call's id, or the name of the queue or function"},
+    "ids": {"metavar": "ID", "nargs": "*", "help": "call ids; - reads them from standard input"},
+}
+WHICH, WHERE = "--status --function --queue", "--config --url --user-file --password-file"
+LIST = f"{WHICH} --limit --watch --json {WHERE}"
+COMMANDS: Sequence[tuple[str, Callable[[argparse.Namespace], int | None] | str, str, str]] = (
+    ("", serve, "Run functions in the background on one machine.", "--config --listen"),
+    ("serve", serve, "run the daemon (what happens without a command)", "--config --listen"),
+    ("check", check, "check a configuration file", "--config"),
+    ("calls", list_calls, "list calls, or what ACTION says", LIST),
+    ("calls list", list_calls, "list calls, newest first", LIST),
+    ("calls show", show_call, "print a call's record", f"id --wait --json {WHERE}"),
+    ("calls log", "GET /system/calls/{}/log", "print what a call's function wrote", f"id {WHERE}"),
+    ("calls cancel", change_calls, "cancel calls by id, or by filter", f"ids {WHICH} {WHERE}"),
+    ("calls retry", change_calls, "run finished calls again by id, or by filter", f"ids {WHICH} {WHERE}"),
+    ("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
+    ("queues list", list_queues, "list queues", f"--json {WHERE}"),
+    ("queues pause", "POST /system/queues/{}/pause", "hold a queue's calls", f"id {WHERE}"),
+    ("queues resume", "POST /system/queues/{}/resume", "let them run again", f"id {WHERE}"),
+    ("queues purge", "POST /system/queues/{}/purge", "cancel what waits in a queue", f"id {WHERE}"),
+    ("invoke", invoke, "call a function", f"id --data -H --async --wait --json {WHERE}"),
+)
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; 77 credentials; 78 configuration."
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its --help is the manual."""
-    top = argparse.ArgumentParser(prog="faasd-async", description="Run functions in the background on one machine.")
+    top = argparse.ArgumentParser(prog="faasd-async", description=COMMANDS[0][2], epilog=EXIT_CODES)
     top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
-    commands = top.add_subparsers(metavar="COMMAND")
-    serve_parser = commands.add_parser("serve", help="run the daemon (what happens without a command)")
-    check_parser = commands.add_parser("check", help="check a configuration file; exit code 78 when it is wrong")
-    for sub, run in ((top, serve), (serve_parser, serve), (check_parser, check)):
-        default = None if sub is top else argparse.SUPPRESS
-        sub.add_argument("--config", metavar="FILE", default=default, help="TOML file; without it all defaults")
-        if run is serve:
-            sub.add_argument("--listen", metavar="ADDRESS", default=default, help="instead of gateway.listen")
-        sub.set_defaults(run=run)
+    groups: dict[str, Any] = {}
+    for words, run, summary, options in COMMANDS:
+        group, _, action = words.rpartition(" ")
+        sub = groups[group].add_parser(action, help=summary, description=summary, epilog=EXIT_CODES) if words else top
+        for option in options.split():
+            sub.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
+        sub.set_defaults(run=functools.partial(send, run) if isinstance(run, str) else run, action=action)
+        if words in ("", "calls", "queues"):
+            groups[words] = sub.add_subparsers(metavar="ACTION" if words else "COMMAND")
+    top.set_defaults(queued=False, header=(), **{name.strip("-").replace("-", "_"): None for name in OPTIONS})
     return top
 
 
@@ -2769,13 +2962,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Every fatal error ends here, as one line for each problem and an exit code from sysexits.h."""
     args = parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        return args.run(args) or 0
     except ConfigError as exc:
         print("\n".join(exc.problems), file=sys.stderr)
         return EXIT_CONFIG
-    except StoreError as exc:
+    except (StoreError, Refused) as exc:
         print(f"faasd-async: {exc}", file=sys.stderr)
-        return EXIT_TEMPFAIL if isinstance(exc, StoreLocked) else EXIT_FAILURE
+        kind = 503 if isinstance(exc, StoreLocked) else exc.status if isinstance(exc, Refused) else 500
+        return {0: EXIT_UNAVAILABLE, 401: EXIT_NOPERM, 429: EXIT_TEMPFAIL, 503: EXIT_TEMPFAIL}.get(kind, EXIT_FAILURE)
+    except BrokenPipeError:  # who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
