@@ -78,9 +78,6 @@ DEFAULT_QUEUE = "faas-request"
 CALLBACKS = "@callbacks"  # the callback sender's own queue; no queue in the file can have this name
 DEADLINES = "@deadlines"  # the pseudo-queue whose timer ends calls that did not start in time
 
-# sysexits.h: a configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
-EXIT_FAILURE, EXIT_UNAVAILABLE, EXIT_TEMPFAIL, EXIT_NOPERM, EXIT_CONFIG = 1, 69, 75, 77, 78
-
 KIB, MIB = 1024, 1024 * 1024
 MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer that has to be held (callback, command) may weigh
@@ -2615,7 +2612,7 @@ class Daemon:
                 task.cancel()
             await asyncio.gather(*side, return_exceptions=True)
         log.info("stopped")
-        return EXIT_FAILURE if failed else 0
+        return 1 if failed else 0
 
     async def _listen(self, runner: web.ServerRunner) -> list[web.BaseSite]:
         """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
@@ -2963,16 +2960,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except ConfigError as exc:
-        print("\n".join(exc.problems), file=sys.stderr)
-        return EXIT_CONFIG
-    except (StoreError, Refused) as exc:
-        print(f"faasd-async: {exc}", file=sys.stderr)
-        kind = 503 if isinstance(exc, StoreLocked) else exc.status if isinstance(exc, Refused) else 500
-        return {0: EXIT_UNAVAILABLE, 401: EXIT_NOPERM, 429: EXIT_TEMPFAIL, 503: EXIT_TEMPFAIL}.get(kind, EXIT_FAILURE)
+    except (ConfigError, StoreError, Refused) as exc:
+        print(exc if isinstance(exc, ConfigError) else f"faasd-async: {exc}", file=sys.stderr)
+        # sysexits.h: a configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
+        codes: dict[object, int] = {ConfigError: 78, StoreLocked: 75, 0: 69, 401: 77, 429: 75, 503: 75}
+        return codes.get(getattr(exc, "status", type(exc)), 1)
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_FAILURE
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
