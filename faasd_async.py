@@ -786,10 +786,6 @@ class Metrics:
         self.calls = metric(counter, "faasd_async_calls", "Calls that reached a final state.", "status")
         self.callbacks = metric(counter, "faasd_async_callbacks", "Callbacks that reached a final state.", "status")
         self.commits = metric(histogram, "faasd_async_commit_seconds", "What durable commits took.", buckets=commits_s)
-        # Filled when somebody looks:
-        self.replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"], registry=registry)
-        self.pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", by_lane, registry=registry)
-        self.oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"], registry=registry)
 
     @contextlib.contextmanager
     def counted(self, function: str) -> Iterator[list[int]]:
@@ -2290,18 +2286,20 @@ class Operator:
         return reason
 
     async def _exposition(self, query: dict[str, str]) -> web.StreamResponse:
-        metrics = self._metrics
-        for gauge in (metrics.pending, metrics.oldest, metrics.replicas):
-            gauge.clear()
-        for function in self._settings().functions.values():
-            metrics.replicas.labels(function.key).set(1)
-            metrics.pending.labels(function.queue, function.key).set(0)
         stats, now = await self._queue.stats(), time.time()
+        registry = prometheus_client.CollectorRegistry()  # of what has a value only when somebody looks
+        gauge = functools.partial(prometheus_client.Gauge, registry=registry)
+        replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
+        pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", ["queue_name", "function_name"])
+        oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
+        for function in self._settings().functions.values():
+            replicas.labels(function.key).set(1)
+            pending.labels(function.queue, function.key).set(0)
         for name, found in stats.items():
-            metrics.oldest.labels(name).set(max(0.0, now - found.oldest_at))
+            oldest.labels(name).set(max(0.0, now - found.oldest_at))
             for lane, number in found.waiting.items() if name != CALLBACKS else ():
-                metrics.pending.labels(name, lane).set(number)
-        body = prometheus_client.generate_latest(metrics.registry)
+                pending.labels(name, lane).set(number)
+        body = prometheus_client.generate_latest(self._metrics.registry) + prometheus_client.generate_latest(registry)
         return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
 
