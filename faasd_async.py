@@ -813,14 +813,14 @@ def sd_notify(state: str) -> None:
 
 
 class RecordQuery(NamedTuple):
-    """Which records to list: those that match all that is given, older than the cursor `before`."""
+    """Which records to list: those that match all that is given, older than the `cursor`."""
 
     status: str | None = None
     function: str | None = None
     queue: str | None = None
     call_id: str | None = None
     limit: int = 100
-    before: int | None = None
+    cursor: int | None = None
 
 
 class Queue(Protocol):
@@ -1273,7 +1273,7 @@ def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
 
 def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
     """One window of records, newest first; with them the cursor for the next window."""
-    before = query.before if query.before is not None else file.seq + 1
+    before = query.cursor if query.cursor is not None else file.seq + 1
     floor = before - SCAN_WINDOW if query.call_id is None else 0
     inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
     wanted = [name for name in ("status", "function", "queue") if getattr(query, name) is not None]
@@ -1463,11 +1463,11 @@ class SqliteQueue:
     async def records(self, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
         found: list[dict[str, Any]] = []
         while True:  # in windows, so that a rare match in a large file doesn't keep the writer
-            more, before = await self.submit(sql_records, (query._replace(limit=query.limit - len(found)),))
+            more, cursor = await self.submit(sql_records, (query._replace(limit=query.limit - len(found)),))
             found += more
-            if before is None or len(found) >= query.limit:
-                return found, before
-            query = query._replace(before=before)
+            if cursor is None or len(found) >= query.limit:
+                return found, cursor
+            query = query._replace(cursor=cursor)
 
     async def purge(self, queue: str) -> int:
         total = 0
@@ -2238,8 +2238,7 @@ class Operator:
         asked = parsed(query, FILTERS)
         if "function" in asked:
             asked["function"] = asked["function"].removesuffix("." + self._settings().gateway.namespace)
-        before = asked.pop("cursor", None)
-        calls, cursor = await self._queue.records(RecordQuery(**asked, before=before))
+        calls, cursor = await self._queue.records(RecordQuery(**asked))
         return as_json({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
 
     async def _log(self, query: dict[str, str], call_id: str) -> web.StreamResponse:

@@ -1232,11 +1232,11 @@ async def test_a_call_is_found_by_its_own_id(bench: Bench) -> None:
 async def pages(queue: Queue, query: RecordQuery) -> AsyncIterator[list[str]]:
     """One page after the other, by the cursor."""
     while True:
-        found, before = await queue.records(query)
+        found, cursor = await queue.records(query)
         yield [record["call_id"] for record in found]
-        if before is None:
+        if cursor is None:
             return
-        query = query._replace(before=before)
+        query = query._replace(cursor=cursor)
 
 
 async def test_pages_show_every_record_once(bench: Bench) -> None:
