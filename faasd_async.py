@@ -2198,7 +2198,9 @@ class Operator:
         """Find the route. Raises Refused: 401, 404, 405."""
         path, _, query = target.partition("?")
         if path in ("/healthz", "/readyz"):
-            reason = self._queue.stalled() if path == "/healthz" else await self._readiness()
+            reason = self._queue.stalled()
+            if path == "/readyz":
+                reason = "shutting down" if self.draining else reason or await self._queue.failing()
             return plain(200, "ok") if reason is None else plain(503, reason)
         authorize(request, self._settings(), True)
         method = "GET" if request.method == "HEAD" else request.method
@@ -2275,14 +2277,7 @@ class Operator:
         log.info("queue %s: %sd", queue, action)
         return as_json({"queue": queue, "paused": action == "pause"})
 
-    # -- health and metrics
-
-    async def _readiness(self) -> str | None:
-        if self.draining:
-            return "shutting down"
-        if (reason := self._queue.stalled()) is None and (failure := await self._queue.failing()):
-            return f"the queue can't store: {failure}"
-        return reason
+    # -- metrics
 
     async def _exposition(self, query: dict[str, str]) -> web.StreamResponse:
         stats, now = await self._queue.stats(), time.time()
@@ -2332,13 +2327,6 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
 
 
 CONTROLS = tuple(controls(Config(), 0.0))
-
-
-def read_controls(given: Mapping[str, str], config: Config, now: float) -> dict[str, Any]:
-    """The control headers of a request, parsed. Raises Refused(400)."""
-    return parsed(given, controls(config, now)) if any(name in given for name in CONTROLS) else {}
-
-
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 SET_BY_US = frozenset((b"x-call-id", b"x-start-time"))
 
@@ -2527,7 +2515,8 @@ class Gateway:
         """Queue a call. Fn's route takes any method and answers in JSON."""
         start_time = time.time_ns()
         config, now, own = self._settings(), start_time / 1e9, new_id()
-        asked = read_controls(request.headers, config, now).get
+        steered = any(name in request.headers for name in CONTROLS)  # most calls are not
+        asked = (parsed(request.headers, controls(config, now)) if steered else {}).get
         call_id = asked("X-Call-Id", own)
         queue = asked("X-Queue") or function.queue
         body = await self._body(request, config.gateway.max_payload)
