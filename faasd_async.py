@@ -2398,19 +2398,21 @@ class Gateway:
             headers.append((b"X-Forwarded-Host", host.encode("utf-8", "surrogateescape")))
         return headers
 
-    async def _chunks(self, request: web.BaseRequest, whole: bool = False) -> AsyncIterator[bytes]:
-        """The request's body as it comes in; within read_timeout as a whole, or each piece. Raises Refused."""
+    async def _chunks(self, request: web.BaseRequest, most: int | None = None) -> AsyncIterator[bytes]:
+        """The request's body as it comes in, each piece within read_timeout; or with `most` all of it, which then ends
+        early where it is longer. Raises Refused."""
         loop, limit = asyncio.get_running_loop(), self._settings().gateway.read_timeout
         if request.headers.get("Expect", "").lower() == "100-continue":  # RFC 9110 10.1.1: the client waits to be asked
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the response itself has not begun
-        until = loop.time() + limit
+        until, length = loop.time() + limit, 0
         try:
-            while True:
-                async with asyncio.timeout_at(until if whole else loop.time() + limit):
+            while most is None or length <= most:
+                async with asyncio.timeout_at(loop.time() + limit if most is None else until):
                     chunk = await request.content.readany()
                 if not chunk:
                     return
+                length += len(chunk)
                 yield chunk
         except TimeoutError:
             line = "the request's body did not come within gateway.read_timeout"
@@ -2420,20 +2422,14 @@ class Gateway:
 
     async def _body(self, request: web.BaseRequest, limit: int) -> bytes:
         """The whole body, refused as soon as it is known to be too long."""
-        too_long = f"the body is longer than gateway.max_payload ({limit} bytes)"
-        if (request.content_length or 0) > limit:
-            raise Refused(413, too_long)
-        if request.content.is_eof():  # it came with the headers
-            body: bytes = request.content.read_nowait()
-            if len(body) > limit:
-                raise Refused(413, too_long)
-            return body
-        parts, length = [], 0
-        async for chunk in self._chunks(request, whole=True):
-            parts.append(chunk)
-            if (length := length + len(chunk)) > limit:
-                raise Refused(413, too_long)
-        return b"".join(parts)
+        if (request.content_length or 0) <= limit:
+            if request.content.is_eof():  # it came with the headers
+                body = request.content.read_nowait()
+            else:
+                body = b"".join([chunk async for chunk in self._chunks(request, limit)])
+            if len(body) <= limit:
+                return body
+        raise Refused(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
 
     # -- /function
 
