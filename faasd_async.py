@@ -2131,6 +2131,12 @@ class Answer(web.StreamResponse):
             self.headers.pop(name, None)
 
 
+def cut_off(request: web.BaseRequest) -> None:
+    """End a connection so that the client sees that the answer is not whole."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
 def plain(status: int, line: str, headers: Mapping[str, str] | None = None) -> web.Response:
     """One line of text."""
     return web.Response(status=status, text=line + "\n", headers=headers)
@@ -2460,7 +2466,7 @@ class Gateway:
         self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
     ) -> web.StreamResponse:
         """Call and answer, streaming both ways. A client that goes away cancels this, and so ends the call."""
-        config, started = self._settings().gateway, time.perf_counter()
+        config, started, loop = self._settings().gateway, time.perf_counter(), asyncio.get_running_loop()
         response: Answer | None = None
         try:
             if function.command:
@@ -2474,7 +2480,9 @@ class Gateway:
                 response = Answer(status=answer.status, reason=answer.reason, headers=given)
                 await response.prepare(request)
                 while chunk := await answer.content.readany():
-                    await self._send(request, response, chunk, config.write_timeout)
+                    timer = loop.call_later(config.write_timeout, cut_off, request)  # for a client that takes nothing
+                    await response.write(chunk)
+                    timer.cancel()
                 await response.write_eof()
                 return response
         except NO_ANSWER as exc:
@@ -2485,18 +2493,8 @@ class Gateway:
                 log_with(logging.WARNING, "sync call failed", error=outcome.error, call_id=ours["X-Call-Id"])
             if response is None:
                 raise Refused(outcome.status, outcome.error or "no answer") from None
-            if request.transport is not None:
-                request.transport.abort()  # the client has to see that the answer is not whole
+            cut_off(request)
             return response
-
-    async def _send(self, request: web.BaseRequest, response: Answer, chunk: bytes, limit: float) -> None:
-        """Pass a piece on; a client that takes nothing for `limit` seconds is cut off."""
-        timer = asyncio.get_running_loop().call_later(limit, request.transport.abort) if request.transport else None
-        try:
-            await response.write(chunk)
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     # -- /async-function
 
