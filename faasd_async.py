@@ -535,7 +535,6 @@ class Outcome(NamedTuple):
     size: int = 0  # of the whole body, also where only its beginning is kept
     stderr: bytes = b""
     error: str | None = None
-    timed_out: bool = False
     answered: bool = True
 
     def header(self, name: bytes) -> str | None:
@@ -631,7 +630,7 @@ def decide(
     if outcome.ok:
         return Verdict("success")
     if outcome.status not in policy.codes or attempt >= max_attempts:
-        return Verdict("timeout" if outcome.timed_out else "error")
+        return Verdict("timeout" if outcome.status == 504 and not outcome.answered else "error")
     asked = retry_after_s(outcome.header(b"retry-after"), now) if outcome.status in (429, 503) else None
     return Verdict("queued", backoff_s(policy, attempt, rng) if asked is None else max(asked, policy.min_wait))
 
@@ -1624,19 +1623,19 @@ NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no an
 
 def failure(exc: BaseException, who: str, started: float = 0.0) -> Outcome:
     """The outcome of a call that gave no answer: 502 or 504 and one line. `started` is a time.perf_counter()."""
-    spent, status, timed_out = time.perf_counter() - started, 502, False
+    spent, status = time.perf_counter() - started, 502
     if isinstance(exc, aiohttp.ClientConnectorError):
         number = getattr(exc.os_error, "errno", None)
         reason = f"can't be reached: {os.strerror(number) if number and number > 0 else exc.os_error}"
     elif isinstance(exc, TimeoutError):
-        reason, status, timed_out = "did not answer in time", 504, True
+        reason, status = "did not answer in time", 504
     elif isinstance(exc, aiohttp.ClientResponseError):
         reason = "did not answer in valid HTTP"
     elif isinstance(exc, aiohttp.ClientError | ConnectionError):
         reason = "broke off the connection"
     else:
         reason = str(getattr(exc, "strerror", None) or exc)
-    return Outcome(status, False, spent, error=f"{who} {reason}", timed_out=timed_out, answered=False)
+    return Outcome(status, False, spent, error=f"{who} {reason}", answered=False)
 
 
 async def read_capped(

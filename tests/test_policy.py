@@ -52,7 +52,7 @@ DAY = 86_400.0
 
 
 def outcome(status: int, retry_after: str | None = None, **more: Any) -> Outcome:
-    """A function's answer, or (with timed_out, answered) the lack of one."""
+    """A function's answer, or (with answered) the lack of one."""
     headers = () if retry_after is None else ((b"Retry-After", retry_after.encode()),)
     return Outcome(status, status < 400, 0.1, headers, **more)
 
@@ -63,7 +63,7 @@ def verdict(result: Outcome, attempt: int = 1, max_attempts: int = 10, policy: P
 
 
 REFUSED = outcome(502, answered=False, error="function it can't be reached: Connection refused")
-TIMED_OUT = outcome(504, answered=False, timed_out=True)
+TIMED_OUT = outcome(504, answered=False)
 
 # ---- decide ----------------------------------------------------------------------------------------------------
 
@@ -175,9 +175,9 @@ def test_retry_after_does_not_give_another_attempt() -> None:
 
 @given(st.integers(100, 599), st.integers(1, 30), st.integers(1, 30), st.booleans())
 @DETERMINISTIC
-def test_every_outcome_is_final_or_waits(status: int, attempt: int, max_attempts: int, timed_out: bool) -> None:
+def test_every_outcome_is_final_or_waits(status: int, attempt: int, max_attempts: int, answered: bool) -> None:
     """There is no third way, and nothing is tried more often than allowed."""
-    found = verdict(outcome(status, timed_out=timed_out), attempt, max_attempts)
+    found = verdict(outcome(status, answered=answered), attempt, max_attempts)
     if found.delay_s is None:
         assert found.status in ("success", "error", "timeout")
     else:

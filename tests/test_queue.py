@@ -60,7 +60,7 @@ PATIENCE = 20.0
 ANSWER_HEADERS = ((b"Content-Type", b"text/plain"), (b"X-Twice", b"1"), (b"X-Twice", b"2"))
 OK = Outcome(200, True, 0.25, ANSWER_HEADERS, b"done", 4)
 BAD = Outcome(500, False, 0.5, (), b"oops", 4, b"on stderr", "function figlet answered 500")
-LATE = Outcome(504, False, 300.0, error="function figlet did not answer in time", timed_out=True, answered=False)
+LATE = Outcome(504, False, 300.0, error="function figlet did not answer in time", answered=False)
 SINK = "http://sink.example.org/outcome"
 
 
