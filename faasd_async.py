@@ -1921,9 +1921,18 @@ class CallbackSender:
         caps = {**dict.fromkeys(lanes, share), **dict.fromkeys(self._failing, max(1, most // 8))}
         return most, {"": share, **{host: max(0, cap - lanes[host]) for host, cap in caps.items()}}
 
-    def _request(self, claim: Claim, headers: CIMultiDict[str]) -> Any:
-        """The POST, to this daemon itself where the host is one of its names."""
+    def _request(self, claim: Claim) -> Any:
+        """The POST, to this daemon itself where the host is one of its names. Raises Refused."""
         target, config = yarl.URL(claim.target, encoded=True), self._settings()
+        headers = as_multidict(unpack_headers(claim.headers))
+        headers.update({
+            "User-Agent": USER_AGENT, "X-Call-Id": claim.call_id, "X-Function-Name": claim.function,
+            "X-Function-Status": str(claim.http_status or 504),  # a call that did not start before its deadline
+            "X-Duration-Seconds": f"{claim.duration_s or 0:.6f}", "X-Start-Time": str(claim.start_time),
+            "X-Retry": str(max(0, claim.runs - 1)), "X-Retry-Max": str(claim.max_attempts),
+        })  # fmt: skip
+        if secret := config.callback.signing_secret_file:
+            headers.update(webhook_signature(secret, claim.call_id, int(time.time()), claim.body))
         session, host = self._session, (target.host or "").lower()
         if host in config.callback.gateway_hosts:
             session, own = self._own_session, yarl.URL(self.own_address.replace("unix:", "http://localhost"))
@@ -1935,26 +1944,13 @@ class CallbackSender:
             raise Refused(403, f"callbacks to {host} are not allowed")
         return session.post(target, data=claim.body, headers=headers, allow_redirects=False)
 
-    def _headers(self, claim: Claim) -> CIMultiDict[str]:
-        headers = as_multidict(unpack_headers(claim.headers))
-        headers.update({
-            "User-Agent": USER_AGENT, "X-Call-Id": claim.call_id, "X-Function-Name": claim.function,
-            "X-Function-Status": str(claim.http_status or 504),  # a call that did not start before its deadline
-            "X-Duration-Seconds": f"{claim.duration_s or 0:.6f}", "X-Start-Time": str(claim.start_time),
-            "X-Retry": str(max(0, claim.runs - 1)), "X-Retry-Max": str(claim.max_attempts),
-        })  # fmt: skip
-        if secret := self._settings().callback.signing_secret_file:
-            headers.update(webhook_signature(secret, claim.call_id, int(time.time()), claim.body))
-        return headers
-
     async def execute(self, claim: Claim) -> Outcome:
         """One claim. Success is a 2xx."""
         config, started, who = self._settings(), time.perf_counter(), "the callback URL"
-        headers = self._headers(claim)
         if config.log.write_debug:
             log_bodies(claim.call_id, callback=claim.body)
         try:
-            async with asyncio.timeout(config.callback.timeout), self._request(claim, headers) as answer:
+            async with asyncio.timeout(config.callback.timeout), self._request(claim) as answer:
                 await read_capped(answer.content, 0)
             ok, spent = 200 <= answer.status < 300, time.perf_counter() - started
             error = None if ok else f"{who} answered {answer.status}"
