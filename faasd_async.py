@@ -2568,7 +2568,7 @@ class Daemon:
             runner = web.ServerRunner(server, shutdown_timeout=0.1)  # the drain comes before
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            sites = await self._listen(runner)
+            await self._listen(runner)
             await self.sender.open(stack)
             for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
                 self._consumer(name)
@@ -2582,22 +2582,21 @@ class Daemon:
             for task in failed:
                 log.critical("%s failed, stopping", task.get_name(), exc_info=task.exception())
             self._stop.set()
-            await self._drain(sites)
+            await self._drain(runner)
             for task in side:
                 task.cancel()
             await asyncio.gather(*side, return_exceptions=True)
         log.info("stopped")
         return 1 if failed else 0
 
-    async def _listen(self, runner: web.ServerRunner) -> list[web.BaseSite]:
+    async def _listen(self, runner: web.ServerRunner) -> None:
         """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
         passed = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
         sites: list[web.BaseSite] = [web.SockSite(runner, socket.socket(fileno=3 + n)) for n in range(passed)]
         for address in () if passed else self.config.gateway.listen:
             host, _, port = address.rpartition(":")
             if address.startswith("unix:"):
-                Path(address[5:]).unlink(missing_ok=True)  # noqa: ASYNC240 (before anything is served)
-                sites.append(web.UnixSite(runner, address[5:]))
+                sites.append(web.UnixSite(runner, address[5:]))  # which replaces a socket that was left there
             else:
                 sites.append(web.TCPSite(runner, host.strip("[]") or None, int(port), backlog=1024))
         for site in sites:
@@ -2611,7 +2610,6 @@ class Daemon:
             own.append(f"http://{host}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}")
             log.info("listening on %s", own[-1])
         self.sender.own_address = min(own)  # http before unix; to connect to 0.0.0.0 or [::] reaches ourselves
-        return sites
 
     # -- consumers and what the queue tells
 
@@ -2670,9 +2668,8 @@ class Daemon:
         try:
             new = load_config(self._path)
         except ConfigError as exc:
-            for problem in exc.problems:
-                log.error("%s", problem)
-            log.error("configuration not reloaded: the old settings stay")
+            for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
+                log.error("%s", line)
             return
         kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "store")}
         self.config = replace(new, **kept)
@@ -2684,12 +2681,12 @@ class Daemon:
         self._wake_all()
         log.info("configuration reloaded")
 
-    async def _drain(self, sites: Sequence[web.BaseSite]) -> None:
+    async def _drain(self, runner: web.ServerRunner) -> None:
         """Stop listening and claiming, let what runs end within drain_timeout, queue the rest again."""
         sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
         log.info("stopping: waiting up to %.0f s for running functions", self.config.gateway.drain_timeout)
         self.operator.drain()
-        for site in sites:
+        for site in runner.sites:
             await site.stop()
         timer = asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
         idle, hurried = (asyncio.create_task(event.wait()) for event in (self.gateway.idle, self._hurry))
