@@ -13,10 +13,11 @@ The promise
     (`interrupted`). A call's outcome and its pending callback are committed together before the callback is sent.
 
 Sections use only what stands above them. Plain frozen data crosses them. Who owns which task:
-    Daemon      one task per side job (housekeeping, watchdog); their failure stops the daemon in an orderly way
+    Daemon      one task per side job (housekeeping, watchdog)
     Consumer    its dispatcher, and one task per claimed call or callback; `stop()` awaits all of them
     aiohttp     one task per HTTP request; `runner.cleanup()` awaits them
     Writer      one thread, the only one that touches SQLite; `close()` joins it
+A side job or a dispatcher that fails stops the daemon in an orderly way.
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_bytes` sizes, `start_time` Unix time in nanoseconds.
 """
@@ -2003,7 +2004,7 @@ class Consumer:
         self.running: dict[int, tuple[str, asyncio.Task[None]]] = {}  # by token: lane and task of attempts that run
         self._tasks: set[asyncio.Task[None]] = set()  # these, and those whose attempt has ended and waits to be stored
         self._stopping = asyncio.Event()
-        self._dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
+        self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
         self.wake()
 
     def cancel(self, token: int) -> None:
@@ -2081,7 +2082,9 @@ class Consumer:
         """Claim no more, wait for what runs until `hurried` ends, cancel the rest and queue it again uncharged."""
         self._stopping.set()
         self._wake.set()
-        await self._dispatcher  # which ends after its tasks have begun: cancelled earlier, one could not queue again
+        await asyncio.wait(
+            {self.dispatcher}
+        )  # ends after its tasks began: cancelled earlier, one could not queue again
         ended = asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
         for _, task in self.running.values():
@@ -2536,7 +2539,8 @@ class Daemon:
         self.config = config
         self._path = path
         self._consumers: dict[str, Consumer] = {}
-        self._stop = asyncio.Event()  # first signal, or the end of a side task
+        self._exit_code = 0
+        self._stop = asyncio.Event()  # first signal, or a task that failed
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
 
         settings: Callable[[], Config] = lambda: self.config  # noqa: E731
@@ -2572,22 +2576,26 @@ class Daemon:
             await self.sender.open(stack)
             for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
                 self._consumer(name)
-            side: list[asyncio.Task[Any]] = [asyncio.create_task(self._stop.wait())]
-            side.append(asyncio.create_task(self._housekeeping(), name="housekeeping"))
+            side = [asyncio.create_task(self._housekeeping(), name="housekeeping")]
             if usec := os.environ.get("WATCHDOG_USEC"):
                 side.append(asyncio.create_task(self._watchdog(int(usec) / 2e6), name="watchdog"))
+            for task in side:
+                task.add_done_callback(self._ended)
             sd_notify("READY=1\nSTATUS=accepting calls")
-            ended, _ = await asyncio.wait(side, return_when=asyncio.FIRST_COMPLETED)
-            failed = [task for task in ended if task.exception() is not None]
-            for task in failed:
-                log.critical("%s failed, stopping", task.get_name(), exc_info=task.exception())
-            self._stop.set()
+            await self._stop.wait()
             await self._drain(runner)
             for task in side:
                 task.cancel()
             await asyncio.gather(*side, return_exceptions=True)
         log.info("stopped")
-        return 1 if failed else 0
+        return self._exit_code
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task has ended that the daemon can't do without: stop, unless that is why."""
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.critical("%s failed, stopping", task.get_name(), exc_info=failure)
+            self._exit_code = 1
+            self._stop.set()
 
     async def _listen(self, runner: web.ServerRunner) -> None:
         """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
@@ -2620,6 +2628,7 @@ class Daemon:
                 log.warning("queue %s has calls but is not in the configuration: it runs with the defaults", name)
             job = self.sender if name == CALLBACKS else self.invoker
             self._consumers[name] = Consumer(name, self.queue, job)
+            self._consumers[name].dispatcher.add_done_callback(self._ended)
         return self._consumers[name]
 
     def _wake(self, name: str) -> None:
