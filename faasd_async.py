@@ -2799,23 +2799,21 @@ def show_call(args: argparse.Namespace) -> None:
     write_out(json.dumps(Client(args).record(args.id, args.wait), indent=2) + "\n")
 
 
-def send(route: str, args: argparse.Namespace) -> None:
+def send(method: str, path: str, args: argparse.Namespace) -> None:
     """One request, whose answer is printed as it is."""
-    method, _, path = route.partition(" ")
     write_out(Client(args).ask(method, path.format(quote(args.id, safe=""))))
 
 
-def change_calls(args: argparse.Namespace) -> None:
+def change(method: str, path: str, args: argparse.Namespace) -> None:
     """Cancel or retry, one by one. Raises Refused at the end when some could not be, each told on standard error."""
     client, ids, missed = Client(args), args.ids, 0
     if bool(ids) == bool(args.status):
-        raise Refused(400, f"{args.action} what? Give call ids (- reads them from standard input), or --status")
+        raise Refused(400, "which calls? Give call ids (- reads them from standard input), or --status")
     if args.status:
         ids = [call["call_id"] for call in client.records(args, 10**9)]
-    method, route = ("DELETE", "/async-function/{}") if args.action == "cancel" else ("POST", "/system/calls/{}/retry")
     for call_id in dict.fromkeys(sys.stdin.read().split() if ids == ["-"] else ids):
         try:
-            client.ask(method, route.format(quote(call_id, safe="")))
+            client.ask(method, path.format(quote(call_id, safe="")))
             write_out(call_id + "\n")
         except Refused as exc:
             if exc.status not in (404, 409, 410):
@@ -2823,7 +2821,7 @@ def change_calls(args: argparse.Namespace) -> None:
             print(f"{call_id}: {exc.text}", file=sys.stderr)
             missed += 1
     if missed:
-        raise Refused(409, f"{args.action}: not done for {missed} calls")
+        raise Refused(409, f"not done for {missed} calls")
 
 
 def list_queues(args: argparse.Namespace) -> None:
@@ -2861,10 +2859,8 @@ def serve(args: argparse.Namespace) -> int:
     """Run the daemon until a signal."""
     config = load_config(args.config)
     if args.listen:
-        try:
-            config = replace(config, gateway=replace(config.gateway, listen=addresses(args.listen)))
-        except ValueError as exc:
-            raise ConfigError([f"--listen: {exc}"]) from exc
+        flags = parse_config({"gateway": {"listen": args.listen}})
+        config = replace(config, gateway=replace(config.gateway, listen=flags.gateway.listen))
     setup_logging(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
         return runner.run(Daemon(config, args.config).run())
@@ -2896,40 +2892,39 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ids": {"metavar": "ID", "nargs": "*", "help": "call ids; - reads them from standard input"},
 }
 WHICH, WHERE = "--status --function --queue", "--config --url --user-file --password-file"
-LIST = f"{WHICH} --limit --watch --json {WHERE}"
-COMMANDS: Sequence[tuple[str, Callable[[argparse.Namespace], int | None] | str, str, str]] = (
+LIST, IDS = f"{WHICH} --limit --watch --json {WHERE}", f"ids {WHICH} {WHERE}"
+do = functools.partial
+COMMANDS: Sequence[tuple[str, Callable[[argparse.Namespace], int | None], str, str]] = (
     ("", serve, "Run functions in the background on one machine.", "--config --listen"),
     ("serve", serve, "run the daemon (what happens without a command)", "--config --listen"),
     ("check", check, "check a configuration file", "--config"),
     ("calls", list_calls, "list calls, or what ACTION says", LIST),
     ("calls list", list_calls, "list calls, newest first", LIST),
     ("calls show", show_call, "print a call's record", f"id --wait --json {WHERE}"),
-    ("calls log", "GET /system/calls/{}/log", "print what a call's function wrote", f"id {WHERE}"),
-    ("calls cancel", change_calls, "cancel calls by id, or by filter", f"ids {WHICH} {WHERE}"),
-    ("calls retry", change_calls, "run finished calls again by id, or by filter", f"ids {WHICH} {WHERE}"),
+    ("calls log", do(send, "GET", "/system/calls/{}/log"), "print what a call's function wrote", f"id {WHERE}"),
+    ("calls cancel", do(change, "DELETE", "/async-function/{}"), "cancel calls by id, or by filter", IDS),
+    ("calls retry", do(change, "POST", "/system/calls/{}/retry"), "run finished calls again by id, or by filter", IDS),
     ("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
     ("queues list", list_queues, "list queues", f"--json {WHERE}"),
-    ("queues pause", "POST /system/queues/{}/pause", "hold a queue's calls", f"id {WHERE}"),
-    ("queues resume", "POST /system/queues/{}/resume", "let them run again", f"id {WHERE}"),
-    ("queues purge", "POST /system/queues/{}/purge", "cancel what waits in a queue", f"id {WHERE}"),
+    ("queues pause", do(send, "POST", "/system/queues/{}/pause"), "hold a queue's calls", f"id {WHERE}"),
+    ("queues resume", do(send, "POST", "/system/queues/{}/resume"), "let them run again", f"id {WHERE}"),
+    ("queues purge", do(send, "POST", "/system/queues/{}/purge"), "cancel what waits in a queue", f"id {WHERE}"),
     ("invoke", invoke, "call a function", f"id --data -H --async --wait --json {WHERE}"),
 )
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; 77 credentials; 78 configuration."
-)
+EXIT = "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; 77 credentials; 78 configuration."
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its --help is the manual."""
-    top = argparse.ArgumentParser(prog="faasd-async", description=COMMANDS[0][2], epilog=EXIT_CODES)
+    top = argparse.ArgumentParser(prog="faasd-async", description=COMMANDS[0][2], epilog=EXIT)
     top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
     groups: dict[str, Any] = {}
     for words, run, summary, options in COMMANDS:
         group, _, action = words.rpartition(" ")
-        sub = groups[group].add_parser(action, help=summary, description=summary, epilog=EXIT_CODES) if words else top
+        sub = groups[group].add_parser(action, help=summary, description=summary, epilog=EXIT) if words else top
         for option in options.split():
             sub.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
-        sub.set_defaults(run=functools.partial(send, run) if isinstance(run, str) else run, action=action)
+        sub.set_defaults(run=run)
         if words in ("", "calls", "queues"):
             groups[words] = sub.add_subparsers(metavar="ACTION" if words else "COMMAND")
     top.set_defaults(queued=False, header=(), **{name.strip("-").replace("-", "_"): None for name in OPTIONS})
