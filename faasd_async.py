@@ -2332,7 +2332,6 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
 
 CONTROLS = tuple(controls(Config(), 0.0))
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
-SET_BY_US = frozenset((b"x-call-id", b"x-start-time"))
 
 
 class Gateway:
@@ -2472,8 +2471,8 @@ class Gateway:
                 headers = {**as_multidict(outcome.headers), **ours, "X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
                 return web.Response(status=outcome.status, headers=headers, body=outcome.body)
             async with asyncio.timeout(config.upstream_timeout), self._functions.request(function, ask) as answer:
-                given = as_multidict(forward_headers(answer.raw_headers, SET_BY_US))
-                given.update(ours)
+                given = as_multidict(forward_headers(answer.raw_headers, frozenset()))
+                given.update(ours)  # in place of those that the function sent
                 given.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
                 response = Answer(status=answer.status, reason=answer.reason, headers=given)
                 await response.prepare(request)
