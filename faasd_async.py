@@ -1908,12 +1908,11 @@ class CallbackSender:
             raise ConfigError([f"callback.tls_ca_file: {cafile}: {exc.strerror or exc}"]) from exc
         resolver = GuardedResolver()
         resolver.settings = self._settings
-        guarded = client_session(aiohttp.TCPConnector, resolver=resolver, ssl=context, use_dns_cache=False)
-        scheme, _, path = self.own_address.partition(":")
-        unix = scheme == "unix"
-        own = client_session(aiohttp.UnixConnector, path=path) if unix else client_session(aiohttp.TCPConnector)
-        self._session = await stack.enter_async_context(guarded)
-        self._own_session = await stack.enter_async_context(own)
+        session = client_session(aiohttp.TCPConnector, resolver=resolver, ssl=context, use_dns_cache=False)
+        self._session = self._own_session = await stack.enter_async_context(session)
+        if self.own_address.startswith("unix:"):
+            session = client_session(aiohttp.UnixConnector, path=self.own_address[5:])
+            self._own_session = await stack.enter_async_context(session)
 
     def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
