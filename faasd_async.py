@@ -2804,11 +2804,10 @@ def send(method: str, path: str, args: argparse.Namespace) -> None:
 
 def change(method: str, path: str, args: argparse.Namespace) -> None:
     """Cancel or retry, one by one. Raises Refused at the end when some could not be, each told on standard error."""
-    client, ids, missed = Client(args), args.ids, 0
-    if bool(ids) == bool(args.status):
+    client, missed = Client(args), 0
+    if bool(args.ids) == bool(args.status):
         raise Refused(400, "which calls? Give call ids (- reads them from standard input), or --status")
-    if args.status:
-        ids = [call["call_id"] for call in client.records(args, 10**9)]
+    ids = [call["call_id"] for call in client.records(args, 10**9)] if args.status else args.ids
     for call_id in dict.fromkeys(sys.stdin.read().split() if ids == ["-"] else ids):
         try:
             client.ask(method, path.format(quote(call_id, safe="")))
