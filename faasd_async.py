@@ -2341,17 +2341,15 @@ class Gateway:
     ) -> None:
         self._settings, self._queue, self._operator = settings, queue, operator
         self._functions, self._metrics = functions, metrics
-        self._active = 0
-        self.idle = asyncio.Event()  # set while no request is being answered
-        self.idle.set()
+        self.requests: set[Any] = set()  # the tasks of those that are being answered
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every request comes here."""
         target = request.raw_path
         if not target.startswith("/"):  # absolute form, as sent to a proxy
             target = "/" + target.partition("://")[2].partition("/")[2]
-        self._active += 1
-        self.idle.clear()
+        task = asyncio.current_task()
+        self.requests.add(task)
         try:
             return await self._route(request, target)
         except StoreError as exc:
@@ -2361,9 +2359,7 @@ class Gateway:
         except Refused as exc:
             refused = exc
         finally:
-            self._active -= 1
-            if not self._active:
-                self.idle.set()
+            self.requests.discard(task)
         if target.startswith(("/r/", "/v1/")):
             return as_json({"error": {"message": refused.text}}, refused.status, refused.headers)
         return plain(refused.status, refused.text, refused.headers)
@@ -2696,10 +2692,11 @@ class Daemon:
         for site in runner.sites:
             await site.stop()
         timer = asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
-        idle, hurried = (asyncio.create_task(event.wait()) for event in (self.gateway.idle, self._hurry))
+        hurried = asyncio.create_task(self._hurry.wait())
         await asyncio.gather(*(consumer.stop(hurried) for consumer in self._consumers.values()))
-        await asyncio.wait({idle, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for waiting in (timer, idle, hurried):
+        while self.gateway.requests and not hurried.done():
+            await asyncio.wait({*self.gateway.requests, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (timer, hurried):
             waiting.cancel()
 
 
