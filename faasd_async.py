@@ -2382,10 +2382,8 @@ class Gateway:
 
     def _headers(self, request: web.BaseRequest, call_id: str, start_time: int) -> list[tuple[bytes, bytes]]:
         """What goes to the function: the caller's end-to-end headers and ours."""
-        given, drop = request.headers, COMPUTED
-        if self._settings().auth.invoke:
-            drop |= {b"authorization"}  # it was for us
-        headers = forward_headers(request.raw_headers, drop)
+        given, for_us = request.headers, self._settings().auth.invoke
+        headers = forward_headers(request.raw_headers, COMPUTED | {b"authorization"} if for_us else COMPUTED)
         hops = given.getall("X-Forwarded-For", [])
         if request.remote:
             hops.append(request.remote)
