@@ -131,6 +131,17 @@ async def test_a_stop_under_load_loses_nothing(daemon: StartDaemon, function: Se
     assert sorted(function.call_ids) == sorted(set(function.call_ids)), "a call ran twice"
 
 
+async def test_a_dispatcher_that_dies_stops_the_daemon(tmp_path: Path) -> None:
+    """In order and with exit code 1, rather than leave its queue to nobody."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[gateway]\nlisten = "127.0.0.1:0"\n[store]\npath = "{tmp_path}/calls.db"')
+    program = "import sys, faasd_async as f; f.Invoker.room = None; sys.exit(f.main(['--config', sys.argv[1]]))"
+    result = await run("env", f"PYTHONPATH={SCRIPT.parent}", sys.executable, "-c", program, config)
+    assert result.code == 1
+    assert "dispatcher of faas-request failed" in result.err
+    assert result.err.endswith("stopped\n")
+
+
 # ---- reloading -------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +544,16 @@ async def test_an_address_in_use_is_one_clear_line(daemon: StartDaemon, tmp_path
         await gateway.spawn()
         assert await gateway.ended() != 0
     assert len([line for line in gateway.lines if address in line]) == 1, gateway.log
+
+
+async def test_a_file_that_is_no_socket_is_not_replaced(daemon: StartDaemon, tmp_path: Path) -> None:
+    """It stays, and the daemon says what is in the way."""
+    path = tmp_path / "notes"
+    path.write_text("precious")
+    gateway = await daemon(f'[gateway]\nlisten = "unix:{path}"', start=False)
+    await gateway.spawn()
+    assert (await gateway.ended(), path.read_text()) == (78, "precious")
+    assert len([line for line in gateway.lines if str(path) in line]) == 1, gateway.log
 
 
 async def test_help_is_the_manual() -> None:
