@@ -77,7 +77,6 @@ VERSION = "0.1.0"
 USER_AGENT = f"faasd-async/{VERSION}"
 DEFAULT_QUEUE = "faas-request"
 CALLBACKS = "@callbacks"  # the callback sender's own queue; no queue in the file can have this name
-DEADLINES = "@deadlines"  # the pseudo-queue whose timer ends calls that did not start in time
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
@@ -985,7 +984,6 @@ CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 class Effects(NamedTuple):
     """What a transaction leads to outside the file; told after its commit."""
 
-    touched: dict[str, float]  # queue: the earliest due time that was added
     ended: list[Ended]  # calls that became final
     stopped: list[int]  # tokens of claimed work that was cancelled
 
@@ -999,8 +997,9 @@ class SqliteFile:
         self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
         self.paused: set[str] = set()
         self.seq = 0
-        self.deadline_at = float("inf")  # the earliest one
-        self.effects = Effects({}, [], [])
+        self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
+        self.deadline_at = self.expire_at = float("inf")  # the earliest deadline, and when to end calls for it
+        self.effects = Effects([], [])
 
     def open(self) -> None:
         """Open or create the file, recover what a dead process left. Raises StoreError, StoreLocked."""
@@ -1055,7 +1054,8 @@ class SqliteFile:
 
     def rebuild(self) -> None:
         """Derive what is in memory from the file."""
-        self.effects = Effects({}, [], [])
+        self.effects = Effects([], [])
+        self.wake_at.clear()
         self.lanes.clear()
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
         sql = "SELECT work, lane, min(due_at), count(due_at) FROM calls WHERE work IS NOT NULL GROUP BY work, lane"
@@ -1066,10 +1066,10 @@ class SqliteFile:
         self.find_deadline()
 
     def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
-        """Count calls that wait, and have their queue told after the commit."""
+        """Count calls that wait, and have their queue told when they are due."""
         self.lanes[work].add(lane, due_at, number)
-        if due_at < self.effects.touched.get(work, float("inf")):
-            self.effects.touched[work] = due_at
+        if due_at < self.wake_at.get(work, float("inf")):
+            self.wake_at[work] = due_at
 
     def head(self, work: str, lane: str) -> float:
         """When the first waiting call of a lane is due."""
@@ -1079,8 +1079,7 @@ class SqliteFile:
     def find_deadline(self) -> None:
         """Look up the next deadline, and have it watched."""
         (at,) = self.db.execute("SELECT min(deadline_at) FROM calls WHERE deadline_at IS NOT NULL").fetchone()
-        self.deadline_at = float("inf") if at is None else at
-        self.effects.touched[DEADLINES] = self.deadline_at
+        self.deadline_at = self.expire_at = float("inf") if at is None else at
 
     def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
         """Keep what an attempt gave: `whole` with its headers for the callback, else its beginning for people."""
@@ -1139,13 +1138,14 @@ MARK_CALLBACK = (
 )
 
 
-def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> tuple[list[Claim], float]:
-    """Hand out due work of one queue; with it the time at which more becomes due."""
+def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
+    """Hand out due work of one queue, and have it told when more becomes due."""
     now = time.time()
     if file.deadline_at <= now:
         sql_expire(file)
         if file.deadline_at <= now:
-            return [], now + 0.001  # there are more of them: others first
+            file.wake_at[work] = now  # there are more of them: others first
+            return []
     lanes = file.lanes[work]
     claims: list[Claim] = []
     fair = work == CALLBACKS or file.settings().queue(work).fair
@@ -1164,9 +1164,10 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
         else:
             lanes.put(lane, now if fair and len(rows) == share else file.head(work, lane))
     next_at = lanes.next_at()
+    file.wake_at[work] = next_at if next_at > now else float("inf")
     for lane in held:
         lanes.put(lane, file.head(work, lane))
-    return claims, next_at if next_at > now else float("inf")
+    return claims
 
 
 def claim_lane(file: SqliteFile, work: str, lane: str, until: float, limit: int) -> list[Claim]:
@@ -1375,7 +1376,7 @@ def sql_stats(file: SqliteFile) -> dict[str, QueueStats]:
 def sql_pause(file: SqliteFile, queue: str, paused: bool) -> None:
     file.db.execute("INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)", (queue, paused))
     (file.paused.add if paused else file.paused.discard)(queue)
-    file.effects.touched[queue] = 0.0
+    file.wake_at[queue] = 0.0
 
 
 def sql_probe(file: SqliteFile) -> None:
@@ -1413,12 +1414,11 @@ def in_transaction(
 
 class SqliteQueue:
     """The embedded queue. One thread owns the connection; all that arrives during one fsync shares the next (group
-    commit). Timers live on the event loop, one per queue that waits for a time."""
+    commit). Between transactions it waits for the time at which a call becomes due or its deadline passes."""
 
     def __init__(self, path: Path, settings: Callable[[], Config], metrics: Metrics) -> None:
         self._file = SqliteFile(path, settings)
         self._observe = metrics.commits.observe
-        self._timers: dict[str, tuple[float, asyncio.TimerHandle]] = {}
         self._outbox: list[Entry] = []  # submitted since the loop's last round
         self._inbox: queues.SimpleQueue[list[Entry]] = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -1429,18 +1429,19 @@ class SqliteQueue:
     async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
         self._wake, self._stop, self._final, self._loop = wake, stop, final, asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._nobody: asyncio.Future[None] = self._loop.create_future()  # waits for what the writer does by itself
+        self._nobody.cancel()
         self._thread.start()
         await self._opened
 
     async def close(self) -> None:
-        for _, timer in self._timers.values():
-            timer.cancel()
         self._hand_over()
         self._closing = True  # nothing is handed over after this
         self._inbox.put([])  # the writer may wait for something
         await asyncio.to_thread(self._thread.join)
 
     enqueue = in_transaction(sql_enqueue)
+    claim = in_transaction(sql_claim)
     complete = in_transaction(sql_complete)
     retry = in_transaction(sql_retry)
     lookup = in_transaction(sql_lookup)
@@ -1450,12 +1451,6 @@ class SqliteQueue:
     pause = in_transaction(sql_pause)
     stats = in_transaction(sql_stats)
     prune = in_transaction(sql_prune)
-
-    async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> Sequence[Claim]:
-        claims: list[Claim]
-        claims, next_at = await self.submit(sql_claim, (queue, limit, room))
-        self._arm(queue, next_at)
-        return claims
 
     async def extend(self, work: Claim) -> None:
         """One process owns the file, and so its claims: there is no lease to renew."""
@@ -1511,13 +1506,23 @@ class SqliteQueue:
         self._loop.call_soon_threadsafe(self._opened.set_result, None)
         self._tell([])
         while not self._closing or self._inbox.qsize():
-            batch = self._inbox.get()
-            while len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize():
-                batch += self._inbox.get()
+            batch = self._next_batch()
             self._busy_since = time.monotonic()
             self._commit(batch)
             self._busy_since = None
         self._file.db.close()
+
+    def _next_batch(self) -> list[Entry]:
+        """What was submitted, or what the time has come for."""
+        file, batch = self._file, list[Entry]()
+        wait = min([file.expire_at, *file.wake_at.values()]) - time.time()
+        with contextlib.suppress(queues.Empty):  # waits are short enough to notice a clock that was set
+            batch = self._inbox.get(timeout=min(max(0.0, wait), CLOCK_CHECK_S))
+            while len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize():
+                batch += self._inbox.get()
+        if file.expire_at <= time.time():
+            batch.append((sql_expire, (), self._nobody))
+        return batch
 
     def _commit(self, batch: list[Entry]) -> None:
         """One transaction. When it fails, its parts are tried alone, so that none takes the others down."""
@@ -1530,7 +1535,8 @@ class SqliteQueue:
         except Exception as exc:
             self._failed(batch, exc)
             return
-        self._failure = None
+        if batch:  # else it was only time to wake a queue
+            self._failure = None
         if file.db.total_changes != changes:
             self._observe(time.perf_counter() - started)
         self._tell(results)
@@ -1542,7 +1548,8 @@ class SqliteQueue:
             self._file.rebuild()
         except sqlite3.Error as again:
             exc = again
-        self._file.effects = Effects({}, [], [])  # who could not claim asks again by itself
+        self._file.effects = Effects([], [])
+        self._file.expire_at = max(self._file.expire_at, time.time() + RETRY_STORE_S)
         disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
         parts: dict[Any, list[Entry]] = {}
         for step, arguments, future in batch:
@@ -1555,13 +1562,17 @@ class SqliteQueue:
         self._tell([(future, StoreError(self._failure)) for _, _, future in batch])
 
     def _tell(self, results: list[tuple[asyncio.Future[Any], Any]]) -> None:
-        effects, self._file.effects = self._file.effects, Effects({}, [], [])
-        self._loop.call_soon_threadsafe(self._settle, results, effects)
+        file, now = self._file, time.time()
+        effects, file.effects = file.effects, Effects([], [])
+        due = [name for name, at in file.wake_at.items() if at <= now]
+        for name in due:
+            del file.wake_at[name]
+        self._loop.call_soon_threadsafe(self._settle, results, effects, due)
 
-    def _settle(self, results: list[tuple[asyncio.Future[Any], Any]], effects: Effects) -> None:
+    def _settle(self, results: list[tuple[asyncio.Future[Any], Any]], effects: Effects, due: list[str]) -> None:
         """Tell first who waits for work, then who asked."""
-        for name, due_at in effects.touched.items():
-            self._arm(name, due_at)
+        for name in due:
+            self._wake(name)
         for token in effects.stopped:
             self._stop(token)
         for call in effects.ended:
@@ -1572,24 +1583,6 @@ class SqliteQueue:
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)
-
-    def _arm(self, name: str, due_at: float) -> None:
-        """Wake a queue at a wall-clock time; sleeps are short enough to notice a clock that was set."""
-        armed_at, timer = self._timers.get(name, (float("inf"), None))
-        wait = due_at - time.time()
-        if wait <= 0 and name == DEADLINES:
-            self.submit(sql_expire, ()).add_done_callback(self._expired)
-        elif wait <= 0:
-            self._wake(name)
-        elif due_at < armed_at:
-            if timer is not None:
-                timer.cancel()
-            again = lambda: self._arm(name, self._timers.pop(name)[0])  # noqa: E731
-            self._timers[name] = (due_at, self._loop.call_later(min(wait, CLOCK_CHECK_S), again))
-
-    def _expired(self, done: asyncio.Future[None]) -> None:
-        if not done.cancelled() and done.exception() is not None:
-            self._arm(DEADLINES, time.time() + RETRY_STORE_S)
 
 
 # --- Functions (HTTP, command) and callbacks ------------------------------------------------------------------------
