@@ -981,13 +981,6 @@ CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 """
 
 
-class Effects(NamedTuple):
-    """What a transaction leads to outside the file; told after its commit."""
-
-    ended: list[Ended]  # calls that became final
-    stopped: list[int]  # tokens of claimed work that was cancelled
-
-
 class SqliteFile:
     """The connection, and what is derived from the file in memory. Used by the writer's thread only. The steps below
     change both inside a transaction; when that fails, `rebuild` derives the memory's part anew."""
@@ -999,7 +992,7 @@ class SqliteFile:
         self.seq = 0
         self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
         self.deadline_at = self.expire_at = float("inf")  # the earliest deadline, and when to end calls for it
-        self.effects = Effects([], [])
+        self.news: list[tuple[str, Any]] = []  # what to tell whom (see Queue.open) after the commit
 
     def open(self) -> None:
         """Open or create the file, recover what a dead process left. Raises StoreError, StoreLocked."""
@@ -1054,7 +1047,7 @@ class SqliteFile:
 
     def rebuild(self) -> None:
         """Derive what is in memory from the file."""
-        self.effects = Effects([], [])
+        self.news = []
         self.wake_at.clear()
         self.lanes.clear()
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
@@ -1205,7 +1198,7 @@ def finish(file: SqliteFile, ended: Ended, target: str | None, size: int | None,
         return False
     if host:
         file.add(CALLBACKS, host, now)
-    file.effects.ended.append(ended)
+    file.news.append(("final", ended))
     return True
 
 
@@ -1321,9 +1314,9 @@ def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
             cut_output(file, seq)
         else:
             file.db.execute("UPDATE calls SET status = 'cancelled', completed_at = ?, " + done, (time.time(), seq))
-            file.effects.ended.append(Ended(call_id, function, "cancelled", attempts))
+            file.news.append(("final", Ended(call_id, function, "cancelled", attempts)))
         if due_at is None:
-            file.effects.stopped.append(seq)
+            file.news.append(("stop", seq))
         else:
             file.lanes[work].remove(lane, 1)
     return len(rows)
@@ -1427,7 +1420,8 @@ class SqliteQueue:
         self._failure: str | None = None  # why the last transaction failed; None after one that did not
 
     async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
-        self._wake, self._stop, self._final, self._loop = wake, stop, final, asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
+        self._told: dict[str, Tell[Any]] = {"wake": wake, "stop": stop, "final": final}
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._nobody: asyncio.Future[None] = self._loop.create_future()  # waits for what the writer does by itself
         self._nobody.cancel()
@@ -1543,12 +1537,11 @@ class SqliteQueue:
 
     def _failed(self, batch: list[Entry], exc: Exception) -> None:
         try:
-            if self._file.db.in_transaction:
-                self._file.db.execute("ROLLBACK")
+            self._file.db.rollback()
             self._file.rebuild()
         except sqlite3.Error as again:
             exc = again
-        self._file.effects = Effects([], [])
+        self._file.news = []
         self._file.expire_at = max(self._file.expire_at, time.time() + RETRY_STORE_S)
         disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
         parts: dict[Any, list[Entry]] = {}
@@ -1562,21 +1555,17 @@ class SqliteQueue:
         self._tell([(future, StoreError(self._failure)) for _, _, future in batch])
 
     def _tell(self, results: list[tuple[asyncio.Future[Any], Any]]) -> None:
-        file, now = self._file, time.time()
-        effects, file.effects = file.effects, Effects([], [])
-        due = [name for name, at in file.wake_at.items() if at <= now]
-        for name in due:
-            del file.wake_at[name]
-        self._loop.call_soon_threadsafe(self._settle, results, effects, due)
-
-    def _settle(self, results: list[tuple[asyncio.Future[Any], Any]], effects: Effects, due: list[str]) -> None:
         """Tell first who waits for work, then who asked."""
-        for name in due:
-            self._wake(name)
-        for token in effects.stopped:
-            self._stop(token)
-        for call in effects.ended:
-            self._final(call)
+        file, now = self._file, time.time()
+        for name in [name for name, at in file.wake_at.items() if at <= now]:
+            del file.wake_at[name]
+            file.news.append(("wake", name))
+        self._loop.call_soon_threadsafe(self._settle, file.news, results)
+        file.news = []
+
+    def _settle(self, news: list[tuple[str, Any]], results: list[tuple[asyncio.Future[Any], Any]]) -> None:
+        for kind, what in news:
+            self._told[kind](what)
         for future, answer in results:
             if not future.done():
                 if isinstance(answer, Exception):
