@@ -56,7 +56,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import aiohttp
@@ -102,7 +102,6 @@ STATUSES = ("delayed", "queued", "running", *FINAL)
 
 log = logging.getLogger("faasd_async")
 T = TypeVar("T")
-P = ParamSpec("P")
 Tell = Callable[[T], None]
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -1394,15 +1393,9 @@ def sql_prune(file: SqliteFile) -> int:
 Entry = tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]  # a step, its arguments, and who waits
 
 
-def in_transaction(
-    step: Callable[Concatenate[SqliteFile, P], T | Refused],
-) -> Callable[Concatenate[SqliteQueue, P], Awaitable[T]]:
+def in_transaction(step: Callable[..., Any]) -> Callable[..., Any]:
     """A method that has the writer run this step in its next transaction."""
-
-    def method(self: SqliteQueue, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        return self.submit(step, args)
-
-    return method
+    return lambda queue, *arguments: queue.submit(step, *arguments)
 
 
 class SqliteQueue:
@@ -1452,7 +1445,7 @@ class SqliteQueue:
     async def records(self, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
         found: list[dict[str, Any]] = []
         while True:  # in windows, so that a rare match in a large file doesn't keep the writer
-            more, cursor = await self.submit(sql_records, (query._replace(limit=query.limit - len(found)),))
+            more, cursor = await self.submit(sql_records, query._replace(limit=query.limit - len(found)))
             found += more
             if cursor is None or len(found) >= query.limit:
                 return found, cursor
@@ -1460,14 +1453,14 @@ class SqliteQueue:
 
     async def purge(self, queue: str) -> int:
         total = 0
-        while number := await self.submit(sql_purge, (queue,)):
+        while number := await self.submit(sql_purge, queue):
             total += number
         return total
 
     async def failing(self) -> str | None:
         if self._failure is not None:
             with contextlib.suppress(StoreError):
-                await self.submit(sql_probe, ())
+                await self.submit(sql_probe)
         return self._failure
 
     def stalled(self) -> str | None:
@@ -1476,7 +1469,7 @@ class SqliteQueue:
             return None
         return f"the disk has not answered for {time.monotonic() - since:.0f} s"
 
-    def submit(self, step: Callable[..., Any], arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+    def submit(self, step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         """Run a step in the next transaction; the future is set once that is on disk."""
         future = self._loop.create_future()
         if self._closing or not self._thread.is_alive():
