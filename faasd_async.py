@@ -1123,11 +1123,9 @@ CLAIM_CALLBACK = f"""SELECT c.seq, c.claims + 1, coalesce(c.call_id, c.id), c.fu
     c.callback_attempts + 1, c.attempts, c.max_attempts, c.start_time, c.callback_url, c.failure_url, c.http_status,
     c.duration, iif(c.failure_url IS NOT NULL AND c.status <> 'success', c.failure_url, c.callback_url),
     coalesce(o.headers, x''), coalesce(o.body, x'') FROM calls c LEFT JOIN outputs o USING (seq) {DUE}"""
-MARK = """UPDATE calls SET due_at = NULL, claims = claims + 1, status = 'running', attempts = attempts + 1,
-    started_at = ?, deadline_at = NULL WHERE seq = ?"""
-MARK_CALLBACK = (
-    "UPDATE calls SET due_at = NULL, claims = claims + 1, callback_attempts = callback_attempts + 1 WHERE seq = ?"
-)
+MARK = """UPDATE calls SET due_at = NULL, deadline_at = NULL, claims = claims + 1,
+    attempts = attempts + (work = queue), callback_attempts = callback_attempts + (work <> queue),
+    status = iif(work = queue, 'running', status), started_at = iif(work = queue, ?, started_at) WHERE seq = ?"""
 
 
 def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
@@ -1138,40 +1136,28 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
         if file.deadline_at <= now:
             file.wake_at[work] = now  # there are more of them: others first
             return []
-    lanes = file.lanes[work]
-    claims: list[Claim] = []
+    lanes, claims, left, held = file.lanes[work], list[Claim](), dict(room), []
     fair = work == CALLBACKS or file.settings().queue(work).fair
-    left, held = dict(room), []
+    select = CLAIM_CALLBACK if work == CALLBACKS else CLAIM
     while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
         share = max(1, (limit - len(claims)) // (len(lanes.ready) + 1))
         until = now if fair else min(now, lanes.next_at())  # then it is another lane's turn
         free = left.get(lane, room.get("", limit + 1))  # more than there can be: no limit
-        rows = claim_lane(file, work, lane, until, min(share, free)) if free > 0 else []
-        claims += rows
-        left[lane] = free - len(rows)
-        if lanes.remove(lane, len(rows)) == 0:
+        found = file.db.execute(select, (work, lane, until, min(share, free))).fetchall() if free > 0 else []
+        file.db.executemany(MARK, [(now, row[0]) for row in found])
+        claims += [Claim(*row) for row in found]
+        left[lane] = free - len(found)
+        if lanes.remove(lane, len(found)) == 0:
             continue
         if left[lane] <= 0:
             held.append(lane)
         else:
-            lanes.put(lane, now if fair and len(rows) == share else file.head(work, lane))
+            lanes.put(lane, now if fair and len(found) == share else file.head(work, lane))
     next_at = lanes.next_at()
     file.wake_at[work] = next_at if next_at > now else float("inf")
     for lane in held:
         lanes.put(lane, file.head(work, lane))
     return claims
-
-
-def claim_lane(file: SqliteFile, work: str, lane: str, until: float, limit: int) -> list[Claim]:
-    """Mark the first calls of a lane as claimed, of those due by `until`."""
-    select = CLAIM_CALLBACK if work == CALLBACKS else CLAIM
-    found = [Claim(*row) for row in file.db.execute(select, (work, lane, until, limit))]
-    if work == CALLBACKS:
-        file.db.executemany(MARK_CALLBACK, [(item.token,) for item in found])
-    else:
-        now = time.time()
-        file.db.executemany(MARK, [(now, item.token) for item in found])
-    return found
 
 
 FINISH = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
