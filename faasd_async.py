@@ -1165,12 +1165,6 @@ FINISH = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_a
     WHERE seq = ? AND claims = ? AND status = ?"""
 DELIVERED = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
     work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
-RETRY = """UPDATE calls SET status = 'queued', due_at = :due, attempts = attempts - :free,
-    http_status = iif(:free, http_status, :code), error = iif(:free, error, :error)
-    WHERE seq = :seq AND status = 'running' AND claims = :fence"""
-RETRY_CALLBACK = """UPDATE calls SET due_at = :due, callback_attempts = callback_attempts - :free,
-    callback_http_status = iif(:free, callback_http_status, :code), callback_error = iif(:free, callback_error, :error)
-    WHERE seq = :seq AND work = '@callbacks' AND claims = :fence"""
 
 
 def finish(file: SqliteFile, ended: Ended, target: str | None, size: int | None, was: tuple[int, int, str]) -> bool:
@@ -1211,12 +1205,17 @@ def cut_output(file: SqliteFile, seq: int) -> None:
     file.db.execute(sql, {"n": file.settings().calls.keep_output, "seq": seq})
 
 
+RETRY = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
+    {0}attempts = {0}attempts - :free, {0}http_status = iif(:free, {0}http_status, :code),
+    {0}error = iif(:free, {0}error, :error) WHERE seq = :seq AND work = :work AND claims = :fence AND due_at IS NULL"""
+
+
 def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
     due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
     code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
     row = {"due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
-    row |= {"seq": work.token, "fence": work.fence}
-    if file.db.execute(RETRY_CALLBACK if callback else RETRY, row).rowcount == 0:
+    row |= {"seq": work.token, "work": work.queue, "fence": work.fence}
+    if file.db.execute(RETRY.format("callback_" if callback else ""), row).rowcount == 0:
         return False
     file.add(work.queue, work.lane, due_at)
     if outcome is not None and not callback:
