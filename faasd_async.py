@@ -1233,24 +1233,8 @@ BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
 UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 
 
-def record(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
-    """A call as the API shows it, from the columns RECORD."""
-    found = {column[0]: value for column, value in zip(cursor.description, row, strict=True)}
-    found |= {name: rfc3339(found[name]) for name in ("created_at", "started_at", "completed_at", "due_at")}
-    names = ("url", "status", "attempts", "http_status", "error")
-    found["callback"] = {name: found.pop(f"callback_{name}") for name in names}
-    found["callback"]["url"] = show_url(found["callback"]["url"])
-    return found
-
-
-def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
-    cursor = file.db.execute(f"SELECT {RECORD} {BY_ID} LIMIT 1", {"id": call_id, "now": time.time()})
-    row = cursor.fetchone()
-    return Refused(404, UNKNOWN) if row is None else record(cursor, row)
-
-
 def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
-    """One window of records, newest first; with them the cursor for the next window."""
+    """One window of records as the API shows them, newest first; with them the cursor for the next window."""
     before = query.cursor if query.cursor is not None else file.seq + 1
     floor = before - SCAN_WINDOW if query.call_id is None else 0
     inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
@@ -1259,10 +1243,20 @@ def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, An
     sql = f"""SELECT * FROM (SELECT {RECORD}, seq FROM calls WHERE {inner} seq < :before AND seq >= :floor)
         WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
     cursor = file.db.execute(sql, {**query._asdict(), "before": before, "floor": floor, "now": time.time()})
-    found = [record(cursor, row) for row in cursor]
-    last = [item.pop("seq") for item in found][-1:]
-    after = last[0] if len(found) == query.limit else floor
+    names = [column[0] for column in cursor.description]
+    found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in cursor]
+    after = found[-1]["seq"] if len(found) == query.limit else floor
+    for item in found:
+        del item["seq"]
+        item |= {name: rfc3339(item[name]) for name in ("created_at", "started_at", "completed_at", "due_at")}
+        told = {name: item.pop(f"callback_{name}") for name in ("url", "status", "attempts", "http_status", "error")}
+        item["callback"] = told | {"url": show_url(told["url"])}
     return found, after if after > 1 else None
+
+
+def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
+    found, _ = sql_records(file, RecordQuery(call_id=call_id, limit=1))
+    return found[0] if found else Refused(404, UNKNOWN)
 
 
 def sql_output(file: SqliteFile, call_id: str) -> tuple[bytes, bytes] | Refused:
