@@ -16,7 +16,7 @@ Sections use only what stands above them. Plain frozen data crosses them. Who ow
     Daemon      one task per side job (housekeeping, watchdog)
     Consumer    its dispatcher, and one task per claimed call or callback; `stop()` awaits all of them
     aiohttp     one task per HTTP request; `runner.cleanup()` awaits them
-    Writer      one thread, the only one that touches SQLite; `close()` joins it
+    Writer      one thread, the only one that touches SQLite once it is open; `close()` joins it
 A side job or a dispatcher that fails stops the daemon in an orderly way.
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_bytes` sizes, `start_time` Unix time in nanoseconds.
@@ -981,8 +981,8 @@ CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 
 
 class SqliteFile:
-    """The connection, and what is derived from the file in memory. Used by the writer's thread only. The steps below
-    change both inside a transaction; when that fails, `rebuild` derives the memory's part anew."""
+    """The connection, and what is derived from the file in memory. Once open, used by the writer's thread only. The
+    steps below change both inside a transaction; when that fails, `rebuild` derives the memory's part anew."""
 
     def __init__(self, path: Path, settings: Callable[[], Config]) -> None:
         self.path, self.settings = path, settings
@@ -1010,7 +1010,7 @@ class SqliteFile:
             raise StoreError(f"{self.path}: {exc}") from exc
 
     def _connect(self) -> None:
-        self.db = db = sqlite3.connect(self.path, timeout=0, isolation_level=None, cached_statements=256)
+        self.db = db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             # One process per file, the lock held as long as it lives; also keeps the WAL index out of shared memory.
             for pragma in ("locking_mode = EXCLUSIVE", "auto_vacuum = INCREMENTAL", "journal_mode = WAL",
@@ -1394,11 +1394,10 @@ class SqliteQueue:
     async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
         self._loop = asyncio.get_running_loop()
         self._told: dict[str, Tell[Any]] = {"wake": wake, "stop": stop, "final": final}
-        self._opened: asyncio.Future[None] = self._loop.create_future()
         self._nobody: asyncio.Future[None] = self._loop.create_future()  # waits for what the writer does by itself
         self._nobody.cancel()
+        self._file.open()  # nothing else runs yet
         self._thread.start()
-        await self._opened
 
     async def close(self) -> None:
         self._hand_over()
@@ -1464,13 +1463,6 @@ class SqliteQueue:
         self._outbox = []
 
     def _run(self) -> None:
-        try:
-            self._file.open()
-        except BaseException as exc:
-            self._loop.call_soon_threadsafe(self._opened.set_exception, exc)
-            return
-        self._loop.call_soon_threadsafe(self._opened.set_result, None)
-        self._tell([])
         while not self._closing or self._inbox.qsize():
             batch = self._next_batch()
             self._busy_since = time.monotonic()
