@@ -1388,7 +1388,7 @@ class SqliteQueue:
         self._inbox: queues.SimpleQueue[list[Entry]] = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
-        self._busy_since: float | None = None  # monotonic; since when the current transaction runs
+        self._busy_since = float("inf")  # monotonic; since when the current transaction runs
         self._failure: str | None = None  # why the last transaction failed; None after one that did not
 
     async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
@@ -1442,10 +1442,8 @@ class SqliteQueue:
         return self._failure
 
     def stalled(self) -> str | None:
-        since = self._busy_since
-        if since is None or time.monotonic() - since < STALLED_S:
-            return None
-        return f"the disk has not answered for {time.monotonic() - since:.0f} s"
+        spent = time.monotonic() - self._busy_since
+        return f"the disk has not answered for {spent:.0f} s" if spent >= STALLED_S else None
 
     def submit(self, step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         """Run a step in the next transaction; the future is set once that is on disk."""
@@ -1467,7 +1465,7 @@ class SqliteQueue:
             batch = self._next_batch()
             self._busy_since = time.monotonic()
             self._commit(batch)
-            self._busy_since = None
+            self._busy_since = float("inf")
         self._file.db.close()
 
     def _next_batch(self) -> list[Entry]:
