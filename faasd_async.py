@@ -1046,7 +1046,6 @@ class SqliteFile:
 
     def rebuild(self) -> None:
         """Derive what is in memory from the file."""
-        self.news = []
         self.wake_at.clear()
         self.lanes.clear()
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
@@ -1504,7 +1503,6 @@ class SqliteQueue:
         except sqlite3.Error as again:
             exc = again
         self._file.news = []
-        self._file.expire_at = max(self._file.expire_at, time.time() + RETRY_STORE_S)
         disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
         parts: dict[Any, list[Entry]] = {}
         for step, arguments, future in batch:
@@ -1513,6 +1511,8 @@ class SqliteQueue:
             for part in parts.values():
                 self._commit(part)
             return
+        if any(step is sql_expire for step, _, _ in batch):
+            self._file.expire_at = time.time() + RETRY_STORE_S
         self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
         self._tell([(future, StoreError(self._failure)) for _, _, future in batch])
 
