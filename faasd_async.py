@@ -1946,7 +1946,7 @@ class Consumer:
         self.wake = self._wake.set  # there may be something to claim
         self.running: dict[int, tuple[str, asyncio.Task[None]]] = {}  # by token: lane and task of attempts that run
         self._tasks: set[asyncio.Task[None]] = set()  # these, and those whose attempt has ended and waits to be stored
-        self._stopping = asyncio.Event()
+        self._stopping = asyncio.get_running_loop().create_future()  # done once we stop
         self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
         self.wake()
 
@@ -1957,19 +1957,19 @@ class Consumer:
             asyncio.get_running_loop().call_soon(self.running[token][1].cancel)
 
     async def _dispatch(self) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping.done():
             await self._wake.wait()
             self._wake.clear()
             limit, room = self._job.room(self.name, (lane for lane, _ in self.running.values()))
             free = limit - len(self.running)
             # Outcomes that can't be stored (disk full) hold new work back, or they would pile up in memory.
-            if self._stopping.is_set() or free <= 0 or len(self._tasks) - len(self.running) > limit:
+            if self._stopping.done() or free <= 0 or len(self._tasks) - len(self.running) > limit:
                 continue
             try:
                 claims = await self._queue.claim(self.name, free, room)
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
-                await self._pause()
+                await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
                 self._wake.set()
                 continue
             for claim in claims:
@@ -2009,25 +2009,18 @@ class Consumer:
                 break
             except StoreError as exc:
                 log.error("the outcome of call %s can't be stored yet: %s", claim.call_id, exc)
-                if self._stopping.is_set():
+                if self._stopping.done():
                     log.error("stopping: call %s will run again", claim.call_id)
                     return
-                await self._pause()
+                await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
         if stored and outcome is not None:
             self._job.ended(claim, outcome, verdict)
 
-    async def _pause(self) -> None:
-        """Give a store that fails some time, unless we stop."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), RETRY_STORE_S)
-
     async def stop(self, hurried: asyncio.Task[Any]) -> None:
         """Claim no more, wait for what runs until `hurried` ends, cancel the rest and queue it again uncharged."""
-        self._stopping.set()
+        self._stopping.set_result(None)
         self._wake.set()
-        await asyncio.wait(
-            {self.dispatcher}
-        )  # ends after its tasks began: cancelled earlier, one could not queue again
+        await asyncio.wait({self.dispatcher})  # its tasks have begun then: cancelled before, one could not queue again
         ended = asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
         for _, task in self.running.values():
