@@ -1074,7 +1074,7 @@ class SqliteFile:
 
     def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
         """Keep what an attempt gave: `whole` with its headers for the callback, else its beginning for people."""
-        keep = max(len(outcome.body), MAX_STDERR_BYTES) if whole else self.settings().calls.keep_output
+        keep = None if whole else self.settings().calls.keep_output
         if whole or outcome.body or outcome.stderr:
             row = (seq, pack_headers(outcome.headers) if whole else None, outcome.body[:keep], outcome.stderr[:keep])
             self.db.execute("INSERT OR REPLACE INTO outputs (seq, headers, body, stderr) VALUES (?, ?, ?, ?)", row)
@@ -1438,7 +1438,7 @@ class SqliteQueue:
         if self._failure is not None:
             with contextlib.suppress(StoreError):
                 await self.submit(sql_probe)
-        return self._failure
+        return self._failure and f"the queue can't store: {self._failure}"
 
     def stalled(self) -> str | None:
         spent = time.monotonic() - self._busy_since
