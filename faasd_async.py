@@ -274,9 +274,7 @@ class QueueConfig:
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
     fair: bool = key(boolean, True)
-    adaptive: bool = key(
-        expect("false: this version can't adapt to 429 answers", lambda value: need(value, not value)), False
-    )
+    adaptive: bool = key(boolean, False)
     ack_wait: float = key(positive, "60s")  # leases: of no effect on the embedded queue, whose process owns its claims
 
 
@@ -494,6 +492,7 @@ class Invocation(NamedTuple):
     callback_url: str | None
     failure_url: str | None
     idempotency_key: str | None
+    app: str | None  # Fn's app, a label
     target: str  # what followed the function's name: path and query, as sent
     headers: bytes
     body: bytes
@@ -817,6 +816,7 @@ class RecordQuery(NamedTuple):
     function: str | None = None
     queue: str | None = None
     call_id: str | None = None
+    app: str | None = None
     limit: int = 100
     cursor: int | None = None
 
@@ -948,7 +948,8 @@ class Lanes:
         return self.later[0][0] if self.later else float("inf")
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MIGRATIONS = {1: "ALTER TABLE calls ADD COLUMN app TEXT;"}  # from this version to the next
 SCHEMA = """
 CREATE TABLE calls (
     seq INTEGER PRIMARY KEY,
@@ -967,7 +968,8 @@ CREATE TABLE calls (
     callback_url TEXT, failure_url TEXT,
     callback_status TEXT NOT NULL DEFAULT 'none', callback_attempts INTEGER NOT NULL DEFAULT 0,
     callback_http_status INTEGER, callback_error TEXT,
-    idempotency_key TEXT, digest BLOB
+    idempotency_key TEXT, digest BLOB,
+    app TEXT
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -1022,8 +1024,19 @@ class SqliteFile:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StoreError(f"{self.path}: written by a newer version (schema {version}): update this program")
-            if version == 0:
-                db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            if 0 < version < SCHEMA_VERSION:
+                copy = self.path.with_name(f"{self.path.name}.schema-{version}")
+                copy.unlink(missing_ok=True)
+                db.execute("VACUUM INTO ?", (str(copy),))
+                log.warning(
+                    "%s: schema %d becomes %d; as it was, it is in %s", self.path, version, SCHEMA_VERSION, copy
+                )
+            if (
+                script := "".join(MIGRATIONS[old] for old in range(version, SCHEMA_VERSION) if old)
+                if version
+                else SCHEMA
+            ):
+                db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             self._recover()
         except BaseException:
             db.close()
@@ -1085,8 +1098,8 @@ class SqliteFile:
 TAKEN = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
 STORED = "SELECT 1 FROM calls WHERE id = ?"
 INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
-    max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest)
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
+    max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest, app)
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
 INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
 
 
@@ -1104,7 +1117,7 @@ def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
     own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
     row = (file.seq + 1, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
         call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
-        call.idempotency_key, digest)  # fmt: skip
+        call.idempotency_key, digest, call.app)  # fmt: skip
     if db.execute(INSERT, row).rowcount:  # else it is stored already
         file.seq += 1
         db.execute(INSERT_REQUEST, (file.seq, call.target, call.headers, call.body))
@@ -1227,7 +1240,7 @@ RECORD = """coalesce(call_id, id) AS call_id, function, namespace, queue,
     http_status, error, start_time / 1e9 AS created_at, started_at, completed_at,
     iif(status = 'queued', due_at, NULL) AS due_at, duration AS duration_seconds, interrupted,
     iif(failure_url IS NOT NULL AND status IN ('error', 'timeout'), failure_url, callback_url) AS callback_url,
-    callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes"""
+    callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes, app"""
 BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
 UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 
@@ -1237,7 +1250,7 @@ def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, An
     before = query.cursor if query.cursor is not None else file.seq + 1
     floor = before - SCAN_WINDOW if query.call_id is None else 0
     inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
-    wanted = [name for name in ("status", "function", "queue") if getattr(query, name) is not None]
+    wanted = [name for name in ("status", "function", "queue", "app") if getattr(query, name) is not None]
     outer = " AND ".join(f"{name} = :{name}" for name in wanted) or "true"
     sql = f"""SELECT * FROM (SELECT {RECORD}, seq FROM calls WHERE {inner} seq < :before AND seq >= :floor)
         WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
@@ -1247,6 +1260,8 @@ def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, An
     after = found[-1]["seq"] if len(found) == query.limit else floor
     for item in found:
         del item["seq"]
+        if item["app"] is None:
+            del item["app"]
         item |= {name: rfc3339(item[name]) for name in ("created_at", "started_at", "completed_at", "due_at")}
         told = {name: item.pop(f"callback_{name}") for name in ("url", "status", "attempts", "http_status", "error")}
         item["callback"] = told | {"url": show_url(told["url"])}
@@ -1599,16 +1614,33 @@ async def read_capped(
 
 
 class Slots:
-    """Calls in flight by function, sync and queued together, against max_inflight."""
+    """Calls in flight by function, sync and queued together, against max_inflight, and against what `adaptive` queues
+    have found out about a function from its 429 answers."""
 
     def __init__(self, settings: Callable[[], Config]) -> None:
         self._settings, self._running = settings, Counter[str]()
+        self._learned: dict[str, tuple[float, float]] = {}  # calls it takes at once; when it last took less (monotonic)
         self._freed = asyncio.Event()
         self.freed: Callable[[], None] = lambda: None  # told when a function that was full has room again
 
-    def room(self) -> dict[str, int]:
-        """How many more calls the functions that have a limit can take."""
-        return {name: max(0, limit - self._running[name]) for name, limit in self._settings().limits.items()}
+    def room(self, adaptive: bool) -> dict[str, int]:
+        """How many more calls the functions that have a limit can take; "": those that have none."""
+        limits = dict(self._settings().limits)
+        for name, (learned, _) in self._learned.items() if adaptive else ():
+            limits[name] = min(limits.get(name, 1 << 30), int(learned))
+        room = {name: max(0, limit - self._running[name]) for name, limit in limits.items()}
+        return {**room, "": 1} if adaptive else room
+
+    def learn(self, name: str, status: int, started: float) -> None:
+        """Additive increase, multiplicative decrease (Chiu and Jain, 1989): one call more for each answer until the
+        first 429, then one more for four rounds of answers, so that 429s stay rare. A 429 halves the number, once for
+        all calls that `started` (monotonic) before."""
+        limit, lowered_at = self._learned.get(name, (1.0, 0.0))
+        if status != 429:
+            self._learned[name] = limit + (0.25 / limit if lowered_at else 1.0), lowered_at
+        elif started > lowered_at:
+            self._learned[name] = max(1.0, limit / 2), time.monotonic()
+        self.freed()
 
     def full(self, name: str) -> bool:
         limit = self._settings().limits.get(name)
@@ -1782,7 +1814,8 @@ class Invoker:
 
     def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """How many may run at once and, where the lanes `running` do, how many more of each that has a limit."""
-        return self._settings().queue(queue).max_inflight, self._functions.slots.room()
+        config = self._settings().queue(queue)
+        return config.max_inflight, self._functions.slots.room(config.adaptive)
 
     async def execute(self, claim: Claim) -> Outcome:
         """One attempt."""
@@ -1796,9 +1829,11 @@ class Invoker:
         queue, running = config.queue(claim.queue), self._metrics.running(claim.queue, function.key)
         await slots.wait(function.key)
         with slots.hold(function.key), self._metrics.counted(function.key) as status, running.track_inprogress():
-            ask = Ask("POST", claim.target, headers, claim.body)
+            ask, started = Ask("POST", claim.target, headers, claim.body), time.monotonic()
             outcome = await self._functions.call(function, ask, queue.timeout, keep, whole)
             status.append(outcome.status)
+        if queue.adaptive:
+            slots.learn(function.key, outcome.status, started)
         if config.log.write_debug:
             log_bodies(claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
         return outcome
@@ -2132,6 +2167,8 @@ class Operator:
             ("GET", r"/system/queues", self._queues),
             ("POST", r"/system/queues/([^/]+)/(pause|resume|purge)", self._queue_action),
             ("GET", r"/metrics", self._exposition),
+            ("GET", r"/v1/apps/([^/]+)/calls", self._fn_calls),
+            ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)(/log|)", self._fn_call),
         ]
 
     async def handle(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
@@ -2183,15 +2220,37 @@ class Operator:
         calls, cursor = await self._queue.records(RecordQuery(**asked))
         return as_json({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
 
-    async def _log(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
+    async def _output(self, call_id: str) -> bytes:
         body, stderr = await self._queue.output(call_id)
-        between = b"\n" if body and stderr and not body.endswith(b"\n") else b""
-        return web.Response(body=body + between + stderr, content_type="text/plain", charset="utf-8")
+        return body + (b"\n" if body and stderr and not body.endswith(b"\n") else b"") + stderr
+
+    async def _log(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
+        return web.Response(body=await self._output(call_id), content_type="text/plain", charset="utf-8")
 
     async def _retry(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
         await self._queue.redrive(call_id)
         headers = {"X-Call-Id": call_id, "Location": f"/system/calls/{quote(call_id, safe='')}"}
         return web.Response(status=202, headers=headers)
+
+    # -- calls, as Fn Project showed them in 2017
+
+    def _fn(self, found: dict[str, Any]) -> dict[str, Any]:
+        shown = {"id": found["call_id"], "app_name": found["app"], "path": "/" + found["function"]}
+        return shown | {name: found[name] for name in ("status", "created_at", "started_at", "completed_at")}
+
+    async def _fn_calls(self, query: dict[str, str], app: str) -> web.StreamResponse:
+        function = split_target(query.get("path", "").lstrip("/"))[0] or None
+        calls, _ = await self._queue.records(RecordQuery(app=app, function=function))
+        return as_json({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
+
+    async def _fn_call(self, query: dict[str, str], app: str, call_id: str, log: str) -> web.StreamResponse:
+        found = await self._queue.lookup(call_id)
+        if found.get("app") != app:
+            raise Refused(404, "Call not found")
+        if not log:
+            return as_json({"message": "Successfully loaded call", "call": self._fn(found)})
+        written = (await self._output(call_id)).decode("utf-8", "replace")
+        return as_json({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
 
     # -- queues
 
@@ -2203,7 +2262,7 @@ class Operator:
             row = {"name": name, "depth": sum(found.waiting.values()), "inflight": inflight.get(name, 0)}
             row |= {"oldest_seconds": round(max(0.0, now - found.oldest_at), 3), "paused": found.paused}
             row |= {"functions": found.waiting, "max_inflight": limits.max_inflight, "max_pending": limits.max_pending}
-            rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair})
+            rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair, "adaptive": limits.adaptive})
         rows[-1] = {name: rows[-1][name] for name in ("name", "depth", "inflight", "oldest_seconds")}
         rows[-1]["max_inflight"] = config.callback.max_inflight
         return as_json({"queues": rows})
@@ -2308,13 +2367,14 @@ class Gateway:
         authorize(request, self._settings(), self._settings().auth.invoke)
         if route == "async-function" and request.method != "POST":
             return await self._cancel(request, rest)
-        if fn := route == "r":  # Fn Project, 2017: /r/{app}/{route}
-            rest = rest.partition("/")[2]
+        app = None
+        if route == "r":  # Fn Project, 2017: /r/{app}/{route}
+            app, _, rest = rest.partition("/")
         name, rest = split_target(rest)
         if (function := self._functions.find(name)) is None:
             raise Refused(404, "no such function: it is not in the configuration")
-        if route == "async-function" or (fn and function.type == "async"):
-            return await self._async(request, function, rest, fn)
+        if route == "async-function" or (app is not None and function.type == "async"):
+            return await self._async(request, function, rest, app and unquote(app))
         return await self._sync(request, function, rest)
 
     def _headers(self, request: web.BaseRequest, call_id: str, start_time: int) -> list[tuple[bytes, bytes]]:
@@ -2432,8 +2492,10 @@ class Gateway:
         await self._queue.cancel(unquote(target.partition("?")[0]))
         return web.Response(status=202)
 
-    async def _async(self, request: web.BaseRequest, function: Function, rest: str, fn: bool) -> web.StreamResponse:
-        """Queue a call. Fn's route takes any method and answers in JSON."""
+    async def _async(
+        self, request: web.BaseRequest, function: Function, rest: str, app: str | None
+    ) -> web.StreamResponse:
+        """Queue a call. Fn's route, which has an app, takes any method and answers in JSON."""
         start_time = time.time_ns()
         config, now, own = self._settings(), start_time / 1e9, new_id()
         steered = any(name in request.headers for name in CONTROLS)  # most calls are not
@@ -2445,14 +2507,14 @@ class Gateway:
             own, call_id, function.name, function.namespace, queue, start_time,
             max(now, asked("X-Delay", now), asked("X-Not-Before", now)), asked("X-Deadline"),
             asked("X-Max-Attempts") or function.retry.attempts, asked("X-Callback-Url"),
-            asked("X-Failure-Callback-Url"), asked("Idempotency-Key"), rest,
+            asked("X-Failure-Callback-Url"), asked("Idempotency-Key"), app, rest,
             pack_headers(self._headers(request, call_id, start_time)), body,
         )  # fmt: skip
         call_id = await self._queue.enqueue(call)
         self._metrics.submitted(queue).inc()
         headers = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         headers["Location"] = f"/system/calls/{call_id if call_id is own else quote(call_id, safe='')}"
-        if fn or "application/json" in request.headers.get("Accept", ""):
+        if app is not None or "application/json" in request.headers.get("Accept", ""):
             return as_json({"call_id": call_id}, 202, headers)
         return web.Response(status=202, headers=headers)
 

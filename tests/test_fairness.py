@@ -222,6 +222,48 @@ async def test_a_function_at_its_limit_does_not_hold_up_its_queue(daemon: StartD
     assert await finished(gateway, slow) == {"success": 100}
 
 
+# ---- back-pressure ---------------------------------------------------------------------------------------------
+
+
+async def test_a_function_that_takes_few_at_a_time_is_given_few(daemon: StartDaemon, function: Server) -> None:
+    """500 calls for a function that answers 429 above five at once: none fails, few are refused, five run at once."""
+    answers: collections.Counter[int] = collections.Counter()
+    most_accepted = 0
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        nonlocal most_accepted
+        status = 429 if function.running > 5 else 200
+        answers[status] += 1
+        if status == 200:
+            most_accepted = max(most_accepted, function.running)
+            await asyncio.sleep(0.005)  # a function that takes its time
+        return web.Response(status=status)
+
+    function.behaviour = behaviour
+    gateway = await daemon(functions(function, "it", more="[queues.line]\nmax_inflight = 64\nadaptive = true"))
+    calls = await submit_many(gateway, "it", 500)
+    assert await finished(gateway, calls) == {"success": 500}
+    assert answers[200] == 500
+    assert answers[429] < 60
+    assert most_accepted == 5
+
+
+async def test_back_pressure_of_one_function_is_not_felt_by_another(daemon: StartDaemon, function: Server) -> None:
+    """An adaptive queue slows down calls of the function that said 429, and no others."""
+    gate = Gate()
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return web.Response(status=429) if seen.target == "/busy" else await gate(request, seen)
+
+    function.behaviour = behaviour
+    more = "[queues.line]\nmax_inflight = 8\nadaptive = true\n[functions.busy.retry]\nattempts = 1000"
+    gateway = await daemon(functions(function, "busy", "free", more=more))
+    await submit_many(gateway, "busy", 50)
+    gate.open()
+    calls = await submit_many(gateway, "free", 200)
+    assert await finished(gateway, calls) == {"success": 200}
+
+
 # ---- callbacks -------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,14 @@
-"""Fn Project's HTTP interface of 2017: its routes call functions, sync or async, and tell errors in its own form."""
+"""Fn Project's HTTP interface of 2017: the walk-through of its tutorial for async functions, and the rest of it."""
 
+import base64
 import json
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SECRET, Daemon, Reply, Server, StartDaemon, answer, ask
+from conftest import SECRET, Daemon, Gate, Reply, Server, StartDaemon, answer, ask, never, run
 
 
 @pytest.fixture
@@ -47,7 +50,21 @@ def assert_error(reply: Reply, status: int) -> str:
     return str(message)
 
 
-# ---- async functions -------------------------------------------------------------------------------------------
+# ---- the walk-through ------------------------------------------------------------------------------------------
+
+
+async def test_the_tutorial_works_with_curl(daemon: StartDaemon) -> None:
+    """Call it, keep the id, get the call, get its log: with a command as function, as a person would do it."""
+    code = "import sys; name = sys.stdin.read(); print('Hello', name); print('called for', name, file=sys.stderr)"
+    words = json.dumps([sys.executable, "-c", code])
+    gateway = await daemon(f'[functions.hello-async]\ncommand = {words}\ntype = "async"')
+    called = await run("curl", "-sS", "-d", "Johnny", f"{gateway.url}/r/myapp/hello-async")
+    call_id = json.loads(called.out)["call_id"]
+    await gateway.final(call_id)
+    got = await run("curl", "-sS", "-f", f"{gateway.url}/v1/apps/myapp/calls/{call_id}")
+    assert json.loads(got.out)["call"]["status"] == "success"
+    log = await run("curl", "-sS", "-f", f"{gateway.url}/v1/apps/myapp/calls/{call_id}/log")
+    assert sorted(json.loads(log.out)["log"]["log"].splitlines()) == ["Hello Johnny", "called for Johnny"]
 
 
 async def test_an_async_function_is_queued(gateway: Daemon, function: Server) -> None:
@@ -66,6 +83,76 @@ async def test_a_queued_call_is_taken_by_any_method(gateway: Daemon, function: S
         assert (reply.status, list(json.loads(reply.body))) == (202, ["call_id"])
         await function.wait_for(number)
     assert {request.method for request in function.requests} == {"POST"}
+
+
+async def test_a_call_can_be_got(gateway: Daemon) -> None:
+    """With exactly the fields that Fn has, and the three times in their order."""
+    call_id = await call(gateway)
+    await gateway.final(call_id)
+    document = await get(gateway, f"/v1/apps/myapp/calls/{call_id}")
+    assert set(document) == {"message", "call"}
+    assert document["message"]
+    found = document["call"]
+    times = [datetime.fromisoformat(found.pop(name)) for name in ("created_at", "started_at", "completed_at")]
+    assert found == {"id": call_id, "app_name": "myapp", "path": "/hello-async", "status": "success"}
+    assert times == sorted(times)
+    assert all(time.tzinfo is not None for time in times)
+
+
+async def test_the_status_is_told_in_fns_words(gateway: Daemon, function: Server) -> None:
+    """While the call runs, and for each of the ways in which it may end."""
+
+    async def status(call_id: str) -> str:
+        return str((await get(gateway, f"/v1/apps/myapp/calls/{call_id}"))["call"]["status"])
+
+    function.behaviour = gate = Gate()
+    good = await call(gateway)
+    await function.wait_for(1)
+    assert await status(good) == "running"
+    gate.open()
+    await gateway.final(good)
+    function.behaviour = answer(500)
+    bad = await call(gateway)
+    await gateway.final(bad)
+    function.behaviour = never
+    stopped = await call(gateway)
+    assert (await ask(gateway.url, f"/async-function/{stopped}", method="DELETE")).status == 202
+    assert [await status(call_id) for call_id in (good, bad, stopped)] == ["success", "error", "cancelled"]
+
+
+async def test_the_calls_of_an_app_are_listed(gateway: Daemon) -> None:
+    """The newest first, each as it is shown alone, and none of another app."""
+    calls = [await call(gateway) for _ in range(3)]
+    other = await call(gateway, "otherapp")
+    for call_id in (*calls, other):
+        await gateway.final(call_id)
+    document = await get(gateway, "/v1/apps/myapp/calls")
+    single = [(await get(gateway, f"/v1/apps/myapp/calls/{call_id}"))["call"] for call_id in calls]
+    assert document["calls"] == single[::-1]
+    assert document["message"]
+    assert [found["id"] for found in (await get(gateway, "/v1/apps/otherapp/calls"))["calls"]] == [other]
+
+
+async def test_the_log_of_a_call_can_be_got(gateway: Daemon, function: Server) -> None:
+    """What the function answered; what is not UTF-8 of it does not stand in the way of the rest."""
+    for body, shown in ((b"Hello Johnny!\n", "Hello Johnny!\n"), (b"<\xff\x00>", "<\ufffd\x00>")):
+        function.behaviour = answer(body=body)
+        call_id = await call(gateway)
+        await gateway.final(call_id)
+        document = await get(gateway, f"/v1/apps/myapp/calls/{call_id}/log")
+        assert set(document) == {"message", "log"}
+        assert document["log"] == {"call_id": call_id, "log": shown}
+
+
+async def test_an_app_survives_a_restart(gateway: Daemon) -> None:
+    """The label is part of the record."""
+    call_id = await call(gateway)
+    await gateway.final(call_id)
+    before = await get(gateway, "/v1/apps/myapp/calls")
+    await gateway.kill()
+    await gateway.start()
+    assert await get(gateway, "/v1/apps/myapp/calls") == before
+    assert len(before["calls"]) == 1
 
 
 async def test_a_call_by_fns_route_is_a_call_like_any_other(gateway: Daemon, function: Server, sink: Server) -> None:
@@ -130,11 +217,13 @@ async def test_only_the_calls_need_credentials(daemon: StartDaemon, function: Se
     (tmp_path / "password").write_text("secret\n")
     gateway = await daemon(
         f'[functions.hello-async]\nurl = "{function.url}"\ntype = "async"\n'
-        f'[functions.hello]\nurl = "{function.url}"\n'
         f'[auth]\nuser_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
     )
     call_id = await call(gateway)
-    assert (await ask(gateway.url, "/r/myapp/hello")).status == 200
+    header = "Authorization: Basic " + base64.b64encode(b"admin:secret").decode()
+    wrong = "Authorization: Basic " + base64.b64encode(b"admin:wrong").decode()
     for target in ("", f"/{call_id}", f"/{call_id}/log"):
-        reply = await ask(gateway.url, f"/v1/apps/myapp/calls{target}")
-        assert (reply.status, reply.headers["WWW-Authenticate"]) == (401, 'Basic realm="Restricted"')
+        for headers in ((), (wrong,)):
+            reply = await ask(gateway.url, f"/v1/apps/myapp/calls{target}", *headers)
+            assert (reply.status, reply.headers["WWW-Authenticate"]) == (401, 'Basic realm="Restricted"')
+        assert (await ask(gateway.url, f"/v1/apps/myapp/calls{target}", header)).status == 200

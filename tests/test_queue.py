@@ -222,7 +222,7 @@ def invocation(call_id: str | None = None, **changes: Any) -> Invocation:
     call = Invocation(
         id=own, call_id=call_id or own, function="figlet", namespace="openfaas-fn", queue=REQUESTS,
         start_time=round(now * 1e9), due_at=now, deadline_at=None, max_attempts=10, callback_url=None, failure_url=None,
-        idempotency_key=None, target="/a%2Fb?c=d", headers=pack_headers([(b"X-A", b"1")]), body=b"body",
+        idempotency_key=None, app=None, target="/a%2Fb?c=d", headers=pack_headers([(b"X-A", b"1")]), body=b"body",
     )  # fmt: skip
     return call._replace(**changes)
 
@@ -1891,6 +1891,21 @@ async def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         await SqliteStore(tmp_path, Settings()).queue().open(print, print, print)
     assert path.read_bytes()[100:] == content[100:]
     assert names_in(tmp_path) == ["calls.db"]
+
+
+async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_path: Path) -> None:
+    """Its calls go on, and the file as it was is kept beside it."""
+    await sqlite.enqueue("a")
+    await sqlite.queue.close()
+    with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
+        db.executescript("ALTER TABLE calls DROP COLUMN app; PRAGMA user_version = 1;")
+    await sqlite.open()
+    await sqlite.enqueue("b", app="mine")
+    assert await sqlite.claim() == ["a", "b"]
+    assert await sqlite.listed(app="mine") == ["b"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "calls.db.schema-1")) as db:
+        assert db.execute("SELECT call_id FROM calls").fetchall() == [("a",)]
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 async def test_calls_that_come_at_once_share_commits(sqlite: SqliteBench) -> None:
