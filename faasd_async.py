@@ -13,11 +13,10 @@ The promise
     (`interrupted`). A call's outcome and its pending callback are committed together before the callback is sent.
 
 Sections use only what stands above them. Plain frozen data crosses them. Who owns which task:
-    Daemon      one task per side job (housekeeping, watchdog)
+    Daemon      one task per side job (housekeeping, watchdog); one that fails stops the daemon, as a dispatcher does
     Consumer    its dispatcher, and one task per claimed call or callback; `stop()` awaits all of them
     aiohttp     one task per HTTP request; `runner.cleanup()` awaits them
     Writer      one thread, the only one that touches SQLite once it is open; `close()` joins it
-A side job or a dispatcher that fails stops the daemon in an orderly way.
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_bytes` sizes, `start_time` Unix time in nanoseconds.
 """
@@ -51,8 +50,9 @@ import threading
 import time
 import tomllib
 import weakref
+import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,7 +85,11 @@ MAX_STDERR_BYTES = 64 * KIB
 DEBUG_BODY_BYTES = 4 * KIB
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read before the function is called, above it is streamed
 MAX_RETRY_AFTER_S = 86_400.0  # a function may ask for patience, not for eternity
-RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves
+RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves; also while the provider is away
+LATER = {"Retry-After": str(RETRY_STORE_S)}
+PROVIDER_S = 10.0  # what a look-up at the provider may take
+SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
+MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 GROUP_COMMIT_MAX = 512  # operations that share one fsync
 BATCH = 500  # rows that one pruning or purging step takes before others get their turn
@@ -104,6 +108,7 @@ log = logging.getLogger("faasd_async")
 T = TypeVar("T")
 Tell = Callable[[T], None]
 Headers = tuple[tuple[bytes, bytes], ...]
+Reply = web.StreamResponse
 
 # --- Errors ---------------------------------------------------------------------------------------------------------
 # A function's 500 or timeout is an Outcome, not an exception.
@@ -131,6 +136,10 @@ class Refused(Exception):
     def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(text)
         self.status, self.text, self.headers = status, text, dict(headers or {})
+
+
+class ProviderAway(Refused):
+    """The provider can't be asked or reached. What waits for it goes on waiting."""
 
 
 # --- Configuration --------------------------------------------------------------------------------------------------
@@ -193,6 +202,7 @@ text = expect("a string", lambda value: need(value, isinstance(value, str) and v
 boolean = expect("true or false", lambda value: need(value, isinstance(value, bool)))
 _whole: Callable[[str], int] = lambda value: int(need(value, re.fullmatch("[0-9]{1,18}", value)))  # noqa: E731
 count = expect("a whole number from 1", lambda value: need(value, type(value) is int and 1 <= value <= 10**9))
+number = expect("a whole number from 1", lambda value: count(_whole(value)))  # as text
 duration = expect('a duration such as "10s", "5m30s" or "1h"', _seconds)
 positive = expect('a duration above zero, such as "10s"', lambda value: need(_seconds(value), _seconds(value) > 0))
 size = expect('a size such as "64KiB", "1MB" or a number of bytes', _bytes)
@@ -232,9 +242,7 @@ def key(parse: Callable[[Any], Any], default: Any = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayConfig:
-    """[gateway]: where to listen and what a request may take."""
-
+class GatewayConfig:  # [gateway]: where to listen and what a request may take
     listen: tuple[str, ...] = key(addresses, "127.0.0.1:8080")
     read_timeout: float = key(positive, "60s")
     write_timeout: float = key(positive, "60s")
@@ -245,31 +253,35 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuthConfig:
-    """[auth]: the user and the password, out of their files; without them nobody is asked."""
-
+class AuthConfig:  # [auth]: the user and the password, out of their files; without them nobody is asked
     user_file: bytes | None = key(_secret)
     password_file: bytes | None = key(_secret)
     invoke: bool = key(boolean, False)
 
     @functools.cached_property
-    def credentials(self) -> bytes | None:
-        """User, colon, password."""
-        return None if self.user_file is None else self.user_file + b":" + (self.password_file or b"")
+    def credentials(self: Login) -> bytes | None:
+        return self.user_file and self.user_file + b":" + (self.password_file or b"")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreConfig:
-    """[store]: where the queue lives."""
+class ProviderConfig:  # [provider]: faasd, where functions that are not in the file are looked up and called
+    url: yarl.URL | None = key(url)
+    user_file: bytes | None = key(_secret)
+    password_file: bytes | None = key(_secret)
+    cache: float = key(duration, "1s")
+    scale_from_zero: bool = key(boolean, True)
+    scale_timeout: float = key(positive, "60s")
+    credentials = AuthConfig.credentials
 
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:  # [store]: where the queue lives
     backend: str = key(one_of("sqlite"), "sqlite")
     path: str | None = key(text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueueConfig:
-    """[queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next."""
-
+class QueueConfig:  # [queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next
     max_inflight: int = key(count, 1)
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
@@ -279,9 +291,7 @@ class QueueConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
-    """[retry] and [functions.NAME.retry]: the defaults are those that OpenFaaS Pro documents."""
-
+class RetryPolicy:  # [retry] and [functions.NAME.retry]: the defaults are those that OpenFaaS Pro documents
     attempts: int = key(count, 10)
     codes: frozenset[int] = key(http_codes, [408, 429, 500, 502, 503, 504])
     min_wait: float = key(duration, "10s")
@@ -290,9 +300,7 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallbackConfig:
-    """[callback]: how outcomes are delivered, and where to."""
-
+class CallbackConfig:  # [callback]: how outcomes are delivered, and where to
     timeout: float = key(positive, "30s")
     attempts: int = key(count, 10)
     min_wait: float = key(duration, "5s")
@@ -300,9 +308,7 @@ class CallbackConfig:
     max_inflight: int = key(count, 16)
     allow: tuple[str, ...] = key(patterns, [])
     deny: tuple[str, ...] = key(patterns, [])
-    gateway_hosts: tuple[str, ...] = key(
-        patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"]
-    )
+    gateway_hosts: Sequence[str] = key(patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"])
     signing_secret_file: bytes | None = key(_secret)
     tls_ca_file: str | None = key(text)
     # Not keys, but as in RetryPolicy: any other answer than these and 2xx is final.
@@ -311,17 +317,13 @@ class CallbackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallsConfig:
-    """[calls]: how long a final record is kept, and how much of its output."""
-
+class CallsConfig:  # [calls]: how long a final record is kept, and how much of its output
     keep: float = key(positive, "24h")
     keep_output: int = key(size, "64KiB")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """[log]: what goes to standard error."""
-
+class LogConfig:  # [log]: what goes to standard error
     level: str = key(one_of("debug", "info", "warning", "error"), "info")
     format: str = key(one_of("text", "json"), "text")
     write_debug: bool = key(boolean, False)
@@ -343,10 +345,8 @@ class Function:
     labels: Mapping[str, str] = key(string_table, {})
     env: Mapping[str, str] = key(string_table, {})
     retry: RetryPolicy = key(table, {})  # as it stands in the file until `read_function` has laid it over the others
-
-    @functools.cached_property
-    def key(self) -> str:
-        return f"{self.name}.{self.namespace}"
+    replicas: int | None = None  # that the provider has of it; None: it is not the provider's
+    key = functools.cached_property(lambda self: f"{self.name}.{self.namespace}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +355,7 @@ class Config:
 
     gateway: GatewayConfig = GatewayConfig()
     auth: AuthConfig = AuthConfig()
+    provider: ProviderConfig = ProviderConfig()
     store: StoreConfig = StoreConfig()
     retry: RetryPolicy = RetryPolicy()
     callback: CallbackConfig = CallbackConfig()
@@ -372,10 +373,12 @@ class Config:
         return self.queues.get(name) or QueueConfig()
 
 
+Login = AuthConfig | ProviderConfig
+Settings = Callable[[], Config]  # as they stand now: a reload changes them
 Policy = RetryPolicy | CallbackConfig  # when what failed is tried again
 # What is wrong with a table whose keys are right by themselves.
 CONFLICTS: tuple[tuple[Any, Callable[[Any], object], str], ...] = (
-    (AuthConfig, lambda t: bool(t.user_file) != bool(t.password_file), "user_file and password_file go together"),
+    (Login, lambda t: bool(t.user_file) != bool(t.password_file), "user_file needs password_file"),
     (AuthConfig, lambda t: t.invoke and t.user_file is None, "invoke needs user_file and password_file"),
     (Policy, lambda t: t.min_wait > t.max_wait, "min_wait is longer than max_wait"),
     (Function, lambda t: (t.url is None) == (t.command is None), "set either url or command"),
@@ -389,51 +392,54 @@ def read_table(base: Any, raw: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(raw, dict):
         problems.append(f"{where}: expected a table")
         return base
-    keys = [item for item in fields(base) if item.metadata or is_dataclass(item.default)]
-    known = {item.name: item.metadata.get("parse") for item in keys}
+    known = {f.name: f.metadata.get("parse") for f in fields(base) if f.metadata or is_dataclass(f.default)}
     values, found = dict[str, Any](), len(problems)
     for name, value in raw.items():
         place = f"{where}.{name}" if where else name
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, known, 1))
             problems.append(f"{place}: unknown {'key' if where else 'table'}{hint}")
-        elif (parse := known[name]) is None:
-            values[name] = read_table(getattr(base, name), value, place, problems)
-        else:
-            try:
-                values[name] = parse(value)
-            except ValueError as exc:
-                problems.append(f"{place}: {exc}")
+            continue
+        try:
+            parse = known[name]
+            values[name] = parse(value) if parse else read_table(getattr(base, name), value, place, problems)
+        except ValueError as exc:
+            problems.append(f"{place}: {exc}")
     made = replace(base, **values)
     if len(problems) == found:
         problems += [f"{where}: {text}" for cls, wrong, text in CONFLICTS if isinstance(made, cls) and wrong(made)]
     return made
 
 
-def annotated_policy(annotations: Mapping[str, str], base: RetryPolicy, where: str) -> RetryPolicy:
-    """The policy with `com.openfaas.retry.*` annotations laid over it. An invalid value keeps the default."""
-    values: dict[str, Any] = {}
-    readers: dict[str, Callable[[str], Any]] = {"attempts": lambda value: count(_whole(value))}
-    readers["codes"] = lambda value: http_codes([_whole(code.strip()) for code in value.split(",")])
-    for name, read in {**readers, "min_wait": duration, "max_wait": duration}.items():
-        value = annotations.get(f"com.openfaas.retry.{name}")
+ANNOTATIONS: Mapping[str, Callable[[str], Any]] = {
+    "queue": expect("a queue's name", lambda value: need(value, _NAME.fullmatch(value))),
+    "retry.codes": lambda value: http_codes([_whole(code.strip()) for code in value.split(",")]),
+    **dict.fromkeys(("max_inflight", "retry.attempts"), number),
+    **dict.fromkeys(("retry.min_wait", "retry.max_wait"), duration),
+}
+warn_once = functools.cache(log.warning)  # of what is looked at again and again
+
+
+def annotated(function: Function, retry: RetryPolicy) -> Function:
+    """The function with its annotations laid over `retry` and under its own keys; invalid ones give one warning."""
+    values: dict[str, Any] = {"queue": DEFAULT_QUEUE}
+    for name, read in ANNOTATIONS.items():
         try:
-            if value is not None:
+            if (value := function.annotations.get(f"com.openfaas.{name}")) is not None:
                 values[name] = read(value)
         except ValueError as exc:
-            log.warning("%s: annotation com.openfaas.retry.%s ignored: %s", where, name, exc)
-    return replace(base, **values)
+            warn_once(f"functions.{function.name}: annotation com.openfaas.{name} = {value!r} ignored: {exc}")
+    waits = {name[6:]: values.pop(name) for name in list(values) if name.startswith("retry.")}
+    keys = {name: getattr(function, name) or value for name, value in values.items()}
+    return replace(function, retry=replace(retry, **waits), **keys)
 
 
 def read_function(name: str, raw: Any, config: Config, problems: list[str]) -> Function:
     """A function from its table. Its retry policy lies over that of its annotations, which lies over [retry]."""
     where = f"functions.{name}"
-    function: Function = read_table(Function(name=name, namespace=config.gateway.namespace), raw, where, problems)
-    policy = annotated_policy(function.annotations, config.retry, where)
-    policy = read_table(policy, function.retry, f"{where}.retry", problems)
-    queue = function.queue or function.annotations.get("com.openfaas.queue") or DEFAULT_QUEUE
-    return replace(function, retry=policy, queue=queue)
+    given: Function = read_table(Function(name=name, namespace=config.gateway.namespace), raw, where, problems)
+    function = annotated(given, config.retry)
+    return replace(function, retry=read_table(function.retry, given.retry, f"{where}.retry", problems))
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -458,12 +464,9 @@ def load_config(path: str | None) -> Config:
     """Read and check a TOML file (None: all defaults). Raises ConfigError; each line starts with the file's name."""
     try:
         return parse_config({} if path is None else tomllib.loads(Path(path).read_text("utf-8")))
-    except OSError as exc:
-        raise ConfigError([f"{path}: {exc.strerror}"]) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError([f"{path}: not valid TOML: {exc}"]) from exc
-    except ConfigError as exc:
-        raise ConfigError([f"{path}: {problem}" for problem in exc.problems]) from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as exc:
+        reason = getattr(exc, "strerror", f"not valid TOML: {exc}")
+        raise ConfigError([f"{path}: {problem}" for problem in getattr(exc, "problems", [reason])]) from None
 
 
 def store_path(config: Config) -> Path:
@@ -584,8 +587,7 @@ def pack_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 def unpack_headers(blob: bytes | None) -> Headers:
     """The inverse of `pack_headers`."""
-    parts = [line.partition(b": ") for line in (blob or b"").split(b"\n")[:-1]]
-    return tuple([(name, value) for name, _, value in parts])
+    return tuple(re.findall(rb"([^:]*): (.*)\n", blob or b""))
 
 
 def rfc3339(at: float | None) -> str | None:
@@ -608,26 +610,23 @@ def backoff_s(policy: Policy, attempt: int, rng: random.Random) -> float:
 
 def retry_after_s(value: str | None, now: float) -> float | None:
     """Seconds that a Retry-After header asks for, in either form of RFC 9110 10.2.3; None where it says nothing."""
-    if value is None:
-        return None
+    value = value or ""
     if re.fullmatch(r"\s*[0-9]{1,12}\s*", value):
         return min(float(value), MAX_RETRY_AFTER_S)
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         at = email.utils.parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp()  # RFC 9110 5.6.7: always in GMT
         return min(max(0.0, at - now), MAX_RETRY_AFTER_S)
-    except (ValueError, OverflowError):
-        return None
+    return None
 
 
-def decide(
-    outcome: Outcome, attempt: int, max_attempts: int, policy: Policy, now: float, rng: random.Random
-) -> Verdict:
-    """What follows from the outcome of attempt number `attempt`. A failure whose status is one of `policy.codes` is
-    tried again until `max_attempts` are used up; a refused connection counts as 502, a timeout as 504. Retry-After on
-    429 and 503 replaces the wait, never below min_wait."""
+def decide(outcome: Outcome, attempt: int, most: int, policy: Policy, now: float, rng: random.Random) -> Verdict:
+    """What follows from the outcome of attempt number `attempt`. A failure whose status is one of `policy.codes`, or
+    which OpenFaaS's own parts answered, is tried again until `most` attempts are used up; a refused connection counts
+    as 502, a timeout as 504. Retry-After on 429 and 503 replaces the wait, never below min_wait."""
     if outcome.ok:
         return Verdict("success")
-    if outcome.status not in policy.codes or attempt >= max_attempts:
+    internal = outcome.header(b"x-openfaas-internal") is not None  # not the function's answer, but OpenFaaS's own
+    if not (internal or outcome.status in policy.codes) or attempt >= most:
         return Verdict("timeout" if outcome.status == 504 and not outcome.answered else "error")
     asked = retry_after_s(outcome.header(b"retry-after"), now) if outcome.status in (429, 503) else None
     return Verdict("queued", backoff_s(policy, attempt, rng) if asked is None else max(asked, policy.min_wait))
@@ -670,9 +669,8 @@ def _listed(names: Iterable[str], listed: Sequence[str]) -> bool:
 
 @functools.lru_cache(1024)
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
-    """Whether a callback may go to this host name, at this address once that is known. Link-local addresses, where
-    clouds keep their metadata, have to be allowed by address. With `allow`, what it does not list is denied; before a
-    name is resolved, a list of networks can't deny it yet."""
+    """Whether a callback may go to this host, at this address once that is known: a list of networks can't deny a name
+    before. With `allow`, nothing else; link-local addresses (cloud metadata) only if `allow` has the address."""
     names, literal = [host.lower().rstrip(".")], None
     with contextlib.suppress(ValueError):
         literal = ipaddress.ip_address((address or host).partition("%")[0])
@@ -684,6 +682,12 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
         return _listed(names[1:], config.allow)
     undecided = literal is None and any(re.search(r"/|:|^[0-9.]+$", pattern) for pattern in config.allow)
     return not config.allow or undecided or _listed(names, config.allow)
+
+
+def via(target: str) -> str:
+    """A Via header (RFC 9110 7.6.3) for what goes to the provider. For a function without replicas faasd calls port
+    8080 of its own host, with this path: that is how a gateway there recognizes its own request."""
+    return f"1.1 faasd-async-{zlib.crc32(target.lstrip('/').encode('utf-8', 'surrogateescape')):08x}"
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -723,14 +727,13 @@ class LogFormatter(logging.Formatter):
         if self._json:
             line = {"time": rfc3339(record.created), "level": record.levelname.lower(), "message": message, **given}
             return json.dumps(line, ensure_ascii=False, default=str)
-        shown = [f"{name}={_quoted(value)}" for name, value in given.items() if value is not None]
+        shown = [f"{name}={self._quoted(value)}" for name, value in given.items() if value is not None]
         head = f"<{self.PRIORITY[record.levelname]}>" if self._journal else f"{rfc3339(record.created)} "
         return head + " ".join([record.levelname, message, *shown])
 
-
-def _quoted(value: object) -> str:
-    shown = f"{value:.6f}" if isinstance(value, float) else str(value)
-    return shown if re.fullmatch(r"[^\s\"=]+", shown) else json.dumps(shown)
+    def _quoted(self, value: object) -> str:
+        shown = f"{value:.6f}" if isinstance(value, float) else str(value)
+        return shown if re.fullmatch(r"[^\s\"=]+", shown) else json.dumps(shown)
 
 
 def setup_logging(config: LogConfig) -> None:
@@ -783,11 +786,13 @@ class Metrics:
         self.calls = metric(counter, "faasd_async_calls", "Calls that reached a final state.", "status")
         self.callbacks = metric(counter, "faasd_async_callbacks", "Callbacks that reached a final state.", "status")
         self.commits = metric(histogram, "faasd_async_commit_seconds", "What durable commits took.", buckets=commits_s)
+        self.invocations = Counter[str]()  # as `started`, for OpenFaaS's REST API
 
     @contextlib.contextmanager
     def counted(self, function: str) -> Iterator[list[int]]:
         """Count a function call that runs in this block, which puts the status into the list."""
         self.started(function).inc()
+        self.invocations[function] += 1
         started, status = time.perf_counter(), [499]  # 499: nginx's code for a caller that went away
         try:
             yield status
@@ -844,12 +849,8 @@ class Queue(Protocol):
         """Up to `limit` due items, charged with an attempt, at most `room[lane]` of a lane (`room[""]` of one without
         an entry). When it returns fewer, `wake` tells when to ask again, but not when `room` is the reason."""
 
-    def extend(self, work: Claim) -> Awaitable[None]:
-        """Renew the lease of work that still runs."""
-
     def complete(self, work: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
-        """Make the call (or its callback: "delivered", "failed") final. False when it is not this claim's any more:
-        it was cancelled meanwhile, and nothing was changed."""
+        """Make the call (or its callback: "delivered", "failed") final. False, and nothing done: it was cancelled."""
 
     def retry(self, work: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:
         """Queue it again, due in `delay_s`. With `outcome` the attempt stays charged and the record shows why; without,
@@ -895,10 +896,9 @@ class Queue(Protocol):
 
 
 class Lanes:
-    """Which lane of one queue is served next, in O(log lanes) whatever the backlog. A lane waits in `later`, ordered
-    by the due time of its first call, and is served from there (not fair) or, once due, gets its turn in `ready`
-    (fair). Only counts and one time per lane are in memory, the calls are on disk. A lane's time is a lower bound:
-    whoever finds nothing due puts the lane back with the true one."""
+    """Which lane of one queue is served next, in O(log lanes) whatever the backlog. A lane waits in `later` until the
+    first of its calls is due, and then gets its turn in `ready` (fair) or is served from there (not fair). Calls are
+    on disk; a lane's time here is a lower bound: whoever finds nothing due puts the lane back with the true one."""
 
     def __init__(self) -> None:
         self.waiting: Counter[str] = Counter()
@@ -922,8 +922,7 @@ class Lanes:
     def remove(self, lane: str, number: int) -> int:
         """Count calls out; how many are left."""
         self.total -= number
-        self.waiting[lane] -= number
-        left = self.waiting[lane]
+        left = self.waiting[lane] = self.waiting[lane] - number
         if left <= 0:
             del self.waiting[lane]
             self._due.pop(lane, None)
@@ -968,8 +967,7 @@ CREATE TABLE calls (
     callback_url TEXT, failure_url TEXT,
     callback_status TEXT NOT NULL DEFAULT 'none', callback_attempts INTEGER NOT NULL DEFAULT 0,
     callback_http_status INTEGER, callback_error TEXT,
-    idempotency_key TEXT, digest BLOB,
-    app TEXT
+    idempotency_key TEXT, digest BLOB, app TEXT
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -986,13 +984,8 @@ class SqliteFile:
     """The connection, and what is derived from the file in memory. Once open, used by the writer's thread only. The
     steps below change both inside a transaction; when that fails, `rebuild` derives the memory's part anew."""
 
-    def __init__(self, path: Path, settings: Callable[[], Config]) -> None:
+    def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
-        self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
-        self.paused: set[str] = set()
-        self.seq = 0
-        self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
-        self.deadline_at = self.expire_at = float("inf")  # the earliest deadline, and when to end calls for it
         self.news: list[tuple[str, Any]] = []  # what to tell whom (see Queue.open) after the commit
 
     def open(self) -> None:
@@ -1024,20 +1017,20 @@ class SqliteFile:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StoreError(f"{self.path}: written by a newer version (schema {version}): update this program")
-            if 0 < version < SCHEMA_VERSION:
+            steps = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
+            if version and steps:
                 copy = self.path.with_name(f"{self.path.name}.schema-{version}")
                 copy.unlink(missing_ok=True)
                 db.execute("VACUUM INTO ?", (str(copy),))
-                log.warning(
-                    "%s: schema %d becomes %d; as it was, it is in %s", self.path, version, SCHEMA_VERSION, copy
-                )
-            if (
-                script := "".join(MIGRATIONS[old] for old in range(version, SCHEMA_VERSION) if old)
-                if version
-                else SCHEMA
-            ):
-                db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            self._recover()
+                log.warning("%s: schema %d becomes %d; the old file is %s", self.path, version, SCHEMA_VERSION, copy)
+            if steps:
+                db.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            # What was claimed is interrupted, and goes first.
+            sql = """UPDATE calls SET due_at = min(?, start_time / 1e9), status = iif(status = 'running', 'queued',
+                status), interrupted = interrupted + (work <> ?) WHERE work IS NOT NULL AND due_at IS NULL"""
+            if number := db.execute(sql, (time.time(), CALLBACKS)).rowcount:
+                log.warning("%d interrupted attempts of the previous process are queued again", number)
+            self.rebuild()
         except BaseException:
             db.close()
             raise
@@ -1050,30 +1043,22 @@ class SqliteFile:
                 self.path.with_name(self.path.name + suffix).rename(self.path.with_name(aside + suffix))
         log.error("%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside)
 
-    def _recover(self) -> None:
-        sql = """UPDATE calls SET due_at = min(?, start_time / 1e9), status = iif(status = 'running', 'queued', status),
-            interrupted = interrupted + (work <> ?) WHERE work IS NOT NULL AND due_at IS NULL"""  # they go first
-        if number := self.db.execute(sql, (time.time(), CALLBACKS)).rowcount:
-            log.warning("%d interrupted attempts of the previous process are queued again", number)
-        self.rebuild()
-
     def rebuild(self) -> None:
         """Derive what is in memory from the file."""
-        self.wake_at.clear()
-        self.lanes.clear()
+        self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
+        self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
         sql = "SELECT work, lane, min(due_at), count(due_at) FROM calls WHERE work IS NOT NULL GROUP BY work, lane"
         for row in self.db.execute(sql).fetchall():
             if row[3]:
                 self.add(*row)
-        (self.seq,) = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
+        self.seq: int = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
         self.find_deadline()
 
     def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
         """Count calls that wait, and have their queue told when they are due."""
         self.lanes[work].add(lane, due_at, number)
-        if due_at < self.wake_at.get(work, float("inf")):
-            self.wake_at[work] = due_at
+        self.wake_at[work] = min(due_at, self.wake_at.get(work, due_at))
 
     def head(self, work: str, lane: str) -> float:
         """When the first waiting call of a lane is due."""
@@ -1081,7 +1066,7 @@ class SqliteFile:
         return float(self.db.execute(sql, (work, lane)).fetchone()[0])
 
     def find_deadline(self) -> None:
-        """Look up the next deadline, and have it watched."""
+        """Look up the earliest deadline, and when to end calls for it."""
         (at,) = self.db.execute("SELECT min(deadline_at) FROM calls WHERE deadline_at IS NOT NULL").fetchone()
         self.deadline_at = self.expire_at = float("inf") if at is None else at
 
@@ -1094,9 +1079,13 @@ class SqliteFile:
         else:
             self.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
 
+    def cut_output(self, seq: int) -> None:
+        """Once the callback needs an answer no more, its beginning will do."""
+        sql = "UPDATE outputs SET headers = NULL, body = substr(body, 1, :n) WHERE seq = :seq AND length(body) > :n"
+        self.db.execute(sql, {"n": self.settings().calls.keep_output, "seq": seq})
+
 
 TAKEN = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
-STORED = "SELECT 1 FROM calls WHERE id = ?"
 INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
     max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest, app)
     VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
@@ -1112,8 +1101,8 @@ def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
             same = taken[1] == digest
             return str(taken[0]) if same else Refused(422, "Idempotency-Key: this key came before with another body")
     full = file.lanes[queue].total >= file.settings().queue(queue).max_pending
-    if full and not db.execute(STORED, (call.id,)).fetchone():
-        return Refused(429, f"queue {queue} is full, try again later", {"Retry-After": str(RETRY_STORE_S)})
+    if full and not db.execute("SELECT 1 FROM calls WHERE id = ?", (call.id,)).fetchone():
+        return Refused(429, f"queue {queue} is full, try again later", LATER)
     own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
     row = (file.seq + 1, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
         call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
@@ -1159,11 +1148,10 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
         file.db.executemany(MARK, [(now, row[0]) for row in found])
         claims += [Claim(*row) for row in found]
         left[lane] = free - len(found)
-        if lanes.remove(lane, len(found)) == 0:
-            continue
-        if left[lane] <= 0:
+        rest = lanes.remove(lane, len(found))
+        if rest and left[lane] <= 0:
             held.append(lane)
-        else:
+        elif rest:
             lanes.put(lane, now if fair and len(found) == share else file.head(work, lane))
     next_at = lanes.next_at()
     file.wake_at[work] = next_at if next_at > now else float("inf")
@@ -1199,7 +1187,7 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
         row = (status, outcome.status if outcome.answered else None, outcome.error, work.token, work.fence)
         if file.db.execute(DELIVERED, row).rowcount == 0:
             return False
-        cut_output(file, work.token)
+        file.cut_output(work.token)
         return True
     ended = Ended(work.call_id, work.function, status, work.attempt, outcome.duration_s, outcome.status, outcome.error)
     target = callback_target(status, work.callback_url, work.failure_url)
@@ -1209,12 +1197,6 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
     if status == "success" and len(work.body) > file.settings().calls.keep_output:
         file.db.execute("DELETE FROM requests WHERE seq = ?", (work.token,))
     return True
-
-
-def cut_output(file: SqliteFile, seq: int) -> None:
-    """Once the callback needs an answer no more, its beginning will do."""
-    sql = "UPDATE outputs SET headers = NULL, body = substr(body, 1, :n) WHERE seq = :seq AND length(body) > :n"
-    file.db.execute(sql, {"n": file.settings().calls.keep_output, "seq": seq})
 
 
 RETRY = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
@@ -1297,15 +1279,13 @@ def sql_purge(file: SqliteFile, queue: str) -> int:
 
 def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
     """Take away what is to be done; claimed work is stopped after the commit."""
-    done = "work = NULL, lane = NULL, due_at = NULL, deadline_at = NULL WHERE seq = ?"
+    end = "work = NULL, lane = NULL, due_at = NULL, deadline_at = NULL WHERE seq = ?"
     for seq, call_id, function, attempts, status, work, lane, due_at in rows:
         if status in FINAL:  # only its callback was left
-            file.db.execute(
-                "UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', " + done, (seq,)
-            )
-            cut_output(file, seq)
+            file.db.execute(f"UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', {end}", (seq,))
+            file.cut_output(seq)
         else:
-            file.db.execute("UPDATE calls SET status = 'cancelled', completed_at = ?, " + done, (time.time(), seq))
+            file.db.execute(f"UPDATE calls SET status = 'cancelled', completed_at = ?, {end}", (time.time(), seq))
             file.news.append(("final", Ended(call_id, function, "cancelled", attempts)))
         if due_at is None:
             file.news.append(("stop", seq))
@@ -1386,16 +1366,16 @@ def sql_prune(file: SqliteFile) -> int:
 Entry = tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]  # a step, its arguments, and who waits
 
 
-def in_transaction(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that has the writer run this step in its next transaction."""
-    return lambda queue, *arguments: queue.submit(step, *arguments)
+def in_transaction(*steps: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Methods that have the writer run one of these steps in its next transaction."""
+    return [lambda queue, *arguments, step=step: queue.submit(step, *arguments) for step in steps]
 
 
 class SqliteQueue:
     """The embedded queue. One thread owns the connection; all that arrives during one fsync shares the next (group
     commit). Between transactions it waits for the time at which a call becomes due or its deadline passes."""
 
-    def __init__(self, path: Path, settings: Callable[[], Config], metrics: Metrics) -> None:
+    def __init__(self, path: Path, settings: Settings, metrics: Metrics) -> None:
         self._file = SqliteFile(path, settings)
         self._observe = metrics.commits.observe
         self._outbox: list[Entry] = []  # submitted since the loop's last round
@@ -1419,20 +1399,9 @@ class SqliteQueue:
         self._inbox.put([])  # the writer may wait for something
         await asyncio.to_thread(self._thread.join)
 
-    enqueue = in_transaction(sql_enqueue)
-    claim = in_transaction(sql_claim)
-    complete = in_transaction(sql_complete)
-    retry = in_transaction(sql_retry)
-    lookup = in_transaction(sql_lookup)
-    output = in_transaction(sql_output)
-    cancel = in_transaction(sql_cancel)
-    redrive = in_transaction(sql_redrive)
-    pause = in_transaction(sql_pause)
-    stats = in_transaction(sql_stats)
-    prune = in_transaction(sql_prune)
-
-    async def extend(self, work: Claim) -> None:
-        """One process owns the file, and so its claims: there is no lease to renew."""
+    enqueue, claim, complete, retry = in_transaction(sql_enqueue, sql_claim, sql_complete, sql_retry)
+    lookup, output, cancel, redrive = in_transaction(sql_lookup, sql_output, sql_cancel, sql_redrive)
+    pause, stats, prune = in_transaction(sql_pause, sql_stats, sql_prune)
 
     async def records(self, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
         found: list[dict[str, Any]] = []
@@ -1496,8 +1465,7 @@ class SqliteQueue:
 
     def _commit(self, batch: list[Entry]) -> None:
         """One transaction. When it fails, its parts are tried alone, so that none takes the others down."""
-        file, started = self._file, time.perf_counter()
-        changes = file.db.total_changes
+        file, started, changes = self._file, time.perf_counter(), self._file.db.total_changes
         try:
             file.db.execute("BEGIN IMMEDIATE")
             results = [(future, step(file, *arguments)) for step, arguments, future in batch]
@@ -1545,10 +1513,7 @@ class SqliteQueue:
             self._told[kind](what)
         for future, answer in results:
             if not future.done():
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
+                (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
 
 
 # --- Functions (HTTP, command) and callbacks ------------------------------------------------------------------------
@@ -1564,29 +1529,34 @@ class Ask(NamedTuple):
 
 
 CONTENT_LENGTH = frozenset((b"content-length",))
-CLIENT_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")  # aiohttp shall not add its own
 # systemd's, which are for us and not for commands
 OWN_VARIABLES = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
 
 
 def client_session(connector: Callable[..., aiohttp.BaseConnector], **options: Any) -> aiohttp.ClientSession:
     """A client that passes things on as they are: no cookies, no decompression, no headers or limits of its own."""
-    return aiohttp.ClientSession(
-        connector=connector(limit=0, keepalive_timeout=POOL_IDLE_S, **options), cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False, skip_auto_headers=CLIENT_HEADERS, timeout=aiohttp.ClientTimeout(),
-        max_line_size=MAX_HEADER_BYTES, max_field_size=MAX_HEADER_BYTES,
+    session = aiohttp.ClientSession(
+        connector=connector(**{"limit": 0, "keepalive_timeout": POOL_IDLE_S, **options}), auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(), max_line_size=MAX_HEADER_BYTES,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"), max_field_size=MAX_HEADER_BYTES,
     )  # fmt: skip
+    session._retry_connection = False  # or a GET that is broken off would make two calls of the function
+    return session
 
 
+Reader = asyncio.StreamReader | aiohttp.StreamReader
 NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
 
 
-def failure(exc: BaseException, who: str, started: float = 0.0) -> Outcome:
-    """The outcome of a call that gave no answer: 502 or 504 and one line. `started` is a time.perf_counter()."""
+def failure(exc: BaseException, who: str, started: float = 0.0, function: Function | None = None) -> Outcome:
+    """The outcome of a call that gave no answer: 502 or 504 and one line. `started` is a time.perf_counter(). Raises
+    ProviderAway where a function's provider could not be reached."""
     spent, status = time.perf_counter() - started, 502
     if isinstance(exc, aiohttp.ClientConnectorError):
         number = getattr(exc.os_error, "errno", None)
         reason = f"can't be reached: {os.strerror(number) if number and number > 0 else exc.os_error}"
+        if function and function.replicas is not None:
+            raise ProviderAway(503, f"the provider {reason}", LATER)
     elif isinstance(exc, TimeoutError):
         reason, status = "did not answer in time", 504
     elif isinstance(exc, aiohttp.ClientResponseError):
@@ -1598,11 +1568,8 @@ def failure(exc: BaseException, who: str, started: float = 0.0) -> Outcome:
     return Outcome(status, False, spent, error=f"{who} {reason}", answered=False)
 
 
-async def read_capped(
-    content: asyncio.StreamReader | aiohttp.StreamReader, keep: int, whole: bool = False
-) -> tuple[bytes, int]:
-    """Read to the end, keeping the first `keep` bytes: what was kept, and the whole size. With `whole`, a byte too
-    many raises OSError."""
+async def read_capped(content: Reader, keep: int, whole: bool = False) -> tuple[bytes, int]:
+    """Read to the end: the first `keep` bytes, and the whole size. With `whole`, a byte too many raises OSError."""
     parts, length = [], 0
     while chunk := await content.read(256 * KIB):
         if length < keep:
@@ -1614,27 +1581,29 @@ async def read_capped(
 
 
 class Slots:
-    """Calls in flight by function, sync and queued together, against max_inflight, and against what `adaptive` queues
-    have found out about a function from its 429 answers."""
+    """Calls in flight by function, sync and queued, against max_inflight and what `adaptive` queues learn from 429s."""
 
-    def __init__(self, settings: Callable[[], Config]) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings, self._running = settings, Counter[str]()
+        self.provided: dict[str, int | None] = {}  # max_inflight of the provider's functions
+        self._resting: dict[str, float] = {}  # functions that get no calls until then (monotonic)
         self._learned: dict[str, tuple[float, float]] = {}  # calls it takes at once; when it last took less (monotonic)
         self._freed = asyncio.Event()
-        self.freed: Callable[[], None] = lambda: None  # told when a function that was full has room again
+        self.freed: Callable[[], object] = lambda: None  # told when a function that was full has room again
 
     def room(self, adaptive: bool) -> dict[str, int]:
         """How many more calls the functions that have a limit can take; "": those that have none."""
-        limits = dict(self._settings().limits)
+        limits = {name: limit for name, limit in self.provided.items() if limit is not None}
+        limits |= self._settings().limits
+        limits |= {name: 0 for name, until in self._resting.items() if until > time.monotonic()}
         for name, (learned, _) in self._learned.items() if adaptive else ():
             limits[name] = min(limits.get(name, 1 << 30), int(learned))
         room = {name: max(0, limit - self._running[name]) for name, limit in limits.items()}
         return {**room, "": 1} if adaptive else room
 
     def learn(self, name: str, status: int, started: float) -> None:
-        """Additive increase, multiplicative decrease (Chiu and Jain, 1989): one call more for each answer until the
-        first 429, then one more for four rounds of answers, so that 429s stay rare. A 429 halves the number, once for
-        all calls that `started` (monotonic) before."""
+        """Additive increase, multiplicative decrease (Chiu and Jain, 1989): a call more for each answer until the first
+        429, then for 4 rounds of answers. A 429 halves the number, once for all that `started` (monotonic) before."""
         limit, lowered_at = self._learned.get(name, (1.0, 0.0))
         if status != 429:
             self._learned[name] = limit + (0.25 / limit if lowered_at else 1.0), lowered_at
@@ -1642,8 +1611,13 @@ class Slots:
             self._learned[name] = max(1.0, limit / 2), time.monotonic()
         self.freed()
 
+    def rest(self, name: str) -> None:
+        """Give a function no calls for RETRY_STORE_S."""
+        self._resting[name] = time.monotonic() + RETRY_STORE_S
+        asyncio.get_running_loop().call_later(RETRY_STORE_S + 0.01, self.freed)
+
     def full(self, name: str) -> bool:
-        limit = self._settings().limits.get(name)
+        limit = self._settings().limits.get(name) or self.provided.get(name)
         return limit is not None and self._running[name] >= limit
 
     async def wait(self, name: str) -> None:
@@ -1667,46 +1641,140 @@ class Slots:
 
 
 class Functions:
-    """Finds functions and calls them."""
+    """Finds functions, in the configuration and then at the provider; wakes and calls them."""
 
-    def __init__(self, settings: Callable[[], Config]) -> None:
-        self._settings = settings
-        self.slots = Slots(settings)
+    UNSEEN = (0, 0.0, None)
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self.slots = settings, Slots(settings)
+        self.changes = 0  # made at the provider: what was looked up before is looked up again
+        # What the provider said last, by key: after which change, until when that is fresh (monotonic), the function.
+        # It is kept for longer, so that calls can be queued while the provider is away.
+        self._seen: dict[str, tuple[int, float, Function | None]] = {}
+        self._asking: dict[str, asyncio.Task[Any]] = {}  # look-ups and scale-ups under way, for others to join
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
         self._session = await stack.enter_async_context(client_session(aiohttp.TCPConnector))
+        # faasd closes connections that idle; a call that finds one closed may not be sent twice. So none is kept.
+        self._fresh = await stack.enter_async_context(client_session(aiohttp.TCPConnector, keepalive_timeout=0))
 
-    def find(self, name: str, namespace: str = "") -> Function | None:
-        """The function of this name; "NAME.NAMESPACE" as one word will do."""
-        config = self._settings()
-        name, _, suffix = name.partition(".")
-        if (suffix or namespace or config.gateway.namespace) != config.gateway.namespace:
+    def known(self, name: str) -> Function | None:
+        """The function NAME[.NAMESPACE] as the configuration has it, or as the provider had it last."""
+        config, (name, _, namespace) = self._settings(), name.partition(".")
+        own = config.functions.get(name) if namespace in ("", config.gateway.namespace) else None
+        return own or self._seen.get(f"{name}.{namespace or config.gateway.namespace}", self.UNSEEN)[2]
+
+    async def find(self, name: str, stale: bool = False) -> Function | None:
+        """The same as it is now; with `stale`, as it was known if the provider is away. Raises ProviderAway."""
+        config, function = self._settings(), self.known(name)
+        if config.provider.url is None or (function and function.replicas is None):
+            return function
+        key = name if "." in name else f"{name}.{config.gateway.namespace}"
+        change, fresh_until, _ = self._seen.get(key, self.UNSEEN)
+        if change == self.changes and time.monotonic() < fresh_until:
+            return function
+        if not all(map(_NAME.fullmatch, key.split(".", 1))):
             return None
-        return config.functions.get(name)
+        try:
+            function = await self._join(f"{key} {self.changes}", self._look_up, key)
+        except ProviderAway:
+            if not (stale and function):
+                raise
+        return function
+
+    def all(self) -> Iterator[Function]:
+        """Those of the configuration, and those of the provider that were looked up."""
+        yield from self._settings().functions.values()
+        yield from (function for *_, function in self._seen.values() if function)
+
+    async def _join(self, name: str, work: Callable[[T], Coroutine[Any, Any, Any]], what: T) -> Any:
+        """Do something once for all who want it at the same time."""
+        if name not in self._asking:
+            self._asking[name] = asyncio.create_task(work(what), name=name)
+            self._asking[name].add_done_callback(lambda task: self._asking.pop(name) and task.exception())
+        return await asyncio.shield(self._asking[name])
+
+    async def _look_up(self, key: str) -> Function | None:
+        (name, _, namespace), function = key.partition("."), None
+        changes, config = self.changes, self._settings()
+        answer = await self.ask("GET", f"/system/function/{name}?namespace={namespace}")
+        if answer.status not in (200, 400, 404):
+            raise ProviderAway(503, f"the provider answered {answer.status} to a look-up of {key}", LATER)
+        if answer.status == 200:
+            found = json.loads(answer.body)
+            labels, annotations = (string_table(found.get(key) or {}) for key in ("labels", "annotations"))
+            function = annotated(Function(
+                name=name, namespace=namespace, url=yarl.URL(f"{config.provider.url}").joinpath("function", key),
+                labels=labels, annotations=annotations, replicas=found.get("availableReplicas", 0),
+            ), config.retry)  # fmt: skip
+        self._seen[key] = changes, time.monotonic() + config.provider.cache, function
+        self.slots.provided[key] = function.max_inflight if function else None
+        if len(self._seen) > MAX_SEEN:
+            oldest = next(iter(self._seen))
+            del self._seen[oldest], self.slots.provided[oldest]
+        return function
+
+    def provider(self) -> Function:
+        """The provider itself, as if it were one of its functions; but it has no namespace, and gets our login."""
+        return Function(name="provider", namespace="", url=self._settings().provider.url, replicas=1)
+
+    async def ask(self, method: str, target: str, body: bytes = b"", limit: float = PROVIDER_S) -> Outcome:
+        """A request to the provider's REST API. Raises ProviderAway where there is no answer."""
+        ask = Ask(method, target, [(b"Content-Type", b"application/json")], body)
+        answer = await self.call(self.provider(), ask, limit, MAX_RESPONSE_BYTES)
+        if not answer.answered:
+            raise ProviderAway(503, answer.error or "", LATER)
+        return answer
+
+    async def awake(self, function: Function) -> None:
+        """Have the provider start a function that has no replicas, and wait until it has. Raises Refused(503)."""
+        if function.replicas == 0:
+            await self._join(f"wake {function.key}", self._wake, function)
+
+    async def _wake(self, function: Function) -> None:
+        config, name = self._settings().provider, function.name
+        if not config.scale_from_zero:
+            raise Refused(503, f"function {name} has no replicas, and provider.scale_from_zero is off")
+        document = json.dumps({"serviceName": name, "namespace": function.namespace, "replicas": 1}).encode()
+        try:
+            async with asyncio.timeout(config.scale_timeout):
+                await self.ask("POST", f"/system/scale-function/{name}", document)
+                while (found := await self._look_up(function.key)) and not found.replicas:  # noqa: ASYNC110
+                    await asyncio.sleep(SCALE_POLL_S)
+        except TimeoutError:
+            raise Refused(503, f"function {name} has no replicas after provider.scale_timeout", LATER) from None
 
     def request(self, function: Function, ask: Ask) -> Any:
         """The HTTP call itself, an async context manager. The target reaches the function byte for byte."""
         assert function.url
         # The query stands in the path, because yarl would drop an empty one.
         target = function.url.with_path(function.url.raw_path.rstrip("/") + ask.rest, encoded=True)
-        headers = as_multidict(ask.headers)
-        return self._session.request(ask.method, target, headers=headers, data=ask.body or None, allow_redirects=False)
+        headers, session = as_multidict(ask.headers), self._session
+        if function.replicas is not None:
+            session, config = self._fresh, self._settings()
+            login = (config.provider.credentials or config.auth.credentials) if not function.namespace else None
+            if login:
+                headers["Authorization"] = "Basic " + base64.b64encode(login).decode()
+            headers.add("Via", via(ask.rest))
+        return session.request(ask.method, target, headers=headers, data=ask.body or None, allow_redirects=False)
 
     async def call(self, function: Function, ask: Ask, timeout_s: float, keep: int, whole: bool = True) -> Outcome:
         """Call a function and read its answer: the first `keep` bytes; with `whole`, a longer answer is a failure.
-        Never raises for what the function does."""
-        who, started = f"function {function.name}", time.perf_counter()
+        Never raises for what the function does; raises ProviderAway."""
+        started, who = time.perf_counter(), f"function {function.name}" if function.namespace else "the provider"
         try:
             if function.command:
                 return await run_command(function, ask, timeout_s, max(keep, MAX_RESPONSE_BYTES))
             async with asyncio.timeout(timeout_s), self.request(function, ask) as answer:
                 kept, length = await read_capped(answer.content, keep, whole)
         except NO_ANSWER as exc:
-            return failure(exc, who, started)
+            return failure(exc, who, started, function)
         status, given = answer.status, forward_headers(answer.raw_headers, CONTENT_LENGTH)
-        error = None if status < 400 else f"{who} answered {status}"
-        spent = time.perf_counter() - started
-        return Outcome(status, status < 400, spent, tuple(given), kept, length, error=error)
+        self.changes += "X-Openfaas-Internal" in answer.headers  # the function may have no replicas any more
+        # faasd answers 301 for a path that is not clean, and does not run the function.
+        ok, spent = status < 400 and (status != 301 or function.replicas is None), time.perf_counter() - started
+        error = None if ok else f"{who} answered {status}"
+        return Outcome(status, ok, spent, tuple(given), kept, length, error=error)
 
 
 def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
@@ -1714,8 +1782,7 @@ def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
     would lose repeats of a name in another case: all get the case of the first."""
     found, names = CIMultiDict[str](), dict[bytes, str]()
     for name, value in headers:
-        lower = name.lower()
-        shown = names.get(lower) or names.setdefault(lower, name.decode("latin-1"))
+        shown = names.setdefault(name.lower(), name.decode("latin-1"))
         try:
             found.add(shown, value.decode())
         except UnicodeDecodeError:
@@ -1752,20 +1819,16 @@ async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int)
     finally:
         kill_group(process.pid)
         await process.wait()
-    (stdout, length), (stderr, _), spent = out.result(), err.result(), time.perf_counter() - started
-    if code == 0:
-        return Outcome(200, True, spent, content_type(stdout), stdout, length, stderr)
-    error = f"function {function.name}: " + (f"exit status {code}" if code > 0 else f"killed by signal {-code}")
-    shown = stdout or stderr
-    return Outcome(500, False, spent, content_type(shown), shown, len(shown), stderr, error)
-
-
-def content_type(body: bytes) -> Headers:
-    """The Content-Type of what a command wrote: text where it is UTF-8."""
+    (stdout, _), (stderr, _), spent = out.result(), err.result(), time.perf_counter() - started
+    body, kind, error = stdout, b"application/octet-stream", None
+    if code != 0:
+        body = stdout or stderr
+        error = f"function {function.name}: " + (f"exit status {code}" if code > 0 else f"killed by signal {-code}")
     with contextlib.suppress(UnicodeDecodeError):
         body.decode()
-        return ((b"Content-Type", b"text/plain; charset=utf-8"),)
-    return ((b"Content-Type", b"application/octet-stream"),)
+        kind = b"text/plain; charset=utf-8"
+    headers = ((b"Content-Type", kind),)
+    return Outcome(500 if error else 200, error is None, spent, headers, body, len(body), stderr, error)
 
 
 def command_environment(function: Function, ask: Ask) -> dict[str, str]:
@@ -1791,24 +1854,21 @@ def kill_group(pid: int) -> None:
 
 async def feed(stdin: asyncio.StreamWriter, body: bytes | AsyncIterator[bytes]) -> None:
     """Write a body to a command, which may stop reading whenever it likes."""
-    try:
+    closed = BrokenPipeError, ConnectionResetError, RuntimeError  # uvloop's, of a pipe that is closed already
+    with contextlib.closing(stdin), contextlib.suppress(*closed):
         if isinstance(body, bytes):
             stdin.write(body)
-            await stdin.drain()
         else:
             async for chunk in body:
                 stdin.write(chunk)
                 await stdin.drain()
-    except (BrokenPipeError, ConnectionResetError, RuntimeError):
-        pass  # RuntimeError is what uvloop says of a pipe that is closed already
-    finally:
-        stdin.close()
+        await stdin.drain()
 
 
 class Invoker:
     """Runs claimed invocations: what the consumer of an ordinary queue does with its work."""
 
-    def __init__(self, settings: Callable[[], Config], functions: Functions, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, functions: Functions, metrics: Metrics) -> None:
         self._settings, self._functions, self._metrics = settings, functions, metrics
         self._rng = random.Random()
 
@@ -1817,30 +1877,37 @@ class Invoker:
         config = self._settings().queue(queue)
         return config.max_inflight, self._functions.slots.room(config.adaptive)
 
-    async def execute(self, claim: Claim) -> Outcome:
-        """One attempt."""
-        config, slots = self._settings(), self._functions.slots
-        function = self._functions.find(claim.function, claim.namespace)
-        if function is None:
-            return Outcome(404, False, 0.0, error=f"function {claim.function} does not exist any more", answered=False)
-        headers = [*unpack_headers(claim.headers), (b"X-Retry", b"%d" % (claim.attempt - 1))]
-        whole = bool(claim.callback_url or claim.failure_url)
+    async def execute(self, claim: Claim) -> Outcome | None:
+        """One attempt. None: there was none, the provider is away; it will be asked again for this function later."""
+        config, functions, slots, name = self._settings(), self._functions, self._functions.slots, claim.lane
+        queue, whole = config.queue(claim.queue), bool(claim.callback_url or claim.failure_url)
         keep = max(MAX_RESPONSE_BYTES, config.gateway.max_payload) if whole else config.calls.keep_output
-        queue, running = config.queue(claim.queue), self._metrics.running(claim.queue, function.key)
-        await slots.wait(function.key)
-        with slots.hold(function.key), self._metrics.counted(function.key) as status, running.track_inprogress():
-            ask, started = Ask("POST", claim.target, headers, claim.body), time.monotonic()
-            outcome = await self._functions.call(function, ask, queue.timeout, keep, whole)
-            status.append(outcome.status)
+        headers = [*unpack_headers(claim.headers), (b"X-Retry", b"%d" % (claim.attempt - 1))]
+        try:
+            if (function := await functions.find(name)) is None:
+                raise Refused(404, f"function {claim.function} does not exist any more")
+            await functions.awake(function)
+            await slots.wait(name)
+            running = self._metrics.running(claim.queue, name).track_inprogress()
+            with slots.hold(name), self._metrics.counted(name) as status, running:
+                ask, started = Ask("POST", claim.target, headers, claim.body), time.monotonic()
+                outcome = await functions.call(function, ask, queue.timeout, keep, whole)
+                status.append(outcome.status)
+        except ProviderAway as exc:
+            log_with(logging.WARNING, "call waits", call_id=claim.call_id, function=claim.function, error=exc.text)
+            slots.rest(name)
+            return None
+        except Refused as exc:  # it is gone, or can't be woken
+            return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
         if queue.adaptive:
-            slots.learn(function.key, outcome.status, started)
+            slots.learn(name, outcome.status, started)
         if config.log.write_debug:
             log_bodies(claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
         return outcome
 
     def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
         """What follows from the attempt."""
-        function = self._functions.find(claim.function, claim.namespace)
+        function = self._functions.known(claim.lane)
         policy = function.retry if function else self._settings().retry
         return decide(outcome, claim.attempt, claim.max_attempts, policy, time.time(), self._rng)
 
@@ -1858,12 +1925,10 @@ class Invoker:
 class GuardedResolver(aiohttp.ThreadedResolver):
     """Checks the address that a callback's connection will use, so a name can't point elsewhere than it did before."""
 
-    settings: Callable[[], Config]
+    settings: Settings
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[aiohttp.abc.ResolveResult]:
-        found = await super().resolve(host, port, family)
+    async def resolve(self, host: str, *given: Any, **more: Any) -> list[aiohttp.abc.ResolveResult]:
+        found = await super().resolve(host, *given, **more)
         allowed = [item for item in found if callback_allowed(host, item["host"], self.settings().callback)]
         if not allowed:
             raise Refused(403, f"callbacks to {host} at {found[0]['host']} are not allowed")
@@ -1873,7 +1938,7 @@ class GuardedResolver(aiohttp.ThreadedResolver):
 class CallbackSender:
     """Delivers outcomes: what the consumer of the queue CALLBACKS does with its work."""
 
-    def __init__(self, settings: Callable[[], Config], metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics, self._rng = settings, metrics, random.Random()
         self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
         self.own_address = ""  # "http://HOST:PORT" or "unix:/path" of this daemon, known once it listens
@@ -1949,15 +2014,14 @@ class CallbackSender:
 
     def ended(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
         """Count and log what was stored."""
-        final = verdict.delay_s is None
-        if final:
+        level, what = logging.INFO, "callback will be tried again"
+        if verdict.delay_s is None:
+            level, what = logging.DEBUG if outcome.ok else logging.WARNING, f"callback {verdict.status}"
             self._failing.discard(claim.lane)
             self._metrics.callbacks(verdict.status).inc()
-        level = {"delivered": logging.DEBUG, "failed": logging.WARNING}.get(verdict.status, logging.INFO)
         log_with(
-            level, f"callback {verdict.status}" if final else "callback will be tried again", call_id=claim.call_id,
-            function=claim.function, callback=show_url(claim.target), attempts=claim.attempt,
-            http_status=outcome.status, error=outcome.error, delay=verdict.delay_s,
+            level, what, call_id=claim.call_id, function=claim.function, callback=show_url(claim.target),
+            attempts=claim.attempt, http_status=outcome.status, error=outcome.error, delay=verdict.delay_s,
         )  # fmt: skip
 
 
@@ -2069,13 +2133,10 @@ class Consumer:
 class Connection(web.RequestHandler):
     """aiohttp's connection, with this gateway's form of errors: one line of text, nothing of what came in."""
 
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        line = "this is not a valid HTTP request"
+    def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
+        line = "internal error: see the log of faasd-async" if status >= 500 else "this is not a valid HTTP request"
         if status >= 500:
             log.error("request failed in this program itself", exc_info=exc)
-            line = "internal error: see the log of faasd-async"
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
         response = plain(status, line)
@@ -2100,12 +2161,6 @@ class Answer(web.StreamResponse):
             self.headers.pop(name, None)
 
 
-def cut_off(request: web.BaseRequest) -> None:
-    """End a connection so that the client sees that the answer is not whole."""
-    if request.transport is not None:
-        request.transport.abort()
-
-
 def plain(status: int, line: str, headers: Mapping[str, str] | None = None) -> web.Response:
     """One line of text."""
     return web.Response(status=status, text=line + "\n", headers=headers)
@@ -2117,13 +2172,11 @@ def as_json(data: object, status: int = 200, headers: Mapping[str, str] | None =
     return web.Response(status=status, text=text, content_type="application/json", headers=headers)
 
 
-def authorize(request: web.BaseRequest, config: Config, needed: bool) -> None:
+def authorize(request: web.BaseRequest, credentials: bytes) -> None:
     """Basic auth, compared in constant time. Raises Refused(401)."""
-    if config.auth.credentials is None or not needed:
-        return
     kind, _, given = request.headers.get("Authorization", "").partition(" ")
     with contextlib.suppress(ValueError):
-        if kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), config.auth.credentials):
+        if kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), credentials):
             return
     raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
 
@@ -2142,9 +2195,7 @@ def parsed(given: Mapping[str, str], parsers: Mapping[str, Callable[[Any], Any]]
 
 FILTERS = {
     "status": one_of(*STATUSES),
-    "function": text,
-    "queue": text,
-    "call_id": text,
+    **dict.fromkeys(("function", "queue", "call_id"), text),
     "limit": expect("a whole number from 1 to 1000", lambda value: need(_whole(value), 1 <= _whole(value) <= 1000)),
     "cursor": expect("the next_cursor of an earlier answer", _whole),
 }
@@ -2153,13 +2204,13 @@ FILTERS = {
 class Operator:
     """The operator's routes: calls, queues, health, metrics."""
 
-    def __init__(self, settings: Callable[[], Config], queue: Queue, metrics: Metrics) -> None:
-        self._settings, self._queue, self._metrics = settings, queue, metrics
+    def __init__(self, settings: Settings, queue: Queue, functions: Functions, metrics: Metrics) -> None:
+        self._settings, self._queue, self._functions, self._metrics = settings, queue, functions, metrics
         # By call id, while somebody waits for the call to become final:
         self._ends = weakref.WeakValueDictionary[str, asyncio.Event]()
         self.inflight: Callable[[], Mapping[str, int]] = dict  # attempts running, by queue
         self.draining = False
-        self._routes: list[tuple[str, str, Callable[..., Awaitable[web.StreamResponse]]]] = [
+        self._routes: list[tuple[str, str, Callable[..., Awaitable[Reply]]]] = [
             ("GET", r"/system/calls", self._list),
             ("GET", r"/system/calls/(.+)/log", self._log),
             ("POST", r"/system/calls/(.+)/retry", self._retry),
@@ -2171,15 +2222,14 @@ class Operator:
             ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)(/log|)", self._fn_call),
         ]
 
-    async def handle(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        """Find the route. Raises Refused: 401, 404, 405."""
+    async def handle(self, request: web.BaseRequest, target: str) -> Reply:
+        """Find the route. Raises Refused: 404, 405."""
         path, _, query = target.partition("?")
         if path in ("/healthz", "/readyz"):
             reason = self._queue.stalled()
             if path == "/readyz":
                 reason = "shutting down" if self.draining else reason or await self._queue.failing()
             return plain(200, "ok") if reason is None else plain(503, reason)
-        authorize(request, self._settings(), True)
         method = "GET" if request.method == "HEAD" else request.method
         for wanted, pattern, handler in self._routes:
             if match := re.fullmatch(pattern, path):
@@ -2200,8 +2250,7 @@ class Operator:
             self.final(call_id)
 
     # -- calls
-
-    async def _show(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
+    async def _show(self, query: dict[str, str], call_id: str) -> Reply:
         wait = parsed(query, {"wait": duration}).get("wait")
         end = self._ends.setdefault(call_id, asyncio.Event())
         found = await self._queue.lookup(call_id)
@@ -2211,7 +2260,7 @@ class Operator:
             found = await self._queue.lookup(call_id)
         return as_json(found)
 
-    async def _list(self, query: dict[str, str]) -> web.StreamResponse:
+    async def _list(self, query: dict[str, str]) -> Reply:
         if unknown := query.keys() - FILTERS.keys():
             raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(FILTERS)}")
         asked = parsed(query, FILTERS)
@@ -2224,26 +2273,25 @@ class Operator:
         body, stderr = await self._queue.output(call_id)
         return body + (b"\n" if body and stderr and not body.endswith(b"\n") else b"") + stderr
 
-    async def _log(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
+    async def _log(self, query: dict[str, str], call_id: str) -> Reply:
         return web.Response(body=await self._output(call_id), content_type="text/plain", charset="utf-8")
 
-    async def _retry(self, query: dict[str, str], call_id: str) -> web.StreamResponse:
+    async def _retry(self, query: dict[str, str], call_id: str) -> Reply:
         await self._queue.redrive(call_id)
         headers = {"X-Call-Id": call_id, "Location": f"/system/calls/{quote(call_id, safe='')}"}
         return web.Response(status=202, headers=headers)
 
     # -- calls, as Fn Project showed them in 2017
-
     def _fn(self, found: dict[str, Any]) -> dict[str, Any]:
         shown = {"id": found["call_id"], "app_name": found["app"], "path": "/" + found["function"]}
         return shown | {name: found[name] for name in ("status", "created_at", "started_at", "completed_at")}
 
-    async def _fn_calls(self, query: dict[str, str], app: str) -> web.StreamResponse:
+    async def _fn_calls(self, query: dict[str, str], app: str) -> Reply:
         function = split_target(query.get("path", "").lstrip("/"))[0] or None
         calls, _ = await self._queue.records(RecordQuery(app=app, function=function))
         return as_json({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
 
-    async def _fn_call(self, query: dict[str, str], app: str, call_id: str, log: str) -> web.StreamResponse:
+    async def _fn_call(self, query: dict[str, str], app: str, call_id: str, log: str) -> Reply:
         found = await self._queue.lookup(call_id)
         if found.get("app") != app:
             raise Refused(404, "Call not found")
@@ -2253,21 +2301,19 @@ class Operator:
         return as_json({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
 
     # -- queues
-
-    async def _queues(self, query: dict[str, str]) -> web.StreamResponse:
+    async def _queues(self, query: dict[str, str]) -> Reply:
         config, stats, inflight, now = self._settings(), await self._queue.stats(), self.inflight(), time.time()
         rows: list[dict[str, Any]] = []
         for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
             found, limits = stats.get(name, QueueStats({}, now, False)), config.queue(name)
             row = {"name": name, "depth": sum(found.waiting.values()), "inflight": inflight.get(name, 0)}
-            row |= {"oldest_seconds": round(max(0.0, now - found.oldest_at), 3), "paused": found.paused}
-            row |= {"functions": found.waiting, "max_inflight": limits.max_inflight, "max_pending": limits.max_pending}
+            row |= {"oldest_seconds": round(max(0.0, now - found.oldest_at), 3), "max_inflight": limits.max_inflight}
+            row |= {"paused": found.paused, "functions": found.waiting, "max_pending": limits.max_pending}
             rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair, "adaptive": limits.adaptive})
-        rows[-1] = {name: rows[-1][name] for name in ("name", "depth", "inflight", "oldest_seconds")}
-        rows[-1]["max_inflight"] = config.callback.max_inflight
+        rows[-1] = {**dict(list(rows[-1].items())[:4]), "max_inflight": config.callback.max_inflight}
         return as_json({"queues": rows})
 
-    async def _queue_action(self, query: dict[str, str], queue: str, action: str) -> web.StreamResponse:
+    async def _queue_action(self, query: dict[str, str], queue: str, action: str) -> Reply:
         if queue == CALLBACKS or (queue not in self._settings().queues and queue not in await self._queue.stats()):
             raise Refused(404, f"no such queue; there are {', '.join(sorted(self._settings().queues))}")
         if action == "purge":
@@ -2277,16 +2323,15 @@ class Operator:
         return as_json({"queue": queue, "paused": action == "pause"})
 
     # -- metrics
-
-    async def _exposition(self, query: dict[str, str]) -> web.StreamResponse:
+    async def _exposition(self, query: dict[str, str]) -> Reply:
         stats, now = await self._queue.stats(), time.time()
         registry = prometheus_client.CollectorRegistry()  # of what has a value only when somebody looks
         gauge = functools.partial(prometheus_client.Gauge, registry=registry)
         replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
         pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", ["queue_name", "function_name"])
         oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
-        for function in self._settings().functions.values():
-            replicas.labels(function.key).set(1)
+        for function in self._functions.all():
+            replicas.labels(function.key).set(1 if function.replicas is None else function.replicas)
             pending.labels(function.queue, function.key).set(0)
         for name, found in stats.items():
             oldest.labels(name).set(max(0.0, now - found.oldest_at))
@@ -2311,8 +2356,7 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
 
     return {
         **CALL_ID,
-        "X-Callback-Url": callback,
-        "X-Failure-Callback-Url": callback,
+        **dict.fromkeys(("X-Callback-Url", "X-Failure-Callback-Url"), callback),
         "Idempotency-Key": visible,
         "X-Delay": lambda value: now + duration(value),
         "X-Not-Before": parse_when,
@@ -2320,7 +2364,7 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
             'a duration such as "1h" or ' + TIME_FORM,
             lambda value: now + duration(value) if value[-1:] in "smh" else parse_when(value),
         ),
-        "X-Max-Attempts": expect("a whole number from 1", lambda value: count(_whole(value))),
+        "X-Max-Attempts": number,
         "X-Queue": one_of(*config.queues),
     }
 
@@ -2332,14 +2376,12 @@ COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retr
 class Gateway:
     """Calls come in: `/function/…` straight through, `/async-function/…` into the queue. The rest is the operator's."""
 
-    def __init__(
-        self, settings: Callable[[], Config], queue: Queue, functions: Functions, metrics: Metrics, operator: Operator
-    ) -> None:
-        self._settings, self._queue, self._operator = settings, queue, operator
+    def __init__(self, settings: Settings, queue: Queue, functions: Functions, metrics: Metrics, own: Operator) -> None:
+        self._settings, self._queue, self._operator = settings, queue, own
         self._functions, self._metrics = functions, metrics
         self.requests: set[Any] = set()  # the tasks of those that are being answered
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> Reply:
         """Every request comes here."""
         target = request.raw_path
         if not target.startswith("/"):  # absolute form, as sent to a proxy
@@ -2350,8 +2392,7 @@ class Gateway:
             return await self._route(request, target)
         except StoreError as exc:
             log.error("request refused: %s", exc)
-            reason = f"the queue can't store this now, try again later: {exc}"
-            refused = Refused(503, reason, {"Retry-After": str(RETRY_STORE_S)})
+            refused = Refused(503, f"the queue can't store this now, try again later: {exc}", LATER)
         except Refused as exc:
             refused = exc
         finally:
@@ -2360,19 +2401,28 @@ class Gateway:
             return as_json({"error": {"message": refused.text}}, refused.status, refused.headers)
         return plain(refused.status, refused.text, refused.headers)
 
-    async def _route(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        route, _, rest = target[1:].partition("/")
-        if route not in ("function", "async-function", "r"):
-            return await self._operator.handle(request, target)
-        authorize(request, self._settings(), self._settings().auth.invoke)
+    async def _route(self, request: web.BaseRequest, target: str) -> Reply:
+        config, (route, _, rest) = self._settings(), target[1:].partition("/")
+        if "Via" in request.headers and via(target) in request.headers["Via"]:
+            raise Refused(508, "the provider has no replica of this function", {"X-Openfaas-Internal": "gateway"})
+        calls = route in ("function", "async-function", "r")
+        guarded = config.auth.invoke if calls else target.partition("?")[0] not in ("/healthz", "/readyz")
+        if config.auth.credentials and guarded:
+            authorize(request, config.auth.credentials)
+        if not calls:
+            ours = route != "system" or re.match(r"(calls|queues)\b", rest)  # the rest there is OpenFaaS's REST API
+            return await (self._operator.handle if ours else self._rest)(request, target)
+        if route == "async-function" and request.method == "DELETE":
+            await self._queue.cancel(unquote(rest.partition("?")[0]))
+            return web.Response(status=202)
         if route == "async-function" and request.method != "POST":
-            return await self._cancel(request, rest)
-        app = None
-        if route == "r":  # Fn Project, 2017: /r/{app}/{route}
-            app, _, rest = rest.partition("/")
+            line = "there is nothing to GET from a queued call (POST, DELETE): see /system/calls/{call-id}"
+            raise Refused(405, line, {"Allow": "POST, DELETE"})
+        app, _, rest = rest.partition("/") if route == "r" else (None, "", rest)  # Fn Project, 2017: /r/{app}/{route}
         name, rest = split_target(rest)
-        if (function := self._functions.find(name)) is None:
-            raise Refused(404, "no such function: it is not in the configuration")
+        function = await self._functions.find(name, stale=route == "async-function")
+        if function is None:
+            raise Refused(404, "no such function: it is not in the configuration, nor at a provider")
         if route == "async-function" or (app is not None and function.type == "async"):
             return await self._async(request, function, rest, app and unquote(app))
         return await self._sync(request, function, rest)
@@ -2381,19 +2431,16 @@ class Gateway:
         """What goes to the function: the caller's end-to-end headers and ours."""
         given, for_us = request.headers, self._settings().auth.invoke
         headers = forward_headers(request.raw_headers, COMPUTED | {b"authorization"} if for_us else COMPUTED)
-        hops = given.getall("X-Forwarded-For", [])
-        if request.remote:
-            hops.append(request.remote)
+        hops = ", ".join(filter(None, [*given.getall("X-Forwarded-For", ()), request.remote]))
         headers += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time)]
         if hops:
-            headers.append((b"X-Forwarded-For", ", ".join(hops).encode("utf-8", "surrogateescape")))
+            headers.append((b"X-Forwarded-For", hops.encode("utf-8", "surrogateescape")))
         if "X-Forwarded-Host" not in given and (host := given.get("Host")):
             headers.append((b"X-Forwarded-Host", host.encode("utf-8", "surrogateescape")))
         return headers
 
     async def _chunks(self, request: web.BaseRequest, most: int | None = None) -> AsyncIterator[bytes]:
-        """The request's body as it comes in, each piece within read_timeout; or with `most` all of it, which then ends
-        early where it is longer. Raises Refused."""
+        """The body as it comes in, each piece within read_timeout; or all of it, up to `most`. Raises Refused."""
         loop, limit = asyncio.get_running_loop(), self._settings().gateway.read_timeout
         if request.headers.get("Expect", "").lower() == "100-continue":  # RFC 9110 10.1.1: the client waits to be asked
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2408,8 +2455,7 @@ class Gateway:
                 length += len(chunk)
                 yield chunk
         except TimeoutError:
-            line = "the request's body did not come within gateway.read_timeout"
-            raise Refused(408, line, {"Connection": "close"}) from None
+            raise Refused(408, "no body within gateway.read_timeout", {"Connection": "close"}) from None
         except (aiohttp.ClientError, web.RequestPayloadError, HttpProcessingError):
             raise Refused(400, "the request's body is not valid HTTP", {"Connection": "close"}) from None
 
@@ -2425,15 +2471,13 @@ class Gateway:
         raise Refused(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
 
     # -- /function
-
-    async def _sync(self, request: web.BaseRequest, function: Function, rest: str) -> web.StreamResponse:
-        start_time = time.time_ns()
+    async def _sync(self, request: web.BaseRequest, function: Function, rest: str) -> Reply:
+        start_time, slots = time.time_ns(), self._functions.slots
         call_id = parsed(request.headers, CALL_ID).get("X-Call-Id") or new_id()
         ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
-        slots = self._functions.slots
+        await self._functions.awake(function)
         if slots.full(function.key):
-            line = f"function {function.name} runs max_inflight calls already, try again"
-            raise Refused(429, line, {"Retry-After": "1", **ours})
+            raise Refused(429, f"function {function.name} is at its max_inflight", {"Retry-After": "1", **ours})
         with slots.hold(function.key), self._metrics.counted(function.key) as status:
             try:
                 length = request.content_length if request.body_exists else 0
@@ -2449,25 +2493,25 @@ class Gateway:
         log_with(logging.DEBUG, "sync call ended", call_id=call_id, function=function.name, http_status=response.status)
         return response
 
-    async def _answer(
-        self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]
-    ) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]) -> Reply:
         """Call and answer, streaming both ways. A client that goes away cancels this, and so ends the call."""
         config, started, loop = self._settings().gateway, time.perf_counter(), asyncio.get_running_loop()
-        response: Answer | None = None
+        limit = config.upstream_timeout if function.namespace else None  # the provider itself may stream logs for ever
+        response, transport = None, request.transport
+        assert transport
         try:
             if function.command:
                 outcome = await run_command(function, ask, config.upstream_timeout, MAX_RESPONSE_BYTES)
                 headers = {**as_multidict(outcome.headers), **ours, "X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
                 return web.Response(status=outcome.status, headers=headers, body=outcome.body)
-            async with asyncio.timeout(config.upstream_timeout), self._functions.request(function, ask) as answer:
+            async with asyncio.timeout(limit), self._functions.request(function, ask) as answer:
                 given = as_multidict(forward_headers(answer.raw_headers, frozenset()))
                 given.update(ours)  # in place of those that the function sent
                 given.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
                 response = Answer(status=answer.status, reason=answer.reason, headers=given)
                 await response.prepare(request)
                 while chunk := await answer.content.readany():
-                    timer = loop.call_later(config.write_timeout, cut_off, request)  # for a client that takes nothing
+                    timer = loop.call_later(config.write_timeout, transport.abort)  # for a client that takes nothing
                     await response.write(chunk)
                     timer.cancel()
                 await response.write_eof()
@@ -2475,26 +2519,63 @@ class Gateway:
         except NO_ANSWER as exc:
             if isinstance(exc.__cause__, Refused):  # the client's body could not be read
                 raise exc.__cause__ from None
-            outcome = failure(exc, f"function {function.name}")
-            if request.transport is not None and not request.transport.is_closing():
-                log_with(logging.WARNING, "sync call failed", error=outcome.error, call_id=ours["X-Call-Id"])
+            outcome = failure(exc, f"function {function.name}", 0.0, function)
+            if not transport.is_closing():
+                log_with(logging.WARNING, "sync call failed", error=outcome.error, call_id=ours.get("X-Call-Id"))
             if response is None:
                 raise Refused(outcome.status, outcome.error or "no answer") from None
-            cut_off(request)
+            transport.abort()  # so that the client sees that the answer is not whole
             return response
 
+    # -- /system: OpenFaaS's REST API
+    def _described(self, function: Function) -> dict[str, Any]:
+        shown = {name: getattr(function, name) for name in ("name", "namespace", "labels", "annotations")}
+        counted = {"invocationCount": self._metrics.invocations[function.key]}
+        return {**shown, "image": "", "replicas": 1, "availableReplicas": 1, **counted}
+
+    async def _rest(self, request: web.BaseRequest, target: str) -> Reply:
+        """The functions of the file can be read; everything else is the provider's, if there is one."""
+        config, functions, (path, _, query) = self._settings(), self._functions, target.partition("?")
+        _, _, route, name, *_ = f"{path}//".split("/")
+        provided, reads = config.provider.url is not None, request.method in ("GET", "HEAD")
+        namespace = dict(parse_qsl(query)).get("namespace") or config.gateway.namespace
+        own = config.functions if namespace == config.gateway.namespace else {}
+        if route == "alert":
+            raise Refused(501, "this gateway does not scale on alerts: it scales functions up when they are called")
+        if not provided and not reads:
+            raise Refused(405, "functions are defined in the TOML file: change that and reload", {"Allow": "GET"})
+        if reads and route == "function" and name in own:
+            return as_json(self._described(own[name]))
+        if provided and reads and route not in ("info", "functions"):
+            ask = Ask(request.method, target, forward_headers(request.raw_headers, COMPUTED), b"")
+            return await self._answer(request, functions.provider(), ask, {})
+        version = {"sha": "", "release": VERSION}
+        found: dict[str, Any] = {"functions": [], "namespaces": [config.gateway.namespace], "secrets": []}
+        found["info"] = {"provider": "faasd-async", "orchestration": "processes", "version": version}
+        if provided:
+            body, method = await self._body(request, config.gateway.max_payload), "GET" if reads else request.method
+            answer = await functions.ask(method, target, body, config.gateway.upstream_timeout)
+            functions.changes += not reads
+            if not reads or answer.status != 200:
+                deployed = answer.status == 200 and route == "functions" and method != "DELETE"
+                status = 202 if deployed else answer.status  # as gateways say it
+                return web.Response(status=status, body=answer.body, headers=as_multidict(answer.headers))
+            found[route] = json.loads(answer.body)
+        elif route == "logs":
+            return web.Response(content_type="application/x-ndjson")
+        elif route not in found:
+            raise Refused(404, "no such function: it is not in the configuration")
+        if route == "info":
+            return as_json({"provider": found[route], "version": version, "arch": os.uname().machine})
+        if route == "functions":
+            for item in found[route]:
+                item["invocationCount"] = self._metrics.invocations[f"{item['name']}.{item['namespace']}"]
+            others = (item for item in found[route] if item["name"] not in own)
+            return as_json([*map(self._described, own.values()), *others])
+        return as_json(found[route])
+
     # -- /async-function
-
-    async def _cancel(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        if request.method != "DELETE":
-            line = "a queued call is made with POST and cancelled with DELETE: there is nothing to get here"
-            raise Refused(405, line + ", its record is at /system/calls/{call-id}", {"Allow": "POST, DELETE"})
-        await self._queue.cancel(unquote(target.partition("?")[0]))
-        return web.Response(status=202)
-
-    async def _async(
-        self, request: web.BaseRequest, function: Function, rest: str, app: str | None
-    ) -> web.StreamResponse:
+    async def _async(self, request: web.BaseRequest, function: Function, rest: str, app: str | None) -> web.Response:
         """Queue a call. Fn's route, which has an app, takes any method and answers in JSON."""
         start_time = time.time_ns()
         config, now, own = self._settings(), start_time / 1e9, new_id()
@@ -2527,22 +2608,20 @@ class Daemon:
     """The composition root. `run()` returns the exit code."""
 
     def __init__(self, config: Config, path: str | None) -> None:
-        self.config = config
-        self._path = path
+        self.config, self._path = config, path
         self._consumers: dict[str, Consumer] = {}
         self._exit_code = 0
         self._stop = asyncio.Event()  # first signal, or a task that failed
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
-
-        settings: Callable[[], Config] = lambda: self.config  # noqa: E731
+        settings: Settings = lambda: self.config  # noqa: E731
         self.metrics = Metrics()
         self.queue: Queue = SqliteQueue(store_path(config), settings, self.metrics)
         self.functions = Functions(settings)
-        self.operator = Operator(settings, self.queue, self.metrics)
+        self.operator = Operator(settings, self.queue, self.functions, self.metrics)
         self.gateway = Gateway(settings, self.queue, self.functions, self.metrics, self.operator)
         self.invoker = Invoker(settings, self.functions, self.metrics)
         self.sender = CallbackSender(settings, self.metrics)
-        self.functions.slots.freed = self._wake_all
+        self.functions.slots.freed = lambda: [consumer.wake() for consumer in self._consumers.values()]
         self.operator.inflight = lambda: {name: len(consumer.running) for name, consumer in self._consumers.items()}
 
     async def run(self) -> int:
@@ -2567,9 +2646,8 @@ class Daemon:
             await self.sender.open(stack)
             for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
                 self._consumer(name)
-            side = [asyncio.create_task(self._housekeeping(), name="housekeeping")]
-            if usec := os.environ.get("WATCHDOG_USEC"):
-                side.append(asyncio.create_task(self._watchdog(int(usec) / 2e6), name="watchdog"))
+            jobs = {"housekeeping": self._housekeeping(), "watchdog": self._watchdog()}
+            side = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
             for task in side:
                 task.add_done_callback(self._ended)
             sd_notify("READY=1\nSTATUS=accepting calls")
@@ -2611,24 +2689,18 @@ class Daemon:
         self.sender.own_address = min(own)  # http before unix; to connect to 0.0.0.0 or [::] reaches ourselves
 
     # -- consumers and what the queue tells
-
     def _consumer(self, name: str) -> Consumer:
         """One for each queue that has a name somewhere, and one for callbacks."""
         if name not in self._consumers:
             if name not in (*self.config.queues, CALLBACKS):
                 log.warning("queue %s has calls but is not in the configuration: it runs with the defaults", name)
-            job = self.sender if name == CALLBACKS else self.invoker
-            self._consumers[name] = Consumer(name, self.queue, job)
+            self._consumers[name] = Consumer(name, self.queue, self.sender if name == CALLBACKS else self.invoker)
             self._consumers[name].dispatcher.add_done_callback(self._ended)
         return self._consumers[name]
 
     def _wake(self, name: str) -> None:
         if self._consumers:  # else it begins with a look into its queue
             self._consumer(name).wake()
-
-    def _wake_all(self) -> None:
-        for consumer in self._consumers.values():
-            consumer.wake()
 
     def _cancel(self, token: int) -> None:
         for consumer in self._consumers.values():
@@ -2647,21 +2719,19 @@ class Daemon:
                     pass
             await asyncio.sleep(HOUSEKEEPING_S)
 
-    async def _watchdog(self, interval_s: float) -> None:
+    async def _watchdog(self) -> None:
         """Tell systemd that we are alive, but only after the event loop and the queue's writer both answered."""
-        while True:
+        while usec := int(os.environ.get("WATCHDOG_USEC", 0)):
             with contextlib.suppress(StoreError):  # it answered
                 stats = await self.queue.stats()
                 waiting = sum(sum(item.waiting.values()) for item in stats.values())
                 running = sum(len(consumer.running) for consumer in self._consumers.values())
                 sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
             sd_notify("WATCHDOG=1")
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(usec / 2e6)
 
     def _terminate(self) -> None:
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
+        (self._hurry if self._stop.is_set() else self._stop).set()
 
     def _reload(self) -> None:
         """Take over functions, queues, retry, callback, calls and log; the rest needs a restart."""
@@ -2671,14 +2741,13 @@ class Daemon:
             for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
                 log.error("%s", line)
             return
-        kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "store")}
+        kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "provider", "store")}
         self.config = replace(new, **kept)
         setup_logging(new.log)
         for name in [name for name, old in kept.items() if getattr(new, name) != old]:
             log.warning("[%s] has changed: that needs a restart", name)
-        for name in new.queues:
-            self._consumer(name)
-        self._wake_all()
+        for name in {*new.queues, *self._consumers}:
+            self._wake(name)
         log.info("configuration reloaded")
 
     async def _drain(self, runner: web.ServerRunner) -> None:
@@ -2701,22 +2770,39 @@ class Daemon:
 # `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the only authority
 
 
-class Client:
-    """A running daemon's HTTP interface, found and logged in to as the configuration or the flags say."""
+# Tables of 80 columns at most; --json has everything whole.
+CALL_ROW, QUEUE_ROW = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n", "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
+
+
+class Command:
+    """The commands, with the arguments of one; the daemon it is for is found as the configuration or the flags say."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        config = load_config(args.config)
-        if args.user_file or args.password_file:
-            config = parse_config({"auth": {"user_file": args.user_file, "password_file": args.password_file}})
-        address = config.gateway.listen[0]  # to connect to 0.0.0.0 or [::] reaches this machine
+        self.args, self.config = args, load_config(args.config)
+        flags = {"user_file": args.user_file, "password_file": args.password_file}
+        auth = parse_config({"auth": flags}).auth if any(flags.values()) else self.config.auth
+        address = self.config.gateway.listen[0]  # to connect to 0.0.0.0 or [::] reaches this machine
         self._url = args.url or (address if address.startswith("unix:") else f"http://{address}")
         userinfo, _, server = self._url.partition("://")[2].rstrip("/").rpartition("@")
-        self._server, login = server or "localhost", unquote(userinfo).encode() or config.auth.credentials
+        self._server, login = server or "localhost", unquote(userinfo).encode() or auth.credentials
         self._login = {"Authorization": "Basic " + base64.b64encode(login).decode()} if login else {}
 
-    def ask(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
-        """The body that answers a request. Raises Refused for what the daemon refuses; its absence has status 0."""
+    def write(self, body: bytes | str) -> None:
+        """To standard output, as it is."""
+        sys.stdout.buffer.write(body.encode() if isinstance(body, str) else body)
+        sys.stdout.buffer.flush()
+
+    def brief(self, seconds: float | None) -> str:
+        """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
+        for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+            if seconds is not None and seconds >= length:
+                return f"{seconds // length:.0f}{unit}"
+        return "-" if seconds is None else f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+
+    def ask(self, request: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
+        """The body that answers "METHOD PATH". Raises Refused for what the daemon refuses; its absence has status 0."""
         kind = http.client.HTTPSConnection if self._url.startswith("https:") else http.client.HTTPConnection
+        method, _, path = request.partition(" ")
         try:
             with contextlib.closing(kind(self._server)) as connection:
                 if self._url.startswith("unix:"):
@@ -2734,133 +2820,110 @@ class Client:
 
     def record(self, call_id: str, wait: bool) -> dict[str, Any]:
         """A call's record; with `wait`, once that is final."""
-        path = f"/system/calls/{quote(call_id, safe='')}" + ("?wait=60s" if wait else "")
-        while (found := json.loads(self.ask("GET", path)))["status"] not in FINAL and wait:
+        request = f"GET /system/calls/{quote(call_id, safe='')}" + ("?wait=60s" if wait else "")
+        while (found := json.loads(self.ask(request)))["status"] not in FINAL and wait:
             pass
         return dict(found)
 
-    def records(self, args: argparse.Namespace, limit: int) -> list[dict[str, Any]]:
+    def records(self, limit: int) -> list[dict[str, Any]]:
         """Up to `limit` records that match the filters of the command line, newest first."""
-        query = {name: getattr(args, name) for name in ("status", "function", "queue") if getattr(args, name)}
-        found: list[dict[str, Any]] = []
+        args, found = vars(self.args), list[dict[str, Any]]()
+        query = {name: args[name] for name in ("status", "function", "queue") if args[name]}
         while len(found) < limit and query.get("cursor", "") is not None:
             query["limit"] = str(min(1000, limit - len(found)))
-            page = json.loads(self.ask("GET", "/system/calls?" + urlencode(query)))
+            page = json.loads(self.ask("GET /system/calls?" + urlencode(query)))
             found, query["cursor"] = found + page["calls"], page["next_cursor"]
         return found
 
+    def list_calls(self) -> None:
+        """Newest first; with --watch then those that are new or have changed, as they do."""
+        args, limit, seen = self.args, self.args.limit or 20, list[dict[str, Any]]()
+        found = self.records(limit)
+        if args.json and not args.watch:
+            return self.write(json.dumps({"calls": found}) + "\n")
+        self.write("" if args.json else CALL_ROW.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
+        while True:
+            for call in [call for call in found if call not in seen][:: -1 if args.watch else 1]:
+                cells = [call[name] for name in ("call_id", "status", "function", "attempts")]
+                age_s = time.time() - parse_when(call["created_at"])
+                cells += map(self.brief, (age_s, call["duration_seconds"]))
+                self.write(json.dumps(call) + "\n" if args.json else CALL_ROW.format(*cells))
+            if not args.watch:
+                return None
+            time.sleep(1.0)
+            seen, found = found, self.records(limit)
 
-def write_out(body: bytes | str) -> None:
-    """To standard output, as it is."""
-    sys.stdout.buffer.write(body.encode() if isinstance(body, str) else body)
-    sys.stdout.buffer.flush()
+    def show_call(self) -> None:
+        """The record, in JSON."""
+        self.write(json.dumps(self.record(self.args.id, self.args.wait), indent=2) + "\n")
 
+    def send(self) -> None:
+        """One request, whose answer is printed as it is."""
+        self.write(self.ask(self.args.request.format(quote(self.args.id, safe=""))))
 
-def brief(seconds: float | None) -> str:
-    """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
-    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
-        if seconds is not None and seconds >= length:
-            return f"{seconds // length:.0f}{unit}"
-    return "-" if seconds is None else f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    def change(self) -> None:
+        """Cancel or retry, one by one. Raises Refused at the end if some could not be, each told on standard error."""
+        ids, status, missed = self.args.ids, self.args.status, 0
+        if bool(ids) == bool(status):
+            raise Refused(400, "which calls? Give call ids (- reads them from standard input), or --status")
+        ids = [call["call_id"] for call in self.records(10**9)] if status else ids
+        for call_id in dict.fromkeys(sys.stdin.read().split() if ids == ["-"] else ids):
+            try:
+                self.ask(self.args.request.format(quote(call_id, safe="")))
+                self.write(call_id + "\n")
+            except Refused as exc:
+                if exc.status not in (404, 409, 410):
+                    raise
+                print(f"{call_id}: {exc.text}", file=sys.stderr)
+                missed += 1
+        if missed:
+            raise Refused(409, f"not done for {missed} calls")
 
+    def list_queues(self) -> None:
+        """The last one is the callback sender's."""
+        body = self.ask("GET /system/queues")
+        as_is = self.args.json
+        self.write(body if as_is else QUEUE_ROW.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
+        for queue in () if as_is else json.loads(body)["queues"]:
+            cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
+            cells += [self.brief(queue["oldest_seconds"]), "paused" if queue.get("paused") else "-"]
+            self.write(QUEUE_ROW.format(*cells))
 
-# Tables of 80 columns at most; --json has everything whole.
-CALL_ROW, QUEUE_ROW = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n", "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
-
-
-def list_calls(args: argparse.Namespace) -> None:
-    """Newest first; with --watch then those that are new or have changed, as they do."""
-    client, seen = Client(args), list[dict[str, Any]]()
-    found = client.records(args, args.limit or 20)
-    if args.json and not args.watch:
-        return write_out(json.dumps({"calls": found}) + "\n")
-    write_out("" if args.json else CALL_ROW.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
-    while True:
-        for call in [call for call in found if call not in seen][:: -1 if args.watch else 1]:
-            cells = [call[name] for name in ("call_id", "status", "function", "attempts")]
-            cells += [brief(time.time() - parse_when(call["created_at"])), brief(call["duration_seconds"])]
-            write_out(json.dumps(call) + "\n" if args.json else CALL_ROW.format(*cells))
-        if not args.watch:
-            return None
-        time.sleep(1.0)
-        seen, found = found, client.records(args, args.limit or 20)
-
-
-def show_call(args: argparse.Namespace) -> None:
-    """The record, in JSON."""
-    write_out(json.dumps(Client(args).record(args.id, args.wait), indent=2) + "\n")
-
-
-def send(method: str, path: str, args: argparse.Namespace) -> None:
-    """One request, whose answer is printed as it is."""
-    write_out(Client(args).ask(method, path.format(quote(args.id, safe=""))))
-
-
-def change(method: str, path: str, args: argparse.Namespace) -> None:
-    """Cancel or retry, one by one. Raises Refused at the end when some could not be, each told on standard error."""
-    client, missed = Client(args), 0
-    if bool(args.ids) == bool(args.status):
-        raise Refused(400, "which calls? Give call ids (- reads them from standard input), or --status")
-    ids = [call["call_id"] for call in client.records(args, 10**9)] if args.status else args.ids
-    for call_id in dict.fromkeys(sys.stdin.read().split() if ids == ["-"] else ids):
+    def invoke(self) -> None:
+        """Print the answer; with --async the call's id; with --wait the output, once the call has ended."""
+        args, piped = self.args, "" if sys.stdin.isatty() else "-"
+        source = piped if args.data is None else args.data
         try:
-            client.ask(method, path.format(quote(call_id, safe="")))
-            write_out(call_id + "\n")
-        except Refused as exc:
-            if exc.status not in (404, 409, 410):
-                raise
-            print(f"{call_id}: {exc.text}", file=sys.stderr)
-            missed += 1
-    if missed:
-        raise Refused(409, f"not done for {missed} calls")
+            path = Path("/dev/stdin" if source in ("-", "@-") else source[1:])
+            body = path.read_bytes() if source == "-" or source.startswith("@") else source.encode()
+        except OSError as exc:
+            raise Refused(400, f"--data {source}: {exc.strerror}") from None
+        headers = {name.strip(): value.strip() for name, _, value in (item.partition(":") for item in args.header)}
+        if not args.queued and not args.wait:
+            return self.write(self.ask(f"POST /function/{args.id}", body, headers))
+        answer = self.ask(f"POST /async-function/{args.id}", body, {**headers, "Accept": "application/json"})
+        call_id = json.loads(answer)["call_id"]
+        if not args.wait:
+            return self.write(answer if args.json else call_id + "\n")
+        found = self.record(call_id, wait=True)
+        self.write(self.ask(f"GET /system/calls/{quote(call_id, safe='')}/log"))
+        if found["status"] != "success":
+            raise Refused(500, f"call {call_id} ended in {found['status']}: {found['error']}")
+        return None
 
+    def serve(self) -> int:
+        """Run the daemon until a signal."""
+        config = self.config
+        if listen := self.args.listen and parse_config({"gateway": {"listen": self.args.listen}}).gateway.listen:
+            config = replace(config, gateway=replace(config.gateway, listen=listen))
+        setup_logging(config.log)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
+            return runner.run(Daemon(config, self.args.config).run())
 
-def list_queues(args: argparse.Namespace) -> None:
-    """The last one is the callback sender's."""
-    body = Client(args).ask("GET", "/system/queues")
-    write_out(body if args.json else QUEUE_ROW.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
-    for queue in () if args.json else json.loads(body)["queues"]:
-        cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
-        write_out(QUEUE_ROW.format(*cells, brief(queue["oldest_seconds"]), "paused" if queue.get("paused") else "-"))
-
-
-def invoke(args: argparse.Namespace) -> None:
-    """Print the answer; with --async the call's id; with --wait the output, once the call has ended."""
-    client, source = Client(args), args.data if args.data is not None else "" if sys.stdin.isatty() else "-"
-    try:
-        path = Path("/dev/stdin" if source in ("-", "@-") else source[1:])
-        body = path.read_bytes() if source == "-" or source.startswith("@") else source.encode()
-    except OSError as exc:
-        raise Refused(400, f"--data {source}: {exc.strerror}") from None
-    headers = {name.strip(): value.strip() for name, _, value in (item.partition(":") for item in args.header or ())}
-    if not args.queued and not args.wait:
-        return write_out(client.ask("POST", f"/function/{args.id}", body, headers))
-    answer = client.ask("POST", f"/async-function/{args.id}", body, {**headers, "Accept": "application/json"})
-    call_id = json.loads(answer)["call_id"]
-    if not args.wait:
-        return write_out(answer if args.json else call_id + "\n")
-    found = client.record(call_id, wait=True)
-    write_out(client.ask("GET", f"/system/calls/{quote(call_id, safe='')}/log"))
-    if found["status"] != "success":
-        raise Refused(500, f"call {call_id} ended in {found['status']}: {found['error']}")
-    return None
-
-
-def serve(args: argparse.Namespace) -> int:
-    """Run the daemon until a signal."""
-    config = load_config(args.config)
-    if args.listen:
-        flags = parse_config({"gateway": {"listen": args.listen}})
-        config = replace(config, gateway=replace(config.gateway, listen=flags.gateway.listen))
-    setup_logging(config.log)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
-        return runner.run(Daemon(config, args.config).run())
-
-
-def check(args: argparse.Namespace) -> None:
-    """Check a configuration file."""
-    config = load_config(args.config)
-    print(f"{args.config or 'defaults'}: ok, {len(config.functions)} functions, {len(config.queues)} queues")
+    def check(self) -> None:
+        """Check a configuration file."""
+        functions, queues = len(self.config.functions), len(self.config.queues)
+        print(f"{self.args.config or 'defaults'}: ok, {functions} functions, {queues} queues")
 
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -2884,49 +2947,43 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 WHICH, WHERE = "--status --function --queue", "--config --url --user-file --password-file"
 LIST, IDS = f"{WHICH} --limit --watch --json {WHERE}", f"ids {WHICH} {WHERE}"
-do = functools.partial
-COMMANDS: Sequence[tuple[str, Callable[[argparse.Namespace], int | None], str, str]] = (
-    ("", serve, "Run functions in the background on one machine.", "--config --listen"),
-    ("serve", serve, "run the daemon (what happens without a command)", "--config --listen"),
-    ("check", check, "check a configuration file", "--config"),
-    ("calls", list_calls, "list calls, or what ACTION says", LIST),
-    ("calls list", list_calls, "list calls, newest first", LIST),
-    ("calls show", show_call, "print a call's record", f"id --wait --json {WHERE}"),
-    ("calls log", do(send, "GET", "/system/calls/{}/log"), "print what a call's function wrote", f"id {WHERE}"),
-    ("calls cancel", do(change, "DELETE", "/async-function/{}"), "cancel calls by id, or by filter", IDS),
-    ("calls retry", do(change, "POST", "/system/calls/{}/retry"), "run finished calls again by id, or by filter", IDS),
-    ("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
-    ("queues list", list_queues, "list queues", f"--json {WHERE}"),
-    ("queues pause", do(send, "POST", "/system/queues/{}/pause"), "hold a queue's calls", f"id {WHERE}"),
-    ("queues resume", do(send, "POST", "/system/queues/{}/resume"), "let them run again", f"id {WHERE}"),
-    ("queues purge", do(send, "POST", "/system/queues/{}/purge"), "cancel what waits in a queue", f"id {WHERE}"),
-    ("invoke", invoke, "call a function", f"id --data -H --async --wait --json {WHERE}"),
+COMMANDS: Sequence[tuple[str, Callable[[Command], int | None], str, str, str]] = (
+    ("", Command.serve, "", "Run functions in the background on one machine.", "--config --listen"),
+    ("serve", Command.serve, "", "run the daemon (what happens without a command)", "--config --listen"),
+    ("check", Command.check, "", "check a configuration file", "--config"),
+    ("calls", Command.list_calls, "", "list calls, or what ACTION says", LIST),
+    ("calls list", Command.list_calls, "", "list calls, newest first", LIST),
+    ("calls show", Command.show_call, "", "print a call's record", f"id --wait --json {WHERE}"),
+    ("calls log", Command.send, "GET /system/calls/{}/log", "print what a call's function wrote", f"id {WHERE}"),
+    ("calls cancel", Command.change, "DELETE /async-function/{}", "cancel calls by id, or by filter", IDS),
+    ("calls retry", Command.change, "POST /system/calls/{}/retry", "run finished calls again by id, or by filter", IDS),
+    ("queues", Command.list_queues, "", "list queues, or what ACTION says", f"--json {WHERE}"),
+    ("queues list", Command.list_queues, "", "list queues", f"--json {WHERE}"),
+    ("queues pause", Command.send, "POST /system/queues/{}/pause", "hold a queue's calls", f"id {WHERE}"),
+    ("queues resume", Command.send, "POST /system/queues/{}/resume", "let them run again", f"id {WHERE}"),
+    ("queues purge", Command.send, "POST /system/queues/{}/purge", "cancel what waits in a queue", f"id {WHERE}"),
+    ("invoke", Command.invoke, "", "call a function", f"id --data -H --async --wait --json {WHERE}"),
 )
 EXIT = "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; 77 credentials; 78 configuration."
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; its --help is the manual."""
-    top = argparse.ArgumentParser(prog="faasd-async", description=COMMANDS[0][2], epilog=EXIT)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; its --help is the manual. Every fatal error ends here, as one line and an exit code."""
+    top = argparse.ArgumentParser(prog="faasd-async", description=COMMANDS[0][3], epilog=EXIT)
     top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
     groups: dict[str, Any] = {}
-    for words, run, summary, options in COMMANDS:
+    for words, run, request, summary, options in COMMANDS:
         group, _, action = words.rpartition(" ")
         sub = groups[group].add_parser(action, help=summary, description=summary, epilog=EXIT) if words else top
         for option in options.split():
             sub.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, request=request)
         if words in ("", "calls", "queues"):
             groups[words] = sub.add_subparsers(metavar="ACTION" if words else "COMMAND")
     top.set_defaults(queued=False, header=(), **{name.strip("-").replace("-", "_"): None for name in OPTIONS})
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Every fatal error ends here, as one line for each problem and an exit code from sysexits.h."""
-    args = parser().parse_args(argv)
+    args = top.parse_args(argv)
     try:
-        return args.run(args) or 0
+        return args.run(Command(args)) or 0
     except (ConfigError, StoreError, Refused) as exc:
         print(exc if isinstance(exc, ConfigError) else f"faasd-async: {exc}", file=sys.stderr)
         # sysexits.h: a configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.

@@ -415,6 +415,21 @@ async def test_a_function_that_breaks_off_is_a_bad_gateway(daemon: StartDaemon, 
     assert_one_line(reply, "rude")
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "POST"])
+async def test_a_call_that_breaks_off_is_not_made_again(daemon: StartDaemon, function: Server, method: str) -> None:
+    """Whatever the method promises: the function may have begun to do what it does."""
+
+    async def hang_up(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    function.behaviour = hang_up
+    gateway = await daemon(f'[functions.rude]\nurl = "{function.url}"')
+    assert (await ask(gateway.url, "/function/rude", method=method)).status == 502
+    assert [request.method for request in function.requests] == [method]
+
+
 async def test_an_answer_that_breaks_off_does_not_look_whole(daemon: StartDaemon, http: aiohttp.ClientSession) -> None:
     """When the head is out already, the client must at least notice that something is missing."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

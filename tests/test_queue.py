@@ -798,14 +798,6 @@ async def test_a_callback_that_got_no_answer_has_no_http_status(bench: Bench) ->
     assert (record["callback"]["http_status"], record["callback"]["error"]) == (None, LATE.error)
 
 
-async def test_work_that_runs_can_be_extended(bench: Bench) -> None:
-    """It stays its owner's."""
-    await bench.enqueue("a")
-    work = await bench.take()
-    await bench.queue.extend(work)
-    assert (await bench.claim(), await bench.queue.complete(work, OK, "success")) == ([], True)
-
-
 # ---- cancel ----------------------------------------------------------------------------------------------------
 
 
