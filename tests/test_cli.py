@@ -244,7 +244,8 @@ async def test_a_full_queue_is_worth_another_try(daemon: StartDaemon, function: 
     """Exit code 75, as sysexits.h has it."""
     function.behaviour = Gate()
     gateway = await daemon(
-        f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 1\nmax_pending = 1'
+        f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 1\nmax_pending = 1\n'
+        '[gateway]\ndrain_timeout = "0s"'
     )
     cli = Cli(gateway)
     await cli("invoke", "it", "--async")
