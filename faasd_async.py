@@ -509,7 +509,6 @@ class Claim(NamedTuple):
     fence: int  # tells this claim from others of the same call
     call_id: str
     function: str
-    namespace: str
     queue: str
     lane: str  # of a call its function's key; of a callback its host, so that a dead one doesn't hold up the others
     attempt: int  # number of this run, or of this delivery
@@ -1085,19 +1084,14 @@ class SqliteFile:
         self.db.execute(sql, {"n": self.settings().calls.keep_output, "seq": seq})
 
 
-TAKEN = "SELECT coalesce(call_id, id), digest FROM calls WHERE function = ? AND namespace = ? AND idempotency_key = ?"
-INSERT = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
-    max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest, app)
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
-INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
-
-
 def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
     """Store a call; the call id to answer with, or a refusal."""
     db, queue, digest = file.db, call.queue, None
     if call.idempotency_key is not None:
         digest = hashlib.blake2b(call.body, digest_size=16).digest()
-        if taken := db.execute(TAKEN, (call.function, call.namespace, call.idempotency_key)).fetchone():
+        sql = """SELECT coalesce(call_id, id), digest FROM calls
+            WHERE function = ? AND namespace = ? AND idempotency_key = ?"""
+        if taken := db.execute(sql, (call.function, call.namespace, call.idempotency_key)).fetchone():
             same = taken[1] == digest
             return str(taken[0]) if same else Refused(422, "Idempotency-Key: this key came before with another body")
     full = file.lanes[queue].total >= file.settings().queue(queue).max_pending
@@ -1107,26 +1101,17 @@ def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
     row = (file.seq + 1, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
         call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
         call.idempotency_key, digest, call.app)  # fmt: skip
-    if db.execute(INSERT, row).rowcount:  # else it is stored already
+    sql = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
+        max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest, app)
+        VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
+    if db.execute(sql, row).rowcount:  # else it is stored already
         file.seq += 1
-        db.execute(INSERT_REQUEST, (file.seq, call.target, call.headers, call.body))
+        sql = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
+        db.execute(sql, (file.seq, call.target, call.headers, call.body))
         file.add(queue, lane, call.due_at)
         if call.deadline_at is not None and call.deadline_at < file.deadline_at:
             file.find_deadline()
     return call.call_id
-
-
-DUE = "WHERE c.work = ? AND c.lane = ? AND c.due_at <= ? ORDER BY c.due_at, c.seq LIMIT ?"
-CLAIM = f"""SELECT c.seq, c.claims + 1, coalesce(c.call_id, c.id), c.function, c.namespace, c.queue, c.lane,
-    c.attempts + 1, c.attempts + 1, c.max_attempts, c.start_time, c.callback_url, c.failure_url, NULL, NULL, r.target,
-    r.headers, r.body FROM calls c LEFT JOIN requests r USING (seq) {DUE}"""
-CLAIM_CALLBACK = f"""SELECT c.seq, c.claims + 1, coalesce(c.call_id, c.id), c.function, c.namespace, c.work, c.lane,
-    c.callback_attempts + 1, c.attempts, c.max_attempts, c.start_time, c.callback_url, c.failure_url, c.http_status,
-    c.duration, iif(c.failure_url IS NOT NULL AND c.status <> 'success', c.failure_url, c.callback_url),
-    coalesce(o.headers, x''), coalesce(o.body, x'') FROM calls c LEFT JOIN outputs o USING (seq) {DUE}"""
-MARK = """UPDATE calls SET due_at = NULL, deadline_at = NULL, claims = claims + 1,
-    attempts = attempts + (work = queue), callback_attempts = callback_attempts + (work <> queue),
-    status = iif(work = queue, 'running', status), started_at = iif(work = queue, ?, started_at) WHERE seq = ?"""
 
 
 def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
@@ -1139,19 +1124,28 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
             return []
     lanes, claims, left, held = file.lanes[work], list[Claim](), dict(room), []
     fair = work == CALLBACKS or file.settings().queue(work).fair
-    select = CLAIM_CALLBACK if work == CALLBACKS else CLAIM
+    rest = "target, headers, body FROM calls LEFT JOIN requests"
+    if work == CALLBACKS:
+        rest = """iif(failure_url IS NULL OR status = 'success', callback_url, failure_url), coalesce(headers, x''),
+            coalesce(body, x'') FROM calls LEFT JOIN outputs"""
+    select = f"""SELECT seq, claims + 1, coalesce(call_id, id), function, work, lane,
+        iif(work = queue, attempts, callback_attempts) + 1, attempts + (work = queue), max_attempts, start_time,
+        callback_url, failure_url, http_status, duration, {rest} USING (seq)
+        WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?"""
+    mark = """UPDATE calls SET due_at = NULL, deadline_at = NULL, claims = claims + 1,
+        attempts = attempts + (work = queue), callback_attempts = callback_attempts + (work <> queue),
+        status = iif(work = queue, 'running', status), started_at = iif(work = queue, ?, started_at) WHERE seq = ?"""
     while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
         share = max(1, (limit - len(claims)) // (len(lanes.ready) + 1))
         until = now if fair else min(now, lanes.next_at())  # then it is another lane's turn
         free = left.get(lane, room.get("", limit + 1))  # more than there can be: no limit
         found = file.db.execute(select, (work, lane, until, min(share, free))).fetchall() if free > 0 else []
-        file.db.executemany(MARK, [(now, row[0]) for row in found])
+        file.db.executemany(mark, [(now, row[0]) for row in found])
         claims += [Claim(*row) for row in found]
         left[lane] = free - len(found)
-        rest = lanes.remove(lane, len(found))
-        if rest and left[lane] <= 0:
+        if (waiting := lanes.remove(lane, len(found))) and left[lane] <= 0:
             held.append(lane)
-        elif rest:
+        elif waiting:
             lanes.put(lane, now if fair and len(found) == share else file.head(work, lane))
     next_at = lanes.next_at()
     file.wake_at[work] = next_at if next_at > now else float("inf")
@@ -1160,20 +1154,16 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
     return claims
 
 
-FINISH = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
-    response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?
-    WHERE seq = ? AND claims = ? AND status = ?"""
-DELIVERED = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
-    work = NULL, lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
-
-
 def finish(file: SqliteFile, ended: Ended, target: str | None, size: int | None, was: tuple[int, int, str]) -> bool:
     """Make a call final that `was` this claim (seq, claims, status), and have its outcome told to `target`."""
     now = time.time()
     host = target and urlsplit(target).netloc.rpartition("@")[2]  # callbacks to one host share a lane
     follow = ("pending", CALLBACKS, host, now) if host else ("none", None, None, None)
     row = (ended.status, ended.http_status, ended.error, now, ended.duration, size, *follow, *was)
-    if file.db.execute(FINISH, row).rowcount == 0:
+    sql = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
+        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?
+        WHERE seq = ? AND claims = ? AND status = ?"""
+    if file.db.execute(sql, row).rowcount == 0:
         return False
     if host:
         file.add(CALLBACKS, host, now)
@@ -1185,7 +1175,9 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
     """Make a call or its callback final."""
     if work.queue == CALLBACKS:
         row = (status, outcome.status if outcome.answered else None, outcome.error, work.token, work.fence)
-        if file.db.execute(DELIVERED, row).rowcount == 0:
+        sql = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?, work = NULL,
+            lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
+        if file.db.execute(sql, row).rowcount == 0:
             return False
         file.cut_output(work.token)
         return True
@@ -1199,17 +1191,15 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
     return True
 
 
-RETRY = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
-    {0}attempts = {0}attempts - :free, {0}http_status = iif(:free, {0}http_status, :code),
-    {0}error = iif(:free, {0}error, :error) WHERE seq = :seq AND work = :work AND claims = :fence AND due_at IS NULL"""
-
-
 def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
     due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
     code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
     row = {"due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
     row |= {"seq": work.token, "work": work.queue, "fence": work.fence}
-    if file.db.execute(RETRY.format("callback_" if callback else ""), row).rowcount == 0:
+    sql = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
+        {0}attempts = {0}attempts - :free, {0}http_status = iif(:free, {0}http_status, :code), {0}error = iif(:free,
+        {0}error, :error) WHERE seq = :seq AND work = :work AND claims = :fence AND due_at IS NULL"""
+    if file.db.execute(sql.format("callback_" if callback else ""), row).rowcount == 0:
         return False
     file.add(work.queue, work.lane, due_at)
     if outcome is not None and not callback:
@@ -1217,13 +1207,8 @@ def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: f
     return True
 
 
-RECORD = """coalesce(call_id, id) AS call_id, function, namespace, queue,
-    iif(status = 'queued' AND due_at > :now, 'delayed', status) AS status, attempts, max_attempts,
-    http_status, error, start_time / 1e9 AS created_at, started_at, completed_at,
-    iif(status = 'queued', due_at, NULL) AS due_at, duration AS duration_seconds, interrupted,
-    iif(failure_url IS NOT NULL AND status IN ('error', 'timeout'), failure_url, callback_url) AS callback_url,
-    callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes, app"""
 BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
+CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
 UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 
 
@@ -1234,8 +1219,13 @@ def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, An
     inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
     wanted = [name for name in ("status", "function", "queue", "app") if getattr(query, name) is not None]
     outer = " AND ".join(f"{name} = :{name}" for name in wanted) or "true"
-    sql = f"""SELECT * FROM (SELECT {RECORD}, seq FROM calls WHERE {inner} seq < :before AND seq >= :floor)
-        WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
+    sql = f"""SELECT * FROM (SELECT coalesce(call_id, id) AS call_id, function, namespace, queue,
+        iif(status = 'queued' AND due_at > :now, 'delayed', status) AS status, attempts, max_attempts,
+        http_status, error, start_time / 1e9 AS created_at, started_at, completed_at,
+        iif(status = 'queued', due_at, NULL) AS due_at, duration AS duration_seconds, interrupted,
+        iif(failure_url IS NOT NULL AND status IN ('error', 'timeout'), failure_url, callback_url) AS callback_url,
+        callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes, app,
+        seq FROM calls WHERE {inner} seq < :before AND seq >= :floor) WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
     cursor = file.db.execute(sql, {**query._asdict(), "before": before, "floor": floor, "now": time.time()})
     names = [column[0] for column in cursor.description]
     found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in cursor]
@@ -1260,9 +1250,6 @@ def sql_output(file: SqliteFile, call_id: str) -> tuple[bytes, bytes] | Refused:
         LEFT JOIN outputs USING (seq)"""
     found: tuple[bytes, bytes] | None = file.db.execute(sql, {"id": call_id}).fetchone()
     return found or Refused(404, UNKNOWN)
-
-
-CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
 
 
 def sql_cancel(file: SqliteFile, call_id: str) -> int | Refused:
@@ -1294,12 +1281,6 @@ def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
     return len(rows)
 
 
-REDRIVE = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0,
-    interrupted = 0, http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL, duration = NULL,
-    response_bytes = NULL, callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
-    callback_error = NULL WHERE seq = ?"""
-
-
 def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
     sql = f"SELECT seq, function || '.' || namespace, queue, work, status {BY_ID} LIMIT 1"
     if (row := file.db.execute(sql, {"id": call_id}).fetchone()) is None:
@@ -1310,19 +1291,21 @@ def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
     if file.db.execute("SELECT 1 FROM requests WHERE seq = ?", (seq,)).fetchone() is None:
         return Refused(410, "the request of this call is not stored any more")
     file.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
-    file.db.execute(REDRIVE, (lane, time.time(), seq))
+    sql = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0, interrupted = 0,
+        http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL, duration = NULL,
+        response_bytes = NULL, callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
+        callback_error = NULL WHERE seq = ?"""
+    file.db.execute(sql, (lane, time.time(), seq))
     file.add(queue, lane, time.time())
     return None
 
 
-EXPIRED = f"""UPDATE calls SET deadline_at = NULL WHERE seq IN (SELECT seq FROM calls WHERE deadline_at <= ?
-    AND deadline_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH})
-    RETURNING seq, coalesce(call_id, id), function, work, lane, callback_url, failure_url"""
-
-
 def sql_expire(file: SqliteFile) -> None:
     """End the calls whose deadline has passed before they started: a claim takes the deadline away."""
-    for seq, call_id, function, work, lane, *urls in file.db.execute(EXPIRED, (time.time(),)).fetchall():
+    sql = f"""UPDATE calls SET deadline_at = NULL WHERE seq IN (SELECT seq FROM calls WHERE deadline_at <= ?
+        AND deadline_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH})
+        RETURNING seq, coalesce(call_id, id), function, work, lane, callback_url, failure_url"""
+    for seq, call_id, function, work, lane, *urls in file.db.execute(sql, (time.time(),)).fetchall():
         file.lanes[work].remove(lane, 1)
         ended = Ended(call_id, function, "timeout", 0, error="not started before its X-Deadline")
         finish(file, ended, callback_target("timeout", *urls), None, (seq, 0, "queued"))
