@@ -97,18 +97,25 @@ SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 STALLED_S = 10.0  # a commit that takes longer means that the disk hangs
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
+END_OF_TIME = 253_402_300_799.0  # 9999-12-31T23:59:59Z: what Python and RFC 3339 can write
+TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
 
 # RFC 9110 7.6.1, with the ones that RFC 9110 11.7 and 6.6.2 bind to one connection.
 HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization"}
 HOP_BY_HOP |= {b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+CONTENT_LENGTH = frozenset((b"content-length",))
+COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 FINAL = ("success", "error", "timeout", "cancelled")
 STATUSES = ("delayed", "queued", "running", *FINAL)
+NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
 
 log = logging.getLogger("faasd_async")
 T = TypeVar("T")
 Tell = Callable[[T], None]
 Headers = tuple[tuple[bytes, bytes], ...]
 Reply = web.StreamResponse
+Reader = asyncio.StreamReader | aiohttp.StreamReader
+Entry = tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]  # a step, its arguments, and who waits
 
 # --- Errors ---------------------------------------------------------------------------------------------------------
 # A function's 500 or timeout is an Outcome, not an exception.
@@ -384,6 +391,13 @@ CONFLICTS: tuple[tuple[Any, Callable[[Any], object], str], ...] = (
     (Function, lambda t: (t.url is None) == (t.command is None), "set either url or command"),
     (Function, lambda t: t.url and (t.exec_timeout or t.env), "exec_timeout and env are for a command"),
 )
+ANNOTATIONS: Mapping[str, Callable[[str], Any]] = {
+    "queue": expect("a queue's name", lambda value: need(value, _NAME.fullmatch(value))),
+    "retry.codes": lambda value: http_codes([_whole(code.strip()) for code in value.split(",")]),
+    **dict.fromkeys(("max_inflight", "retry.attempts"), number),
+    **dict.fromkeys(("retry.min_wait", "retry.max_wait"), duration),
+}
+warn_once = functools.cache(log.warning)  # of what is looked at again and again
 
 
 def read_table(base: Any, raw: Any, where: str, problems: list[str]) -> Any:
@@ -409,15 +423,6 @@ def read_table(base: Any, raw: Any, where: str, problems: list[str]) -> Any:
     if len(problems) == found:
         problems += [f"{where}: {text}" for cls, wrong, text in CONFLICTS if isinstance(made, cls) and wrong(made)]
     return made
-
-
-ANNOTATIONS: Mapping[str, Callable[[str], Any]] = {
-    "queue": expect("a queue's name", lambda value: need(value, _NAME.fullmatch(value))),
-    "retry.codes": lambda value: http_codes([_whole(code.strip()) for code in value.split(",")]),
-    **dict.fromkeys(("max_inflight", "retry.attempts"), number),
-    **dict.fromkeys(("retry.min_wait", "retry.max_wait"), duration),
-}
-warn_once = functools.cache(log.warning)  # of what is looked at again and again
 
 
 def annotated(function: Function, retry: RetryPolicy) -> Function:
@@ -634,10 +639,6 @@ def decide(outcome: Outcome, attempt: int, most: int, policy: Policy, now: float
 def callback_target(status: str, callback_url: str | None, failure_url: str | None) -> str | None:
     """Where an outcome is told: failures go to X-Failure-Callback-Url when there is one."""
     return failure_url if failure_url and status in ("error", "timeout") else callback_url
-
-
-END_OF_TIME = 253_402_300_799.0  # 9999-12-31T23:59:59Z: what Python and RFC 3339 can write
-TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
 
 
 def parse_when(value: str) -> float:
@@ -1346,9 +1347,6 @@ def sql_prune(file: SqliteFile) -> int:
     return len(gone)
 
 
-Entry = tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]  # a step, its arguments, and who waits
-
-
 def in_transaction(*steps: Callable[..., Any]) -> list[Callable[..., Any]]:
     """Methods that have the writer run one of these steps in its next transaction."""
     return [lambda queue, *arguments, step=step: queue.submit(step, *arguments) for step in steps]
@@ -1511,11 +1509,6 @@ class Ask(NamedTuple):
     body: bytes | AsyncIterator[bytes]
 
 
-CONTENT_LENGTH = frozenset((b"content-length",))
-# systemd's, which are for us and not for commands
-OWN_VARIABLES = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
-
-
 def client_session(connector: Callable[..., aiohttp.BaseConnector], **options: Any) -> aiohttp.ClientSession:
     """A client that passes things on as they are: no cookies, no decompression, no headers or limits of its own."""
     session = aiohttp.ClientSession(
@@ -1525,10 +1518,6 @@ def client_session(connector: Callable[..., aiohttp.BaseConnector], **options: A
     )  # fmt: skip
     session._retry_connection = False  # or a GET that is broken off would make two calls of the function
     return session
-
-
-Reader = asyncio.StreamReader | aiohttp.StreamReader
-NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
 
 
 def failure(exc: BaseException, who: str, started: float = 0.0, function: Function | None = None) -> Outcome:
@@ -1825,7 +1814,8 @@ def command_environment(function: Function, ask: Ask) -> dict[str, str]:
     found |= {"Http_Method": ask.method, "Http_Path": path or "/", "Http_Query": query}
     length = str(len(ask.body)) if isinstance(ask.body, bytes) else found.get("Http_Content_Length", "-1")
     found["Http_ContentLength"] = found["Http_Content_Length"] = length
-    own = {name: value for name, value in os.environ.items() if not OWN_VARIABLES.fullmatch(name)}
+    systemd = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
+    own = {name: value for name, value in os.environ.items() if not systemd.fullmatch(name)}
     return {**own, **found, **function.env}
 
 
@@ -2182,6 +2172,8 @@ FILTERS = {
     "limit": expect("a whole number from 1 to 1000", lambda value: need(_whole(value), 1 <= _whole(value) <= 1000)),
     "cursor": expect("the next_cursor of an earlier answer", _whole),
 }
+visible = expect("1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value)))
+CALL_ID = {"X-Call-Id": visible}
 
 
 class Operator:
@@ -2324,10 +2316,6 @@ class Operator:
         return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
 
-visible = expect("1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value)))
-CALL_ID = {"X-Call-Id": visible}
-
-
 def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
     """The headers that steer a call, with their parsers; these raise ValueError."""
 
@@ -2353,7 +2341,6 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
 
 
 CONTROLS = tuple(controls(Config(), 0.0))
-COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 
 
 class Gateway:
@@ -2753,12 +2740,11 @@ class Daemon:
 # `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the only authority
 
 
-# Tables of 80 columns at most; --json has everything whole.
-CALL_ROW, QUEUE_ROW = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n", "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
-
-
 class Command:
     """The commands, with the arguments of one; the daemon it is for is found as the configuration or the flags say."""
+
+    # Tables of 80 columns at most; --json has everything whole.
+    CALL, QUEUE = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n", "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.config = args, load_config(args.config)
@@ -2824,13 +2810,13 @@ class Command:
         found = self.records(limit)
         if args.json and not args.watch:
             return self.write(json.dumps({"calls": found}) + "\n")
-        self.write("" if args.json else CALL_ROW.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
+        self.write("" if args.json else self.CALL.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
         while True:
             for call in [call for call in found if call not in seen][:: -1 if args.watch else 1]:
                 cells = [call[name] for name in ("call_id", "status", "function", "attempts")]
                 age_s = time.time() - parse_when(call["created_at"])
                 cells += map(self.brief, (age_s, call["duration_seconds"]))
-                self.write(json.dumps(call) + "\n" if args.json else CALL_ROW.format(*cells))
+                self.write(json.dumps(call) + "\n" if args.json else self.CALL.format(*cells))
             if not args.watch:
                 return None
             time.sleep(1.0)
@@ -2866,11 +2852,11 @@ class Command:
         """The last one is the callback sender's."""
         body = self.ask("GET /system/queues")
         as_is = self.args.json
-        self.write(body if as_is else QUEUE_ROW.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
+        self.write(body if as_is else self.QUEUE.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
         for queue in () if as_is else json.loads(body)["queues"]:
             cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
             cells += [self.brief(queue["oldest_seconds"]), "paused" if queue.get("paused") else "-"]
-            self.write(QUEUE_ROW.format(*cells))
+            self.write(self.QUEUE.format(*cells))
 
     def invoke(self) -> None:
         """Print the answer; with --async the call's id; with --wait the output, once the call has ended."""
