@@ -266,8 +266,9 @@ class AuthConfig:  # [auth]: the user and the password, out of their files; with
     invoke: bool = key(boolean, False)
 
     @functools.cached_property
-    def credentials(self: Login) -> bytes | None:
-        return self.user_file and self.user_file + b":" + (self.password_file or b"")
+    def login(self: Login) -> str | None:  # as an Authorization header has it
+        user, password = ((found or b"").decode("latin-1") for found in (self.user_file, self.password_file))
+        return aiohttp.encode_basic_auth(user, password, "latin-1") if user else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,7 @@ class ProviderConfig:  # [provider]: faasd, where functions that are not in the 
     cache: float = key(duration, "1s")
     scale_from_zero: bool = key(boolean, True)
     scale_timeout: float = key(positive, "60s")
-    credentials = AuthConfig.credentials
+    login = AuthConfig.login
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +387,7 @@ Policy = RetryPolicy | CallbackConfig  # when what failed is tried again
 # What is wrong with a table whose keys are right by themselves.
 CONFLICTS: tuple[tuple[Any, Callable[[Any], object], str], ...] = (
     (Login, lambda t: bool(t.user_file) != bool(t.password_file), "user_file needs password_file"),
+    (Login, lambda t: b":" in (t.user_file or b""), "a user's name has no colon (RFC 7617)"),
     (AuthConfig, lambda t: t.invoke and t.user_file is None, "invoke needs user_file and password_file"),
     (Policy, lambda t: t.min_wait > t.max_wait, "min_wait is longer than max_wait"),
     (Function, lambda t: (t.url is None) == (t.command is None), "set either url or command"),
@@ -1724,9 +1726,8 @@ class Functions:
         headers, session = as_multidict(ask.headers), self._session
         if function.replicas is not None:
             session, config = self._fresh, self._settings()
-            login = (config.provider.credentials or config.auth.credentials) if not function.namespace else None
-            if login:
-                headers["Authorization"] = "Basic " + base64.b64encode(login).decode()
+            if not function.namespace and (login := config.provider.login or config.auth.login):
+                headers["Authorization"] = login
             headers.add("Via", via(ask.rest))
         return session.request(ask.method, target, headers=headers, data=ask.body or None, allow_redirects=False)
 
@@ -1954,9 +1955,9 @@ class CallbackSender:
         if host in config.callback.gateway_hosts:
             session, own = self._own_session, yarl.URL(self.own_address.replace("unix:", "http://localhost"))
             target = target.with_scheme("http").with_host(own.host or "").with_port(own.port)
-            if config.auth.credentials and config.auth.invoke:
+            if config.auth.login and config.auth.invoke:
                 target = target.with_user(None)
-                headers["Authorization"] = "Basic " + base64.b64encode(config.auth.credentials).decode()
+                headers["Authorization"] = config.auth.login
         elif not callback_allowed(host, None, config.callback):
             raise Refused(403, f"callbacks to {host} are not allowed")
         return session.post(target, data=claim.body, headers=headers, allow_redirects=False)
@@ -2145,15 +2146,6 @@ def as_json(data: object, status: int = 200, headers: Mapping[str, str] | None =
     return web.Response(status=status, text=text, content_type="application/json", headers=headers)
 
 
-def authorize(request: web.BaseRequest, credentials: bytes) -> None:
-    """Basic auth, compared in constant time. Raises Refused(401)."""
-    kind, _, given = request.headers.get("Authorization", "").partition(" ")
-    with contextlib.suppress(ValueError):
-        if kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), credentials):
-            return
-    raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
-
-
 def parsed(given: Mapping[str, str], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
     """The parameters or headers that have a parser, parsed. Raises Refused(400) naming one, its value and the form."""
     found = {}
@@ -2316,12 +2308,12 @@ class Operator:
         return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
 
-def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
+def controls(settings: Settings) -> dict[str, Callable[[str], Any]]:
     """The headers that steer a call, with their parsers; these raise ValueError."""
 
     def callback(value: str) -> str:
-        host = callback_host(value)
-        if host not in config.callback.gateway_hosts and not callback_allowed(host, None, config.callback):
+        host, config = callback_host(value), settings().callback
+        if host not in config.gateway_hosts and not callback_allowed(host, None, config):
             raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
         return value
 
@@ -2329,18 +2321,15 @@ def controls(config: Config, now: float) -> dict[str, Callable[[str], Any]]:
         **CALL_ID,
         **dict.fromkeys(("X-Callback-Url", "X-Failure-Callback-Url"), callback),
         "Idempotency-Key": visible,
-        "X-Delay": lambda value: now + duration(value),
+        "X-Delay": lambda value: time.time() + duration(value),
         "X-Not-Before": parse_when,
         "X-Deadline": expect(
             'a duration such as "1h" or ' + TIME_FORM,
-            lambda value: now + duration(value) if value[-1:] in "smh" else parse_when(value),
+            lambda value: time.time() + duration(value) if value[-1:] in "smh" else parse_when(value),
         ),
         "X-Max-Attempts": number,
-        "X-Queue": one_of(*config.queues),
+        "X-Queue": lambda value: one_of(*settings().queues)(value),
     }
-
-
-CONTROLS = tuple(controls(Config(), 0.0))
 
 
 class Gateway:
@@ -2348,7 +2337,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, queue: Queue, functions: Functions, metrics: Metrics, own: Operator) -> None:
         self._settings, self._queue, self._operator = settings, queue, own
-        self._functions, self._metrics = functions, metrics
+        self._functions, self._metrics, self._controls = functions, metrics, controls(settings)
         self.requests: set[Any] = set()  # the tasks of those that are being answered
 
     async def handle(self, request: web.BaseRequest) -> Reply:
@@ -2377,8 +2366,11 @@ class Gateway:
             raise Refused(508, "the provider has no replica of this function", {"X-Openfaas-Internal": "gateway"})
         calls = route in ("function", "async-function", "r")
         guarded = config.auth.invoke if calls else target.partition("?")[0] not in ("/healthz", "/readyz")
-        if config.auth.credentials and guarded:
-            authorize(request, config.auth.credentials)
+        if config.auth.login and guarded:
+            kind, _, given = request.headers.get("Authorization", "").partition(" ")
+            found = f"{kind.title()} {given.strip()}".encode(errors="replace")
+            if not hmac.compare_digest(found, config.auth.login.encode()):
+                raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
         if not calls:
             ours = route != "system" or re.match(r"(calls|queues)\b", rest)  # the rest there is OpenFaaS's REST API
             return await (self._operator.handle if ours else self._rest)(request, target)
@@ -2549,8 +2541,7 @@ class Gateway:
         """Queue a call. Fn's route, which has an app, takes any method and answers in JSON."""
         start_time = time.time_ns()
         config, now, own = self._settings(), start_time / 1e9, new_id()
-        steered = any(name in request.headers for name in CONTROLS)  # most calls are not
-        asked = (parsed(request.headers, controls(config, now)) if steered else {}).get
+        asked = parsed(request.headers, self._controls).get
         call_id = asked("X-Call-Id", own)
         queue = asked("X-Queue") or function.queue
         body = await self._body(request, config.gateway.max_payload)
@@ -2753,8 +2744,9 @@ class Command:
         address = self.config.gateway.listen[0]  # to connect to 0.0.0.0 or [::] reaches this machine
         self._url = args.url or (address if address.startswith("unix:") else f"http://{address}")
         userinfo, _, server = self._url.partition("://")[2].rstrip("/").rpartition("@")
-        self._server, login = server or "localhost", unquote(userinfo).encode() or auth.credentials
-        self._login = {"Authorization": "Basic " + base64.b64encode(login).decode()} if login else {}
+        user, _, password = unquote(userinfo).partition(":")
+        self._server, login = server or "localhost", aiohttp.encode_basic_auth(user, password) if user else auth.login
+        self._login = {"Authorization": login} if login else {}
 
     def write(self, body: bytes | str) -> None:
         """To standard output, as it is."""

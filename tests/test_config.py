@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -569,23 +570,23 @@ def secrets(user: bytes, password: bytes) -> Config:
 
 def test_credentials_come_from_files() -> None:
     """The way in which systemd and faasd hand secrets over."""
-    assert secrets(b"admin", b"pass").auth.credentials == b"admin:pass"
+    assert secrets(b"admin", b"pass").auth.login == aiohttp.encode_basic_auth("admin", "pass")
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_the_newline_at_the_end_of_a_secret_is_no_part_of_it(newline: bytes) -> None:
     """Most editors and `echo` put one there."""
-    assert secrets(b"admin" + newline, b"pass" + newline).auth.credentials == b"admin:pass"
+    assert secrets(b"admin" + newline, b"pass" + newline).auth.login == aiohttp.encode_basic_auth("admin", "pass")
 
 
 def test_spaces_and_colons_are_part_of_a_password() -> None:
     """Only the newline is taken away."""
-    assert secrets(b"admin", b" a:b \n").auth.credentials == b"admin: a:b "
+    assert secrets(b"admin", b" a:b \n").auth.login == aiohttp.encode_basic_auth("admin", " a:b ")
 
 
 def test_without_files_nobody_is_asked() -> None:
     """No [auth], no credentials."""
-    assert load("").auth.credentials is None
+    assert load("").auth.login is None
 
 
 def test_a_secret_path_may_have_variables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
