@@ -50,7 +50,6 @@ import threading
 import time
 import tomllib
 import weakref
-import zlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -689,13 +688,13 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
 def via(target: str) -> str:
     """A Via header (RFC 9110 7.6.3) for what goes to the provider. For a function without replicas faasd calls port
     8080 of its own host, with this path: that is how a gateway there recognizes its own request."""
-    return f"1.1 faasd-async-{zlib.crc32(target.lstrip('/').encode('utf-8', 'surrogateescape')):08x}"
+    return f"1.1 faasd-async-{hashlib.blake2b(os.fsencode(target.lstrip('/')), digest_size=8).hexdigest()}"
 
 
 def split_target(target: str) -> tuple[str, str]:
     """The first segment of what follows the route, and the rest (path and query) byte for byte."""
-    end = min((at for at in (target.find("/"), target.find("?")) if at >= 0), default=len(target))
-    return target[:end], target[end:]
+    first = re.split("[/?]", target, maxsplit=1)[0]
+    return first, target[len(first) :]
 
 
 def forward_headers(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
@@ -1896,19 +1895,6 @@ class Invoker:
             )  # fmt: skip
 
 
-class GuardedResolver(aiohttp.ThreadedResolver):
-    """Checks the address that a callback's connection will use, so a name can't point elsewhere than it did before."""
-
-    settings: Settings
-
-    async def resolve(self, host: str, *given: Any, **more: Any) -> list[aiohttp.abc.ResolveResult]:
-        found = await super().resolve(host, *given, **more)
-        allowed = [item for item in found if callback_allowed(host, item["host"], self.settings().callback)]
-        if not allowed:
-            raise Refused(403, f"callbacks to {host} at {found[0]['host']} are not allowed")
-        return allowed
-
-
 class CallbackSender:
     """Delivers outcomes: what the consumer of the queue CALLBACKS does with its work."""
 
@@ -1924,13 +1910,19 @@ class CallbackSender:
             context: Any = ssl.create_default_context(cafile=cafile) if cafile else True
         except OSError as exc:
             raise ConfigError([f"callback.tls_ca_file: {cafile}: {exc.strerror or exc}"]) from exc
-        resolver = GuardedResolver()
-        resolver.settings = self._settings
-        session = client_session(aiohttp.TCPConnector, resolver=resolver, ssl=context, use_dns_cache=False)
+        session = client_session(aiohttp.TCPConnector, resolver=self, ssl=context, use_dns_cache=False)
         self._session = self._own_session = await stack.enter_async_context(session)
         if self.own_address.startswith("unix:"):
             session = client_session(aiohttp.UnixConnector, path=self.own_address[5:])
             self._own_session = await stack.enter_async_context(session)
+
+    async def resolve(self, host: str, *given: Any, **more: Any) -> list[aiohttp.abc.ResolveResult]:
+        """As the session's resolver, check the address that a connection will use: the name may point elsewhere now."""
+        found = await aiohttp.ThreadedResolver().resolve(host, *given, **more)
+        allowed = [item for item in found if callback_allowed(host, item["host"], self._settings().callback)]
+        if not allowed:
+            raise Refused(403, f"callbacks to {host} at {found[0]['host']} are not allowed")
+        return allowed
 
     def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
@@ -2113,7 +2105,7 @@ class Connection(web.RequestHandler):
             log.error("request failed in this program itself", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
-        response = plain(status, line)
+        response = reply(line, status)
         response.force_close()
         return response
 
@@ -2135,15 +2127,12 @@ class Answer(web.StreamResponse):
             self.headers.pop(name, None)
 
 
-def plain(status: int, line: str, headers: Mapping[str, str] | None = None) -> web.Response:
-    """One line of text."""
-    return web.Response(status=status, text=line + "\n", headers=headers)
-
-
-def as_json(data: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """A JSON document, ending in a newline for people with curl."""
-    text = json.dumps(data, ensure_ascii=False) + "\n"
-    return web.Response(status=status, text=text, content_type="application/json", headers=headers)
+def reply(what: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """A line of text, or a JSON document; it too ends in a newline, for people with curl."""
+    kind = "text/plain"
+    if not isinstance(what, str):
+        what, kind = json.dumps(what, ensure_ascii=False), "application/json"
+    return web.Response(status=status, text=f"{what}\n", content_type=kind, headers=headers)
 
 
 def parsed(given: Mapping[str, str], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
@@ -2196,7 +2185,7 @@ class Operator:
             reason = self._queue.stalled()
             if path == "/readyz":
                 reason = "shutting down" if self.draining else reason or await self._queue.failing()
-            return plain(200, "ok") if reason is None else plain(503, reason)
+            return reply(reason or "ok", 503 if reason else 200)
         method = "GET" if request.method == "HEAD" else request.method
         for wanted, pattern, handler in self._routes:
             if match := re.fullmatch(pattern, path):
@@ -2225,7 +2214,7 @@ class Operator:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(end.wait(), wait)
             found = await self._queue.lookup(call_id)
-        return as_json(found)
+        return reply(found)
 
     async def _list(self, query: dict[str, str]) -> Reply:
         if unknown := query.keys() - FILTERS.keys():
@@ -2234,7 +2223,7 @@ class Operator:
         if "function" in asked:
             asked["function"] = asked["function"].removesuffix("." + self._settings().gateway.namespace)
         calls, cursor = await self._queue.records(RecordQuery(**asked))
-        return as_json({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
+        return reply({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
 
     async def _output(self, call_id: str) -> bytes:
         body, stderr = await self._queue.output(call_id)
@@ -2256,16 +2245,16 @@ class Operator:
     async def _fn_calls(self, query: dict[str, str], app: str) -> Reply:
         function = split_target(query.get("path", "").lstrip("/"))[0] or None
         calls, _ = await self._queue.records(RecordQuery(app=app, function=function))
-        return as_json({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
+        return reply({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
 
     async def _fn_call(self, query: dict[str, str], app: str, call_id: str, log: str) -> Reply:
         found = await self._queue.lookup(call_id)
         if found.get("app") != app:
             raise Refused(404, "Call not found")
         if not log:
-            return as_json({"message": "Successfully loaded call", "call": self._fn(found)})
+            return reply({"message": "Successfully loaded call", "call": self._fn(found)})
         written = (await self._output(call_id)).decode("utf-8", "replace")
-        return as_json({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
+        return reply({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
 
     # -- queues
     async def _queues(self, query: dict[str, str]) -> Reply:
@@ -2278,16 +2267,16 @@ class Operator:
             row |= {"paused": found.paused, "functions": found.waiting, "max_pending": limits.max_pending}
             rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair, "adaptive": limits.adaptive})
         rows[-1] = {**dict(list(rows[-1].items())[:4]), "max_inflight": config.callback.max_inflight}
-        return as_json({"queues": rows})
+        return reply({"queues": rows})
 
     async def _queue_action(self, query: dict[str, str], queue: str, action: str) -> Reply:
         if queue == CALLBACKS or (queue not in self._settings().queues and queue not in await self._queue.stats()):
             raise Refused(404, f"no such queue; there are {', '.join(sorted(self._settings().queues))}")
         if action == "purge":
-            return as_json({"queue": queue, "cancelled": await self._queue.purge(queue)})
+            return reply({"queue": queue, "cancelled": await self._queue.purge(queue)})
         await self._queue.pause(queue, action == "pause")
         log.info("queue %s: %sd", queue, action)
-        return as_json({"queue": queue, "paused": action == "pause"})
+        return reply({"queue": queue, "paused": action == "pause"})
 
     # -- metrics
     async def _exposition(self, query: dict[str, str]) -> Reply:
@@ -2356,9 +2345,8 @@ class Gateway:
             refused = exc
         finally:
             self.requests.discard(task)
-        if target.startswith(("/r/", "/v1/")):
-            return as_json({"error": {"message": refused.text}}, refused.status, refused.headers)
-        return plain(refused.status, refused.text, refused.headers)
+        fn = target.startswith(("/r/", "/v1/"))
+        return reply({"error": {"message": refused.text}} if fn else refused.text, refused.status, refused.headers)
 
     async def _route(self, request: web.BaseRequest, target: str) -> Reply:
         config, (route, _, rest) = self._settings(), target[1:].partition("/")
@@ -2507,7 +2495,7 @@ class Gateway:
         if not provided and not reads:
             raise Refused(405, "functions are defined in the TOML file: change that and reload", {"Allow": "GET"})
         if reads and route == "function" and name in own:
-            return as_json(self._described(own[name]))
+            return reply(self._described(own[name]))
         if provided and reads and route not in ("info", "functions"):
             ask = Ask(request.method, target, forward_headers(request.raw_headers, COMPUTED), b"")
             return await self._answer(request, functions.provider(), ask, {})
@@ -2528,13 +2516,13 @@ class Gateway:
         elif route not in found:
             raise Refused(404, "no such function: it is not in the configuration")
         if route == "info":
-            return as_json({"provider": found[route], "version": version, "arch": os.uname().machine})
+            return reply({"provider": found[route], "version": version, "arch": os.uname().machine})
         if route == "functions":
             for item in found[route]:
                 item["invocationCount"] = self._metrics.invocations[f"{item['name']}.{item['namespace']}"]
             others = (item for item in found[route] if item["name"] not in own)
-            return as_json([*map(self._described, own.values()), *others])
-        return as_json(found[route])
+            return reply([*map(self._described, own.values()), *others])
+        return reply(found[route])
 
     # -- /async-function
     async def _async(self, request: web.BaseRequest, function: Function, rest: str, app: str | None) -> web.Response:
@@ -2557,7 +2545,7 @@ class Gateway:
         headers = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         headers["Location"] = f"/system/calls/{call_id if call_id is own else quote(call_id, safe='')}"
         if app is not None or "application/json" in request.headers.get("Accept", ""):
-            return as_json({"call_id": call_id}, 202, headers)
+            return reply({"call_id": call_id}, 202, headers)
         return web.Response(status=202, headers=headers)
 
 
