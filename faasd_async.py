@@ -108,6 +108,9 @@ FINAL = ("success", "error", "timeout", "cancelled")
 STATUSES = ("delayed", "queued", "running", *FINAL)
 NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
 
+# One system call for many ids: it gives the GIL away, and the writer's thread takes it.
+NOISE = (block[at : at + 20] for block in iter(lambda: os.urandom(2560).hex(), "") for at in range(0, 5120, 20))
+
 log = logging.getLogger("faasd_async")
 T = TypeVar("T")
 Tell = Callable[[T], None]
@@ -411,11 +414,10 @@ def read_table(base: Any, raw: Any, where: str, problems: list[str]) -> Any:
     values, found = dict[str, Any](), len(problems)
     for name, value in raw.items():
         place = f"{where}.{name}" if where else name
-        if name not in known:
-            hint = "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, known, 1))
-            problems.append(f"{place}: unknown {'key' if where else 'table'}{hint}")
-            continue
         try:
+            if name not in known:
+                hint = "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, known, 1))
+                raise ValueError(f"unknown {'key' if where else 'table'}{hint}")
             parse = known[name]
             values[name] = parse(value) if parse else read_table(getattr(base, name), value, place, problems)
         except ValueError as exc:
@@ -575,10 +577,6 @@ class QueueStats(NamedTuple):
     paused: bool
 
 
-# One system call for many ids: it gives the GIL away, and the writer's thread takes it.
-NOISE = (block[at : at + 20] for block in iter(lambda: os.urandom(2560).hex(), "") for at in range(0, 5120, 20))
-
-
 def new_id() -> str:
     """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them only ever grows at its end."""
     stamp, noise = f"{time.time_ns() // 1_000_000:012x}", next(NOISE)
@@ -600,8 +598,7 @@ def rfc3339(at: float | None) -> str | None:
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds")[:-6] + "Z"
 
 
-# --- Policy ---------------------------------------------------------------------------------------------------------
-# pure rules
+# --- Policy: pure rules ---------------------------------------------------------------------------------------------
 
 
 def backoff_s(policy: Policy, attempt: int, rng: random.Random) -> float:
@@ -715,8 +712,6 @@ def forward_headers(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[byte
 class LogFormatter(logging.Formatter):
     """Text or JSON lines. In text, what goes to the journal has a priority such as "<6>" and leaves the time to it."""
 
-    PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-
     def __init__(self, style: str) -> None:
         super().__init__()
         self._json, status = style == "json", os.fstat(2)
@@ -729,7 +724,8 @@ class LogFormatter(logging.Formatter):
             line = {"time": rfc3339(record.created), "level": record.levelname.lower(), "message": message, **given}
             return json.dumps(line, ensure_ascii=False, default=str)
         shown = [f"{name}={self._quoted(value)}" for name, value in given.items() if value is not None]
-        head = f"<{self.PRIORITY[record.levelname]}>" if self._journal else f"{rfc3339(record.created)} "
+        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}[record.levelname]
+        head = f"<{priority}>" if self._journal else f"{rfc3339(record.created)} "
         return head + " ".join([record.levelname, message, *shown])
 
     def _quoted(self, value: object) -> str:
@@ -753,10 +749,11 @@ def log_with(level: int, message: str, **fields: Any) -> None:
         log.log(level, message, extra={"fields": fields})
 
 
-def log_bodies(call_id: str, **bodies: bytes) -> None:
+def log_bodies(config: LogConfig, call_id: str, **bodies: bytes) -> None:
     """With `write_debug`: bodies in the log, escaped and cut at 4 KiB."""
-    shown = {name: repr(body[:DEBUG_BODY_BYTES])[2:-1] for name, body in bodies.items()}
-    log_with(logging.INFO, "bodies", call_id=call_id, **shown)
+    if config.write_debug:
+        shown = {name: repr(body[:DEBUG_BODY_BYTES])[2:-1] for name, body in bodies.items()}
+        log_with(logging.INFO, "bodies", call_id=call_id, **shown)
 
 
 class Metrics:
@@ -1248,10 +1245,9 @@ def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
 
 
 def sql_output(file: SqliteFile, call_id: str) -> tuple[bytes, bytes] | Refused:
-    sql = f"""SELECT coalesce(body, x''), coalesce(stderr, x'') FROM (SELECT seq {BY_ID} LIMIT 1)
-        LEFT JOIN outputs USING (seq)"""
-    found: tuple[bytes, bytes] | None = file.db.execute(sql, {"id": call_id}).fetchone()
-    return found or Refused(404, UNKNOWN)
+    sql = f"SELECT body, stderr FROM (SELECT seq {BY_ID} LIMIT 1) LEFT JOIN outputs USING (seq)"
+    found = file.db.execute(sql, {"id": call_id}).fetchone()
+    return (found[0] or b"", found[1] or b"") if found else Refused(404, UNKNOWN)
 
 
 def sql_cancel(file: SqliteFile, call_id: str) -> int | Refused:
@@ -1616,8 +1612,6 @@ class Slots:
 class Functions:
     """Finds functions, in the configuration and then at the provider; wakes and calls them."""
 
-    UNSEEN = (0, 0.0, None)
-
     def __init__(self, settings: Settings) -> None:
         self._settings, self.slots = settings, Slots(settings)
         self.changes = 0  # made at the provider: what was looked up before is looked up again
@@ -1635,7 +1629,7 @@ class Functions:
         """The function NAME[.NAMESPACE] as the configuration has it, or as the provider had it last."""
         config, (name, _, namespace) = self._settings(), name.partition(".")
         own = config.functions.get(name) if namespace in ("", config.gateway.namespace) else None
-        return own or self._seen.get(f"{name}.{namespace or config.gateway.namespace}", self.UNSEEN)[2]
+        return own or self._seen.get(f"{name}.{namespace or config.gateway.namespace}", (0, 0.0, None))[2]
 
     async def find(self, name: str, stale: bool = False) -> Function | None:
         """The same as it is now; with `stale`, as it was known if the provider is away. Raises ProviderAway."""
@@ -1643,7 +1637,7 @@ class Functions:
         if config.provider.url is None or (function and function.replicas is None):
             return function
         key = name if "." in name else f"{name}.{config.gateway.namespace}"
-        change, fresh_until, _ = self._seen.get(key, self.UNSEEN)
+        change, fresh_until, _ = self._seen.get(key, (0, 0.0, None))
         if change == self.changes and time.monotonic() < fresh_until:
             return function
         if not all(map(_NAME.fullmatch, key.split(".", 1))):
@@ -1874,8 +1868,7 @@ class Invoker:
             return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
         if queue.adaptive:
             slots.learn(name, outcome.status, started)
-        if config.log.write_debug:
-            log_bodies(claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
+        log_bodies(config.log, claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
         return outcome
 
     def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
@@ -1957,8 +1950,7 @@ class CallbackSender:
     async def execute(self, claim: Claim) -> Outcome:
         """One claim. Success is a 2xx."""
         config, started, who = self._settings(), time.perf_counter(), "the callback URL"
-        if config.log.write_debug:
-            log_bodies(claim.call_id, callback=claim.body)
+        log_bodies(config.log, claim.call_id, callback=claim.body)
         try:
             async with asyncio.timeout(config.callback.timeout), self._request(claim) as answer:
                 await read_capped(answer.content, 0)
@@ -2549,8 +2541,7 @@ class Gateway:
         return web.Response(status=202, headers=headers)
 
 
-# --- Daemon ---------------------------------------------------------------------------------------------------------
-# puts the parts together, owns their lifecycle
+# --- Daemon: puts the parts together, owns their lifecycle ----------------------------------------------------------
 
 
 class Daemon:
