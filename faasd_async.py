@@ -340,9 +340,7 @@ class LogConfig:  # [log]: what goes to standard error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Function:
-    """[functions.NAME]: an HTTP server (`url`) or a program that is started for each request (`command`)."""
-
+class Function:  # [functions.NAME]: an HTTP server (`url`) or a program that is started for each request (`command`)
     name: str
     namespace: str
     url: yarl.URL | None = key(url)
@@ -360,9 +358,7 @@ class Function:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The whole file, checked. Immutable: a reload makes a new one."""
-
+class Config:  # the whole file, checked; immutable: a reload makes a new one
     gateway: GatewayConfig = GatewayConfig()
     auth: AuthConfig = AuthConfig()
     provider: ProviderConfig = ProviderConfig()
