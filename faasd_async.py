@@ -651,13 +651,12 @@ def show_url(value: str | None) -> str | None:
 
 
 def _listed(names: Iterable[str], listed: Sequence[str]) -> bool:
-    for name in names:
-        for pattern in listed:
-            if name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:])):
+    for name, pattern in ((name, pattern) for name in names for pattern in listed):
+        if name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:])):
+            return True
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(name) in ipaddress.ip_network(pattern, strict=False):
                 return True
-            with contextlib.suppress(ValueError):
-                if ipaddress.ip_address(name) in ipaddress.ip_network(pattern, strict=False):
-                    return True
     return False
 
 
@@ -1189,11 +1188,10 @@ def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -
 def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
     due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
     code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
-    row = {"due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
-    row |= {"seq": work.token, "work": work.queue, "fence": work.fence}
+    row = {**work._asdict(), "due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
     sql = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
         {0}attempts = {0}attempts - :free, {0}http_status = iif(:free, {0}http_status, :code), {0}error = iif(:free,
-        {0}error, :error) WHERE seq = :seq AND work = :work AND claims = :fence AND due_at IS NULL"""
+        {0}error, :error) WHERE seq = :token AND work = :queue AND claims = :fence AND due_at IS NULL"""
     if file.db.execute(sql.format("callback_" if callback else ""), row).rowcount == 0:
         return False
     file.add(work.queue, work.lane, due_at)
