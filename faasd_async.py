@@ -106,6 +106,7 @@ CONTENT_LENGTH = frozenset((b"content-length",))
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 FINAL = ("success", "error", "timeout", "cancelled")
 STATUSES = ("delayed", "queued", "running", *FINAL)
+UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
 
 # One system call for many ids: it gives the GIL away, and the writer's thread takes it.
@@ -230,6 +231,8 @@ patterns = expect(
     'a list of host names, "*.example.org", addresses and networks',
     _each(lambda value: need(value, "/" not in value or ipaddress.ip_network(value, strict=False)).lower()),
 )
+visible = expect("1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value)))
+CALL_ID = {"X-Call-Id": visible}
 table = expect("a table", lambda value: need(value, isinstance(value, dict)))
 string_table = expect("a table of strings", lambda value: {name: need(x, type(x) is str) for name, x in value.items()})
 
@@ -971,6 +974,8 @@ CREATE TABLE requests (seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BL
 CREATE TABLE outputs (seq INTEGER PRIMARY KEY, headers BLOB, body BLOB NOT NULL, stderr BLOB NOT NULL);
 CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 """
+BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
+CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
 
 
 class SqliteFile:
@@ -1198,11 +1203,6 @@ def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: f
     if outcome is not None and not callback:
         file.save_output(work.token, outcome, whole=False)
     return True
-
-
-BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
-CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
-UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 
 
 def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
@@ -2133,16 +2133,6 @@ def parsed(given: Mapping[str, str], parsers: Mapping[str, Callable[[Any], Any]]
     return found
 
 
-FILTERS = {
-    "status": one_of(*STATUSES),
-    **dict.fromkeys(("function", "queue", "call_id"), text),
-    "limit": expect("a whole number from 1 to 1000", lambda value: need(_whole(value), 1 <= _whole(value) <= 1000)),
-    "cursor": expect("the next_cursor of an earlier answer", _whole),
-}
-visible = expect("1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value)))
-CALL_ID = {"X-Call-Id": visible}
-
-
 class Operator:
     """The operator's routes: calls, queues, health, metrics."""
 
@@ -2203,9 +2193,15 @@ class Operator:
         return reply(found)
 
     async def _list(self, query: dict[str, str]) -> Reply:
-        if unknown := query.keys() - FILTERS.keys():
-            raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(FILTERS)}")
-        asked = parsed(query, FILTERS)
+        filters = {
+            "status": one_of(*STATUSES),
+            **dict.fromkeys(("function", "queue", "call_id"), text),
+            "limit": expect("a whole number from 1 to 1000", lambda v: need(_whole(v), 1 <= _whole(v) <= 1000)),
+            "cursor": expect("the next_cursor of an earlier answer", _whole),
+        }
+        if unknown := query.keys() - filters.keys():
+            raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(filters)}")
+        asked = parsed(query, filters)
         if "function" in asked:
             asked["function"] = asked["function"].removesuffix("." + self._settings().gateway.namespace)
         calls, cursor = await self._queue.records(RecordQuery(**asked))
