@@ -50,6 +50,7 @@ import threading
 import time
 import tomllib
 import weakref
+import zlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -683,7 +684,7 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
 def via(target: str) -> str:
     """A Via header (RFC 9110 7.6.3) for what goes to the provider. For a function without replicas faasd calls port
     8080 of its own host, with this path: that is how a gateway there recognizes its own request."""
-    return f"1.1 faasd-async-{hashlib.blake2b(os.fsencode(target.lstrip('/')), digest_size=8).hexdigest()}"
+    return f"1.1 faasd-async-{zlib.crc32(target.lstrip('/').encode('utf-8', 'surrogateescape')):08x}"
 
 
 def split_target(target: str) -> tuple[str, str]:
