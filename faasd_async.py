@@ -981,7 +981,7 @@ CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work
 
 class SqliteFile:
     """The connection, and what is derived from the file in memory. Once open, used by the writer's thread only. The
-    steps below change both inside a transaction; when that fails, `rebuild` derives the memory's part anew."""
+    steps below change both inside a transaction; when that fails, the next one begins with a `rebuild`."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.settings = path, settings
@@ -1053,6 +1053,7 @@ class SqliteFile:
                 self.add(*row)
         self.seq: int = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
         self.find_deadline()
+        self.stale = False
 
     def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
         """Count calls that wait, and have their queue told when they are due."""
@@ -1441,6 +1442,8 @@ class SqliteQueue:
         file, started, changes = self._file, time.perf_counter(), self._file.db.total_changes
         try:
             file.db.execute("BEGIN IMMEDIATE")
+            if file.stale:
+                file.rebuild()
             results = [(future, step(file, *arguments)) for step, arguments, future in batch]
             file.db.execute("COMMIT")
         except Exception as exc:
@@ -1453,12 +1456,9 @@ class SqliteQueue:
         self._tell(results)
 
     def _failed(self, batch: list[Entry], exc: Exception) -> None:
-        try:
+        with contextlib.suppress(sqlite3.Error):  # then the next BEGIN fails, which leads here again
             self._file.db.rollback()
-            self._file.rebuild()
-        except sqlite3.Error as again:
-            exc = again
-        self._file.news = []
+        self._file.stale, self._file.news = True, []
         disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
         parts: dict[Any, list[Entry]] = {}
         for step, arguments, future in batch:
