@@ -1043,7 +1043,11 @@ class SqliteFile:
         log.error("%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside)
 
     def rebuild(self) -> None:
-        """Derive what is in memory from the file."""
+        """Derive what is in memory from the file. What waits for a time that is only ahead because the clock was set
+        back has been due before: calls that nobody delayed, attempts and callbacks that follow what has been."""
+        sql = """UPDATE calls SET due_at = :now WHERE work IS NOT NULL AND due_at > :now
+            AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)"""
+        self.db.execute(sql, {"now": time.time()})
         self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
         self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
@@ -1066,9 +1070,9 @@ class SqliteFile:
         return float(self.db.execute(sql, (work, lane)).fetchone()[0])
 
     def find_deadline(self) -> None:
-        """Look up the earliest deadline, and when to end calls for it."""
+        """Look up the earliest deadline."""
         (at,) = self.db.execute("SELECT min(deadline_at) FROM calls WHERE deadline_at IS NOT NULL").fetchone()
-        self.deadline_at = self.expire_at = float("inf") if at is None else at
+        self.deadline_at = float("inf") if at is None else at
 
     def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
         """Keep what an attempt gave: `whole` with its headers for the callback, else its beginning for people."""
@@ -1357,6 +1361,8 @@ class SqliteQueue:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
         self._busy_since = float("inf")  # monotonic; since when the current transaction runs
+        self._seen_at = 0.0  # the wall clock after the last wait
+        self._expire_after = 0.0  # when calls that missed their deadline are ended at the earliest
         self._failure: str | None = None  # why the last transaction failed; None after one that did not
 
     async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
@@ -1428,12 +1434,15 @@ class SqliteQueue:
     def _next_batch(self) -> list[Entry]:
         """What was submitted, or what the time has come for."""
         file, batch = self._file, list[Entry]()
-        wait = min([file.expire_at, *file.wake_at.values()]) - time.time()
+        expire_at = max(file.deadline_at, self._expire_after)
+        wait = min([expire_at, *file.wake_at.values()]) - time.time()
         with contextlib.suppress(queues.Empty):  # waits are short enough to notice a clock that was set
             batch = self._inbox.get(timeout=min(max(0.0, wait), CLOCK_CHECK_S))
             while len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize():
                 batch += self._inbox.get()
-        if file.expire_at <= time.time():
+        before, self._seen_at = self._seen_at, time.time()
+        file.stale |= self._seen_at < before - 1.0  # the clock was set back
+        if expire_at <= self._seen_at:
             batch.append((sql_expire, (), self._nobody))
         return batch
 
@@ -1468,7 +1477,7 @@ class SqliteQueue:
                 self._commit(part)
             return
         if any(step is sql_expire for step, _, _ in batch):
-            self._file.expire_at = time.time() + RETRY_STORE_S
+            self._expire_after = time.time() + RETRY_STORE_S
         self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
         self._tell([(future, StoreError(self._failure)) for _, _, future in batch])
 
