@@ -1001,7 +1001,8 @@ class SqliteFile:
         except (OSError, sqlite3.Error) as exc:
             if "locked" in str(exc):
                 raise StoreLocked(f"{self.path} is in use by another process: one daemon per file") from exc
-            raise StoreError(f"{self.path}: {exc}") from exc
+            hint = "" if os.access(self.path.parent, os.W_OK) else " (no right to write there, or read-only)"
+            raise StoreError(f"{self.path}: {exc}{hint}") from exc
 
     def _connect(self) -> None:
         self.db = db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
