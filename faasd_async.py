@@ -984,7 +984,7 @@ class SqliteFile:
     steps below change both inside a transaction; when that fails, the next one begins with a `rebuild`."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, settings
+        self.path, self.settings, self.suspect = path, settings, False
         self.news: list[tuple[str, Any]] = []  # what to tell whom (see Queue.open) after the commit
 
     def open(self) -> None:
@@ -1038,7 +1038,7 @@ class SqliteFile:
     def _set_aside(self, exc: sqlite3.Error) -> None:
         """Keep a damaged file under another name, for somebody to look at."""
         aside = f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-wal", "-shm", "-damaged"):
             with contextlib.suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).rename(self.path.with_name(aside + suffix))
         log.error("%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside)
@@ -1046,19 +1046,25 @@ class SqliteFile:
     def rebuild(self) -> None:
         """Derive what is in memory from the file. What waits for a time that is only ahead because the clock was set
         back has been due before: calls that nobody delayed, attempts and callbacks that follow what has been."""
+        mark = self.path.with_name(f"{self.path.name}-damaged")  # for the next start, which may not notice
+        if self.suspect:
+            found = str(self.db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+            if found != "ok" and "unable to get" not in found:  # that is a disk which can't be read for now
+                mark.touch()
+        if mark.exists():
+            raise sqlite3.DatabaseError("the file is damaged: a restart sets it aside and begins with an empty queue")
         sql = """UPDATE calls SET due_at = :now WHERE work IS NOT NULL AND due_at > :now
             AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)"""
         self.db.execute(sql, {"now": time.time()})
         self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
         self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
         self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
-        sql = "SELECT work, lane, min(due_at), count(due_at) FROM calls WHERE work IS NOT NULL GROUP BY work, lane"
+        sql = "SELECT work, lane, min(due_at), count(due_at) n FROM calls WHERE work NOT NULL GROUP BY 1, 2 HAVING n"
         for row in self.db.execute(sql).fetchall():
-            if row[3]:
-                self.add(*row)
+            self.add(*row)
         self.seq: int = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
         self.find_deadline()
-        self.stale = False
+        self.stale = self.suspect = False
 
     def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
         """Count calls that wait, and have their queue told when they are due."""
@@ -1072,8 +1078,8 @@ class SqliteFile:
 
     def find_deadline(self) -> None:
         """Look up the earliest deadline."""
-        (at,) = self.db.execute("SELECT min(deadline_at) FROM calls WHERE deadline_at IS NOT NULL").fetchone()
-        self.deadline_at = float("inf") if at is None else at
+        sql = "SELECT coalesce(min(deadline_at), 9e999) FROM calls WHERE deadline_at IS NOT NULL"
+        self.deadline_at: float = self.db.execute(sql).fetchone()[0]
 
     def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
         """Keep what an attempt gave: `whole` with its headers for the callback, else its beginning for people."""
@@ -1469,6 +1475,7 @@ class SqliteQueue:
         with contextlib.suppress(sqlite3.Error):  # then the next BEGIN fails, which leads here again
             self._file.db.rollback()
         self._file.stale, self._file.news = True, []
+        self._file.suspect |= getattr(exc, "sqlite_errorcode", 0) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
         disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
         parts: dict[Any, list[Entry]] = {}
         for step, arguments, future in batch:
