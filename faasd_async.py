@@ -878,7 +878,7 @@ class Queue(Protocol):
         """All queues that have waiting calls or are paused."""
 
     def prune(self) -> Awaitable[int]:
-        """Delete one small batch of records whose retention time has passed; how many."""
+        """Delete one small batch of records past their time and give room back; how many. 0: there was little to do."""
 
     def stalled(self) -> str | None:
         """Why the queue does not answer, or None. Never blocks."""
@@ -1339,16 +1339,16 @@ def sql_probe(file: SqliteFile) -> None:
 
 
 def sql_prune(file: SqliteFile) -> int:
-    """Delete one batch of final records past their time and give their pages back to the file system."""
+    """Delete one batch of final records past their time and give free pages back. 1: there are more of those."""
     sql = f"""DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE completed_at < ? AND work IS NULL
         AND completed_at IS NOT NULL ORDER BY completed_at LIMIT {BATCH}) RETURNING seq"""
     gone = file.db.execute(sql, (time.time() - file.settings().calls.keep,)).fetchall()
     file.db.executemany("DELETE FROM requests WHERE seq = ?", gone)
     file.db.executemany("DELETE FROM outputs WHERE seq = ?", gone)
     (free,) = file.db.execute("PRAGMA freelist_count").fetchone()
-    for _ in range(min(free, 2 * BATCH) if gone else 0):
+    for _ in range(min(free, 2 * BATCH)):
         file.db.execute("PRAGMA incremental_vacuum(1)")  # more than one page at a time Python's module does not do
-    return len(gone)
+    return len(gone) or int((free - file.db.execute("PRAGMA freelist_count").fetchone()[0]) / (2 * BATCH))
 
 
 def in_transaction(*steps: Callable[..., Any]) -> list[Callable[..., Any]]:
