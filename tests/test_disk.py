@@ -1,0 +1,303 @@
+"""Whatever the disk does, nothing that was accepted is lost, and the user is told: full, read only, slow, broken."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, answer, ask, ok, run
+
+CALM = {"/healthz": 200, "/readyz": 200}
+UNABLE = {"/healthz": 200, "/readyz": 503}  # a restart would not help
+PAGE = 4096
+
+
+def settings(function: Server, more: str = "") -> str:
+    """One function, `it`, whose calls run one at a time."""
+    return f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 1\n{more}'
+
+
+async def submit(gateway: Daemon, body: bytes = b"") -> Reply:
+    """An async call of `it`."""
+    return await ask(gateway.url, "/async-function/it", method="POST", body=body)
+
+
+async def health(gateway: Daemon) -> dict[str, int]:
+    """What is told to who asks after our health."""
+    return {path: (await ask(gateway.url, path)).status for path in CALM}
+
+
+async def assert_unable(gateway: Daemon, function: Server, reason: str) -> None:
+    """The disk takes nothing: new calls are refused with the reason, what needs no disk goes on."""
+    reply = await submit(gateway)
+    assert reply.status == 503, reply
+    assert re.search(reason, reply.body.decode())
+    assert int(reply.headers["Retry-After"]) >= 1
+    assert len(reply.body.splitlines()) == 1
+    assert await health(gateway) == UNABLE
+    assert re.search(reason, (await ask(gateway.url, "/readyz")).body.decode())
+    assert (await ask(gateway.url, "/function/it/sync")).status == 200
+
+
+async def assert_well(gateway: Daemon, accepted: list[str], function: Server) -> None:
+    """All is as if nothing had been: the accepted calls, and no others, run once, and new ones are taken."""
+    assert await health(gateway) == CALM
+    accepted = [*accepted, await gateway.submit("it")]
+    for call_id in accepted:
+        assert (await gateway.final(call_id))["status"] == "success"
+    assert sorted(request.call_id for request in function.requests if request.target != "/sync") == sorted(accepted)
+
+
+@pytest.fixture
+def gate(function: Server) -> Gate:
+    """Holds the async calls of the function; sync calls go to /sync and pass."""
+    found = Gate()
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return await (ok if seen.target == "/sync" else found)(request, seen)
+
+    function.behaviour = behaviour
+    return found
+
+
+async def submit_three(gateway: Daemon, function: Server) -> list[str]:
+    """Three calls: one that runs, two that wait for it."""
+    accepted = [await gateway.submit("it") for _ in range(3)]
+    await function.wait_for(1)
+    return accepted
+
+
+# ---- a real file system: full, read only -----------------------------------------------------------------------
+
+
+class Disk:
+    """A small file system that only those see who `enter` it: it lives in a mount namespace of its own."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        users = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
+        self.enter = ("nsenter", "--target", str(pid), "--mount", *users)
+        self.folder = folder
+        self.settings = f'[store]\npath = "{folder}/calls.db"'
+        self._ballast = Path(f"/proc/{pid}/root{folder}/ballast")
+
+    def fill(self) -> None:
+        """Leave no room for a single byte."""
+        with self._ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(PAGE))
+
+    async def allow_writing(self, allowed: bool) -> None:
+        """Mount it anew."""
+        mode = "remount,rw" if allowed else "remount,ro"
+        found = await run(*self.enter, "mount", "-o", mode, self.folder)
+        assert found.code == 0, found.err
+
+    async def spoil(self, how: str) -> None:
+        """Let nothing be written."""
+        await self.allow_writing(False) if how == "read only" else self.fill()
+
+    async def mend(self, how: str) -> None:
+        """Let writing work again."""
+        await self.allow_writing(True) if how == "read only" else self._ballast.unlink()
+
+
+@pytest.fixture
+async def disk(tmp_path: Path) -> AsyncIterator[Disk]:
+    """Four MiB, of which nothing is left when the test ends."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    script = f"mount -t tmpfs -o size=4M tmpfs '{folder}' && echo mounted && exec cat"
+    holder = await asyncio.create_subprocess_exec(
+        *("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)), "sh", "-c", script),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    stdout, stdin = holder.stdout, holder.stdin
+    assert stdout and stdin
+    assert await asyncio.wait_for(stdout.readline(), PATIENCE) == b"mounted\n", "this needs the right to mount"
+    yield Disk(folder, holder.pid)
+    stdin.close()
+    await asyncio.wait_for(holder.wait(), PATIENCE)
+
+
+async def test_a_full_disk_refuses_calls_and_loses_none(
+    daemon: StartDaemon, disk: Disk, function: Server, gate: Gate
+) -> None:
+    """503 and not ready while there is no room, everything else works; then all goes on with no restart."""
+    gateway = await daemon(settings(function, disk.settings), prefix=disk.enter)
+    accepted = await submit_three(gateway, function)
+    await disk.spoil("full")
+    await assert_unable(gateway, function, "full")
+    gate.open()
+    await function.until(lambda: function.running == 0, "the end of the first call")
+    await gateway.wait_for_log(f"the outcome of call {accepted[0]} can't be stored yet")
+    assert [(await gateway.record(call_id))["status"] for call_id in accepted] == ["running", "queued", "queued"]
+    await assert_unable(gateway, function, "full")
+    await disk.mend("full")
+    await assert_well(gateway, accepted, function)
+
+
+@pytest.mark.parametrize("how", ["full", "read only"])
+async def test_a_disk_that_takes_nothing_at_the_start_is_one_clear_line(
+    daemon: StartDaemon, disk: Disk, function: Server, gate: Gate, how: str
+) -> None:
+    """The daemon exits with a reason instead of half working; the calls it has are there when the disk is well."""
+    gateway = await daemon(settings(function, disk.settings), prefix=disk.enter)
+    accepted = await submit_three(gateway, function)
+    await gateway.kill()
+    gate.open()
+    await disk.spoil(how)
+    logged = len(gateway.lines)
+    await gateway.spawn()
+    assert await gateway.ended() == 1
+    (line,) = gateway.lines[logged:]
+    assert f"{disk.folder}/calls.db" in line
+    assert {"full": "full", "read only": "read-only"}[how] in line
+    await disk.mend(how)
+    await gateway.start()
+    for call_id in accepted:
+        assert (await gateway.final(call_id))["status"] == "success"
+
+
+# ---- a disk that hangs or fails --------------------------------------------------------------------------------
+
+
+class Faults:
+    """What is wrong with the disk of a daemon that was started with this `env`."""
+
+    def __init__(self, library: Path, control: Path) -> None:
+        self.env = {"LD_PRELOAD": str(library), "DISK_FAULT": str(control)}
+        self._control = control
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, error: int) -> Iterator[None]:
+        """While this lasts, `what` (letters of rws: read, write, sync) fails, or hangs where the error is 0."""
+        self._control.write_text(f"{what} {error}")
+        try:
+            yield
+        finally:
+            self._control.unlink()
+
+
+@pytest.fixture
+async def faults(tmp_path: Path) -> Faults:
+    """A disk that does as it is told."""
+    source, library = Path(__file__).with_name("faulty_disk.c"), tmp_path / "faulty_disk.so"
+    built = await run("gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source)
+    assert built.code == 0, built.err
+    return Faults(library, tmp_path / "fault")
+
+
+async def test_a_slow_disk_holds_up_only_what_is_stored(
+    daemon: StartDaemon, faults: Faults, function: Server, gate: Gate
+) -> None:
+    """Sync calls are answered while a sync of the disk takes seconds; async calls wait for it, and are not lost."""
+    gateway = await daemon(settings(function), env=faults.env)
+    accepted = await submit_three(gateway, function)
+    with faults("s", 0):
+        waiting = [asyncio.create_task(gateway.submit("it")) for _ in range(3)]
+        for _ in range(20):
+            assert (await ask(gateway.url, "/function/it/sync")).status == 200
+        gate.open()
+        await function.until(lambda: function.running == 0, "the end of the first call")
+        assert (await ask(gateway.url, "/healthz")).status == 200
+        reply = await until_status(gateway, "/healthz", 503)  # it hangs for so long that somebody should be told
+        assert b"the disk has not answered for" in reply.body
+        assert (await ask(gateway.url, "/function/it/sync")).status == 200
+        assert not any(task.done() for task in waiting), "a 202 before the call was on disk"
+    await assert_well(gateway, accepted + await asyncio.gather(*waiting), function)
+
+
+async def until_status(gateway: Daemon, path: str, status: int) -> Reply:
+    """Ask again and again until the answer has this status."""
+    async with asyncio.timeout(PATIENCE):
+        while (reply := await ask(gateway.url, path)).status != status:  # noqa: ASYNC110 — that is what clients can do
+            await asyncio.sleep(0.02)
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "reason"),
+    [
+        ("ws", errno.EIO, "disk I/O error"),
+        ("s", errno.EIO, "disk I/O error"),
+        ("rws", errno.EIO, "disk I/O error|malformed"),  # the latter from SQLite, where it can't read the schema
+        ("ws", errno.EROFS, "disk I/O error"),  # as ext4 treats open files when it falls back to read only
+    ],
+)
+async def test_a_disk_with_errors_refuses_calls_and_loses_none(
+    daemon: StartDaemon, faults: Faults, function: Server, gate: Gate, what: str, error: int, reason: str
+) -> None:
+    """503 and not ready while writing or reading fails, everything else works; then all goes on with no restart."""
+    gateway = await daemon(settings(function), env=faults.env)
+    accepted = await submit_three(gateway, function)
+    with faults(what, error):
+        await assert_unable(gateway, function, reason)
+    gate.open()
+    await assert_well(gateway, accepted, function)
+
+
+# ---- a file that is damaged, a file that shrinks ---------------------------------------------------------------
+
+
+async def test_a_file_that_is_damaged_while_it_is_used_is_set_aside_by_a_restart(
+    daemon: StartDaemon, function: Server, gate: Gate
+) -> None:
+    """What hits on the damage is refused with the reason, and from then on every call; functions go on working."""
+    gate.open()
+    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "0s"'))
+    old = await asyncio.gather(*(gateway.submit("it", bytes(8000)) for _ in range(250)))
+    for call_id in old:
+        await gateway.final(call_id)
+    await gateway.terminate()  # all is in the file then, and not in the log beside it
+    await gateway.start()
+    pages = gateway.store.stat().st_size // PAGE
+    with gateway.store.open("r+b") as file:  # a third of it, in the middle, which a start does not look at
+        file.seek(pages // 3 * PAGE)
+        file.write(os.urandom(pages // 3 * PAGE))
+    for call_id in old:  # until one of them is hit
+        if (await ask(gateway.url, f"/system/calls/{call_id}/log")).status != 200:
+            break
+    await assert_unable(gateway, function, "damaged")
+    assert not aside(gateway)
+    assert await gateway.terminate() == 0
+    await gateway.start()
+    await gateway.wait_for_log("is damaged")
+    (kept,) = aside(gateway)
+    assert kept.stat().st_size > pages // 2 * PAGE
+    assert await health(gateway) == CALM
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    assert await gateway.terminate() == 0
+    await gateway.start()
+    assert aside(gateway) == [kept]
+
+
+def aside(gateway: Daemon) -> list[Path]:
+    """The damaged files that were kept."""
+    found = gateway.folder.glob("*.corrupt-*")
+    return [path for path in found if not path.name.endswith(("-wal", "-damaged"))]
+
+
+async def test_the_file_of_a_burst_shrinks(daemon: StartDaemon, function: Server) -> None:
+    """When the records are past their time, the space goes back to the file system, however large the bodies were."""
+    function.behaviour = answer(400)  # of a call that failed the request is kept
+    gateway = await daemon(settings(function))
+    burst = [await gateway.submit("it", bytes(500_000)) for _ in range(20)]
+    for call_id in burst:
+        await gateway.final(call_id)
+    await gateway.terminate()
+    full = gateway.store.stat().st_size
+    assert full > 20 * 500_000
+    gateway.configure(settings(function, '[calls]\nkeep = "1ms"'))
+    await gateway.start()
+    for call_id in burst:
+        await until_status(gateway, f"/system/calls/{call_id}", 404)
+    for _ in range(20):  # the queue takes turns between requests and the steps that give room back
+        await ask(gateway.url, f"/system/calls/{burst[0]}")
+    await gateway.terminate()
+    assert gateway.store.stat().st_size < full / 20
