@@ -93,9 +93,15 @@ async def test_a_clock_that_is_set_back_holds_nothing_up(
     """What was due stays due, and so do retries and callbacks; what is delayed waits for its time, and runs once."""
     function.behaviour = gate = Gate(passing=1)
     sink.behaviour = answer(503)
-    gateway = await daemon(settings(function, '[callback]\nmin_wait = "1s"\nmax_wait = "1s"'), env=clock.env)
+    waits = 'min_wait = "10s"\nmax_wait = "10s"'
+    more = f'[functions.flaky]\nurl = "{sink.url}"\nqueue = "other"\n[retry]\n{waits}\n[callback]\n{waits}'
+    gateway = await daemon(settings(function, more), env=clock.env)
     told = await gateway.submit("it", X_Callback_Url=sink.url)
-    await sink.wait_for(1)
+    late = await gateway.submit("it", X_Delay="30m", X_Deadline="1ms", X_Callback_Url=sink.url)
+    again = await gateway.submit("flaky")
+    for call_id in (told, late):
+        await gateway.until(call_id, lambda record: record["callback"]["http_status"] == 503)
+    await gateway.until(again, lambda record: (record["status"], record["http_status"]) == ("delayed", 503))
     queued = [await gateway.submit("it") for _ in range(3)]
     delayed = await gateway.submit("it", X_Delay="30m")
     await function.wait_for(2)
@@ -106,9 +112,10 @@ async def test_a_clock_that_is_set_back_holds_nothing_up(
         await gateway.start()
     sink.behaviour = answer(200)
     gate.open()
-    for call_id in queued:
+    for call_id in (*queued, again):
         assert (await gateway.final(call_id))["status"] == "success"
-    assert (await gateway.final(told))["callback"]["status"] == "delivered"
+    for call_id in (told, late):
+        assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
     assert (await gateway.record(delayed))["status"] == "delayed"
     fresh = await gateway.submit("it", X_Callback_Url=sink.url)
     assert b'"success"' in (await ask(gateway.url, f"/system/calls/{fresh}?wait=25s")).body
@@ -118,8 +125,8 @@ async def test_a_clock_that_is_set_back_holds_nothing_up(
     assert (await gateway.record(delayed))["status"] == "delayed"
     clock.set(HOUR)
     assert (await gateway.final(delayed))["status"] == "success"
-    again = queued[:1] if how == "while it is down" else []  # it was killed in the first
-    assert sorted(function.call_ids) == sorted([told, *queued, *again, fresh, delayed])
+    killed = queued[:1] if how == "while it is down" else []
+    assert sorted(function.call_ids) == sorted([told, *queued, *killed, fresh, delayed])
 
 
 async def test_a_clock_that_is_set_back_deletes_no_fresh_record(
