@@ -278,6 +278,16 @@ async def run(*command: str | Path, stdin: bytes = b"") -> Finished:
     return Finished(process.returncode, out.decode(), err.decode())
 
 
+async def preloaded(source: str, folder: Path) -> Path:
+    """A library from one of the C files here, for LD_PRELOAD: it stands between the daemon and the kernel."""
+    library = folder / Path(source).with_suffix(".so")
+    built = await run(
+        *("gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, Path(__file__).with_name(source))
+    )
+    assert built.code == 0, built.err
+    return library
+
+
 # ---- functions and callback sinks ------------------------------------------------------------------------------
 
 

@@ -1,13 +1,13 @@
 """The clock of a small host is set while it runs: by NTP minutes after a start without a battery, or by hand.
 
-libfaketime gives the daemon, and nobody else, another wall clock; its monotonic clock stays real.
+A preloaded library gives the daemon, and nobody else, another wall clock; its monotonic clock stays real.
 """
 
 import asyncio
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Gate, Server, StartDaemon, answer, ask, run
+from conftest import PATIENCE, Gate, Server, StartDaemon, answer, ask, preloaded
 
 HOUR = 3600
 
@@ -15,9 +15,8 @@ HOUR = 3600
 class WallClock:
     """The wall clock of a daemon that was started with this `env`."""
 
-    def __init__(self, library: str, control: Path) -> None:
-        self.env = {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(control), "FAKETIME_NO_CACHE": "1"}
-        self.env |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+    def __init__(self, library: Path, control: Path) -> None:
+        self.env = {"LD_PRELOAD": str(library), "WALL_CLOCK": str(control)}
         self._control = control
         self.set(0)
 
@@ -31,10 +30,7 @@ class WallClock:
 @pytest.fixture
 async def clock(tmp_path: Path) -> WallClock:
     """A clock that is right until the test sets it."""
-    # The tool knows where its library is; it can't start the daemon itself, because it would stay its parent.
-    found = await run("faketime", "-m", "-f", "+0", "printenv", "LD_PRELOAD")
-    assert found.code == 0, found.err
-    return WallClock(found.out.strip(), tmp_path / "clock")
+    return WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
 
 
 def settings(function: Server, more: str = "") -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, answer, ask, ok, run
+from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, answer, ask, ok, preloaded, run
 
 CALM = {"/healthz": 200, "/readyz": 200}
 UNABLE = {"/healthz": 200, "/readyz": 503}  # a restart would not help
@@ -187,10 +187,7 @@ class Faults:
 @pytest.fixture
 async def faults(tmp_path: Path) -> Faults:
     """A disk that does as it is told."""
-    source, library = Path(__file__).with_name("faulty_disk.c"), tmp_path / "faulty_disk.so"
-    built = await run("gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source)
-    assert built.code == 0, built.err
-    return Faults(library, tmp_path / "fault")
+    return Faults(await preloaded("faulty_disk.c", tmp_path), tmp_path / "fault")
 
 
 async def test_a_slow_disk_holds_up_only_what_is_stored(
