@@ -2236,7 +2236,8 @@ class QueueMachine(RuleBasedStateMachine):
             details = dict(fields)
             due_at, deadline = now + details.pop("delay"), details.pop("deadline")
             details["deadline_at"] = None if deadline is None else now + deadline
-            calls.append(invocation(details.pop("call_id"), due_at=due_at, **details))
+            start_time = round(self.clock.now * 1e9)
+            calls.append(invocation(details.pop("call_id"), due_at=due_at, start_time=start_time, **details))
             expected.append(self.accept(calls[-1]))
 
         async def act() -> list[Any]:
