@@ -2328,14 +2328,15 @@ class Gateway:
         self._settings, self._queue, self._operator = settings, queue, own
         self._functions, self._metrics, self._controls = functions, metrics, controls(settings)
         self.requests: set[Any] = set()  # the tasks of those that are being answered
+        self.asked = weakref.WeakSet[Any]()  # the connections that a request has come on
 
     async def handle(self, request: web.BaseRequest) -> Reply:
         """Every request comes here."""
         target = request.raw_path
         if not target.startswith("/"):  # absolute form, as sent to a proxy
             target = "/" + target.partition("://")[2].partition("/")[2]
-        task = asyncio.current_task()
-        self.requests.add(task)
+        self.asked.add(request.protocol)
+        self.requests.add(task := asyncio.current_task())
         try:
             return await self._route(request, target)
         except StoreError as exc:
@@ -2594,13 +2595,12 @@ class Daemon:
             await self.sender.open(stack)
             for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
                 self._consumer(name)
-            jobs = {"housekeeping": self._housekeeping(), "watchdog": self._watchdog()}
-            side = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
+            side = [asyncio.create_task(job(), name=job.__name__[1:]) for job in (self._housekeeping, self._watchdog)]
             for task in side:
                 task.add_done_callback(self._ended)
             sd_notify("READY=1\nSTATUS=accepting calls")
             await self._stop.wait()
-            await self._drain(runner)
+            await self._drain(runner, server)
             for task in side:
                 task.cancel()
             await asyncio.gather(*side, return_exceptions=True)
@@ -2698,20 +2698,19 @@ class Daemon:
             self._wake(name)
         log.info("configuration reloaded")
 
-    async def _drain(self, runner: web.ServerRunner) -> None:
+    async def _drain(self, runner: web.ServerRunner, server: Server) -> None:
         """Stop listening and claiming, let what runs end within drain_timeout, queue the rest again."""
         sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
         log.info("stopping: waiting up to %.0f s for running functions", self.config.gateway.drain_timeout)
         self.operator.drain()
-        for site in runner.sites:
-            await site.stop()
-        timer = asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
-        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.gather(*(site.stop() for site in runner.sites))
+        asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
+        hurried = asyncio.create_task(self._hurry.wait())  # asyncio.Runner cancels it
         await asyncio.gather(*(consumer.stop(hurried) for consumer in self._consumers.values()))
-        while self.gateway.requests and not hurried.done():
-            await asyncio.wait({*self.gateway.requests, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for waiting in (timer, hurried):
-            waiting.cancel()
+        # Who has connected but not asked yet can't know that we stop, and gets a second.
+        until, requests, asked = time.monotonic() + 1.0, self.gateway.requests, self.gateway.asked
+        while not hurried.done() and (requests or (time.monotonic() < until and not asked >= {*server.connections})):
+            await asyncio.wait({*requests, hurried}, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
