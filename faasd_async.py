@@ -2616,9 +2616,11 @@ class Daemon:
 
     async def _listen(self, runner: web.ServerRunner) -> None:
         """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
-        passed = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-        sites: list[web.BaseSite] = [web.SockSite(runner, socket.socket(fileno=3 + n)) for n in range(passed)]
-        for address in () if passed else self.config.gateway.listen:
+        fds = range(3, 3 + int(os.getenv("LISTEN_FDS", "0"))) if os.getenv("LISTEN_PID") == str(os.getpid()) else ()
+        for fd in fds:
+            os.set_inheritable(fd, False)  # by commands
+        sites: list[web.BaseSite] = [web.SockSite(runner, socket.socket(fileno=fd), backlog=1024) for fd in fds]
+        for address in () if fds else self.config.gateway.listen:
             host, _, port = address.rpartition(":")
             if address.startswith("unix:"):
                 sites.append(web.UnixSite(runner, address[5:]))  # which replaces a socket that was left there
@@ -2828,8 +2830,7 @@ class Command:
 
     def list_queues(self) -> None:
         """The last one is the callback sender's."""
-        body = self.ask("GET /system/queues")
-        as_is = self.args.json
+        body, as_is = self.ask("GET /system/queues"), self.args.json
         self.write(body if as_is else self.QUEUE.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
         for queue in () if as_is else json.loads(body)["queues"]:
             cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
