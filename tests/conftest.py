@@ -76,6 +76,7 @@ class Daemon:
         self.env = dict(env or {})  # what the process gets beside our own environment
         self.prefix = prefix  # a command that execs the daemon, e.g. a shell that sets something up first
         self.arguments: list[str] = []  # more of them for `serve`
+        self.pass_fds: Sequence[int] = ()  # open files that it inherits under the same numbers
         self.lines: list[str] = []  # the log of all processes so far
         self.url = ""  # of the first listener; changes with every start unless the port is kept
         self.process: asyncio.subprocess.Process | None = None
@@ -123,6 +124,7 @@ class Daemon:
             env=env | self.env,
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            pass_fds=self.pass_fds,
             limit=2**20,
         )
         self._log_ended = False
@@ -286,6 +288,43 @@ async def preloaded(source: str, folder: Path) -> Path:
     )
     assert built.code == 0, built.err
     return library
+
+
+# ---- systemd ---------------------------------------------------------------------------------------------------
+
+
+class ServiceManager:
+    """The receiving end of sd_notify(3): a real datagram socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.setblocking(False)
+        self.told: list[str] = []  # every line of every datagram so far
+
+    async def wait_for(self, start: str, times: int = 1) -> str:
+        """The last of so many lines that start like this."""
+        async with asyncio.timeout(PATIENCE):
+            while len(found := [line for line in self.told if line.startswith(start)]) < times:
+                data = await asyncio.get_running_loop().sock_recv(self.socket, 2**16)
+                self.told.extend(data.decode().splitlines())
+        return found[-1]
+
+
+def free_address() -> str:
+    """An address to listen on, for a daemon that cannot tell which port it got."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+async def systemd(tmp_path: Path) -> AsyncIterator[ServiceManager]:
+    """A service manager that listens."""
+    manager = ServiceManager(tmp_path / "notify.sock")
+    yield manager
+    manager.socket.close()
 
 
 # ---- functions and callback sinks ------------------------------------------------------------------------------

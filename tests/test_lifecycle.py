@@ -7,11 +7,22 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, SCRIPT, Finished, Gate, Server, StartDaemon, answer, ask, run
+from conftest import (
+    PATIENCE,
+    SCRIPT,
+    Finished,
+    Gate,
+    Server,
+    ServiceManager,
+    StartDaemon,
+    answer,
+    ask,
+    free_address,
+    run,
+)
 
 
 def settings(function: Server, more: str = "") -> str:
@@ -223,40 +234,6 @@ async def test_a_file_that_is_no_toml_is_refused_too(daemon: StartDaemon, functi
 
 
 # ---- systemd ---------------------------------------------------------------------------------------------------
-
-
-class ServiceManager:
-    """The receiving end of sd_notify(3): a real datagram socket."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(str(path))
-        self.socket.setblocking(False)
-        self.told: list[str] = []  # every line of every datagram so far
-
-    async def wait_for(self, start: str, times: int = 1) -> str:
-        """The last of so many lines that start like this."""
-        async with asyncio.timeout(PATIENCE):
-            while len(found := [line for line in self.told if line.startswith(start)]) < times:
-                data = await asyncio.get_running_loop().sock_recv(self.socket, 2**16)
-                self.told.extend(data.decode().splitlines())
-        return found[-1]
-
-
-def free_address() -> str:
-    """An address to listen on, for a daemon that cannot tell which port it got."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-@pytest.fixture
-async def systemd(tmp_path: Path) -> AsyncIterator[ServiceManager]:
-    """A service manager that listens."""
-    manager = ServiceManager(tmp_path / "notify.sock")
-    yield manager
-    manager.socket.close()
 
 
 async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(daemon: StartDaemon, systemd: ServiceManager) -> None:
