@@ -63,7 +63,6 @@ import aiohttp
 import prometheus_client
 import yarl
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
 try:
@@ -82,7 +81,6 @@ KIB, MIB = 1024, 1024 * 1024
 MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer that has to be held (callback, command) may weigh
 MAX_STDERR_BYTES = 64 * KIB
-DEBUG_BODY_BYTES = 4 * KIB
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read before the function is called, above it is streamed
 MAX_RETRY_AFTER_S = 86_400.0  # a function may ask for patience, not for eternity
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves; also while the provider is away
@@ -373,10 +371,7 @@ class Config:  # the whole file, checked; immutable: a reload makes a new one
     log: LogConfig = LogConfig()
     queues: Mapping[str, QueueConfig] = key(table, {})
     functions: Mapping[str, Function] = key(table, {})
-
-    @functools.cached_property
-    def limits(self) -> Mapping[str, int]:
-        return {f.key: f.max_inflight for f in self.functions.values() if f.max_inflight is not None}
+    limits = functools.cached_property(lambda c: {f.key: n for f in c.functions.values() if (n := f.max_inflight)})
 
     def queue(self, name: str) -> QueueConfig:
         """The settings of a queue; one that is only named somewhere has the defaults."""
@@ -751,7 +746,7 @@ def log_with(level: int, message: str, **fields: Any) -> None:
 def log_bodies(config: LogConfig, call_id: str, **bodies: bytes) -> None:
     """With `write_debug`: bodies in the log, escaped and cut at 4 KiB."""
     if config.write_debug:
-        shown = {name: repr(body[:DEBUG_BODY_BYTES])[2:-1] for name, body in bodies.items()}
+        shown = {name: repr(body[: 4 * KIB])[2:-1] for name, body in bodies.items()}
         log_with(logging.INFO, "bodies", call_id=call_id, **shown)
 
 
@@ -1747,7 +1742,7 @@ class Functions:
                 kept, length = await read_capped(answer.content, keep, whole)
         except NO_ANSWER as exc:
             return failure(exc, who, started, function)
-        status, given = answer.status, forward_headers(answer.raw_headers, CONTENT_LENGTH)
+        status, given = answer.status, forward_headers(answer.raw_headers, frozenset((b"content-length",)))
         self.changes += "X-Openfaas-Internal" in answer.headers  # the function may have no replicas any more
         # faasd answers 301 for a path that is not clean, and does not run the function.
         ok, spent = status < 400 and (status != 301 or function.replicas is None), time.perf_counter() - started
@@ -2109,9 +2104,7 @@ class Connection(web.RequestHandler):
             log.error("request failed in this program itself", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
-        response = reply(line, status)
-        response.force_close()
-        return response
+        return reply(line, status)  # what was not HTTP has no keep-alive either
 
 
 class Server(web.Server):
@@ -2407,7 +2400,7 @@ class Gateway:
                 yield chunk
         except TimeoutError:
             raise Refused(408, "no body within gateway.read_timeout", {"Connection": "close"}) from None
-        except (aiohttp.ClientError, web.RequestPayloadError, HttpProcessingError):
+        except (aiohttp.ClientError, web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
             raise Refused(400, "the request's body is not valid HTTP", {"Connection": "close"}) from None
 
     async def _body(self, request: web.BaseRequest, limit: int) -> bytes:
