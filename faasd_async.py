@@ -2098,6 +2098,12 @@ class Consumer:
 class Connection(web.RequestHandler):
     """aiohttp's connection, with this gateway's form of errors: one line of text, nothing of what came in."""
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        for message, _ in self._messages:
+            if error := getattr(message, "exc", None):
+                error.__traceback__ = None  # which has `data`, and is part of a cycle: the memory would stay in use
+
     def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
         line = "internal error: see the log of faasd-async" if status >= 500 else "this is not a valid HTTP request"
         if status >= 500:
