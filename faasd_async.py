@@ -80,7 +80,6 @@ CALLBACKS = "@callbacks"  # the callback sender's own queue; no queue in the fil
 KIB, MIB = 1024, 1024 * 1024
 MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer that has to be held (callback, command) may weigh
-MAX_STDERR_BYTES = 64 * KIB
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read before the function is called, above it is streamed
 MAX_RETRY_AFTER_S = 86_400.0  # a function may ask for patience, not for eternity
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves; also while the provider is away
@@ -1783,7 +1782,7 @@ async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int)
             assert process.stdin and process.stdout and process.stderr
             feeding = group.create_task(feed(process.stdin, ask.body))
             out = group.create_task(read_capped(process.stdout, keep, whole=True))
-            err = group.create_task(read_capped(process.stderr, MAX_STDERR_BYTES))
+            err = group.create_task(read_capped(process.stderr, 64 * KIB))
             code = await process.wait()
             kill_group(process.pid)  # what it left behind; that also ends the pipes
             feeding.cancel()
@@ -1815,7 +1814,7 @@ def command_environment(function: Function, ask: Ask) -> dict[str, str]:
     found |= {"Http_Method": ask.method, "Http_Path": path or "/", "Http_Query": query}
     length = str(len(ask.body)) if isinstance(ask.body, bytes) else found.get("Http_Content_Length", "-1")
     found["Http_ContentLength"] = found["Http_Content_Length"] = length
-    systemd = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID")
+    systemd = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID|UV_\w+")
     own = {name: value for name, value in os.environ.items() if not systemd.fullmatch(name)}
     return {**own, **found, **function.env}
 
@@ -2864,6 +2863,7 @@ class Command:
         if listen := self.args.listen and parse_config({"gateway": {"listen": self.args.listen}}).gateway.listen:
             config = replace(config, gateway=replace(config.gateway, listen=listen))
         setup_logging(config.log)
+        os.environ.setdefault("UV_THREADPOOL_SIZE", "64")  # or a few names that no one answers for stop all connecting
         with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
             return runner.run(Daemon(config, self.args.config).run())
 
