@@ -1744,7 +1744,7 @@ class Functions:
         status, given = answer.status, forward_headers(answer.raw_headers, frozenset((b"content-length",)))
         self.changes += "X-Openfaas-Internal" in answer.headers  # the function may have no replicas any more
         # faasd answers 301 for a path that is not clean, and does not run the function.
-        ok, spent = status < 400 and (status != 301 or function.replicas is None), time.perf_counter() - started
+        ok, spent = 200 <= status < 400 and (status != 301 or function.replicas is None), time.perf_counter() - started
         error = None if ok else f"{who} answered {status}"
         return Outcome(status, ok, spent, tuple(given), kept, length, error=error)
 
@@ -1755,6 +1755,7 @@ def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
     found, names = CIMultiDict[str](), dict[bytes, str]()
     for name, value in headers:
         shown = names.setdefault(name.lower(), name.decode("latin-1"))
+        value = re.sub(rb"[\0-\x08\n-\x1f\x7f]", b" ", value)
         try:
             found.add(shown, value.decode())
         except UnicodeDecodeError:
@@ -2457,7 +2458,8 @@ class Gateway:
                 given = as_multidict(forward_headers(answer.raw_headers, frozenset()))
                 given.update(ours)  # in place of those that the function sent
                 given.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
-                response = Answer(status=answer.status, reason=answer.reason, headers=given)
+                status = answer.status if answer.status >= 200 else 502  # no other protocol through us
+                response = Answer(status=status, reason=re.sub("[^ -~]", "?", answer.reason or ""), headers=given)
                 await response.prepare(request)
                 while chunk := await answer.content.readany():
                     timer = loop.call_later(config.write_timeout, transport.abort)  # for a client that takes nothing
