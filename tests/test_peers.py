@@ -1,0 +1,356 @@
+"""Functions and receivers of callbacks that hang, drip, flood, break off or talk nonsense: who called is told, within
+the time limit, and nobody else notices."""
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, Daemon, Server, StartDaemon, ask, connection, parse
+
+LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
+MIB = 2**20
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
+
+
+@contextlib.asynccontextmanager
+async def peer(serve: Serve) -> AsyncIterator[str]:
+    """A server that does `serve` with each connection, and hangs up when that has ended."""
+    tasks = set[asyncio.Task[None]]()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(task := asyncio.ensure_future(serve(reader, writer)))
+        with contextlib.closing(writer):
+            await asyncio.wait({task})
+        tasks.discard(task)
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+
+
+def says(first: bytes, again: bytes | None = b"", pause: float = 0.0) -> Serve:
+    """A peer that answers `first` and then `again` and again, with a pause between; None: it hangs up instead."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(first)
+        while again is not None:
+            writer.write(again)
+            await writer.drain()
+            await asyncio.sleep(pause if again else PATIENCE)
+
+    return serve
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+EMPTY = b"Content-Length: 0\r\n\r\n"
+LATE, BROKEN, NO_HTTP = "did not answer in time", "broke off the connection", "did not answer in valid HTTP"
+
+# What a peer does after it has read a request; the status that a sync caller sees (None: a 200 that does not look
+# whole), and what the records of an async call and of a callback say.
+PEERS: dict[str, tuple[Serve, int | None, str]] = {
+    "hangs": (says(b""), 504, LATE),
+    "drips-its-head": (says(OK + b"X-Long: ", b"x", 0.02), 504, LATE),
+    "drips-its-body": (says(CHUNKED, b"1\r\nx\r\n", 0.02), None, LATE),
+    "only-asks-for-more": (says(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01), 504, LATE),
+    "hangs-up": (says(b"", None), 502, BROKEN),
+    "breaks-off-in-the-head": (says(OK + b"Content-Len", None), 502, BROKEN),
+    "breaks-off-in-the-body": (says(OK + b"Content-Length: 9\r\n\r\nhalf", None), None, BROKEN),
+    "breaks-off-in-a-chunk": (says(CHUNKED + b"9\r\nhalf", None), None, BROKEN),
+    "one-endless-header": (says(OK + b"X-Long: ", b"x" * 4096), 502, NO_HTTP),
+    "headers-without-end": (says(OK, b"X-Many: " + b"x" * 4096 + b"\r\n"), 502, NO_HTTP),
+    "too-many-headers": (says(OK + b"X-Many: x\r\n" * 1000 + EMPTY, None), 502, NO_HTTP),
+    "no-http": (says(b"SSH-2.0-OpenSSH_9.6\r\n", None), 502, NO_HTTP),
+    "no-head": (says(b"just text", None), 502, NO_HTTP),
+    "two-lengths": (says(OK + b"Content-Length: 2\r\nContent-Length: 5\r\n\r\nhello", None), 502, NO_HTTP),
+    "negative-length": (says(OK + b"Content-Length: -2\r\n\r\nhello", None), 502, NO_HTTP),
+    "length-and-chunks": (says(CHUNKED[:-2] + b"Content-Length: 3\r\n\r\n0\r\n\r\n", None), 502, NO_HTTP),
+    "bad-chunk": (says(CHUNKED + b"zz\r\nhello\r\n0\r\n\r\n", None), 502, NO_HTTP),
+    "two-digit-status": (says(b"HTTP/1.1 99 What\r\n" + EMPTY, None), 502, NO_HTTP),
+    "header-without-colon": (says(OK + b"What\r\n" + EMPTY, None), 502, NO_HTTP),
+    "zero-byte-in-a-header": (says(OK + b"X-Odd: a\0b\r\n" + EMPTY, None), 502, NO_HTTP),
+    "header-in-a-header": (says(OK + b"X-Odd: a\rSet-Cookie: b\r\n" + EMPTY, None), 502, NO_HTTP),
+}
+
+# Heads that aiohttp reads, but would not write: the status of a sync and of an async call.
+ODD: dict[str, tuple[Serve, int, str]] = {
+    "status-of-nothing": (says(b"HTTP/1.1 000 What\r\n" + EMPTY, None), 502, "error"),
+    "switches-protocols": (says(b"HTTP/1.1 101 Yes\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"), 502, "error"),
+    "escape-in-a-header": (says(OK + b"X-Odd: \x1b[31m\x7f\r\n" + EMPTY, None), 200, "success"),
+    "escape-in-the-reason": (says(b"HTTP/1.1 200 \x1b[31m\r\n" + EMPTY, None), 200, "success"),
+    "reason-that-is-no-text": (says(b"HTTP/1.1 200 \xff\xfe\r\n" + EMPTY, None), 200, "success"),
+}
+
+LIMITS = """
+[gateway]
+upstream_timeout = "500ms"
+[queues.faas-request]
+timeout = "500ms"
+max_inflight = 100
+[retry]
+attempts = 1
+[callback]
+timeout = "500ms"
+attempts = 1
+max_inflight = 100
+"""
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[dict[str, str]]:
+    """The URLs of all peers."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield {name: await stack.enter_async_context(peer(serve)) for name, (serve, *_) in PEERS.items()}
+
+
+@pytest.fixture
+async def gateway(daemon: StartDaemon, function: Server, peers: dict[str, str]) -> Daemon:
+    """A daemon with a function for each peer, one that is well, and little patience."""
+    functions = {"well": function.url, **peers}
+    return await daemon(LIMITS + "".join(f'[functions.{name}]\nurl = "{url}"\n' for name, url in functions.items()))
+
+
+async def at_once(names: dict[str, Any], do: Callable[[str], Awaitable[Any]]) -> dict[str, Any]:
+    """What `do` gives for each name, with all of them under way at the same time."""
+    return dict(zip(names, await asyncio.gather(*map(do, names)), strict=True))
+
+
+async def test_a_sync_caller_of_a_bad_function_is_told_in_time(gateway: Daemon, peers: dict[str, str]) -> None:
+    """502 or 504 in one line or, when the head was out already, an answer that does not look whole."""
+
+    async def call(name: str) -> int | None:
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(f"GET /function/{name} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            reply = parse(await asyncio.wait_for(reader.read(), PATIENCE))
+        if reply.status == 200:
+            assert not reply.body.endswith(b"0\r\n\r\n")
+            assert int(reply.headers.get("Content-Length", 10**9)) > len(reply.body)
+            return None
+        assert reply.body.decode().startswith(f"function {name} ")
+        assert reply.body.count(b"\n") == 1
+        return reply.status
+
+    calls = asyncio.create_task(at_once(peers, call))
+    assert (await ask(gateway.url, "/function/well")).status == 200
+    assert await calls == {name: status for name, (_, status, _) in PEERS.items()}
+
+
+async def test_the_record_of_a_call_of_a_bad_function_says_why(gateway: Daemon, peers: dict[str, str]) -> None:
+    """`timeout` for what came too late, `error` with 502 for everything else; others run meanwhile."""
+
+    async def call(name: str) -> tuple[str, int, str]:
+        record = await gateway.final(await gateway.submit(name))
+        return record["status"], record["http_status"], record["error"]
+
+    calls = asyncio.create_task(at_once(peers, call))
+    assert (await gateway.final(await gateway.submit("well")))["status"] == "success"
+    assert await calls == {
+        name: ("timeout" if why == LATE else "error", 504 if why == LATE else 502, f"function {name} {why}")
+        for name, (_, _, why) in PEERS.items()
+    }
+
+
+async def test_the_record_of_a_callback_to_a_bad_receiver_says_why(
+    gateway: Daemon, peers: dict[str, str], sink: Server
+) -> None:
+    """None of them has received it, whatever it sent; the call is a success, and others get their callbacks."""
+
+    async def call(name: str) -> tuple[str, str, None, str]:
+        record = await gateway.final(await gateway.submit("well", X_Callback_Url=peers[name]))
+        told = record["callback"]
+        return record["status"], told["status"], told["http_status"], told["error"]
+
+    calls = asyncio.create_task(at_once(peers, call))
+    await gateway.submit("well", X_Callback_Url=sink.url)
+    await sink.wait_for(1)
+    assert await calls == {
+        name: ("success", "failed", None, f"the callback URL {why}") for name, (_, _, why) in PEERS.items()
+    }
+
+
+async def test_a_head_that_is_odd_does_not_get_the_daemon_into_trouble(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """It is passed on without what is not allowed in it, to callers and in callbacks; or it is no answer."""
+    async with contextlib.AsyncExitStack() as stack:
+        odd = {name: await stack.enter_async_context(peer(serve)) for name, (serve, *_) in ODD.items()}
+        functions = "".join(f'[functions.{name}]\nurl = "{url}"\n' for name, url in odd.items())
+        gateway = await daemon(f'{LIMITS}{functions}[functions.well]\nurl = "{function.url}"')
+        for name, (_, status, end) in ODD.items():
+            reply = await ask(gateway.url, f"/function/{name}")
+            assert (reply.status, reply.headers.get("X-Odd", " [31m").strip()) == (status, "[31m"), name
+            record = await gateway.final(await gateway.submit(name, X_Callback_Url=sink.url))
+            assert (record["status"], record["callback"]["status"]) == (end, "delivered"), name
+            told = (await gateway.final(await gateway.submit("well", X_Callback_Url=odd[name])))["callback"]
+            assert told["status"] == ("delivered" if status == 200 else "failed"), name
+    assert len(sink.requests) == len(ODD)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[str]:
+    """A URL whose kernel does not even take connections: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(2):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_a_connection_that_is_never_made_is_not_waited_for(daemon: StartDaemon, function: Server) -> None:
+    """A host behind a firewall that drops everything: the time limits hold from the first packet on."""
+    with deaf() as url:
+        gateway = await daemon(f'{LIMITS}[functions.deaf]\nurl = "{url}"\n[functions.well]\nurl = "{function.url}"')
+        assert (await ask(gateway.url, "/function/deaf")).status == 504
+        record = await gateway.final(await gateway.submit("deaf"))
+        assert (record["status"], record["error"]) == ("timeout", f"function deaf {LATE}")
+        told = (await gateway.final(await gateway.submit("well", X_Callback_Url=url)))["callback"]
+        assert (told["status"], told["error"]) == ("failed", f"the callback URL {LATE}")
+
+
+# ---- too much --------------------------------------------------------------------------------------------------
+
+
+def peak_memory(daemon: Daemon) -> int:
+    """The most memory that the daemon ever had resident, in bytes."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{daemon.pid}/status").read_text())
+    return int(line) * 1024
+
+
+class Flood:
+    """A peer that announces ten gibibytes and sends them as fast as they are taken."""
+
+    PIECE = bytes(MIB)
+    sent = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK + f"Content-Length: {10 * 2**30}\r\n\r\n".encode())
+        for _ in range(10 * 1024):
+            writer.write(self.PIECE)
+            await writer.drain()
+            self.sent += MIB
+
+
+@pytest.mark.parametrize("way", ["sync", "async", "async with callback", "callback"])
+async def test_ten_gibibytes_are_not_kept_in_memory(
+    daemon: StartDaemon, function: Server, sink: Server, way: str
+) -> None:
+    """They are streamed, or counted, or refused, or cut off by the time limit; memory stays flat."""
+    flood = Flood()
+    async with peer(flood) as url:
+        limit = "600s" if LONG else "1s"
+        gateway = await daemon(
+            f'[functions.flood]\nurl = "{url}"\n[functions.well]\nurl = "{function.url}"\n[retry]\nattempts = 1\n'
+            f'[queues.faas-request]\ntimeout = "{limit}"\n[callback]\ntimeout = "{limit}"\nattempts = 1\n'
+            f'[gateway]\nupstream_timeout = "{limit}"'
+        )
+        await ask(gateway.url, "/function/well")
+        before = peak_memory(gateway)
+        if way == "sync":
+            received = 0
+            async with connection(gateway.url) as (reader, writer):
+                writer.write(b"GET /function/flood HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                while piece := await asyncio.wait_for(reader.read(MIB), 600):
+                    received += len(piece)
+            assert received > (10 * 2**30 if LONG else 64 * MIB)
+        elif way == "callback":
+            told = (await finished(gateway, await gateway.submit("well", X_Callback_Url=url)))["callback"]
+            assert told["status"] == ("delivered" if LONG else "failed")
+        elif way == "async":
+            record = await finished(gateway, await gateway.submit("flood"))
+            assert record["status"] == ("success" if LONG else "timeout")
+            assert record["response_bytes"] == (10 * 2**30 if LONG else 0)
+        else:
+            record = await finished(gateway, await gateway.submit("flood", X_Callback_Url=sink.url))
+            assert (record["status"], record["error"]) == ("error", "function flood answered more than 16777216 bytes")
+            assert (await sink.wait_for(1))[0].body == b""
+        if way != "async with callback":  # that one has to be held, and so is refused after 16 MiB
+            assert flood.sent >= (10 * 2**30 if LONG else 64 * MIB)
+        growth = peak_memory(gateway) - before
+        print(f"{way}: {flood.sent >> 20} MiB sent, memory grew by {growth >> 10} KiB")
+        assert growth < (64 if way == "async with callback" else 24) * MIB
+
+
+async def finished(gateway: Daemon, call_id: str) -> dict[str, Any]:
+    """As `Daemon.final`, however long that takes."""
+    while True:
+        with contextlib.suppress(AssertionError):
+            return await gateway.final(call_id)
+
+
+# ---- connections that are kept ---------------------------------------------------------------------------------
+
+
+class Forgetful:
+    """A peer that keeps its connection alive, but hangs up when the second request comes; `seen` of how many each."""
+
+    def __init__(self, reset: bool) -> None:
+        self.reset = reset
+        self.seen: list[int] = []
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = len(self.seen)
+        self.seen.append(0)
+        await reader.readuntil(b"\r\n\r\n")
+        self.seen[number] += 1
+        writer.write(OK + EMPTY)
+        await reader.readuntil(b"\r\n\r\n")
+        self.seen[number] += 1
+        if self.reset:
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+async def test_a_kept_connection_that_ends_with_the_next_request_is_no_success(
+    daemon: StartDaemon, function: Server, reset: bool
+) -> None:
+    """502 to a sync caller, who alone knows whether to call again; queued calls and callbacks are tried again."""
+    forgetful = Forgetful(reset)
+    async with peer(forgetful) as url:
+        gateway = await daemon(f'[functions.forgetful]\nurl = "{url}"\n[functions.well]\nurl = "{function.url}"')
+        assert [(await ask(gateway.url, "/function/forgetful")).status for _ in range(4)] == [200, 502, 200, 502]
+        records = [await gateway.final(await gateway.submit("forgetful")) for _ in range(2)]
+        assert [(record["status"], record["attempts"]) for record in records] == [("success", 1), ("success", 2)]
+        await ask(gateway.url, "/function/forgetful")  # uses up what was kept
+        assert forgetful.seen == [2, 2, 2, 2]
+        told = [(await gateway.final(await gateway.submit("well", X_Callback_Url=url)))["callback"] for _ in range(2)]
+        assert [(one["status"], one["attempts"]) for one in told] == [("delivered", 1), ("delivered", 2)]
+
+
+async def test_a_connection_that_was_closed_meanwhile_is_not_used(daemon: StartDaemon) -> None:
+    """A server that hangs up after each answer, without saying so, is called on a new connection each time."""
+    async with peer(says(OK + EMPTY, None)) as url:
+        gateway = await daemon(f'[functions.curt]\nurl = "{url}"')
+        assert {(await ask(gateway.url, "/function/curt")).status for _ in range(50)} == {200}
+
+
+async def test_an_answer_that_nobody_asked_for_is_nobodys_answer(daemon: StartDaemon) -> None:
+    """A server that says more than it was asked: the next caller does not get to see that."""
+    stray = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 5\r\n\r\nstray"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while tag := (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]:
+            writer.write(OK + f"Content-Length: {len(tag)}\r\n\r\n".encode() + tag + stray)
+
+    async with peer(serve) as url:
+        gateway = await daemon(f'[functions.chatty]\nurl = "{url}"')
+        for number in range(20):
+            reply = await ask(gateway.url, f"/function/chatty/{number}")
+            assert (reply.status, reply.body) == (200, f"/{number}".encode())
