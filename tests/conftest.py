@@ -602,3 +602,49 @@ def assert_refused(reply: Reply, status: int, *words: str, limit: int = 80) -> N
     assert SECRET.decode() not in text
     for word in words:
         assert word[:limit].lower() in text.lower(), f"{word!r} is not in {text!r}"
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+
+class Names(asyncio.DatagramProtocol):
+    """A DNS server: what the daemon with the `prefix` of this object asks for every name that is not in /etc/hosts.
+
+    The daemon gets a mount namespace of its own, and port 53 is a privileged one: both need root, as CI has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.address = "127.53.{}.{}".format(*divmod(os.getpid() % 65_000, 254))  # others run at the same time
+        self.found: dict[str, list[str]] = {}  # IPv4 and IPv6 addresses by name; no entry: no answer, ever
+        self.asked: list[str] = []
+        (folder / "resolv.conf").write_text(f"nameserver {self.address}\n")
+        mount = f'mount --bind "{folder}/resolv.conf" /etc/resolv.conf && exec "$@"'
+        self.prefix = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep what answers are sent through."""
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, sender: Any) -> None:
+        """Answer a query (RFC 1035 4.1) for the addresses of one kind."""
+        labels, at = [], 12
+        while length := data[at]:
+            labels.append(data[at + 1 : at + 1 + length].decode())
+            at += 1 + length
+        name, question = ".".join(labels), data[12 : at + 5]
+        self.asked.append(name)
+        if name in self.found:
+            family = {1: socket.AF_INET, 28: socket.AF_INET6}[int.from_bytes(question[-4:-2])]
+            found = [socket.inet_pton(family, one) for one in self.found[name] if (":" in one) == (family != 2)]
+            records = [b"\xc0\x0c" + question[-4:] + bytes(4) + len(one).to_bytes(2) + one for one in found]
+            head = data[:2] + b"\x84\x00\0\x01" + len(found).to_bytes(2) + bytes(4)
+            self._transport.sendto(head + question + b"".join(records), sender)
+
+
+@pytest.fixture
+async def names(tmp_path: Path) -> AsyncIterator[Names]:
+    """A DNS server that answers as the test says."""
+    loop, server = asyncio.get_running_loop(), Names(tmp_path)
+    transport, _ = await loop.create_datagram_endpoint(lambda: server, local_addr=(server.address, 53))
+    yield server
+    transport.close()

@@ -2,11 +2,16 @@
 
 import asyncio
 import base64
+import contextlib
 import gzip
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import Daemon, Request, Server, StartDaemon, answer, never, run
+from conftest import Daemon, Names, Request, Server, StartDaemon, answer, never, run, to_toml
 
 CREDENTIALS = "sink-user:s%3Acret%40word"  # user `sink-user`, password `s:cret@word`
 PASSWORDS = ("s%3Acret%40word", "s:cret@word", base64.b64encode(b"sink-user:s:cret@word").decode())
@@ -368,3 +373,99 @@ async def test_a_denied_address_is_not_reached_through_a_name(
     record = await gateway.final(call_id)
     assert record["callback"]["status"] == "failed"
     assert sink.requests == []
+
+
+@contextlib.asynccontextmanager
+async def forbidden(host: str, port: int) -> AsyncIterator[list[object]]:
+    """A listener that nobody must connect to; who did."""
+    callers: list[object] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        callers.append(writer.get_extra_info("peername"))
+        writer.close()
+
+    async with await asyncio.start_server(serve, host, port):
+        yield callers
+
+
+GUARDED = '[callback]\ndeny = ["127.0.0.2/32"]\nmin_wait = "10ms"\n'
+
+
+async def test_a_name_that_points_elsewhere_by_the_time_of_delivery_is_not_followed(
+    daemon: StartDaemon, function: Server, sink: Server, names: Names
+) -> None:
+    """DNS rebinding: allowed when the call was accepted, even when it was first delivered, and denied after that."""
+
+    async def rebind(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        names.found["rebind.example"] = ["127.0.0.2"]
+        return web.Response(status=503, headers={"Connection": "close"})
+
+    names.found["rebind.example"] = ["127.0.0.1"]
+    sink.behaviour = rebind
+    async with forbidden("127.0.0.2", sink.port) as callers:
+        gateway = await daemon(f'{GUARDED}[functions.echo]\nurl = "{function.url}"', prefix=names.prefix)
+        record = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"http://rebind.example:{sink.port}/"))
+        assert callers == []
+    assert len(sink.requests) == 1
+    assert (record["callback"]["status"], record["callback"]["attempts"]) == ("failed", 2)
+    assert record["callback"]["error"] == "callbacks to rebind.example at 127.0.0.2 are not allowed"
+
+
+async def test_of_the_addresses_of_a_name_the_denied_ones_are_left_out(
+    daemon: StartDaemon, function: Server, sink: Server, names: Names
+) -> None:
+    """In whatever order they come, and although the allowed one may answer later than the denied one would."""
+    async with forbidden("127.0.0.2", sink.port) as callers:
+        gateway = await daemon(f'{GUARDED}[functions.echo]\nurl = "{function.url}"', prefix=names.prefix)
+        for number, order in enumerate((["127.0.0.2", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"])):
+            names.found[f"both{number}.example"] = order
+            url = f"http://both{number}.example:{sink.port}/"
+            record = await gateway.final(await gateway.submit("echo", X_Callback_Url=url))
+            assert record["callback"]["status"] == "delivered"
+        assert callers == []
+    assert len(sink.requests) == 2
+
+
+async def test_a_name_for_a_link_local_address_is_not_followed(
+    daemon: StartDaemon, function: Server, names: Names
+) -> None:
+    """Nobody has to deny the cloud's metadata, whatever name and form its address has."""
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"', prefix=names.prefix)
+    for address in ("169.254.169.254", "fe80::1", "::ffff:169.254.169.254"):
+        names.found["metadata.example"] = [address]
+        record = await gateway.final(await gateway.submit("echo", X_Callback_Url="http://metadata.example/latest/"))
+        assert record["callback"]["status"] == "failed"
+        assert "not allowed" in record["callback"]["error"], record
+
+
+async def test_what_is_denied_later_is_not_delivered_to(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """The lists count as they stand when a callback is sent: one that was accepted before is not sent any more."""
+    sink.behaviour = answer(503)
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 100000')
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    await sink.wait_for(2)
+    gateway.configure(to_toml({**gateway.settings, "callback": {"deny": ["127.0.0.1"]}}))
+    gateway.signal(signal.SIGHUP)
+    record = await gateway.final(call_id)
+    assert record["callback"]["error"] == "callbacks to 127.0.0.1 are not allowed"
+
+
+async def test_openssl_finds_the_signature_right(
+    daemon: StartDaemon, function: Server, sink: Server, tmp_path: Path
+) -> None:
+    """Standard Webhooks, computed by somebody else over the bytes that arrived."""
+    key, body = os.urandom(32), os.urandom(1000)
+    (tmp_path / "secret").write_text(f"whsec_{base64.b64encode(key).decode()}\n")
+    function.behaviour = answer(body=body)
+    gateway = await daemon(
+        f'[functions.echo]\nurl = "{function.url}"\n[callback]\nsigning_secret_file = "{tmp_path}/secret"'
+    )
+    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    (request,) = await sink.wait_for(1)
+    assert (request.body, request.headers["webhook-id"]) == (body, call_id)
+    signed = f"{call_id}.{request.headers['webhook-timestamp']}.".encode() + request.body
+    command = ("openssl", "dgst", "-sha256", "-mac", "HMAC", "-macopt", f"hexkey:{key.hex()}")
+    result = await run(*command, stdin=signed)
+    assert result.code == 0, result.err
+    signature = base64.b64encode(bytes.fromhex(result.out.split()[-1])).decode()
+    assert request.headers.getall("webhook-signature") == [f"v1,{signature}"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Daemon, Server, StartDaemon, ask, connection, parse
+from conftest import PATIENCE, Daemon, Names, Server, StartDaemon, ask, connection, parse
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
 MIB = 2**20
@@ -221,6 +221,52 @@ async def test_a_connection_that_is_never_made_is_not_waited_for(daemon: StartDa
         assert (record["status"], record["error"]) == ("timeout", f"function deaf {LATE}")
         told = (await gateway.final(await gateway.submit("well", X_Callback_Url=url)))["callback"]
         assert (told["status"], told["error"]) == ("failed", f"the callback URL {LATE}")
+
+
+async def test_names_that_nobody_answers_for_hold_up_nothing_else(
+    daemon: StartDaemon, function: Server, sink: Server, names: Names
+) -> None:
+    """A DNS server that is silent: only what has to ask it waits, and not beyond its own time limit."""
+    port = function.port
+    gateway = await daemon(
+        f'[functions.lost]\nurl = "http://lost.example:{port}"\n[functions.local]\nurl = "http://localhost:{port}"\n'
+        f'[functions.well]\nurl = "{function.url}"\n[callback]\nattempts = 1\ntimeout = "2s"\n'
+        '[gateway]\nupstream_timeout = "2s"\n[queues.faas-request]\ntimeout = "2s"\n[retry]\nattempts = 1',
+        prefix=names.prefix,
+    )
+    lost = [await gateway.submit("well", X_Callback_Url=f"http://lost{number}.example/") for number in range(12)]
+    lost_sync = asyncio.create_task(ask(gateway.url, "/function/lost"))
+    lost_async = await gateway.submit("lost")
+    while len(set(names.asked)) < 13:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for name in ("well", "local"):
+        assert (await ask(gateway.url, f"/function/{name}")).status == 200
+        for url in (sink.url, sink.url.replace("127.0.0.1", "localhost")):
+            record = await gateway.final(await gateway.submit(name, X_Callback_Url=url))
+            assert (record["status"], record["callback"]["status"]) == ("success", "delivered")
+    assert (await lost_sync).status == 504
+    assert (await gateway.final(lost_async))["error"] == f"function lost {LATE}"
+    told = [(await gateway.final(call_id))["callback"] for call_id in lost]
+    assert {(one["status"], one["error"]) for one in told} == {("failed", f"the callback URL {LATE}")}
+    names.found |= {name: [] for name in names.asked}  # let those go who still wait: the daemon's end waits for them
+
+
+async def test_a_name_that_does_not_exist_is_told(daemon: StartDaemon, function: Server, names: Names) -> None:
+    """502 in one line, and an error in the records."""
+    names.found = {"lost.example": []}
+    gateway = await daemon(
+        f'[functions.lost]\nurl = "http://lost.example"\n[functions.well]\nurl = "{function.url}"\n'
+        "[callback]\nattempts = 1\n[retry]\nattempts = 1",
+        prefix=names.prefix,
+    )
+    reply = await ask(gateway.url, "/function/lost")
+    assert (reply.status, reply.body.count(b"\n")) == (502, 1)
+    assert reply.body.startswith(b"function lost can't be reached: ")
+    record = await gateway.final(await gateway.submit("lost"))
+    assert (record["status"], record["http_status"]) == ("error", 502)
+    told = (await gateway.final(await gateway.submit("well", X_Callback_Url="http://lost.example/")))["callback"]
+    assert told["status"] == "failed"
+    assert told["error"].startswith("the callback URL can't be reached: ")
 
 
 # ---- too much --------------------------------------------------------------------------------------------------
