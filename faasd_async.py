@@ -219,7 +219,7 @@ http_codes = expect("a list of codes from 400 to 599", lambda v: frozenset(need(
 url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(_url(value), "?" not in value).with_user(None))
 callback_host = expect(  # of the URL, as it stands there: not decoded from IDNA
     "an absolute http:// or https:// URL, in ASCII and with no spaces",
-    lambda value: (_url(need(value, re.fullmatch(r"[!-~]{1,4096}", value))).raw_host or "").lower(),
+    lambda v: (_url(need(v, re.fullmatch(r"[!-~]{1,4096}", v))).raw_host or "").encode("idna").decode().lower(),
 )
 addresses = expect(
     'one or more of "HOST:PORT" and "unix:/path"',

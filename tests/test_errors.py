@@ -214,6 +214,9 @@ BAD_URLS = [
     "http://127.0.0.1:99999/",
     "http://127.0.0.1:port/",
     "http://two words/",
+    "http://no..label/",
+    "http://.no-label/",
+    f"http://{'long-label' * 7}.example/",
 ]
 
 
