@@ -438,6 +438,28 @@ async def test_a_name_for_a_link_local_address_is_not_followed(
         assert "not allowed" in record["callback"]["error"], record
 
 
+LOOPBACK = [
+    "127.0.0.1", "127.0.0.1.", "127.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "0177.0.0.1", "0",
+    "0.0.0.0", "localhost", "LocalHost", "localhost.", "[::1]", "[::]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]", "[::127.0.0.1]", "[::1%25lo]",
+]  # fmt: skip
+
+
+async def test_a_denied_address_is_denied_however_it_is_written(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """The forms that inet_aton and resolvers take for this machine: refused at once, or not connected to."""
+    deny = '["127.0.0.0/8", "0.0.0.0/8", "::1/128", "::/96"]'
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1\ndeny = {deny}')
+    for host in LOOPBACK:
+        headers = {"X-Callback-Url": f"http://{host}:{sink.port}/"}
+        async with gateway.http.post(f"{gateway.url}/async-function/echo", headers=headers) as response:
+            if response.status != 400:
+                record = await gateway.final(response.headers["X-Call-Id"])
+                assert record["callback"]["status"] == "failed", host
+    assert sink.requests == []
+
+
 async def test_what_is_denied_later_is_not_delivered_to(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """The lists count as they stand when a callback is sent: one that was accepted before is not sent any more."""
     sink.behaviour = answer(503)
