@@ -218,7 +218,6 @@ async def test_a_request_that_could_be_read_in_two_ways_is_refused(gateway: Daem
     assert [request.body for request in function.requests if request.body] == []
 
 
-HUGE_BODY = b"x" * len(SMUGGLED)
 CLEAR = {
     "plain": (POST + b"Content-Length: 0\r\n\r\n", 0),
     "a blank line before": (b"\r\n\r\n" + POST + b"Content-Length: 0\r\n\r\n", 0),
