@@ -63,6 +63,7 @@ import aiohttp
 import prometheus_client
 import yarl
 from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
 from multidict import CIMultiDict
 
 try:
@@ -1512,10 +1513,20 @@ class Ask(NamedTuple):
     body: bytes | AsyncIterator[bytes]
 
 
+class Wire(ResponseHandler):
+    """A connection to a function or receiver. One that has sent what nobody asked for (servers tell idle clients "408
+    Request Timeout") is not used again: the next caller would take that for its answer."""
+
+    def is_connected(self) -> bool:  # asked by the pool
+        return super().is_connected() and not self.should_close
+
+
 def client_session(connector: Callable[..., aiohttp.BaseConnector], **options: Any) -> aiohttp.ClientSession:
     """A client that passes things on as they are: no cookies, no decompression, no headers or limits of its own."""
+    pool: Any = connector(**{"limit": 0, "keepalive_timeout": POOL_IDLE_S, **options})
+    pool._factory = functools.partial(Wire, loop=pool._loop)
     session = aiohttp.ClientSession(
-        connector=connector(**{"limit": 0, "keepalive_timeout": POOL_IDLE_S, **options}), auto_decompress=False,
+        connector=pool, auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(), max_line_size=MAX_HEADER_BYTES,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"), max_field_size=MAX_HEADER_BYTES,
     )  # fmt: skip

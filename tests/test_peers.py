@@ -378,16 +378,29 @@ async def test_a_connection_that_was_closed_meanwhile_is_not_used(daemon: StartD
         assert {(await ask(gateway.url, "/function/curt")).status for _ in range(50)} == {200}
 
 
-async def test_an_answer_that_nobody_asked_for_is_nobodys_answer(daemon: StartDaemon) -> None:
-    """A server that says more than it was asked: the next caller does not get to see that."""
+@pytest.mark.parametrize("late", [False, True], ids=["with the answer", "later"])
+async def test_an_answer_that_nobody_asked_for_is_nobodys_answer(daemon: StartDaemon, late: bool) -> None:
+    """Servers tell idle clients "408 Request Timeout"; the next caller must not get to see that."""
     stray = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 5\r\n\r\nstray"
+    caller_has_it = asyncio.Event()
+    stray_was_sent = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while tag := (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]:
-            writer.write(OK + f"Content-Length: {len(tag)}\r\n\r\n".encode() + tag + stray)
+            writer.write(OK + f"Content-Length: {len(tag)}\r\n\r\n".encode() + tag + (b"" if late else stray))
+            await caller_has_it.wait()
+            writer.write(stray if late else b"")
+            await writer.drain()
+            stray_was_sent.set()
 
     async with peer(serve) as url:
         gateway = await daemon(f'[functions.chatty]\nurl = "{url}"')
-        for number in range(20):
+        for number in range(10):
+            caller_has_it.clear()
+            stray_was_sent.clear()
             reply = await ask(gateway.url, f"/function/chatty/{number}")
             assert (reply.status, reply.body) == (200, f"/{number}".encode())
+            caller_has_it.set()
+            await asyncio.wait_for(stray_was_sent.wait(), PATIENCE)
+            for _ in range(3):  # who has answered something else since then has read it
+                await ask(gateway.url, "/healthz")
