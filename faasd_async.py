@@ -85,6 +85,7 @@ SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read before the fu
 MAX_RETRY_AFTER_S = 86_400.0  # a function may ask for patience, not for eternity
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves; also while the provider is away
 LATER = {"Retry-After": str(RETRY_STORE_S)}
+HANG_UP = {"Connection": "close"}
 PROVIDER_S = 10.0  # what a look-up at the provider may take
 SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
 MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
@@ -2360,6 +2361,11 @@ class Gateway:
         return reply({"error": {"message": refused.text}} if fn else refused.text, refused.status, refused.headers)
 
     async def _route(self, request: web.BaseRequest, target: str) -> Reply:
+        coding = request.headers.get("Transfer-Encoding", "chunked").lower()
+        if request.method == "CONNECT" or coding != "chunked":  # RFC 9112 6.1
+            raise Refused(501, "CONNECT, and transfer codings beside chunked, are not for functions", HANG_UP)
+        if "Transfer-Encoding" in request.headers and request.version < (1, 1):  # RFC 9112 6.1: faulty framing
+            raise Refused(400, "HTTP/1.0 has no Transfer-Encoding", HANG_UP)
         config, (route, _, rest) = self._settings(), target[1:].partition("/")
         if "Via" in request.headers and via(target) in request.headers["Via"]:
             raise Refused(508, "the provider has no replica of this function", {"X-Openfaas-Internal": "gateway"})

@@ -218,6 +218,27 @@ async def test_a_request_that_could_be_read_in_two_ways_is_refused(gateway: Daem
     assert [request.body for request in function.requests if request.body] == []
 
 
+NOT_HERE = {
+    "a coding that is not ours": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+    "chunks in HTTP/1.0": (
+        POST.replace(b"1.1", b"1.0") + b"Connection: keep-alive\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
+        400,
+    ),
+    "a tunnel": (POST.replace(b"POST", b"CONNECT") + b"Content-Length: 0\r\n\r\n", 501),
+}
+
+
+async def test_what_gateways_do_not_do_is_refused(gateway: Daemon, function: Server) -> None:
+    """RFC 9112 6.1, and tunnels: refused in one line, and nothing of it reaches a function."""
+    for name, (request, status) in NOT_HERE.items():
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(request)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        assert parse(head).status == status, name
+        assert parse(head).headers["Connection"] == "close", name
+    assert function.requests == []
+
+
 CLEAR = {
     "plain": (POST + b"Content-Length: 0\r\n\r\n", 0),
     "a blank line before": (b"\r\n\r\n" + POST + b"Content-Length: 0\r\n\r\n", 0),
