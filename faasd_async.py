@@ -2722,10 +2722,10 @@ class Daemon:
         sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
         log.info("stopping: waiting up to %.0f s for running functions", self.config.gateway.drain_timeout)
         self.operator.drain()
-        await asyncio.gather(*(site.stop() for site in runner.sites))
         asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
         hurried = asyncio.create_task(self._hurry.wait())  # asyncio.Runner cancels it
-        await asyncio.gather(*(consumer.stop(hurried) for consumer in self._consumers.values()))
+        stops = [consumer.stop(hurried) for consumer in self._consumers.values()]  # first, or one more call may begin
+        await asyncio.gather(*stops, *(site.stop() for site in runner.sites))
         # Who has connected but not asked yet can't know that we stop, and gets a second.
         until, requests, asked = time.monotonic() + 1.0, self.gateway.requests, self.gateway.asked
         while not hurried.done() and (requests or (time.monotonic() < until and not asked >= {*server.connections})):
