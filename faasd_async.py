@@ -106,6 +106,7 @@ CONTENT_LENGTH = frozenset((b"content-length",))
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 FINAL = ("success", "error", "timeout", "cancelled")
 STATUSES = ("delayed", "queued", "running", *FINAL)
+DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty queue"
 UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
 NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
 
@@ -877,7 +878,7 @@ class Queue(Protocol):
         """Delete one small batch of records past their time and give room back; how many. 0: there was little to do."""
 
     def stalled(self) -> str | None:
-        """Why the queue does not answer, or None. Never blocks."""
+        """Why the queue does not answer, or needs a restart; or None. Never blocks."""
 
     async def failing(self) -> str | None:
         """Why nothing can be stored, or None. When the last attempt to store something failed, it makes another."""
@@ -980,7 +981,7 @@ class SqliteFile:
     steps below change both inside a transaction; when that fails, the next one begins with a `rebuild`."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings, self.suspect = path, settings, False
+        self.path, self.settings, self.suspect, self.damaged = path, settings, False, False
         self.news: list[tuple[str, Any]] = []  # what to tell whom (see Queue.open) after the commit
 
     def open(self) -> None:
@@ -1047,8 +1048,9 @@ class SqliteFile:
             found = str(self.db.execute("PRAGMA integrity_check(1)").fetchone()[0])
             if found != "ok" and "unable to get" not in found:  # that is a disk which can't be read for now
                 mark.touch()
-        if mark.exists():
-            raise sqlite3.DatabaseError("the file is damaged: a restart sets it aside and begins with an empty queue")
+        self.damaged = mark.exists()
+        if self.damaged:
+            raise sqlite3.DatabaseError(DAMAGED)
         sql = """UPDATE calls SET due_at = :now WHERE work IS NOT NULL AND due_at > :now
             AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)"""
         self.db.execute(sql, {"now": time.time()})
@@ -1423,6 +1425,8 @@ class SqliteQueue:
         return future
 
     def _hand_over(self) -> None:
+        if self._file.damaged:
+            return DAMAGED
         self._inbox.put(self._outbox)
         self._outbox = []
 
@@ -2687,14 +2691,16 @@ class Daemon:
             await asyncio.sleep(HOUSEKEEPING_S)
 
     async def _watchdog(self) -> None:
-        """Tell systemd that we are alive, but only after the event loop and the queue's writer both answered."""
+        """Tell systemd that we are alive, but only after the event loop and the queue's writer both answered, and
+        not when only a restart can help."""
         while usec := int(os.environ.get("WATCHDOG_USEC", 0)):
             with contextlib.suppress(StoreError):  # it answered
                 stats = await self.queue.stats()
                 waiting = sum(sum(item.waiting.values()) for item in stats.values())
                 running = sum(len(consumer.running) for consumer in self._consumers.values())
                 sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
-            sd_notify("WATCHDOG=1")
+            if self.queue.stalled() is None:
+                sd_notify("WATCHDOG=1")
             await asyncio.sleep(usec / 2e6)
 
     def _terminate(self) -> None:

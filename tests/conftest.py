@@ -293,6 +293,9 @@ async def preloaded(source: str, folder: Path) -> Path:
 # ---- systemd ---------------------------------------------------------------------------------------------------
 
 
+WATCHDOG_S = 0.4
+
+
 class ServiceManager:
     """The receiving end of sd_notify(3): a real datagram socket."""
 
@@ -310,6 +313,23 @@ class ServiceManager:
                 data = await asyncio.get_running_loop().sock_recv(self.socket, 2**16)
                 self.told.extend(data.decode().splitlines())
         return found[-1]
+
+    def watchdog(self) -> dict[str, str]:
+        """The environment of a daemon that is watched."""
+        return {"NOTIFY_SOCKET": str(self.path), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
+
+    async def bite(self, gateway: Daemon) -> None:
+        """Wait like systemd until WATCHDOG_USEC has passed without a word, and do what it does then."""
+        for _ in range(20):
+            try:
+                async with asyncio.timeout(2 * WATCHDOG_S):
+                    await self.wait_for("WATCHDOG=1", times=self.told.count("WATCHDOG=1") + 1)
+            except TimeoutError:
+                break
+        else:
+            pytest.fail("the watchdog goes on being fed")
+        gateway.signal(signal.SIGABRT)
+        assert await gateway.ended() == -signal.SIGABRT
 
 
 def free_address() -> str:

@@ -10,7 +10,21 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, answer, ask, ok, preloaded, run
+from conftest import (
+    PATIENCE,
+    Daemon,
+    Gate,
+    Reply,
+    Request,
+    Server,
+    ServiceManager,
+    StartDaemon,
+    answer,
+    ask,
+    ok,
+    preloaded,
+    run,
+)
 
 CALM = {"/healthz": 200, "/readyz": 200}
 UNABLE = {"/healthz": 200, "/readyz": 503}  # a restart would not help
@@ -32,14 +46,14 @@ async def health(gateway: Daemon) -> dict[str, int]:
     return {path: (await ask(gateway.url, path)).status for path in CALM}
 
 
-async def assert_unable(gateway: Daemon, function: Server, reason: str) -> None:
+async def assert_unable(gateway: Daemon, function: Server, reason: str, alive: int = 200) -> None:
     """The disk takes nothing: new calls are refused with the reason, what needs no disk goes on."""
     reply = await submit(gateway)
     assert reply.status == 503, reply
     assert re.search(reason, reply.body.decode())
     assert int(reply.headers["Retry-After"]) >= 1
     assert len(reply.body.splitlines()) == 1
-    assert await health(gateway) == UNABLE
+    assert await health(gateway) == UNABLE | {"/healthz": alive}
     assert re.search(reason, (await ask(gateway.url, "/readyz")).body.decode())
     assert (await ask(gateway.url, "/function/it/sync")).status == 200
 
@@ -243,11 +257,12 @@ async def test_a_disk_with_errors_refuses_calls_and_loses_none(
 
 
 async def test_a_file_that_is_damaged_while_it_is_used_is_set_aside_by_a_restart(
-    daemon: StartDaemon, function: Server
+    daemon: StartDaemon, function: Server, systemd: ServiceManager
 ) -> None:
-    """What hits on the damage is refused with the reason, and from then on every call; functions go on working."""
+    """What hits on the damage is refused with the reason, and from then on every call; functions go on working. Only a
+    restart helps, so the daemon asks for one: it is not healthy, and starves the watchdog."""
     function.behaviour = answer(200, bytes(8000))
-    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "0s"'))
+    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "0s"'), env=systemd.watchdog())
     old = [await gateway.submit("it") for _ in range(80)]
     await gateway.final(old[-1])
     await gateway.terminate()  # all is in the file then, and not in the log beside it
@@ -259,9 +274,9 @@ async def test_a_file_that_is_damaged_while_it_is_used_is_set_aside_by_a_restart
     for call_id in old:  # until one of them is hit
         if (await ask(gateway.url, f"/system/calls/{call_id}/log")).status != 200:
             break
-    await assert_unable(gateway, function, "damaged")
+    await assert_unable(gateway, function, "damaged", alive=503)
     assert not aside(gateway)
-    assert await gateway.terminate() == 0
+    await systemd.bite(gateway)
     await gateway.start()
     await gateway.wait_for_log("is damaged")
     (kept,) = aside(gateway)

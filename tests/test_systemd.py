@@ -19,7 +19,6 @@ import pytest
 from conftest import PATIENCE, SCRIPT, Daemon, Gate, Server, ServiceManager, StartDaemon, ask, free_address, run
 
 UNITS = SCRIPT.parent / "systemd"
-WATCHDOG_S = 0.4
 
 
 # ---- the units -------------------------------------------------------------------------------------------------
@@ -209,32 +208,18 @@ int fdatasync(int file) { wait_for_disk(); return syscall(SYS_fdatasync, file); 
 """
 
 
-async def bitten(gateway: Daemon, systemd: ServiceManager) -> None:
-    """Wait like systemd until WATCHDOG_USEC has passed without a word, and do what it does then."""
-    for _ in range(20):
-        try:
-            async with asyncio.timeout(2 * WATCHDOG_S):
-                await systemd.wait_for("WATCHDOG=1", times=systemd.told.count("WATCHDOG=1") + 1)
-        except TimeoutError:
-            break
-    else:
-        pytest.fail("the watchdog goes on being fed")
-    gateway.signal(signal.SIGABRT)
-    assert await gateway.ended() == -signal.SIGABRT
-
-
 async def test_a_hung_event_loop_starves_the_watchdog(
     daemon: StartDaemon, function: Server, systemd: ServiceManager
 ) -> None:
     """While the process and its other threads live on; what was accepted runs after the restart."""
     function.behaviour = gate = Gate()
-    env = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
+    env = systemd.watchdog()
     hangs = (sys.executable, "-c", HANGS_ON_SIGUSR1)
     gateway = await daemon(f'[functions.it]\nurl = "{function.url}"', env=env, prefix=hangs)
     call_id = await gateway.submit("it")
     await systemd.wait_for("WATCHDOG=1", times=3)
     gateway.signal(signal.SIGUSR1)
-    await bitten(gateway, systemd)
+    await systemd.bite(gateway)
     gate.open()
     await gateway.start()
     assert (await gateway.final(call_id))["status"] == "success"
@@ -248,14 +233,14 @@ async def test_a_hung_writer_starves_the_watchdog(
     source, shim, hang = tmp_path / "hang.c", tmp_path / "hang.so", tmp_path / "hang"
     source.write_text(HANGING_DISK)
     assert (await run("gcc", "-shared", "-fPIC", "-o", shim, source)).err == ""
-    env = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
+    env = systemd.watchdog()
     env |= {"LD_PRELOAD": str(shim), "HANG": str(hang)}
     gateway = await daemon(f'[functions.it]\nurl = "{function.url}"', env=env)
     call_id = await gateway.submit("it")
     await systemd.wait_for("WATCHDOG=1", times=3)
     hang.touch()
     unanswered = asyncio.create_task(gateway.submit("it"))
-    await bitten(gateway, systemd)
+    await systemd.bite(gateway)
     with pytest.raises(aiohttp.ClientError):
         await unanswered
     hang.unlink()
