@@ -249,6 +249,15 @@ def _secret(path: str) -> bytes:
     return content
 
 
+def _signing_secret(path: str) -> bytes:
+    secret = _secret(path)
+    try:
+        webhook_signature(secret, "", 0, b"")
+    except ValueError:
+        raise ValueError(f"{path}: after whsec_ expected base64") from None
+    return secret
+
+
 def key(parse: Callable[[Any], Any], default: Any = None) -> Any:
     """A configuration key: how its TOML value is read, and its default as TOML would write it (None: no value)."""
     return field(default_factory=lambda: None if default is None else parse(default), metadata={"parse": parse})
@@ -323,7 +332,7 @@ class CallbackConfig:  # [callback]: how outcomes are delivered, and where to
     allow: tuple[str, ...] = key(patterns, [])
     deny: tuple[str, ...] = key(patterns, [])
     gateway_hosts: Sequence[str] = key(patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"])
-    signing_secret_file: bytes | None = key(_secret)
+    signing_secret_file: bytes | None = key(_signing_secret)
     tls_ca_file: str | None = key(text)
     # Not keys, but as in RetryPolicy: any other answer than these and 2xx is final.
     codes: frozenset[int] = frozenset((408, 429, *range(500, 600)))
@@ -512,6 +521,7 @@ class Claim(NamedTuple):
 
     token: int  # the queue's own handle
     fence: int  # tells this claim from others of the same call
+    id: str  # unique, where the call id may not be
     call_id: str
     function: str
     queue: str
@@ -1138,7 +1148,7 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
     if work == CALLBACKS:
         rest = """iif(failure_url IS NULL OR status = 'success', callback_url, failure_url), coalesce(headers, x''),
             coalesce(body, x'') FROM calls LEFT JOIN outputs"""
-    select = f"""SELECT seq, claims + 1, coalesce(call_id, id), function, work, lane,
+    select = f"""SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         iif(work = queue, attempts, callback_attempts) + 1, attempts + (work = queue), max_attempts, start_time,
         callback_url, failure_url, http_status, duration, {rest} USING (seq)
         WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?"""
@@ -1958,7 +1968,7 @@ class CallbackSender:
             "X-Retry": str(max(0, claim.runs - 1)), "X-Retry-Max": str(claim.max_attempts),
         })  # fmt: skip
         if secret := config.callback.signing_secret_file:
-            headers.update(webhook_signature(secret, claim.call_id, int(time.time()), claim.body))
+            headers.update(webhook_signature(secret, claim.id, int(time.time()), claim.body))
         session, host = self._session, (target.host or "").lower()
         if host in config.callback.gateway_hosts:
             session, own = self._own_session, yarl.URL(self.own_address.replace("unix:", "http://localhost"))

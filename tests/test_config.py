@@ -217,6 +217,7 @@ PROBLEMS = {
     "auth.user_file": "[auth]\nuser_file = 'missing'\npassword_file = 'user'",
     "auth.password_file": "[auth]\nuser_file = 'user'\npassword_file = 'empty'",
     "callback.signing_secret_file": "[callback]\nsigning_secret_file = 'newline'",
+    "callback.signing_secret_file (whsec_)": "[callback]\nsigning_secret_file = 'half'",
     "auth (invoke, user_file, password_file)": "[auth]\ninvoke = true",
 }
 
@@ -224,7 +225,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("key", PROBLEMS)
 def test_a_mistake_is_one_line_that_names_its_key(key: str) -> None:
     """One mistake, one line: the file, the key, what is wrong. (Words in brackets name the keys that clash.)"""
-    for name, content in (("user", b"admin\n"), ("empty", b""), ("newline", b"\n")):
+    for name, content in (("user", b"admin\n"), ("empty", b""), ("newline", b"\n"), ("half", b"whsec_abc")):
         Path(name).write_bytes(content)
     where, _, named = key.partition(" (")
     (line,) = problems(PROBLEMS[key])
