@@ -1700,8 +1700,11 @@ class Functions:
         if answer.status not in (200, 400, 404):
             raise ProviderAway(503, f"the provider answered {answer.status} to a look-up of {key}", LATER)
         if answer.status == 200:
-            found = json.loads(answer.body)
-            labels, annotations = (string_table(found.get(key) or {}) for key in ("labels", "annotations"))
+            try:
+                found = json.loads(answer.body)
+                labels, annotations = (string_table(found.get(key) or {}) for key in ("labels", "annotations"))
+            except (ValueError, AttributeError):
+                raise ProviderAway(503, f"what the provider answered to a look-up of {key} is none", LATER) from None
             function = annotated(Function(
                 name=name, namespace=namespace, url=yarl.URL(f"{config.provider.url}").joinpath("function", key),
                 labels=labels, annotations=annotations, replicas=found.get("availableReplicas", 0),
