@@ -1034,7 +1034,8 @@ class SqliteFile:
                 db.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             # What was claimed is interrupted, and goes first.
             sql = """UPDATE calls SET due_at = min(?, start_time / 1e9), status = iif(status = 'running', 'queued',
-                status), interrupted = interrupted + (work <> ?) WHERE work IS NOT NULL AND due_at IS NULL"""
+                status), interrupted = interrupted + (work <> ?), deadline_at = NULL
+                WHERE work IS NOT NULL AND due_at IS NULL"""
             if number := db.execute(sql, (time.time(), CALLBACKS)).rowcount:
                 log.warning("%d interrupted attempts of the previous process are queued again", number)
             self.rebuild()
@@ -1086,7 +1087,8 @@ class SqliteFile:
 
     def find_deadline(self) -> None:
         """Look up the earliest deadline."""
-        sql = "SELECT coalesce(min(deadline_at), 9e999) FROM calls WHERE deadline_at IS NOT NULL"
+        sql = """SELECT coalesce(min(deadline_at), 9e999) FROM calls
+            WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL"""
         self.deadline_at: float = self.db.execute(sql).fetchone()[0]
 
     def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
@@ -1152,7 +1154,7 @@ def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) 
         iif(work = queue, attempts, callback_attempts) + 1, attempts + (work = queue), max_attempts, start_time,
         callback_url, failure_url, http_status, duration, {rest} USING (seq)
         WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?"""
-    mark = """UPDATE calls SET due_at = NULL, deadline_at = NULL, claims = claims + 1,
+    mark = """UPDATE calls SET due_at = NULL, claims = claims + 1,
         attempts = attempts + (work = queue), callback_attempts = callback_attempts + (work <> queue),
         status = iif(work = queue, 'running', status), started_at = iif(work = queue, ?, started_at) WHERE seq = ?"""
     while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
@@ -1181,7 +1183,7 @@ def finish(file: SqliteFile, ended: Ended, target: str | None, size: int | None,
     follow = ("pending", CALLBACKS, host, now) if host else ("none", None, None, None)
     row = (ended.status, ended.http_status, ended.error, now, ended.duration, size, *follow, *was)
     sql = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
-        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?
+        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?, deadline_at = NULL
         WHERE seq = ? AND claims = ? AND status = ?"""
     if file.db.execute(sql, row).rowcount == 0:
         return False
@@ -1216,12 +1218,15 @@ def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: f
     code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
     row = {**work._asdict(), "due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
     sql = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
-        {0}attempts = {0}attempts - :free, {0}http_status = iif(:free, {0}http_status, :code), {0}error = iif(:free,
-        {0}error, :error) WHERE seq = :token AND work = :queue AND claims = :fence AND due_at IS NULL"""
+        deadline_at = iif(:free, deadline_at, NULL), {0}attempts = {0}attempts - :free,
+        {0}http_status = iif(:free, {0}http_status, :code), {0}error = iif(:free, {0}error, :error)
+        WHERE seq = :token AND work = :queue AND claims = :fence AND due_at IS NULL"""
     if file.db.execute(sql.format("callback_" if callback else ""), row).rowcount == 0:
         return False
     file.add(work.queue, work.lane, due_at)
-    if outcome is not None and not callback:
+    if outcome is None:
+        file.find_deadline()
+    elif not callback:
         file.save_output(work.token, outcome, whole=False)
     return True
 
@@ -1314,14 +1319,14 @@ def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
 
 
 def sql_expire(file: SqliteFile) -> None:
-    """End the calls whose deadline has passed before they started: a claim takes the deadline away."""
+    """End the calls whose deadline has passed before they started: an attempt that is charged takes it away."""
     sql = f"""UPDATE calls SET deadline_at = NULL WHERE seq IN (SELECT seq FROM calls WHERE deadline_at <= ?
-        AND deadline_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH})
-        RETURNING seq, coalesce(call_id, id), function, work, lane, callback_url, failure_url"""
-    for seq, call_id, function, work, lane, *urls in file.db.execute(sql, (time.time(),)).fetchall():
+        AND deadline_at IS NOT NULL AND due_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH})
+        RETURNING seq, claims, coalesce(call_id, id), function, work, lane, callback_url, failure_url"""
+    for seq, claims, call_id, function, work, lane, *urls in file.db.execute(sql, (time.time(),)).fetchall():
         file.lanes[work].remove(lane, 1)
         ended = Ended(call_id, function, "timeout", 0, error="not started before its X-Deadline")
-        finish(file, ended, callback_target("timeout", *urls), None, (seq, 0, "queued"))
+        finish(file, ended, callback_target("timeout", *urls), None, (seq, claims, "queued"))
     file.find_deadline()
 
 
@@ -1420,6 +1425,8 @@ class SqliteQueue:
         return self._failure and f"the queue can't store: {self._failure}"
 
     def stalled(self) -> str | None:
+        if self._file.damaged:
+            return DAMAGED
         spent = time.monotonic() - self._busy_since
         return f"the disk has not answered for {spent:.0f} s" if spent >= STALLED_S else None
 
@@ -1435,8 +1442,6 @@ class SqliteQueue:
         return future
 
     def _hand_over(self) -> None:
-        if self._file.damaged:
-            return DAMAGED
         self._inbox.put(self._outbox)
         self._outbox = []
 
@@ -2967,6 +2972,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             groups[words] = sub.add_subparsers(metavar="ACTION" if words else "COMMAND")
     top.set_defaults(queued=False, header=(), **{name.strip("-").replace("-", "_"): None for name in OPTIONS})
     args = top.parse_args(argv)
+    # At once: an exception could come up where Python ignores it. The daemon has a handler of its own.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     try:
         return args.run(Command(args)) or 0
     except (ConfigError, StoreError, Refused) as exc:
@@ -2981,5 +2988,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-    # At once: an exception could come up where Python ignores it. The daemon has a handler of its own.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))

@@ -663,6 +663,20 @@ async def test_queued_calls_are_not_burnt_while_the_provider_is_away(
     assert [request.body for request in env.requests] == [b"", b"queued"]
 
 
+async def test_a_deadline_holds_while_the_provider_is_away(
+    start: StartGateway, provider: Provider, env: Deployed
+) -> None:
+    """An attempt that never was does not count as a start."""
+    gateway = await start(LOCAL + ONE_ATTEMPT + ONE_AT_A_TIME, keys=NO_TIME)
+    assert (await ask(gateway.url, "/function/env")).status == 200
+    await provider.stop()
+    call_id = await gateway.submit("env", X_Deadline="1s")
+    await past_the_queue(gateway)
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"]) == ("timeout", 0)
+    assert len(env.requests) == 1
+
+
 async def test_queued_calls_are_not_burnt_when_the_provider_comes_up_last(
     start: StartGateway, provider: Provider, env: Deployed
 ) -> None:
@@ -1534,3 +1548,15 @@ async def test_without_a_provider_the_rest_api_wants_credentials_too(
     for path in SYSTEM:
         reply = await ask(gateway.url, path)
         assert (reply.status, reply.headers.get("WWW-Authenticate")) == (401, 'Basic realm="Restricted"'), path
+
+
+@pytest.mark.parametrize("body", [b"<html>sign in</html>", b"[]", b'{"labels": 1}'])
+async def test_a_look_up_that_finds_something_else_than_a_provider_says_so(
+    daemon: StartDaemon, function: Server, body: bytes
+) -> None:
+    """A web page at the provider's address is no function, and no reason to burn a call."""
+    function.behaviour = answer(200, body)
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"')
+    for path, method in (("/function/env", "GET"), ("/async-function/env", "POST")):
+        reply = await ask(gateway.url, path, method=method)
+        assert (reply.status, b"look-up of env" in reply.body) == (503, True), reply
