@@ -965,7 +965,7 @@ CREATE TABLE calls (
     claims INTEGER NOT NULL DEFAULT 0,  -- how often it was handed out: a claim from before can't end it
     attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL, interrupted INTEGER NOT NULL DEFAULT 0,
     start_time INTEGER NOT NULL,  -- nanoseconds: X-Start-Time
-    deadline_at REAL,             -- NULL once the call has started
+    deadline_at REAL,             -- NULL once an attempt was charged
     started_at REAL, completed_at REAL, duration REAL, http_status INTEGER, error TEXT,
     request_bytes INTEGER NOT NULL, response_bytes INTEGER,
     callback_url TEXT, failure_url TEXT,
