@@ -1,6 +1,7 @@
 """The code stays small enough for one person to read: one file, short classes, short functions, nothing swallowed."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,13 @@ def test_the_version_is_the_same_everywhere() -> None:
     """What is installed and what the program says of itself agree."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["version"] == faasd_async.VERSION
+
+
+def test_every_test_that_the_readme_names_is_there() -> None:
+    """The page on what the daemon survives can be looked up."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text("utf-8")))
+    there = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert named
+    assert named - there == set()
