@@ -290,6 +290,29 @@ async def preloaded(source: str, folder: Path) -> Path:
     return library
 
 
+class Faults:
+    """What is wrong with the disk of a daemon that was started with this `env`."""
+
+    def __init__(self, library: Path, control: Path) -> None:
+        self.env = {"LD_PRELOAD": str(library), "DISK_FAULT": str(control)}
+        self._control = control
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, error: int) -> Iterator[None]:
+        """While this lasts, `what` (letters of rws: read, write, sync) fails, or hangs where the error is 0."""
+        self._control.write_text(f"{what} {error}")
+        try:
+            yield
+        finally:
+            self._control.unlink()
+
+
+@pytest.fixture
+async def faults(tmp_path: Path) -> Faults:
+    """A disk that does as it is told."""
+    return Faults(await preloaded("faulty_disk.c", tmp_path), tmp_path / "fault")
+
+
 # ---- systemd ---------------------------------------------------------------------------------------------------
 
 

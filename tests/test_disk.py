@@ -1,11 +1,10 @@
 """Whatever the disk does, nothing that was accepted is lost, and the user is told: full, read only, slow, broken."""
 
 import asyncio
-import contextlib
 import errno
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from aiohttp import web
 from conftest import (
     PATIENCE,
     Daemon,
+    Faults,
     Gate,
     Reply,
     Request,
@@ -22,7 +22,6 @@ from conftest import (
     answer,
     ask,
     ok,
-    preloaded,
     run,
 )
 
@@ -179,29 +178,6 @@ async def test_a_disk_that_takes_nothing_at_the_start_is_one_clear_line(
 
 
 # ---- a disk that hangs or fails --------------------------------------------------------------------------------
-
-
-class Faults:
-    """What is wrong with the disk of a daemon that was started with this `env`."""
-
-    def __init__(self, library: Path, control: Path) -> None:
-        self.env = {"LD_PRELOAD": str(library), "DISK_FAULT": str(control)}
-        self._control = control
-
-    @contextlib.contextmanager
-    def __call__(self, what: str, error: int) -> Iterator[None]:
-        """While this lasts, `what` (letters of rws: read, write, sync) fails, or hangs where the error is 0."""
-        self._control.write_text(f"{what} {error}")
-        try:
-            yield
-        finally:
-            self._control.unlink()
-
-
-@pytest.fixture
-async def faults(tmp_path: Path) -> Faults:
-    """A disk that does as it is told."""
-    return Faults(await preloaded("faulty_disk.c", tmp_path), tmp_path / "fault")
 
 
 async def test_a_slow_disk_holds_up_only_what_is_stored(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from conftest import PATIENCE, SCRIPT, Daemon, Gate, Server, ServiceManager, StartDaemon, ask, free_address, run
+from conftest import PATIENCE, SCRIPT, Daemon, Faults, Gate, Server, ServiceManager, StartDaemon, ask, free_address, run
 
 UNITS = SCRIPT.parent / "systemd"
 
@@ -197,17 +197,9 @@ import faasd_async
 signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))
 sys.exit(faasd_async.main(sys.argv[3:]))
 """
+
+
 # A disk that does not answer while the file $HANG is there.
-HANGING_DISK = r"""
-#include <stdlib.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-static void wait_for_disk(void) { while (access(getenv("HANG"), F_OK) == 0) usleep(10000); }
-int fsync(int file) { wait_for_disk(); return syscall(SYS_fsync, file); }
-int fdatasync(int file) { wait_for_disk(); return syscall(SYS_fdatasync, file); }
-"""
-
-
 async def test_a_hung_event_loop_starves_the_watchdog(
     daemon: StartDaemon, function: Server, systemd: ServiceManager
 ) -> None:
@@ -226,24 +218,18 @@ async def test_a_hung_event_loop_starves_the_watchdog(
 
 
 async def test_a_hung_writer_starves_the_watchdog(
-    daemon: StartDaemon, function: Server, systemd: ServiceManager, tmp_path: Path
+    daemon: StartDaemon, function: Server, systemd: ServiceManager, faults: Faults
 ) -> None:
     """A disk that does not answer, while the event loop does; what was accepted runs after the restart."""
     function.behaviour = gate = Gate()
-    source, shim, hang = tmp_path / "hang.c", tmp_path / "hang.so", tmp_path / "hang"
-    source.write_text(HANGING_DISK)
-    assert (await run("gcc", "-shared", "-fPIC", "-o", shim, source)).err == ""
-    env = systemd.watchdog()
-    env |= {"LD_PRELOAD": str(shim), "HANG": str(hang)}
-    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"', env=env)
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"', env=systemd.watchdog() | faults.env)
     call_id = await gateway.submit("it")
     await systemd.wait_for("WATCHDOG=1", times=3)
-    hang.touch()
-    unanswered = asyncio.create_task(gateway.submit("it"))
-    await systemd.bite(gateway)
-    with pytest.raises(aiohttp.ClientError):
-        await unanswered
-    hang.unlink()
+    with faults("s", 0):
+        unanswered = asyncio.create_task(gateway.submit("it"))
+        await systemd.bite(gateway)
+        with pytest.raises(aiohttp.ClientError):
+            await unanswered
     gate.open()
     await gateway.start()
     assert (await gateway.final(call_id))["status"] == "success"
