@@ -808,7 +808,7 @@ class Metrics:
 def sd_notify(state: str) -> None:
     """Tell systemd (sd_notify(3)); does nothing where no one listens."""
     if path := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
             try:
                 sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
             except OSError as exc:

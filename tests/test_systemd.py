@@ -233,3 +233,15 @@ async def test_a_hung_writer_starves_the_watchdog(
     gate.open()
     await gateway.start()
     assert (await gateway.final(call_id))["status"] == "success"
+
+
+async def test_a_service_manager_that_does_not_listen_holds_nothing_up(
+    daemon: StartDaemon, systemd: ServiceManager
+) -> None:
+    """Its queue is full: that is told in the log, and the daemon goes on."""
+    gateway = await daemon("", env=systemd.watchdog())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as other, pytest.raises(OSError):
+        while True:
+            other.sendto(b"WATCHDOG=1", str(systemd.path))
+    await gateway.wait_for_log("systemd could not be notified")
+    assert (await ask(gateway.url, "/healthz")).status == 200
