@@ -4,11 +4,10 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, Daemon, Finished, Gate, Server, StartDaemon, answer, run
+from conftest import PROGRAM, Daemon, Finished, Gate, Server, StartDaemon, answer, run
 
 UPPER = '[functions.upper]\ncommand = ["tr", "a-z", "A-Z"]\n'
 
@@ -21,7 +20,7 @@ class Cli:
 
     async def __call__(self, *words: str, stdin: bytes = b"", code: int = 0) -> Finished:
         """Run a command against the daemon; it has to end with this code."""
-        result = await run(sys.executable, SCRIPT, *words, "--url", self.gateway.url, stdin=stdin)
+        result = await run(*PROGRAM, *words, "--url", self.gateway.url, stdin=stdin)
         assert result.code == code, result
         assert "Traceback" not in result.err
         return result
@@ -127,7 +126,7 @@ async def test_watch_tells_of_calls_as_they_change(cli: Cli, function: Server) -
     call_id = await cli.gateway.submit("it")
     await function.wait_for(1)
     words = ("calls", "list", "--watch", "--json", "--url", cli.gateway.url)
-    watch = await asyncio.create_subprocess_exec(sys.executable, SCRIPT, *words, stdout=asyncio.subprocess.PIPE)
+    watch = await asyncio.create_subprocess_exec(*PROGRAM, *words, stdout=asyncio.subprocess.PIPE)
     assert watch.stdout is not None
 
     async def told(status: str) -> None:
@@ -219,7 +218,7 @@ async def test_the_configuration_says_where_the_daemon_is(daemon: StartDaemon, t
     )
 
     async def queues(*words: str | Path) -> Finished:
-        result = await run(sys.executable, SCRIPT, "queues", *words)
+        result = await run(*PROGRAM, "queues", *words)
         assert "secret" not in result.err
         return result
 
@@ -236,7 +235,7 @@ async def test_the_configuration_says_where_the_daemon_is(daemon: StartDaemon, t
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "unix:/nonexistent", "http://127.0.0.1:port", "nonsense"])
 async def test_no_daemon_is_told_in_one_line(url: str) -> None:
     """With an exit code of its own, 69, whatever is wrong with the address."""
-    result = await run(sys.executable, SCRIPT, "calls", "list", "--url", url)
+    result = await run(*PROGRAM, "calls", "list", "--url", url)
     assert (result.code, result.out, result.err.count("\n")) == (69, "", 1)
 
 
@@ -266,9 +265,7 @@ async def test_a_reader_that_has_seen_enough_is_no_error_message(cli: Cli) -> No
     reader, writer = os.pipe()
     os.close(reader)
     words = ("calls", "list", "--url", cli.gateway.url)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, SCRIPT, *words, stdout=writer, stderr=asyncio.subprocess.PIPE
-    )
+    process = await asyncio.create_subprocess_exec(*PROGRAM, *words, stdout=writer, stderr=asyncio.subprocess.PIPE)
     os.close(writer)
     _, err = await process.communicate()
     assert (process.returncode, err) == (1, b"")
@@ -277,7 +274,7 @@ async def test_a_reader_that_has_seen_enough_is_no_error_message(cli: Cli) -> No
 @pytest.mark.parametrize("words", [(), ("calls",), ("calls", "retry"), ("queues", "pause"), ("invoke",)])
 async def test_help_is_the_manual(words: tuple[str, ...]) -> None:
     """Every command explains itself, with the exit codes, in 80 columns."""
-    result = await run("env", "COLUMNS=80", sys.executable, SCRIPT, *words, "--help")
+    result = await run("env", "COLUMNS=80", *PROGRAM, *words, "--help")
     assert (result.code, result.err) == (0, "")
     assert "Exit codes" in result.out
     assert max(map(len, result.out.splitlines())) <= 80

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import (
     PATIENCE,
+    PROGRAM,
     SCRIPT,
     Finished,
     Gate,
@@ -462,7 +463,7 @@ async def check(folder: Path, text: str) -> Finished:
     """`faasd_async.py check` on a file with this text."""
     config = folder / "config.toml"
     config.write_text(text)
-    return await run(sys.executable, SCRIPT, "check", "--config", config)
+    return await run(*PROGRAM, "check", "--config", config)
 
 
 async def test_check_is_content_with_a_good_file(tmp_path: Path) -> None:
@@ -495,7 +496,7 @@ async def test_check_names_all_problems_at_once(tmp_path: Path) -> None:
 
 async def test_check_of_a_file_that_is_not_there(tmp_path: Path) -> None:
     """One line with its name."""
-    result = await run(sys.executable, SCRIPT, "check", "--config", tmp_path / "nosuch.toml")
+    result = await run(*PROGRAM, "check", "--config", tmp_path / "nosuch.toml")
     assert result.code not in (0, None)
     assert len(result.err.splitlines()) == 1, result
     assert "nosuch.toml" in result.err
@@ -506,7 +507,7 @@ async def test_serve_refuses_a_bad_file_in_the_same_words(daemon: StartDaemon) -
     gateway = await daemon(PROBLEMS[0][0], start=False)
     await gateway.spawn()
     code = await gateway.ended()
-    checked = await run(sys.executable, SCRIPT, "check", "--config", gateway.config)
+    checked = await run(*PROGRAM, "check", "--config", gateway.config)
     assert (code, gateway.lines) == (78, checked.err.splitlines())
     assert not gateway.store.exists()
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import sys
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -14,7 +13,7 @@ import aiohttp
 import pytest
 from conftest import (
     PATIENCE,
-    SCRIPT,
+    PROGRAM,
     SECRET,
     Daemon,
     Gate,
@@ -1447,7 +1446,7 @@ async def test_a_mistake_in_the_settings_is_told(tmp_path: Path, line: str, word
     """Exit status 78, and a line that names the key."""
     config = tmp_path / "config.toml"
     config.write_text(f"[provider]\n{line}\n")
-    result = await run(sys.executable, SCRIPT, "check", "--config", config)
+    result = await run(*PROGRAM, "check", "--config", config)
     assert (result.code, words in result.err) == (78, True), result
 
 

@@ -29,7 +29,7 @@ MIB = 2**20
 GROWTH = 3 * MIB  # from the first half of the time after the warm-up to the second
 PEAK = 256 * MIB  # above what it takes while idle
 
-# Runs the daemon in this process (the rest of the command line is the interpreter, the script and its arguments). It
+# Runs the daemon in this process (the rest of the command line is the command that would do it). It
 # cleans up and closes idle connections after a second, says when it is ready, and on SIGUSR1 how many tasks there are.
 WITH_TASKS_TOLD = f"""
 import asyncio, signal, sys
@@ -43,7 +43,7 @@ async def run(self):
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
     return await start(self)
 faasd_async.Daemon.run = run
-sys.exit(faasd_async.main(sys.argv[3:]))
+sys.exit(faasd_async.main(sys.argv[4:]))
 """
 
 SETTINGS = """

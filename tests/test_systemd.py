@@ -178,7 +178,7 @@ async def test_a_program_does_not_inherit_the_sockets(daemon: StartDaemon, held:
 async def test_the_real_socket_activation_works(daemon: StartDaemon, function: Server) -> None:
     """systemd's own tool listens; the first client starts the daemon and is answered by it."""
     address = free_address()
-    activate = ("systemd-socket-activate", "-l", address)
+    activate = ("systemd-socket-activate", "-E", "PYTHONPATH", "-l", address)
     gateway = await daemon(f'[functions.it]\nurl = "{function.url}"', prefix=activate, start=False)
     await gateway.spawn()
     await gateway.wait_for_log(f"Listening on {address}")
@@ -188,18 +188,17 @@ async def test_the_real_socket_activation_works(daemon: StartDaemon, function: S
 
 # ---- the watchdog ----------------------------------------------------------------------------------------------
 
-# Runs the daemon in this process (what follows is the interpreter, the script and its arguments), and has its event
-# loop stand still for good on SIGUSR1.
+# Runs the daemon in this process (what follows is the command that would do it), and has its event loop stand still for
+# good on SIGUSR1.
 HANGS_ON_SIGUSR1 = f"""
 import signal, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import faasd_async
 signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))
-sys.exit(faasd_async.main(sys.argv[3:]))
+sys.exit(faasd_async.main(sys.argv[4:]))
 """
 
 
-# A disk that does not answer while the file $HANG is there.
 async def test_a_hung_event_loop_starves_the_watchdog(
     daemon: StartDaemon, function: Server, systemd: ServiceManager
 ) -> None:
