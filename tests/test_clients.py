@@ -305,7 +305,7 @@ async def test_a_bomb_of_headers_is_refused_and_not_kept(daemon: StartDaemon, fu
     assert (await ask(gateway.url, "/function/echo")).status == 200
 
 
-STRANGERS = 100_000 if LONG else 20_000
+STRANGERS = 100_000 if LONG else 5_000
 
 
 async def test_names_of_no_functions_leave_nothing_behind(gateway: Daemon) -> None:

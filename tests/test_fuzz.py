@@ -20,7 +20,7 @@ import faasd_async
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
 FUZZ = settings(
-    max_examples=5_000 if LONG else 200,
+    max_examples=5_000 if LONG else 100,
     derandomize=not LONG,
     database=None,
     deadline=None,

@@ -2477,7 +2477,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueAgainstModel = QueueMachine.TestCase
 TestQueueAgainstModel.settings = settings(
-    max_examples=60,
+    max_examples=30,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
