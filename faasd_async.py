@@ -1,24 +1,56 @@
 """faasd-async: run functions in the background on one small machine.
 
-One process hosts an OpenFaaS-compatible gateway, a durable queue, its consumers and a callback sender:
+One process hosts an OpenFaaS-compatible gateway, a durable queue, its consumers and a callback
+sender:
 
-    client ──HTTP──► gateway ──Invocation──► queue ──Claim──► consumer ──HTTP/exec──► function
-                        │                      ▲                  │
-                        └─ /function/…         └─────Outcome──────┘──Outcome───► X-Callback-Url
-                           straight through
+    client ──HTTP──► front ──► intake ──Invocation──► queue ──Claim──► consumer ──► function
+                       │                                ▲                │
+                       └─ /function/…                   └────Outcome─────┴──► X-Callback-Url
+                          straight through
 
-The promise
-    A 202 leaves only after the invocation is committed and synced to disk. An accepted call ends in exactly one
-    final state; a crash in the middle of an attempt leads to another attempt, which the record shows
-    (`interrupted`). A call's outcome and its pending callback are committed together before the callback is sent.
+The guarantee
+    A 202 leaves only after the invocation is committed and synced to disk. An accepted call ends in
+    exactly one final state; a crash in the middle of an attempt leads to another attempt, which the
+    record shows (`interrupted`). A call's outcome and its pending callback are committed together,
+    before the callback is sent.
 
-Sections use only what stands above them. Plain frozen data crosses them. Who owns which task:
-    Daemon      one task per side job (housekeeping, watchdog); one that fails stops the daemon, as a dispatcher does
-    Consumer    its dispatcher, and one task per claimed call or callback; `stop()` awaits all of them
-    aiohttp     one task per HTTP request; `runner.cleanup()` awaits them
-    Writer      one thread, the only one that touches SQLite once it is open; `close()` joins it
+Vocabulary
+    function    an HTTP server or a program, NAME.NAMESPACE
+    call        one request to a function; it has an id, and a call id that calls may share
+    invocation  a call as it was accepted into a queue
+    queue       calls that share a concurrency and a time limit
+    lane        the calls of one function in a queue, or the callbacks to one host; lanes take turns
+    claim       work handed to a consumer, with a receipt that names this claim and no other
+    attempt     one run of a function for a call, from 1; its result is an outcome
+    callback    the POST of a call's outcome to a URL; its attempts are deliveries
+    provider    faasd, which has functions that the file does not name
 
-Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_bytes` sizes, `start_time` Unix time in nanoseconds.
+States of a call
+    delayed     queued, and not due yet: by the caller's wish, or before another attempt
+    queued      due
+    running     claimed
+    success · error · timeout · cancelled: final. What is left may be a callback:
+                none · pending · delivered · failed
+
+A call's life, by the names below
+    Front.handle guards the request and finds the route, FunctionRoutes.queue reads it,
+    Intake.accept makes an Invocation of it, WorkQueue.enqueue stores it: 202.
+    Consumer claims it (WorkQueue.claim), InvocationJob.execute has FunctionCaller run the function,
+    `decide` says what follows: WorkQueue.complete or WorkQueue.retry.
+    A completed call with a callback URL is claimed again, from the queue CALLBACKS, by a Consumer
+    whose job is CallbackJob.
+    CallRoutes shows the record all the time; CallRecords cancels it, or queues it again.
+
+Who owns which task or thread
+    Daemon             housekeeping and watchdog; at a stop the last answers. One of the first two
+                       that fails stops the daemon, as a dispatcher does
+    Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
+    FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
+    aiohttp            one for each HTTP request; Front.drain and `runner.cleanup` await them
+    Writer             one thread, which alone touches SQLite once it is open; `close` joins it
+
+Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_deadline` and `until` monotonic,
+`*_bytes` sizes, `start_time` Unix time in nanoseconds. A section uses no name of a later one.
 """
 
 from __future__ import annotations
@@ -29,6 +61,7 @@ import base64
 import contextlib
 import difflib
 import email.utils
+import enum
 import functools
 import hashlib
 import heapq
@@ -38,7 +71,6 @@ import ipaddress
 import json
 import logging
 import os
-import queue as queues
 import random
 import re
 import signal
@@ -52,12 +84,32 @@ import tomllib
 import weakref
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from queue import Empty, SimpleQueue
+from typing import (
+    Any,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    TypeVarTuple,
+    cast,
+    overload,
+    runtime_checkable,
+)
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import aiohttp
 import prometheus_client
@@ -68,65 +120,103 @@ from multidict import CIMultiDict
 
 try:
     import uvloop
-except ImportError:  # no wheel for this platform (armv7l): asyncio's own loop does the job
+except (
+    ImportError
+):  # There is no wheel for this platform (armv7l): asyncio's own loop does the job.
     uvloop = None  # type: ignore[assignment]
 
-# --- Constants ------------------------------------------------------------------------------------------------------
+# --- Constants ------------------------------------------------------------------------------------
 
 VERSION = "0.1.0"
 USER_AGENT = f"faasd-async/{VERSION}"
+OWN_VERSION = {"sha": "", "release": VERSION}  # as faas-cli shows it
 DEFAULT_QUEUE = "faas-request"
-CALLBACKS = "@callbacks"  # the callback sender's own queue; no queue in the file can have this name
+CALLBACKS = (
+    "@callbacks"  # The callback sender's own queue; no queue in the file can have this name.
+)
 
-KIB, MIB = 1024, 1024 * 1024
-MAX_HEADER_BYTES = 32 * KIB  # one line or field of a request; nginx allows four of 8 KiB
-MAX_RESPONSE_BYTES = 16 * MIB  # what an answer that has to be held (callback, command) may weigh
-SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read before the function is called, above it is streamed
-MAX_RETRY_AFTER_S = 86_400.0  # a function may ask for patience, not for eternity
-RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and for ourselves; also while the provider is away
-LATER = {"Retry-After": str(RETRY_STORE_S)}
-HANG_UP = {"Connection": "close"}
+KIB = 1024
+MIB = 1024 * KIB
+
+# Limits of one request or answer. nginx allows four header lines of 8 KiB.
+MAX_HEADER_BYTES = 32 * KIB
+MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (callback, command)
+MAX_STDERR_BYTES = 64 * KIB  # of one command
+PIPE_BYTES = 256 * KIB  # that are read from a command at once
+SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larger one is streamed
+DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
+
+# Patience.
+MAX_RETRY_AFTER_S = 86_400.0  # A function may ask for patience, not for eternity.
+RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and ourselves
 PROVIDER_S = 10.0  # what a look-up at the provider may take
 SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
-MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
-GROUP_COMMIT_MAX = 512  # operations that share one fsync
-BATCH = 500  # rows that one pruning or purging step takes before others get their turn
-SCAN_WINDOW = 20_000  # rows that one step of a list request reads
-STALLED_S = 10.0  # a commit that takes longer means that the disk hangs
+STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
+LINGER_S = 1.0  # what a client that has connected before a stop gets to ask
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
+
+# How much is done at once.
+MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
+GROUP_COMMIT_MAX = 512  # operations that share one fsync
+BATCH = 500  # calls that one step of a bulk operation takes before others get their turn
+BULK_PERIOD_S = 0.04  # from one such step to the next: 12,500 calls a second
+SCAN_WINDOW = 20_000  # rows that one step of a list request reads
+
 END_OF_TIME = 253_402_300_799.0  # 9999-12-31T23:59:59Z: what Python and RFC 3339 can write
-TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
 
 # RFC 9110 7.6.1, with the ones that RFC 9110 11.7 and 6.6.2 bind to one connection.
-HOP_BY_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization"}
-HOP_BY_HOP |= {b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-CONTENT_LENGTH = frozenset((b"content-length",))
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization".split()
+    + b"te trailer transfer-encoding upgrade".split()
+)
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
+CONTENT_LENGTH = frozenset((b"content-length",))
+# What steers a call (the control headers) or a request: an answer that is passed on to a callback
+# URL, which may be another function of ours, leaves it behind.
+CONTROL_HEADERS = (
+    "X-Callback-Url",
+    "X-Failure-Callback-Url",
+    "Idempotency-Key",
+    "X-Delay",
+    "X-Not-Before",
+    "X-Deadline",
+    "X-Max-Attempts",
+    "X-Queue",
+)
+STEERING = frozenset(
+    [b"host", b"expect", b"authorization", b"cookie", b"content-length"]
+    + [b"origin", b"sec-fetch-site"]
+    + [name.lower().encode() for name in CONTROL_HEADERS]
+)
+
 FINAL = ("success", "error", "timeout", "cancelled")
 STATUSES = ("delayed", "queued", "running", *FINAL)
-DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty queue"
-UNKNOWN = "no call with this id, or its record was pruned after calls.keep"
-NO_ANSWER = (aiohttp.ClientError, OSError)  # what a call raises that gave no answer, TimeoutError among them
+CALLBACK_STATUSES = ("none", "pending", "delivered", "failed")
 
-# One system call for many ids: it gives the GIL away, and the writer's thread takes it.
-NOISE = (block[at : at + 20] for block in iter(lambda: os.urandom(2560).hex(), "") for at in range(0, 5120, 20))
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
+
+LATER = {"Retry-After": str(RETRY_STORE_S)}
+HANG_UP = {"Connection": "close"}
 
 log = logging.getLogger("faasd_async")
-T = TypeVar("T")
-Tell = Callable[[T], None]
-Headers = tuple[tuple[bytes, bytes], ...]
-Reply = web.StreamResponse
-Reader = asyncio.StreamReader | aiohttp.StreamReader
-Entry = tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]]  # a step, its arguments, and who waits
 
-# --- Errors ---------------------------------------------------------------------------------------------------------
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+Header = tuple[bytes, bytes]
+Headers = tuple[Header, ...]
+Tell = Callable[[T], None]
+
+# --- Errors ---------------------------------------------------------------------------------------
 # A function's 500 or timeout is an Outcome, not an exception.
 
 
 class ConfigError(Exception):
-    """The configuration can't be used. `problems` has one line for each thing that is wrong. Exit code 78."""
+    """The configuration can't be used. `problems` has one line for each thing that is wrong.
+
+    Exit code 78.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problem.replace("\n", "\\n") for problem in problems)
@@ -134,137 +224,453 @@ class ConfigError(Exception):
 
 
 class StoreError(Exception):
-    """The queue could not store or read: disk full, file damaged, thread gone. Nothing of the operation happened."""
+    """The queue could not store or read: disk full, file damaged, thread gone.
+
+    Nothing of the operation happened.
+    """
 
 
 class StoreLocked(StoreError):
     """Another process holds the file. Exit code 75."""
 
 
-class Refused(Exception):
-    """A request that gets another answer than success: HTTP status, one line of text, extra headers."""
+class HttpError(Exception):
+    """What ends a request without success: HTTP status, one line of text, extra headers."""
 
     def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(text)
-        self.status, self.text, self.headers = status, text, dict(headers or {})
+        self.status = status
+        self.text = text
+        self.headers = dict(headers or {})
 
 
-class ProviderAway(Refused):
+class ProviderAway(HttpError):
     """The provider can't be asked or reached. What waits for it goes on waiting."""
 
-
-# --- Configuration --------------------------------------------------------------------------------------------------
-# A table is a dataclass; a key is a field whose metadata says how its TOML value is read. The same parsers read
-# the control headers, so "10m" means the same in the file and in X-Delay.
-
-_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
-_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_UNIT_BYTES = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": KIB, "MiB": MIB, "GiB": KIB * MIB}
-_ADDRESS = re.compile(r"unix:/.+|[^/]*:([0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])")
-_NAME = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
+    def __init__(self, text: str) -> None:
+        super().__init__(503, text, LATER)
 
 
-def need(value: T, fits: object) -> T:
-    """The value, if it fits. Raises ValueError."""
+class FailureKind(enum.Enum):
+    """Why a request of ours got no answer."""
+
+    UNREACHABLE = enum.auto()  # no connection could be made
+    TIMEOUT = enum.auto()  # the time was over
+    BROKEN = enum.auto()  # the connection ended before the answer did
+    INVALID = enum.auto()  # the answer was not HTTP
+    TOO_LONG = enum.auto()  # the answer was longer than can be held
+    FORBIDDEN = enum.auto()  # the address is not one that may be called
+    LOCAL = enum.auto()  # the request could not be made here
+
+
+class RequestFailed(Exception):
+    """A request of ours got no answer. `text` completes a sentence that begins with the peer.
+
+    `status` is what stands for the answer: 504 for a timeout, 403 where we may not ask, else 502.
+    """
+
+    STATUSES: Mapping[FailureKind, int] = {FailureKind.TIMEOUT: 504, FailureKind.FORBIDDEN: 403}
+
+    def __init__(self, kind: FailureKind, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.text = text
+        self.status = self.STATUSES.get(kind, 502)
+
+
+# --- Values ---------------------------------------------------------------------------------------
+# Durations, sizes, times, names, URLs. One parser each, which the file, the control headers and the
+# query parameters share: "10m" means the same everywhere. A parser raises ValueError and nothing
+# else, and its text says which form was expected.
+
+DURATION_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
+DURATION = re.compile(rf"(?:(\d+)d)?((?:{DURATION_PART})*)")
+UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+DAY_S = 86_400.0
+TEN_YEARS_S = 3650 * DAY_S
+
+SIZE = re.compile(r"(\d{1,15}) ?([KMG]i?B|B|)")
+UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
+    "KiB": KIB,
+    "MiB": MIB,
+    "GiB": KIB * MIB,
+}
+
+NAME = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
+NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
+UNIX_ADDRESS = re.compile(r"unix:/.+")
+TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
+ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
+TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
+
+
+def expects(form: str) -> Callable[[Callable[[Any], T]], Callable[[Any], T]]:
+    """Make a parser of a function that raises for what it can't take: the error names `form`."""
+
+    def decorate(read: Callable[[Any], T]) -> Callable[[Any], T]:
+        @functools.wraps(read)
+        def parse(value: Any) -> T:
+            try:
+                return read(value)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+                raise ValueError(f"expected {form}") from None
+
+        return parse
+
+    return decorate
+
+
+def require(fits: object) -> None:
+    """Raise ValueError, inside a parser, unless the value fits."""
     if not fits:
         raise ValueError
-    return value
 
 
-def expect(form: str, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A parser from `read`, which raises for what it can't take: the error then names the form that was expected."""
+def one_of(*choices: str) -> Callable[[Any], str]:
+    """A parser of one of a few words."""
 
-    def parse(value: Any) -> Any:
-        try:
-            return read(value)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"expected {form}") from None
+    @expects("one of " + ", ".join(map(json.dumps, choices)))
+    def word(value: Any) -> str:
+        require(value in choices)
+        return str(value)
 
-    return parse
-
-
-def _seconds(value: str) -> float:
-    """A Go duration (https://pkg.go.dev/time#ParseDuration) of at most ten years, never negative."""
-    need(value, value == "0" or re.fullmatch(f"(?:{_PART})+", value))
-    total = sum(float(number) * _UNIT_S[unit] for number, unit in re.findall(_PART, value))
-    return need(total, total <= 10 * 365 * 86_400)
+    return word
 
 
-def _bytes(value: Any) -> int:
-    match = re.fullmatch(r"(\d{1,15}) ?([KMG]i?B|B|)", str(value) if type(value) is int else value)
-    return int(need(match, match)[1]) * _UNIT_BYTES[match[2]]  # type: ignore[index]
+def list_of(read: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
+    """A parser of a list, item by item. Raises what `read` raises, and TypeError."""
+
+    def items(value: Any) -> tuple[T, ...]:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return tuple(map(read, value))
+
+    return items
 
 
-def _url(value: str) -> yarl.URL:
-    found = yarl.URL(value, encoded=True)
-    return need(found, found.scheme in ("http", "https") and found.host and found.explicit_port != 0)
+def words_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    """A parser of one or more words, separated by commas."""
+    word = one_of(*choices)
+
+    def words(value: str) -> tuple[str, ...]:
+        return tuple(word(item.strip()) for item in value.split(","))
+
+    return words
 
 
-def _each(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-    return lambda value: tuple(read(item) for item in need(value, isinstance(value, list | tuple)))
+@expects("a string")
+def text(value: Any) -> str:
+    """A string that is not empty."""
+    require(isinstance(value, str) and value)
+    return str(value)
 
 
-def one_of(*choices: str) -> Callable[[Any], Any]:
-    """One of a few words."""
-    return expect("one of " + ", ".join(map(json.dumps, choices)), lambda value: need(value, value in choices))
+@expects("true or false")
+def boolean(value: Any) -> bool:
+    """TOML's boolean."""
+    require(isinstance(value, bool))
+    return bool(value)
 
 
-text = expect("a string", lambda value: need(value, isinstance(value, str) and value))
-boolean = expect("true or false", lambda value: need(value, isinstance(value, bool)))
-_whole: Callable[[str], int] = lambda value: int(need(value, re.fullmatch("[0-9]{1,18}", value)))  # noqa: E731
-count = expect("a whole number from 1", lambda value: need(value, type(value) is int and 1 <= value <= 10**9))
-number = expect("a whole number from 1", lambda value: count(_whole(value)))  # as text
-duration = expect('a duration such as "10s", "5m30s" or "1h"', _seconds)
-positive = expect('a duration above zero, such as "10s"', lambda value: need(_seconds(value), _seconds(value) > 0))
-size = expect('a size such as "64KiB", "1MB" or a number of bytes', _bytes)
-command = expect('a program and its arguments, such as ["tr", "a-z", "A-Z"]', lambda v: need(_each(text)(v), v))
-http_codes = expect("a list of codes from 400 to 599", lambda v: frozenset(need(x, x in range(400, 600)) for x in v))
-url = expect('a URL such as "http://127.0.0.1:9001"', lambda value: need(_url(value), "?" not in value).with_user(None))
-callback_host = expect(  # of the URL, as it stands there: not decoded from IDNA
-    "an absolute http:// or https:// URL, in ASCII and with no spaces",
-    lambda v: (_url(need(v, re.fullmatch(r"[!-~]{1,4096}", v))).raw_host or "").encode("idna").decode().lower(),
-)
-addresses = expect(
-    'one or more of "HOST:PORT" and "unix:/path"',
-    lambda v: need(_each(lambda x: need(x, _ADDRESS.fullmatch(x)))([v] if type(v) is str else v), v),
-)
-patterns = expect(
-    'a list of host names, "*.example.org", addresses and networks',
-    _each(lambda value: need(value, "/" not in value or ipaddress.ip_network(value, strict=False)).lower()),
-)
-visible = expect("1 to 256 visible ASCII characters", lambda value: need(value, re.fullmatch("[!-~]{1,256}", value)))
-CALL_ID = {"X-Call-Id": visible}
-table = expect("a table", lambda value: need(value, isinstance(value, dict)))
-string_table = expect("a table of strings", lambda value: {name: need(x, type(x) is str) for name, x in value.items()})
+@expects("a whole number from 1")
+def count(value: Any) -> int:
+    """A TOML integer from 1 to 10⁹."""
+    require(type(value) is int and 1 <= value <= 10**9)
+    return int(value)
 
 
-def _secret(path: str) -> bytes:
-    """What a file holds, without the newline at its end: the value of a key that names a secret's file."""
+@expects("a whole number from 1")
+def number(value: Any) -> int:
+    """The same, written as text."""
+    require(re.fullmatch("[0-9]{1,18}", value))
+    return count(int(value))
+
+
+@expects('a duration such as "10s", "5m30s", "1h" or "7d"')
+def duration(value: Any) -> float:
+    """Seconds from a Go duration (https://pkg.go.dev/time#ParseDuration), or days before one.
+
+    Never negative, ten years at most.
+    """
+    if value == "0":
+        return 0.0
+    match = DURATION.fullmatch(value)
+    if match is None or not value:
+        raise ValueError
+    days, rest = match[1], match[2]
+    total = float(days or 0) * DAY_S
+    for amount, unit in re.findall(DURATION_PART, rest):
+        total += float(amount) * UNIT_S[unit]
+    require(total <= TEN_YEARS_S)
+    return total
+
+
+@expects('a duration above zero, such as "10s"')
+def positive(value: Any) -> float:
+    """Seconds, more than none."""
+    seconds = duration(value)
+    require(seconds > 0)
+    return seconds
+
+
+@expects('a size such as "64KiB", "1MB" or a number of bytes')
+def size(value: Any) -> int:
+    """Bytes."""
+    match = SIZE.fullmatch(str(value) if type(value) is int else value)
+    if match is None:
+        raise ValueError
+    return int(match[1]) * UNIT_BYTES[match[2]]
+
+
+@expects(TIME_FORM)
+def parse_when(value: Any) -> float:
+    """Unix time from RFC 3339 (with an offset or Z) or from Unix seconds."""
+    if re.fullmatch(r"[0-9]{1,11}(\.[0-9]*)?", value):
+        return min(float(value), END_OF_TIME)
+    moment = datetime.fromisoformat(value.upper())
+    require(moment.tzinfo is not None)
+    return min(moment.timestamp(), END_OF_TIME)
+
+
+@expects('a duration such as "1h" or ' + TIME_FORM)
+def parse_deadline(value: Any) -> float:
+    """Unix time, of a moment or of now and a duration more."""
+    if value[-1:] in ("s", "m", "h", "d"):
+        return time.time() + duration(value)
+    return parse_when(value)
+
+
+@expects('an age such as "24h" or "7d", or ' + TIME_FORM)
+def parse_since(value: Any) -> float:
+    """Unix time, of a moment or of now and a duration less."""
+    if value[-1:] in ("s", "m", "h", "d"):
+        return time.time() - duration(value)
+    return parse_when(value)
+
+
+@expects("a whole number from 1 to 1000")
+def page_size(value: Any) -> int:
+    """How many records one answer may have."""
+    size = number(value)
+    require(size <= 1000)
+    return size
+
+
+@expects("the next_cursor of an earlier answer")
+def page_cursor(value: Any) -> str:
+    """Where a page begins."""
+    require(re.fullmatch("[0-9]{1,18}", value))
+    return str(value)
+
+
+@expects("1 to 256 visible ASCII characters")
+def visible(value: Any) -> str:
+    """What may be a call id or an idempotency key."""
+    require(re.fullmatch("[!-~]{1,256}", value))
+    return str(value)
+
+
+@expects("a queue's name")
+def queue_name(value: Any) -> str:
+    """A name as functions and queues have them in the file."""
+    require(NAME.fullmatch(value))
+    return str(value)
+
+
+@expects('a program and its arguments, such as ["tr", "a-z", "A-Z"]')
+def program(value: Any) -> tuple[str, ...]:
+    """What is executed: no shell is involved."""
+    words = list_of(text)(value)
+    require(words)
+    return words
+
+
+@expects("a list of codes from 400 to 599")
+def http_codes(value: Any) -> frozenset[int]:
+    """HTTP status codes that mean a failure."""
+    require(all(type(code) is int and 400 <= code < 600 for code in value))
+    return frozenset(value)
+
+
+@expects('a URL such as "http://127.0.0.1:9001"')
+def server_url(value: Any) -> yarl.URL:
+    """The URL of an HTTP server, to which path and query are added."""
+    url = http_url(value)
+    require("?" not in value)
+    return url.with_user(None)
+
+
+@expects("an absolute http:// or https:// URL, in ASCII and with no spaces")
+def callback_host(value: Any) -> str:
+    """The host of a callback URL as it stands there, not decoded from IDNA."""
+    require(re.fullmatch("[!-~]{1,4096}", value))
+    host = http_url(value).raw_host or ""
+    return host.encode("idna").decode().lower()
+
+
+def http_url(value: str) -> yarl.URL:
+    """An http or https URL, byte for byte. Raises ValueError, TypeError."""
+    url = yarl.URL(value, encoded=True)
+    require(url.scheme in ("http", "https") and url.host and url.explicit_port != 0)
+    return url
+
+
+@expects('one or more of "HOST:PORT" and "unix:/path"')
+def addresses(value: Any) -> tuple[str, ...]:
+    """Where to listen."""
+    listed = (value,) if isinstance(value, str) else list_of(text)(value)
+    require(listed)
+    for address in listed:
+        tcp = TCP_ADDRESS.fullmatch(address)
+        require(UNIX_ADDRESS.fullmatch(address) or (tcp and int(tcp[1]) < 65_536))
+    return listed
+
+
+@expects('a list of host names, "*.example.org", addresses and networks')
+def host_patterns(value: Any) -> tuple[str, ...]:
+    """What host names and addresses are compared with."""
+    patterns = list_of(text)(value)
+    for pattern in patterns:
+        if "/" in pattern:
+            ipaddress.ip_network(pattern, strict=False)
+    return tuple(map(str.lower, patterns))
+
+
+@expects("a list of host names")
+def host_names(value: Any) -> tuple[str, ...]:
+    """Names without a port, as they stand in a Host header."""
+    names = list_of(text)(value)
+    require(all(re.fullmatch(r"[\w.-]+", name) for name in names))
+    return tuple(name.lower().rstrip(".") for name in names)
+
+
+@expects('a list of origins such as "https://app.example.org" or "http://192.168.1.5:3000"')
+def origins(value: Any) -> tuple[str, ...]:
+    """Origins as browsers write them (RFC 6454 6.2): scheme, host, port; no path, no slash."""
+    listed = tuple(map(str.lower, list_of(text)(value)))
+    require(all(map(ORIGIN.fullmatch, listed)))
+    require(all((urlsplit(origin).port or 0) < 65_536 for origin in listed))
+    return listed
+
+
+@expects("a table")
+def table(value: Any) -> Mapping[str, Any]:
+    """A TOML table."""
+    require(isinstance(value, dict))
+    return dict(value)
+
+
+@expects("a table of strings")
+def string_table(value: Any) -> Mapping[str, str]:
+    """Labels, annotations, environment variables."""
+    require(all(isinstance(item, str) for item in value.values()))
+    return dict(value)
+
+
+def secret(path: Any) -> bytes:
+    """What the file of a secret holds, without the newline at its end. Raises ValueError."""
+    name = text(path)
     try:
-        content = Path(os.path.expandvars(text(path))).read_bytes().rstrip(b"\r\n")
+        content = Path(os.path.expandvars(name)).read_bytes().rstrip(b"\r\n")
     except OSError as exc:
-        raise ValueError(f"{path}: {exc.strerror}") from None
+        raise ValueError(f"{name}: {exc.strerror}") from None
     if not content:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{name} is empty")
     return content
 
 
-def _signing_secret(path: str) -> bytes:
-    secret = _secret(path)
+def signing_secret(path: Any) -> bytes:
+    """What the file of callback.signing_secret_file holds. Raises ValueError."""
+    content = secret(path)
     try:
-        webhook_signature(secret, "", 0, b"")
+        signing_key(content)
     except ValueError:
         raise ValueError(f"{path}: after whsec_ expected base64") from None
+    return content
+
+
+def signing_key(secret: bytes) -> bytes:
+    """The key in a secret, as https://www.standardwebhooks.com writes it. Raises ValueError."""
+    if secret.startswith(b"whsec_"):
+        return base64.b64decode(secret.removeprefix(b"whsec_"))
     return secret
 
 
-def key(parse: Callable[[Any], Any], default: Any = None) -> Any:
-    """A configuration key: how its TOML value is read, and its default as TOML would write it (None: no value)."""
-    return field(default_factory=lambda: None if default is None else parse(default), metadata={"parse": parse})
+def basic_auth(user: bytes | None, password: bytes | None) -> str | None:
+    """The Authorization header of RFC 7617; None without a user."""
+    if not user:
+        return None
+    return "Basic " + base64.b64encode(user + b":" + (password or b"")).decode()
+
+
+def rfc3339(at: float | None) -> str | None:
+    """A Unix time as RFC 3339 in UTC, with microseconds and Z."""
+    if at is None:
+        return None
+    moment = datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
+    return moment.isoformat(timespec="microseconds") + "Z"
+
+
+def show_url(value: str | None) -> str | None:
+    """A URL without the credentials it may carry."""
+    return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them grows at its end.
+
+    It names a call and is no secret: the random module's generator will do, which costs no system
+    call and starts anew in a forked process.
+    """
+    stamp = time.time_ns() // 1_000_000
+    noise = random.getrandbits(74)
+    low = 0b10 << 62 | noise & ((1 << 62) - 1)
+    digits = f"{stamp << 80 | 7 << 76 | (noise >> 62) << 64 | low:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+# --- Configuration --------------------------------------------------------------------------------
+# A table of the file is a dataclass; a key is a field whose metadata says how its TOML value is
+# read. `conflicts` tells what is wrong with a table whose keys are right by themselves.
+
+
+@overload
+def key(parse: Callable[[Any], T]) -> T | None: ...
+
+
+@overload
+def key(parse: Callable[[Any], T], default: object) -> T: ...
+
+
+def key(parse: Callable[[Any], Any], default: object = None) -> Any:
+    """A configuration key: how its TOML value is read, and its default as TOML would write it."""
+
+    def make_default() -> Any:
+        return None if default is None else parse(default)
+
+    return field(default_factory=make_default, metadata={"parse": parse})
+
+
+@runtime_checkable
+class HasConflicts(Protocol):
+    """A table whose keys have to agree."""
+
+    def conflicts(self) -> Iterator[str]:
+        """A line for each thing that is wrong."""
+
+
+def login_conflicts(user: bytes | None, password: bytes | None) -> Iterator[str]:
+    """What is wrong with a user and a password."""
+    if bool(user) != bool(password):
+        yield "user_file needs password_file"
+    if user and b":" in user:
+        yield "a user's name has no colon (RFC 7617)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayConfig:  # [gateway]: where to listen and what a request may take
+class GatewayConfig:
+    """[gateway]: where to listen, what a request may take, which browsers may come in."""
+
     listen: tuple[str, ...] = key(addresses, "127.0.0.1:8080")
     read_timeout: float = key(positive, "60s")
     write_timeout: float = key(positive, "60s")
@@ -272,106 +678,181 @@ class GatewayConfig:  # [gateway]: where to listen and what a request may take
     max_payload: int = key(size, "1MiB")
     namespace: str = key(text, "openfaas-fn")
     drain_timeout: float = key(duration, "20s")
+    trusted_origins: tuple[str, ...] = key(origins, [])
+    hosts: tuple[str, ...] = key(host_names, [])
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuthConfig:  # [auth]: the user and the password, out of their files; without them nobody is asked
-    user_file: bytes | None = key(_secret)
-    password_file: bytes | None = key(_secret)
+class AuthConfig:
+    """[auth]: the user and the password, out of their files; without them nobody is asked."""
+
+    user_file: bytes | None = key(secret)
+    password_file: bytes | None = key(secret)
     invoke: bool = key(boolean, False)
 
-    @functools.cached_property
-    def login(self: Login) -> str | None:  # as an Authorization header has it
-        user, password = ((found or b"").decode("latin-1") for found in (self.user_file, self.password_file))
-        return aiohttp.encode_basic_auth(user, password, "latin-1") if user else None
+    @property
+    def login(self) -> str | None:
+        """The Authorization header that is asked for."""
+        return basic_auth(self.user_file, self.password_file)
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        yield from login_conflicts(self.user_file, self.password_file)
+        if self.invoke and not self.user_file:
+            yield "invoke needs user_file and password_file"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProviderConfig:  # [provider]: faasd, where functions that are not in the file are looked up and called
-    url: yarl.URL | None = key(url)
-    user_file: bytes | None = key(_secret)
-    password_file: bytes | None = key(_secret)
+class ProviderConfig:
+    """[provider]: faasd, where functions that are not in the file are looked up and called."""
+
+    url: yarl.URL | None = key(server_url)
+    user_file: bytes | None = key(secret)
+    password_file: bytes | None = key(secret)
     cache: float = key(duration, "1s")
     scale_from_zero: bool = key(boolean, True)
     scale_timeout: float = key(positive, "60s")
-    login = AuthConfig.login
+
+    @property
+    def login(self) -> str | None:
+        """The Authorization header that the provider gets."""
+        return basic_auth(self.user_file, self.password_file)
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        yield from login_conflicts(self.user_file, self.password_file)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreConfig:  # [store]: where the queue lives
+class StoreConfig:
+    """[store]: where the queue lives."""
+
     backend: str = key(one_of("sqlite"), "sqlite")
     path: str | None = key(text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueueConfig:  # [queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next
+class QueueConfig:
+    """[queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next."""
+
     max_inflight: int = key(count, 1)
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
     fair: bool = key(boolean, True)
     adaptive: bool = key(boolean, False)
-    ack_wait: float = key(positive, "60s")  # leases: of no effect on the embedded queue, whose process owns its claims
+    # Leases: of no effect on the embedded queue, whose process owns its claims.
+    ack_wait: float = key(positive, "60s")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryPolicy:  # [retry] and [functions.NAME.retry]: the defaults are those that OpenFaaS Pro documents
+class RetryPolicy:
+    """[retry] and [functions.NAME.retry]. The defaults are those that OpenFaaS Pro documents."""
+
     attempts: int = key(count, 10)
     codes: frozenset[int] = key(http_codes, [408, 429, 500, 502, 503, 504])
     min_wait: float = key(duration, "10s")
     max_wait: float = key(duration, "120s")
     backoff: str = key(one_of("exponential", "full", "equal"), "exponential")
 
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        if self.min_wait > self.max_wait:
+            yield "min_wait is longer than max_wait"
+
 
 @dataclass(frozen=True, kw_only=True)
-class CallbackConfig:  # [callback]: how outcomes are delivered, and where to
+class CallbackConfig:
+    """[callback]: how outcomes are delivered, and where to."""
+
     timeout: float = key(positive, "30s")
     attempts: int = key(count, 10)
     min_wait: float = key(duration, "5s")
     max_wait: float = key(duration, "1h")
     max_inflight: int = key(count, 16)
-    allow: tuple[str, ...] = key(patterns, [])
-    deny: tuple[str, ...] = key(patterns, [])
-    gateway_hosts: Sequence[str] = key(patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"])
-    signing_secret_file: bytes | None = key(_signing_secret)
+    allow: tuple[str, ...] = key(host_patterns, [])
+    deny: tuple[str, ...] = key(host_patterns, [])
+    gateway_hosts: tuple[str, ...] = key(
+        host_patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"]
+    )
+    signing_secret_file: bytes | None = key(signing_secret)
     tls_ca_file: str | None = key(text)
-    # Not keys, but as in RetryPolicy: any other answer than these and 2xx is final.
-    codes: frozenset[int] = frozenset((408, 429, *range(500, 600)))
-    backoff: str = "exponential"
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """When a delivery is tried again: any other answer than these codes and 2xx is final."""
+        return RetryPolicy(
+            attempts=self.attempts,
+            codes=frozenset((408, 429, *range(500, 600))),
+            min_wait=self.min_wait,
+            max_wait=self.max_wait,
+        )
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        yield from self.policy.conflicts()
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallsConfig:  # [calls]: how long a final record is kept, and how much of its output
+class CallsConfig:
+    """[calls]: how long a final record is kept, and how much of its output."""
+
     keep: float = key(positive, "24h")
     keep_output: int = key(size, "64KiB")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:  # [log]: what goes to standard error
+class LogConfig:
+    """[log]: what goes to standard error."""
+
     level: str = key(one_of("debug", "info", "warning", "error"), "info")
     format: str = key(one_of("text", "json"), "text")
     write_debug: bool = key(boolean, False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Function:  # [functions.NAME]: an HTTP server (`url`) or a program that is started for each request (`command`)
+class Function:
+    """[functions.NAME], or a function as the provider describes it.
+
+    An HTTP server (`url`) or a program that is started for each request (`command`). `replicas` is
+    what the provider has of it; None: the file has it.
+    """
+
     name: str
     namespace: str
-    url: yarl.URL | None = key(url)
-    command: tuple[str, ...] | None = key(command)
+    replicas: int | None = None
+    url: yarl.URL | None = key(server_url)
+    command: tuple[str, ...] | None = key(program)
     exec_timeout: float | None = key(positive)
-    queue: str = key(text)
+    queue: str = key(text, DEFAULT_QUEUE)
     type: str = key(one_of("sync", "async"), "sync")
     max_inflight: int | None = key(count)
     annotations: Mapping[str, str] = key(string_table, {})
     labels: Mapping[str, str] = key(string_table, {})
     env: Mapping[str, str] = key(string_table, {})
-    retry: RetryPolicy = key(table, {})  # as it stands in the file until `read_function` has laid it over the others
-    replicas: int | None = None  # that the provider has of it; None: it is not the provider's
-    key = functools.cached_property(lambda self: f"{self.name}.{self.namespace}")
+    retry: RetryPolicy = RetryPolicy()
+
+    @functools.cached_property
+    def key(self) -> str:
+        """NAME.NAMESPACE: how metrics, lanes and the provider name it."""
+        return f"{self.name}.{self.namespace}"
+
+    @property
+    def provided(self) -> bool:
+        """Whether it is the provider's."""
+        return self.replicas is not None
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        if (self.url is None) == (self.command is None):
+            yield "set either url or command"
+        if self.url and (self.exec_timeout or self.env):
+            yield "exec_timeout and env are for a command"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:  # the whole file, checked; immutable: a reload makes a new one
+class Config:
+    """The whole file, checked. Immutable: a reload makes a new one."""
+
     gateway: GatewayConfig = GatewayConfig()
     auth: AuthConfig = AuthConfig()
     provider: ProviderConfig = ProviderConfig()
@@ -382,105 +863,179 @@ class Config:  # the whole file, checked; immutable: a reload makes a new one
     log: LogConfig = LogConfig()
     queues: Mapping[str, QueueConfig] = key(table, {})
     functions: Mapping[str, Function] = key(table, {})
-    limits = functools.cached_property(lambda c: {f.key: n for f in c.functions.values() if (n := f.max_inflight)})
 
     def queue(self, name: str) -> QueueConfig:
         """The settings of a queue; one that is only named somewhere has the defaults."""
         return self.queues.get(name) or QueueConfig()
 
+    @functools.cached_property
+    def function_limits(self) -> Mapping[str, int]:
+        """max_inflight of the functions that have one, by key."""
+        functions = self.functions.values()
+        return {f.key: f.max_inflight for f in functions if f.max_inflight is not None}
 
-Login = AuthConfig | ProviderConfig
+
 Settings = Callable[[], Config]  # as they stand now: a reload changes them
-Policy = RetryPolicy | CallbackConfig  # when what failed is tried again
-# What is wrong with a table whose keys are right by themselves.
-CONFLICTS: tuple[tuple[Any, Callable[[Any], object], str], ...] = (
-    (Login, lambda t: bool(t.user_file) != bool(t.password_file), "user_file needs password_file"),
-    (Login, lambda t: b":" in (t.user_file or b""), "a user's name has no colon (RFC 7617)"),
-    (AuthConfig, lambda t: t.invoke and t.user_file is None, "invoke needs user_file and password_file"),
-    (Policy, lambda t: t.min_wait > t.max_wait, "min_wait is longer than max_wait"),
-    (Function, lambda t: (t.url is None) == (t.command is None), "set either url or command"),
-    (Function, lambda t: t.url and (t.exec_timeout or t.env), "exec_timeout and env are for a command"),
-)
-ANNOTATIONS: Mapping[str, Callable[[str], Any]] = {
-    "queue": expect("a queue's name", lambda value: need(value, _NAME.fullmatch(value))),
-    "retry.codes": lambda value: http_codes([_whole(code.strip()) for code in value.split(",")]),
-    **dict.fromkeys(("max_inflight", "retry.attempts"), number),
-    **dict.fromkeys(("retry.min_wait", "retry.max_wait"), duration),
+
+
+def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
+    """`base` with a table of the file laid over it, and with the tables in that over its own.
+
+    `where` is the table's name; what is wrong goes to `problems`, a line for each thing.
+    """
+    if not isinstance(raw, dict):
+        problems.append(f"{where}: expected a table")
+        return base
+    known = {
+        item.name: item.metadata.get("parse")
+        for item in fields(cast(Any, base))
+        if item.metadata or is_dataclass(item.default)
+    }
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for name, value in raw.items():
+        place = f"{where}.{name}" if where else name
+        if name not in known:
+            problems.append(f"{place}: {unknown_key(name, known, 'key' if where else 'table')}")
+        elif (parse := known[name]) is None:
+            values[name] = read_table(getattr(base, name), value, place, problems)
+        else:
+            try:
+                values[name] = parse(value)
+            except ValueError as exc:
+                problems.append(f"{place}: {exc}")
+    made = replace(cast(Any, base), **values)
+    if len(problems) == before and isinstance(made, HasConflicts):
+        problems += [f"{where}: {conflict}" for conflict in made.conflicts()]
+    return cast(T, made)
+
+
+def unknown_key(name: str, known: Iterable[str], kind: str) -> str:
+    """What to say of a key that nobody reads."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"unknown {kind}" + "".join(f" (did you mean {other}?)" for other in close)
+
+
+def retry_codes(value: str) -> frozenset[int]:
+    """The codes in an annotation, which are separated by commas."""
+    return http_codes([number(code.strip()) for code in value.split(",")])
+
+
+RETRY_ANNOTATIONS: Mapping[str, Callable[[str], Any]] = {
+    "attempts": number,
+    "codes": retry_codes,
+    "min_wait": duration,
+    "max_wait": duration,
 }
 warn_once = functools.cache(log.warning)  # of what is looked at again and again
 
 
-def read_table(base: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """`base` with a table of the file laid over it (and with the tables in that over its own). `where` is the table's
-    name; what is wrong goes to `problems`, a line for each thing."""
-    if not isinstance(raw, dict):
-        problems.append(f"{where}: expected a table")
-        return base
-    known = {f.name: f.metadata.get("parse") for f in fields(base) if f.metadata or is_dataclass(f.default)}
-    values, found = dict[str, Any](), len(problems)
-    for name, value in raw.items():
-        place = f"{where}.{name}" if where else name
-        try:
-            if name not in known:
-                hint = "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(name, known, 1))
-                raise ValueError(f"unknown {'key' if where else 'table'}{hint}")
-            parse = known[name]
-            values[name] = parse(value) if parse else read_table(getattr(base, name), value, place, problems)
-        except ValueError as exc:
-            problems.append(f"{place}: {exc}")
-    made = replace(base, **values)
-    if len(problems) == found:
-        problems += [f"{where}: {text}" for cls, wrong, text in CONFLICTS if isinstance(made, cls) and wrong(made)]
-    return made
+def annotation(
+    function: str, annotations: Mapping[str, str], name: str, parse: Callable[[str], T], default: T
+) -> T:
+    """What the annotation com.openfaas.NAME says. One that is wrong is told once, and ignored."""
+    value = annotations.get(f"com.openfaas.{name}")
+    if value is None:
+        return default
+    try:
+        return parse(value)
+    except ValueError as exc:
+        place = f"functions.{function}: annotation com.openfaas.{name}"
+        warn_once(f"{place} = {value!r} ignored: {exc}")
+        return default
 
 
-def annotated(function: Function, retry: RetryPolicy) -> Function:
-    """The function with its annotations laid over `retry` and under its own keys; invalid ones give one warning."""
-    values: dict[str, Any] = {"queue": DEFAULT_QUEUE}
-    for name, read in ANNOTATIONS.items():
-        try:
-            if (value := function.annotations.get(f"com.openfaas.{name}")) is not None:
-                values[name] = read(value)
-        except ValueError as exc:
-            warn_once(f"functions.{function.name}: annotation com.openfaas.{name} = {value!r} ignored: {exc}")
-    waits = {name[6:]: values.pop(name) for name in list(values) if name.startswith("retry.")}
-    keys = {name: getattr(function, name) or value for name, value in values.items()}
-    return replace(function, retry=replace(retry, **waits), **keys)
+def annotated(
+    name: str, namespace: str, annotations: Mapping[str, str], retry: RetryPolicy
+) -> Function:
+    """A function with nothing but its annotations, those of its policy laid over `retry`."""
+
+    def read(key: str, parse: Callable[[str], T], default: T) -> T:
+        return annotation(name, annotations, key, parse, default)
+
+    policy = {
+        key: read(f"retry.{key}", parse, getattr(retry, key))
+        for key, parse in RETRY_ANNOTATIONS.items()
+    }
+    return Function(
+        name=name,
+        namespace=namespace,
+        queue=read("queue", queue_name, DEFAULT_QUEUE),
+        max_inflight=read("max_inflight", number, None),
+        annotations=annotations,
+        retry=replace(retry, **policy),
+    )
 
 
 def read_function(name: str, raw: Any, config: Config, problems: list[str]) -> Function:
-    """A function from its table. Its retry policy lies over that of its annotations, which lies over [retry]."""
-    where = f"functions.{name}"
-    given: Function = read_table(Function(name=name, namespace=config.gateway.namespace), raw, where, problems)
-    function = annotated(given, config.retry)
-    return replace(function, retry=read_table(function.retry, given.retry, f"{where}.retry", problems))
+    """A function from its table: its keys lie over its annotations, and those over [retry]."""
+    annotations: Mapping[str, str] = {}
+    with contextlib.suppress(ValueError, AttributeError):  # What is wrong is told below.
+        annotations = string_table(raw.get("annotations", {}))
+    base = annotated(name, config.gateway.namespace, annotations, config.retry)
+    return read_table(base, raw, f"functions.{name}", problems)
+
+
+def read_queues(
+    raw: Mapping[str, Any], functions: Iterable[Function], problems: list[str]
+) -> dict[str, QueueConfig]:
+    """The queues of the file, and those that functions only name: they have the defaults."""
+    queues = {function.queue: QueueConfig() for function in functions}
+    queues[DEFAULT_QUEUE] = QueueConfig(max_inflight=4)
+    for name, keys in raw.items():
+        base = queues.get(name, QueueConfig())
+        queues[name] = read_table(base, keys, f"queues.{name}", problems)
+    return queues
+
+
+def read_named(raw: Mapping[str, Any], kind: str, problems: list[str]) -> Mapping[str, Any]:
+    """The tables [KIND.NAME] by name, as they stand in the file."""
+    tables = raw.get(kind, {})
+    if not isinstance(tables, dict):
+        problems.append(f"{kind}: expected a table")
+        return {}
+    wrong = [name for name in tables if not NAME.fullmatch(name)]
+    problems += [f"{kind}.{name}: {NAME_RULE}" for name in wrong]
+    return tables
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
-    """The configuration in a parsed TOML file. Raises ConfigError with every problem, each naming its key."""
+    """The configuration in a parsed TOML file.
+
+    Raises ConfigError with every problem, each naming its key.
+    """
     problems: list[str] = []
-    config: Config = read_table(Config(), raw, "", problems)  # its queues and functions as they stand in the file
-    functions = {name: read_function(name, keys, config, problems) for name, keys in config.functions.items()}
-    # A queue that a function only names exists, with the defaults.
-    queues = {**{f.queue: QueueConfig() for f in functions.values()}, DEFAULT_QUEUE: QueueConfig(max_inflight=4)}
-    for name, keys in config.queues.items():
-        queues[name] = read_table(queues.get(name, QueueConfig()), keys, f"queues.{name}", problems)
-    names = {f"functions.{f.name}.queue": f.queue for f in functions.values()}
-    names |= {f"queues.{name}": name for name in config.queues} | {f"functions.{name}": name for name in functions}
-    rule = "a name has letters, digits, dashes and underscores, and no dot"
-    problems += [f"{where}: {rule}" for where, name in names.items() if not _NAME.fullmatch(name)]
+    named = {kind: read_named(raw, kind, problems) for kind in ("queues", "functions")}
+    others = {name: value for name, value in raw.items() if name not in named}
+    config = read_table(Config(), others, "", problems)
+    functions = {
+        name: read_function(name, keys, config, problems)
+        for name, keys in named["functions"].items()
+    }
+    wrong = [function for function in functions.values() if not NAME.fullmatch(function.queue)]
+    problems += [f"functions.{function.name}.queue: {NAME_RULE}" for function in wrong]
+    queues = read_queues(named["queues"], functions.values(), problems)
     if problems:
         raise ConfigError(problems)
     return replace(config, queues=queues, functions=functions)
 
 
 def load_config(path: str | None) -> Config:
-    """Read and check a TOML file (None: all defaults). Raises ConfigError; each line starts with the file's name."""
+    """Read and check a TOML file (None: all defaults).
+
+    Raises ConfigError; each line starts with the file's name.
+    """
+    if path is None:
+        return parse_config({})
     try:
-        return parse_config({} if path is None else tomllib.loads(Path(path).read_text("utf-8")))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as exc:
-        reason = getattr(exc, "strerror", f"not valid TOML: {exc}")
-        raise ConfigError([f"{path}: {problem}" for problem in getattr(exc, "problems", [reason])]) from None
+        return parse_config(tomllib.loads(Path(path).read_text("utf-8-sig")))
+    except OSError as exc:
+        problems: Sequence[str] = [str(exc.strerror)]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        problems = [f"not valid TOML: {exc}"]
+    except ConfigError as exc:
+        problems = exc.problems
+    raise ConfigError([f"{path}: {problem}" for problem in problems])
 
 
 def store_path(config: Config) -> Path:
@@ -490,12 +1045,13 @@ def store_path(config: Config) -> Path:
     return Path(os.path.expandvars(config.store.path or f"{state}/faasd-async.db")).expanduser()
 
 
-# --- Domain data ----------------------------------------------------------------------------------------------------
-# named tuples, because they are made thousands of times a second and go straight into SQL
+# --- Domain data ----------------------------------------------------------------------------------
+# What crosses sections. Named tuples, because they are made thousands of times a second. Units:
+# `*_s` seconds, `*_at` Unix time in seconds, `*_bytes` sizes, `start_time` Unix nanoseconds.
 
 
 class Invocation(NamedTuple):
-    """An async call as the gateway accepted it. `id` is unique; `call_id` is the caller's, calls may share it."""
+    """An async call as it was accepted. `id` is unique; calls may share the caller's `call_id`."""
 
     id: str
     call_id: str
@@ -516,16 +1072,18 @@ class Invocation(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Work handed to a consumer, which owns it until it completes, retries or dies: a call of `queue`, or in the queue
-    CALLBACKS the outcome of one. Calls of a lane are FIFO, lanes take turns."""
+    """Work handed to a consumer, which owns it until it completes, retries or dies.
 
-    token: int  # the queue's own handle
-    fence: int  # tells this claim from others of the same call
-    id: str  # unique, where the call id may not be
+    It is a call of `queue` or, in the queue CALLBACKS, the outcome of one. Calls of a lane are
+    FIFO, lanes take turns: a function's calls share a lane, and so do the callbacks to one host.
+    """
+
+    receipt: Hashable  # the queue's own handle of this claim; another claim has another one
+    id: str
     call_id: str
     function: str
     queue: str
-    lane: str  # of a call its function's key; of a callback its host, so that a dead one doesn't hold up the others
+    lane: str
     attempt: int  # number of this run, or of this delivery
     runs: int  # how often the function has run, this attempt included
     max_attempts: int
@@ -539,8 +1097,17 @@ class Claim(NamedTuple):
     body: bytes
 
 
+class FunctionRequest(NamedTuple):
+    """What a function is asked. `target` is the path and query that followed its name, as sent."""
+
+    method: str
+    target: str
+    headers: Sequence[Header]
+    body: bytes | AsyncIterator[bytes]
+
+
 class Outcome(NamedTuple):
-    """What one attempt gave: an answer, or the HTTP status that stands for its absence (502, 504) and the reason."""
+    """What one attempt gave: an answer, or the status that stands for its absence, and why."""
 
     status: int
     ok: bool
@@ -554,43 +1121,183 @@ class Outcome(NamedTuple):
 
     def header(self, name: bytes) -> str | None:
         """The first value of a response header, by its lower-case name."""
-        return next((value.decode("latin-1") for key, value in self.headers if key.lower() == name), None)
+        for key, value in self.headers:
+            if key.lower() == name:
+                return value.decode("latin-1")
+        return None
 
 
-class Verdict(NamedTuple):
-    """What follows from an outcome: a final status, or (`delay_s`) another attempt after that time."""
+class Decision(NamedTuple):
+    """What follows from an outcome: a final status, or another attempt after `delay_s`."""
 
     status: str
     delay_s: float | None = None
 
 
 class Ended(NamedTuple):
-    """A call that reached its final state, as the log tells it."""
+    """A call that has reached its final state."""
 
+    id: str
     call_id: str
     function: str
     status: str
     attempts: int
-    duration: float | None = None
+    duration_s: float | None = None
     http_status: int | None = None
     error: str | None = None
 
 
+class CallbackRecord(NamedTuple):
+    """What became of a call's callback; `url` as it was given, with its credentials."""
+
+    url: str | None
+    status: str
+    attempts: int
+    http_status: int | None
+    error: str | None
+
+
+class CallRecord(NamedTuple):
+    """What is known of a call. A queued call that is not due has the status "delayed"."""
+
+    id: str
+    call_id: str
+    function: str
+    namespace: str
+    queue: str
+    status: str
+    attempts: int
+    max_attempts: int
+    http_status: int | None
+    error: str | None
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    due_at: float | None
+    duration_s: float | None
+    interrupted: int
+    request_bytes: int
+    response_bytes: int | None
+    app: str | None
+    callback: CallbackRecord
+
+
+class CallFilter(NamedTuple):
+    """Which records are meant: those that match all that is given. `*_at` compares `created_at`."""
+
+    statuses: tuple[str, ...] = ()
+    callbacks: tuple[str, ...] = ()
+    function: str | None = None
+    queue: str | None = None
+    call_id: str | None = None
+    app: str | None = None
+    since: float | None = None
+    until: float | None = None
+
+
+FILTERS = ("status", "callback", "function", "queue", "call_id", "since", "until")  # as parameters
+
+
+class Page(NamedTuple):
+    """Records, newest first, and where the next page begins, if there may be one."""
+
+    records: Sequence[CallRecord]
+    next_cursor: str | None
+
+
+class Output(NamedTuple):
+    """What a call's last attempt wrote."""
+
+    body: bytes
+    stderr: bytes
+
+    @property
+    def written(self) -> bytes:
+        """One after the other."""
+        gap = b"\n" if self.body and self.stderr and not self.body.endswith(b"\n") else b""
+        return self.body + gap + self.stderr
+
+
+class BulkResult(NamedTuple):
+    """How many runs matched, and for how many of them it could be done."""
+
+    matched: int
+    done: int
+
+
 class QueueStats(NamedTuple):
-    """One queue as it stands: calls waiting (delayed ones too) by lane, and the due time of the oldest."""
+    """One queue as it stands: calls waiting (delayed ones too) by lane, and the oldest due time."""
 
     waiting: Mapping[str, int]
     oldest_at: float  # infinity: nothing waits
     paused: bool
 
+    @property
+    def depth(self) -> int:
+        """Calls waiting."""
+        return sum(self.waiting.values())
 
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them only ever grows at its end."""
-    stamp, noise = f"{time.time_ns() // 1_000_000:012x}", next(NOISE)
-    return f"{stamp[:8]}-{stamp[8:]}-7{noise[:3]}-{'89ab'[int(noise[3], 16) & 3]}{noise[4:7]}-{noise[7:19]}"
+
+def record_document(record: CallRecord) -> dict[str, Any]:
+    """A record as the API shows it."""
+    shown = record._asdict()
+    for name in ("created_at", "started_at", "completed_at", "due_at"):
+        shown[name] = rfc3339(shown[name])
+    shown["duration_seconds"] = shown.pop("duration_s")
+    if record.app is None:
+        del shown["app"]
+    callback = shown.pop("callback")
+    shown["callback"] = callback._replace(url=show_url(callback.url))._asdict()
+    return shown
 
 
-def pack_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+def fn_document(record: CallRecord) -> dict[str, Any]:
+    """A call as Fn showed it."""
+    return {
+        "id": record.call_id,
+        "app_name": record.app,
+        "path": "/" + record.function,
+        "status": record.status,
+        "created_at": rfc3339(record.created_at),
+        "started_at": rfc3339(record.started_at),
+        "completed_at": rfc3339(record.completed_at),
+    }
+
+
+def queue_document(
+    name: str, stats: QueueStats, config: QueueConfig, inflight: int, now: float
+) -> dict[str, Any]:
+    """A queue as the API shows it."""
+    return {
+        "name": name,
+        "depth": stats.depth,
+        "inflight": inflight,
+        "oldest_seconds": round(max(0.0, now - stats.oldest_at), 3),
+        "max_inflight": config.max_inflight,
+        "paused": stats.paused,
+        "functions": stats.waiting,
+        "max_pending": config.max_pending,
+        "timeout_seconds": config.timeout,
+        "fair": config.fair,
+        "adaptive": config.adaptive,
+    }
+
+
+def function_document(function: Function, invocations: int) -> dict[str, Any]:
+    """A function as OpenFaaS's API shows it."""
+    return {
+        "name": function.name,
+        "namespace": function.namespace,
+        "labels": function.labels,
+        "annotations": function.annotations,
+        "image": "",
+        "replicas": 1,
+        "availableReplicas": 1,
+        "invocationCount": invocations,
+    }
+
+
+def pack_headers(headers: Iterable[Header]) -> bytes:
     """Header lines as one blob, as they would stand on the wire."""
     return b"".join([name + b": " + value + b"\n" for name, value in headers])
 
@@ -600,139 +1307,314 @@ def unpack_headers(blob: bytes | None) -> Headers:
     return tuple(re.findall(rb"([^:]*): (.*)\n", blob or b""))
 
 
-def rfc3339(at: float | None) -> str | None:
-    """A Unix time as RFC 3339 in UTC, with microseconds and Z."""
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+# --- Rules ----------------------------------------------------------------------------------------
+# Pure: what follows from what, with no I/O.
 
 
-# --- Policy: pure rules ---------------------------------------------------------------------------------------------
+def backoff_s(policy: RetryPolicy, attempt: int, rng: random.Random) -> float:
+    """Seconds to wait after the failed `attempt` (from 1): min_wait doubled each time, to max_wait.
 
-
-def backoff_s(policy: Policy, attempt: int, rng: random.Random) -> float:
-    """Seconds to wait after the failed `attempt` (from 1): min_wait doubled each time, at most max_wait. "full" and
-    "equal" jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/."""
+    "full" and "equal" jitter: "Exponential Backoff And Jitter" on AWS's architecture blog, 2015.
+    """
     wait = min(policy.max_wait, policy.min_wait * 2.0 ** min(attempt - 1, 60))
     if policy.backoff == "full":
         return rng.uniform(0, wait)
-    return rng.uniform(wait / 2, wait) if policy.backoff == "equal" else wait
+    if policy.backoff == "equal":
+        return rng.uniform(wait / 2, wait)
+    return wait
 
 
 def retry_after_s(value: str | None, now: float) -> float | None:
-    """Seconds that a Retry-After header asks for, in either form of RFC 9110 10.2.3; None where it says nothing."""
+    """Seconds that a Retry-After header asks for, in either form of RFC 9110 10.2.3.
+
+    None where it says nothing.
+    """
     value = value or ""
     if re.fullmatch(r"\s*[0-9]{1,12}\s*", value):
         return min(float(value), MAX_RETRY_AFTER_S)
     with contextlib.suppress(ValueError, OverflowError):
-        at = email.utils.parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp()  # RFC 9110 5.6.7: always in GMT
-        return min(max(0.0, at - now), MAX_RETRY_AFTER_S)
+        # RFC 9110 5.6.7: always in GMT.
+        moment = email.utils.parsedate_to_datetime(value).replace(tzinfo=UTC)
+        return min(max(0.0, moment.timestamp() - now), MAX_RETRY_AFTER_S)
     return None
 
 
-def decide(outcome: Outcome, attempt: int, most: int, policy: Policy, now: float, rng: random.Random) -> Verdict:
-    """What follows from the outcome of attempt number `attempt`. A failure whose status is one of `policy.codes`, or
-    which OpenFaaS's own parts answered, is tried again until `most` attempts are used up; a refused connection counts
-    as 502, a timeout as 504. Retry-After on 429 and 503 replaces the wait, never below min_wait."""
+def decide(
+    outcome: Outcome,
+    attempt: int,
+    max_attempts: int,
+    policy: RetryPolicy,
+    now: float,
+    rng: random.Random,
+) -> Decision:
+    """What follows from the outcome of attempt number `attempt`.
+
+    A failure whose status is one of `policy.codes`, or which one of OpenFaaS's own parts answered,
+    is tried again until the attempts are used up; a refused connection counts as 502, a timeout as
+    504. Retry-After on 429 and 503 replaces the wait, never below min_wait.
+    """
     if outcome.ok:
-        return Verdict("success")
-    internal = outcome.header(b"x-openfaas-internal") is not None  # not the function's answer, but OpenFaaS's own
-    if not (internal or outcome.status in policy.codes) or attempt >= most:
-        return Verdict("timeout" if outcome.status == 504 and not outcome.answered else "error")
-    asked = retry_after_s(outcome.header(b"retry-after"), now) if outcome.status in (429, 503) else None
-    return Verdict("queued", backoff_s(policy, attempt, rng) if asked is None else max(asked, policy.min_wait))
+        return Decision("success")
+    internal = outcome.header(b"x-openfaas-internal") is not None
+    passing = internal or outcome.status in policy.codes
+    if not passing or attempt >= max_attempts:
+        late = outcome.status == 504 and not outcome.answered
+        return Decision("timeout" if late else "error")
+    asked = None
+    if outcome.status in (429, 503):
+        asked = retry_after_s(outcome.header(b"retry-after"), now)
+    if asked is None:
+        return Decision("queued", backoff_s(policy, attempt, rng))
+    return Decision("queued", max(asked, policy.min_wait))
 
 
 def callback_target(status: str, callback_url: str | None, failure_url: str | None) -> str | None:
     """Where an outcome is told: failures go to X-Failure-Callback-Url when there is one."""
-    return failure_url if failure_url and status in ("error", "timeout") else callback_url
+    if failure_url and status in ("error", "timeout"):
+        return failure_url
+    return callback_url
 
 
-def parse_when(value: str) -> float:
-    """Unix time from RFC 3339 (with an offset or Z) or Unix seconds."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]*)?", value):
-            return min(float(value), END_OF_TIME)
-        if (moment := datetime.fromisoformat(value)).tzinfo is not None:
-            return min(moment.timestamp(), END_OF_TIME)
-    raise ValueError(f"expected {TIME_FORM}")
+def callback_lane(target: str) -> str:
+    """The lane of a callback: its host and port, so that a dead one doesn't hold up others."""
+    return urlsplit(target).netloc.rpartition("@")[2]
 
 
-def show_url(value: str | None) -> str | None:
-    """A URL without the credentials it may carry."""
-    return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
+class Learned(NamedTuple):
+    """How many calls a function takes at once, and when it last took less (monotonic)."""
+
+    limit: float = 1.0
+    lowered_at: float = 0.0
 
 
-def _listed(names: Iterable[str], listed: Sequence[str]) -> bool:
-    for name, pattern in ((name, pattern) for name in names for pattern in listed):
-        if name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:])):
+def learn(learned: Learned, status: int, started: float, now: float) -> Learned:
+    """Additive increase, multiplicative decrease (Chiu and Jain, 1989).
+
+    A call more for each answer until the first 429, then for 4 rounds of answers. A 429 halves the
+    number, once for all that `started` (monotonic) before.
+    """
+    if status != 429:
+        step = 0.25 / learned.limit if learned.lowered_at else 1.0
+        return learned._replace(limit=learned.limit + step)
+    if started > learned.lowered_at:
+        return Learned(max(1.0, learned.limit / 2), now)
+    return learned
+
+
+def is_listed(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a host name or an address matches a pattern."""
+    for pattern in patterns:
+        if pattern in names:
+            return True
+        if pattern.startswith("*.") and any(name.endswith(pattern[1:]) for name in names):
             return True
         with contextlib.suppress(ValueError):
-            if ipaddress.ip_address(name) in ipaddress.ip_network(pattern, strict=False):
+            network = ipaddress.ip_network(pattern, strict=False)
+            if any(ipaddress.ip_address(name) in network for name in names if is_address(name)):
                 return True
     return False
 
 
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_network_pattern(pattern: str) -> bool:
+    """Whether a pattern is about addresses, not names."""
+    return re.search(r"/|:|^[0-9.]+$", pattern) is not None
+
+
 @functools.lru_cache(1024)
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
-    """Whether a callback may go to this host, at this address once that is known: a list of networks can't deny a name
-    before. With `allow`, nothing else; link-local addresses (cloud metadata) only if `allow` has the address."""
-    names, literal = [host.lower().rstrip(".")], None
+    """Whether a callback may go to this host, at this address once that is known.
+
+    A list of networks can't deny a name before its address is known. With `allow`, nothing else is
+    allowed. Link-local addresses (cloud metadata) are only if `allow` has the address.
+    """
+    names = [host.lower().rstrip(".")]
+    literal = None
     with contextlib.suppress(ValueError):
         literal = ipaddress.ip_address((address or host).partition("%")[0])
         literal = getattr(literal, "ipv4_mapped", None) or literal
         names.append(str(literal))
-    if _listed(names, config.deny):
+    if is_listed(names, config.deny):
         return False
     if literal is not None and literal.is_link_local:
-        return _listed(names[1:], config.allow)
-    undecided = literal is None and any(re.search(r"/|:|^[0-9.]+$", pattern) for pattern in config.allow)
-    return not config.allow or undecided or _listed(names, config.allow)
+        return is_listed(names[1:], config.allow)
+    if not config.allow or is_listed(names, config.allow):
+        return True
+    return literal is None and any(map(is_network_pattern, config.allow))
+
+
+def from_elsewhere(site: str | None, origin: str | None, host: str, trusted: Sequence[str]) -> bool:
+    """Whether a browser sent an unsafe request from a page of another site.
+
+    The rule of Go 1.25's http.CrossOriginProtection, with the values of Sec-Fetch-Site, Origin and
+    Host. A request with neither of the first two comes from no browser.
+    """
+    if origin is not None and origin.lower() in trusted:
+        return False
+    if site:
+        return site not in ("same-origin", "none")
+    if not origin:
+        return False
+    try:
+        netloc = urlsplit(origin).netloc
+        return not netloc or netloc.lower() != host.lower()
+    except ValueError:
+        return True
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header, without port, brackets and the dot at its end."""
+    match = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host)
+    if match is None:
+        return host.lower()
+    return (match[1] or match[2] or "").rstrip(".").lower()
+
+
+def is_own_host(host: str, own_names: Sequence[str]) -> bool:
+    """Whether a Host header means this machine.
+
+    A page can have its own name resolve to our address (DNS rebinding), and would then be of the
+    same origin as we are. It can't do so for an address, nor for names that are not its own.
+    """
+    name = host_name(host)
+    return name == "localhost" or name in own_names or is_address(name)
+
+
+def printable(value: str) -> str:
+    """A header's value as it can be written into an answer: bytes that are no text become ?."""
+    return value.encode("utf-8", "replace").decode()
+
+
+def machine_names() -> tuple[str, ...]:
+    """The names that this machine has for itself and in its local network (RFC 6762: .local)."""
+    name = socket.gethostname().lower()
+    short = name.partition(".")[0]
+    return name, short, f"{short}.local"
 
 
 def via(target: str) -> str:
-    """A Via header (RFC 9110 7.6.3) for what goes to the provider. For a function without replicas faasd calls port
-    8080 of its own host, with this path: that is how a gateway there recognizes its own request."""
-    return f"1.1 faasd-async-{zlib.crc32(target.lstrip('/').encode('utf-8', 'surrogateescape')):08x}"
+    """A Via header (RFC 9110 7.6.3) for what goes to the provider.
+
+    For a function without replicas faasd calls port 8080 of its own host, with this path: that is
+    how a gateway there recognizes its own request.
+    """
+    path = target.lstrip("/").encode("utf-8", "surrogateescape")
+    return f"1.1 faasd-async-{zlib.crc32(path):08x}"
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """The first segment of what follows the route, and the rest (path and query) byte for byte."""
+    """The first segment of what follows the route, and the rest (path and query), as sent."""
     first = re.split("[/?]", target, maxsplit=1)[0]
     return first, target[len(first) :]
 
 
-def forward_headers(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+def forward_headers(headers: Iterable[Header], drop: frozenset[bytes]) -> list[Header]:
     """The end-to-end headers: neither hop-by-hop, nor named by Connection, nor one of `drop`."""
-    kept, named = [], frozenset[bytes]()
+    kept: list[Header] = []
+    named: set[bytes] = set()
     for item in headers:
         name = item[0].lower()
         if name == b"connection":
             named |= {part.strip().lower() for part in item[1].split(b",")}
         elif name not in drop and name not in HOP_BY_HOP:
             kept.append(item)
-    return [item for item in kept if item[0].lower() not in named] if named else kept
+    if not named:
+        return kept
+    return [item for item in kept if item[0].lower() not in named]
 
 
-# --- Logging, metrics, sd_notify ------------------------------------------------------------------------------------
+# systemd's own variables, and libuv's.
+PRIVATE_VARIABLES = re.compile(
+    r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID|UV_\w+"
+)
+
+
+def command_environment(function: Function, request: FunctionRequest) -> dict[str, str]:
+    """The variables of a command: ours without systemd's, the classic watchdog's, then `env`."""
+    path, _, query = request.target.partition("?")
+    variables: dict[str, str] = {}
+    for raw_name, raw_value in request.headers:
+        name = "Http_" + raw_name.decode("latin-1").title().replace("-", "_")
+        value = os.fsdecode(raw_value)
+        variables[name] = f"{variables[name]}, {value}" if name in variables else value
+    variables.pop("Http_Proxy", None)  # Many programs would obey it (httpoxy, CVE-2016-5385).
+    length = variables.get("Http_Content_Length", "-1")
+    if isinstance(request.body, bytes):
+        length = str(len(request.body))
+    variables["Http_ContentLength"] = length
+    variables["Http_Content_Length"] = length
+    variables["Http_Method"] = request.method
+    variables["Http_Path"] = path or "/"
+    variables["Http_Query"] = query
+    inherited = {
+        name: value for name, value in os.environ.items() if not PRIVATE_VARIABLES.fullmatch(name)
+    }
+    return {**inherited, **variables, **function.env}
+
+
+def content_type_of(body: bytes) -> bytes:
+    """Text or not."""
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return b"application/octet-stream"
+    return b"text/plain; charset=utf-8"
+
+
+def webhook_signature(
+    secret: bytes, message_id: str, timestamp: int, body: bytes
+) -> dict[str, str]:
+    """The headers of https://www.standardwebhooks.com: HMAC-SHA256 over id, time and body."""
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    digest = hmac.digest(signing_key(secret), signed, "sha256")
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": "v1," + base64.b64encode(digest).decode(),
+    }
+
+
+# --- Logging, metrics, sd_notify ------------------------------------------------------------------
+
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # of syslog(3)
 
 
 class LogFormatter(logging.Formatter):
-    """Text or JSON lines. In text, what goes to the journal has a priority such as "<6>" and leaves the time to it."""
+    """Text or JSON lines.
+
+    In text, what goes to the journal has a priority such as "<6>" and leaves the time to it.
+    """
 
     def __init__(self, style: str) -> None:
         super().__init__()
-        self._json, status = style == "json", os.fstat(2)
-        self._journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        self._json = style == "json"
+        stderr = os.fstat(2)
+        self._journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line, and a traceback where there is one."""
         given: dict[str, Any] = getattr(record, "fields", {})
-        message = record.getMessage() + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
         if self._json:
-            line = {"time": rfc3339(record.created), "level": record.levelname.lower(), "message": message, **given}
-            return json.dumps(line, ensure_ascii=False, default=str)
-        shown = [f"{name}={self._quoted(value)}" for name, value in given.items() if value is not None]
-        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}[record.levelname]
-        head = f"<{priority}>" if self._journal else f"{rfc3339(record.created)} "
-        return head + " ".join([record.levelname, message, *shown])
+            head = {"time": rfc3339(record.created), "level": record.levelname.lower()}
+            return json.dumps(
+                {**head, "message": message, **given}, ensure_ascii=False, default=str
+            )
+        shown = [f"{name}={self._quoted(value)}" for name, value in given.items()]
+        line = " ".join([record.levelname, message, *shown])
+        if self._journal:
+            return f"<{PRIORITIES[record.levelname]}>{line}"
+        return f"{rfc3339(record.created)} {line}"
 
     def _quoted(self, value: object) -> str:
         shown = f"{value:.6f}" if isinstance(value, float) else str(value)
@@ -743,173 +1625,307 @@ def setup_logging(config: LogConfig) -> None:
     """Send the log to standard error in the configured form. Called again on reload."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.format))
-    log.handlers, log.propagate = [handler], False
-    # https://docs.python.org/3/howto/logging.html#optimization: nobody reads these
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    log.handlers = [handler]
+    log.propagate = False
     log.setLevel(config.level.upper())
+    # Nobody reads these (https://docs.python.org/3/howto/logging.html#optimization).
+    logging.logThreads = False
+    logging.logProcesses = False
+    logging.logMultiprocessing = False
 
 
-def log_with(level: int, message: str, **fields: Any) -> None:
+def log_with(level: int, message: str, **fields: object) -> None:
     """A log line with fields; those that are None are left out."""
     if log.isEnabledFor(level):
-        log.log(level, message, extra={"fields": fields})
+        given = {name: value for name, value in fields.items() if value is not None}
+        log.log(level, message, extra={"fields": given})
 
 
 def log_bodies(config: LogConfig, call_id: str, **bodies: bytes) -> None:
-    """With `write_debug`: bodies in the log, escaped and cut at 4 KiB."""
+    """With `write_debug`: bodies in the log, escaped and cut."""
     if config.write_debug:
-        shown = {name: repr(body[: 4 * KIB])[2:-1] for name, body in bodies.items()}
+        shown = {name: repr(body[:DEBUG_BODY_BYTES])[2:-1] for name, body in bodies.items()}
         log_with(logging.INFO, "bodies", call_id=call_id, **shown)
 
 
+M = TypeVar("M", prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)
+
+
+def by_label(metric: M) -> Callable[..., M]:
+    """The metric's children by their labels. To look one up costs more than to count: it is kept.
+
+    Labels are names of known functions and queues, so there is no end of them that anybody else
+    could bring about.
+    """
+    return functools.cache(metric.labels)
+
+
 class Metrics:
-    """Counters and gauges under OpenFaaS's names, so that its dashboards work. Labels are names of known functions."""
+    """Counters and gauges under OpenFaaS's names, so that its dashboards work."""
+
+    CALL_BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 1, 5, 10, 60, 300, 3600)
+    COMMIT_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        prometheus_client.ProcessCollector(registry=registry)
-        counter, gauge, histogram = prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram
-
-        def metric(kind: Any, name: str, what: str, *labels: str, **more: Any) -> Any:
-            made = kind(name, what, labels, registry=registry, **more)
-            # Looking a label up costs more than counting: keep what was looked up.
-            return functools.cache(made.labels) if labels else made
-
-        by_code, by_lane = ("function_name", "code"), ("queue_name", "function_name")
-        calls_s = (0.005, 0.025, 0.1, 0.5, 1, 5, 10, 60, 300, 3600)
-        commits_s = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-        # A gauge, because the library would append _total to a counter's name and OpenFaaS has none there.
-        self.started = metric(gauge, "gateway_function_invocation_started", "Function calls started.", "function_name")
-        self.ended = metric(counter, "gateway_function_invocation", "Function calls that ended.", *by_code)
-        self.seconds = metric(histogram, "gateway_functions_seconds", "What calls took.", *by_code, buckets=calls_s)
-        self.running = metric(gauge, "queue_worker_function_invocation_inflight", "Attempts running.", *by_lane)
-        self.submitted = metric(counter, "queue_worker_messages_submitted", "Calls accepted.", "queue_name")
-        self.processed = metric(counter, "queue_worker_messages_processed", "Attempts that ended.", "queue_name")
-        self.retries = metric(counter, "faasd_async_retries", "Attempts that led to another.")
-        self.calls = metric(counter, "faasd_async_calls", "Calls that reached a final state.", "status")
-        self.callbacks = metric(counter, "faasd_async_callbacks", "Callbacks that reached a final state.", "status")
-        self.commits = metric(histogram, "faasd_async_commit_seconds", "What durable commits took.", buckets=commits_s)
-        self.invocations = Counter[str]()  # as `started`, for OpenFaaS's REST API
+        self.registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)
+        counter = functools.partial(prometheus_client.Counter, registry=self.registry)
+        gauge = functools.partial(prometheus_client.Gauge, registry=self.registry)
+        histogram = functools.partial(prometheus_client.Histogram, registry=self.registry)
+        by_function = ["function_name"]
+        by_code = ["function_name", "code"]
+        by_lane = ["queue_name", "function_name"]
+        by_queue = ["queue_name"]
+        by_status = ["status"]
+        # A gauge, because the library would append _total to a counter's name, which OpenFaaS's
+        # does not have.
+        self.started = by_label(
+            gauge("gateway_function_invocation_started", "Function calls started.", by_function)
+        )
+        self.ended = by_label(
+            counter("gateway_function_invocation", "Function calls that ended.", by_code)
+        )
+        self.seconds = by_label(
+            histogram(
+                "gateway_functions_seconds",
+                "What calls took.",
+                by_code,
+                buckets=self.CALL_BUCKETS_S,
+            )
+        )
+        self.running = by_label(
+            gauge("queue_worker_function_invocation_inflight", "Attempts running.", by_lane)
+        )
+        self.submitted = by_label(
+            counter("queue_worker_messages_submitted", "Calls accepted.", by_queue)
+        )
+        self.processed = by_label(
+            counter("queue_worker_messages_processed", "Attempts that ended.", by_queue)
+        )
+        self.retries = counter("faasd_async_retries", "Attempts that led to another.")
+        self.calls = by_label(
+            counter("faasd_async_calls", "Calls that reached a final state.", by_status)
+        )
+        self.callbacks = by_label(
+            counter("faasd_async_callbacks", "Callbacks that reached a final state.", by_status)
+        )
+        self.commits = histogram(
+            "faasd_async_commit_seconds",
+            "What durable commits took.",
+            buckets=self.COMMIT_BUCKETS_S,
+        )
+        self.invocations: Counter[str] = Counter()  # as `started`, for OpenFaaS's REST API
 
     @contextlib.contextmanager
-    def counted(self, function: str) -> Iterator[list[int]]:
-        """Count a function call that runs in this block, which puts the status into the list."""
+    def counted(self, function: str) -> Iterator[Callable[[int], None]]:
+        """Count a function call that runs in this block, which tells its status.
+
+        Without one the caller went away: 499, as nginx has it.
+        """
         self.started(function).inc()
         self.invocations[function] += 1
-        started, status = time.perf_counter(), [499]  # 499: nginx's code for a caller that went away
+        started = time.perf_counter()
+        status = [499]
         try:
-            yield status
+            yield status.append
         finally:
             self.ended(function, status[-1]).inc()
             self.seconds(function, status[-1]).observe(time.perf_counter() - started)
 
 
+def scraped(
+    stats: Mapping[str, QueueStats], functions: Iterable[Function]
+) -> prometheus_client.CollectorRegistry:
+    """What has a value only when somebody looks."""
+    registry = prometheus_client.CollectorRegistry()
+    gauge = functools.partial(prometheus_client.Gauge, registry=registry)
+    replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
+    pending = gauge(
+        "queue_worker_pending_messages",
+        "Calls waiting in the queue.",
+        ["queue_name", "function_name"],
+    )
+    oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
+    for function in functions:
+        number = 1 if function.replicas is None else function.replicas
+        replicas.labels(function.key).set(number)
+        pending.labels(function.queue, function.key).set(0)
+    now = time.time()
+    for name, queue in stats.items():
+        oldest.labels(name).set(max(0.0, now - queue.oldest_at))
+        if name == CALLBACKS:  # whose lanes are hosts
+            continue
+        for lane, waiting in queue.waiting.items():
+            pending.labels(name, lane).set(waiting)
+    return registry
+
+
 def sd_notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); does nothing where no one listens."""
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-            try:
-                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-            except OSError as exc:
-                log.warning("systemd could not be notified: %s", exc)
+    """Tell systemd (sd_notify(3)); does nothing where no one listens, and never waits."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    if path.startswith("@"):  # a name in the abstract namespace (unix(7))
+        path = "\0" + path[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.sendto(state.encode(), path)
+        except OSError as exc:
+            log.warning("systemd could not be notified: %s", exc)
 
 
-# --- Queue protocol -------------------------------------------------------------------------------------------------
+# --- Queue seam -----------------------------------------------------------------------------------
+# What a method did is durable when it returns; it raises StoreError when nothing was done. Errors
+# of the caller are HttpErrors, with the status that each implies.
 
 
-class RecordQuery(NamedTuple):
-    """Which records to list: those that match all that is given, older than the `cursor`."""
+class WorkQueue(Protocol):
+    """Work, from enqueue to its end.
 
-    status: str | None = None
-    function: str | None = None
-    queue: str | None = None
-    call_id: str | None = None
-    app: str | None = None
-    limit: int = 100
-    cursor: int | None = None
-
-
-class Queue(Protocol):
-    """The seam. What a method did is durable when it returns; it raises StoreError when nothing was done.
-
-    A call is queued, claimed (running) and completed, or retried and so queued again. A completed call whose outcome
-    has to be told becomes work of the queue CALLBACKS, in the same commit. No claim is ever lost: it is completed,
-    retried, or its process ends and the next `open` queues it again, `interrupted` counted and the attempt charged.
+    A call is queued, claimed (running) and completed, or retried and so queued again. A completed
+    call whose outcome has to be told becomes work of the queue CALLBACKS, in the same commit. No
+    claim is ever lost: it is completed, retried, or its process ends and the next `open` queues it
+    again, `interrupted` counted and the attempt charged.
     """
 
-    async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
-        """Recover what a dead process left. On the event loop, `wake(queue)` tells that a queue may have due work that
-        the last claim did not return, `stop(token)` that claimed work was cancelled, `final` of a call's end."""
+    async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
+        """Recover what a dead process left. What follows is told on the event loop.
+
+        `wake(queue)`: the queue may have due work that the last claim did not return.
+        `stop(receipt)`: the work of this claim was cancelled.
+        `final(ended)`: a call has reached its end.
+        """
 
     async def close(self) -> None:
         """Finish what was begun; afterwards another process can open the queue."""
 
     def enqueue(self, call: Invocation) -> Awaitable[str]:
-        """Store a call and return the call id to answer with: its own, or that of the call which took the same
-        idempotency key first. Idempotent on `call.id`. Raises Refused: 429 the queue is full, 422 a reused key."""
+        """Store a call; the call id to answer with.
 
-    def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
-        """Up to `limit` due items, charged with an attempt, at most `room[lane]` of a lane (`room[""]` of one without
-        an entry). When it returns fewer, `wake` tells when to ask again, but not when `room` is the reason."""
+        It is the call's own, or that of the call which took the same idempotency key first.
+        Idempotent on `call.id`. HttpError: 429 the queue is full, 422 the key came before with
+        another body.
+        """
 
-    def complete(self, work: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
-        """Make the call (or its callback: "delivered", "failed") final. False, and nothing done: it was cancelled."""
+    def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
+        """Up to `limit` due items of a queue, each charged with an attempt.
 
-    def retry(self, work: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:
-        """Queue it again, due in `delay_s`. With `outcome` the attempt stays charged and the record shows why; without,
-        the attempt never happened. False as for `complete`."""
+        At most `room[lane]` of a lane, `room[""]` of one without an entry. When fewer are returned,
+        `wake` tells when to ask again, but not when `room` is the reason.
+        """
 
-    def lookup(self, call_id: str) -> Awaitable[dict[str, Any]]:
-        """The newest record with this id. This and what follows raises Refused(404) for an unknown one."""
+    def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
+        """Make the call (or its callback: "delivered", "failed") final.
 
-    def records(self, query: RecordQuery) -> Awaitable[tuple[list[dict[str, Any]], int | None]]:
-        """Records, newest first; with them the cursor for more, if there may be."""
+        False, and nothing done: the claim is not valid any more, its work was cancelled.
+        """
 
-    def output(self, call_id: str) -> Awaitable[tuple[bytes, bytes]]:
-        """Body and stderr of the newest call's last attempt."""
+    def retry(self, claim: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:
+        """Queue the work again, due in `delay_s`. False as for `complete`.
+
+        With `outcome` the attempt stays charged and the record shows why; without, it never
+        happened.
+        """
+
+    def stalled(self) -> str | None:
+        """Why the queue does not answer, or needs a restart; or None. Never waits."""
+
+    async def failing(self) -> str | None:
+        """Why nothing can be stored, or None. After a failure it makes another attempt."""
+
+
+class CallRecords(Protocol):
+    """What is known of calls, and what an operator does with them.
+
+    Where a `call_id` is expected, a record's own `id` will do, and then means exactly that record.
+    Else the newest record with that call id is meant. HttpError(404): there is none.
+    """
+
+    def lookup(self, call_id: str) -> Awaitable[CallRecord]:
+        """The record."""
+
+    async def list_records(
+        self, filters: CallFilter, limit: int = 100, cursor: str | None = None
+    ) -> Page:
+        """Records that match, newest first; `cursor` is that of the page before."""
+
+    def output(self, call_id: str) -> Awaitable[Output]:
+        """What the last attempt wrote, up to calls.keep_output."""
 
     def cancel(self, call_id: str) -> Awaitable[int]:
-        """Cancel all calls and pending callbacks with this id that are not final; how many. None: Refused(409)."""
+        """Cancel what is not final: one record, or all that share the call id; how many.
+
+        Pending callbacks are given up. HttpError(409): all has finished already.
+        """
 
     def redrive(self, call_id: str) -> Awaitable[None]:
-        """Queue a final call again with its stored request, as if new. Raises Refused: 409, 410."""
+        """Queue a final call again with its stored request, as if new.
 
-    def purge(self, queue: str) -> Awaitable[int]:
+        HttpError: 409 it has not finished, 410 the request is not stored any more.
+        """
+
+    async def cancel_matching(self, filters: CallFilter) -> BulkResult:
+        """Cancel exactly the runs that match, in batches, so that nobody waits for it."""
+
+    async def redrive_matching(self, filters: CallFilter) -> BulkResult:
+        """Queue exactly the runs that match again, in batches."""
+
+    async def purge(self, name: str) -> int:
         """Cancel all waiting calls of a queue; how many."""
 
-    def pause(self, queue: str, paused: bool) -> Awaitable[None]:
+    def pause(self, name: str, paused: bool) -> Awaitable[None]:
         """Hand out no more work of a queue, or do again. Survives a restart."""
 
-    def stats(self) -> Awaitable[dict[str, QueueStats]]:
+    def stats(self) -> Awaitable[Mapping[str, QueueStats]]:
         """All queues that have waiting calls or are paused."""
 
     def prune(self) -> Awaitable[int]:
-        """Delete one small batch of records past their time and give room back; how many. 0: there was little to do."""
+        """Delete one small batch of records past their time and give room back; how many.
 
-    def stalled(self) -> str | None:
-        """Why the queue does not answer, or needs a restart; or None. Never blocks."""
-
-    async def failing(self) -> str | None:
-        """Why nothing can be stored, or None. When the last attempt to store something failed, it makes another."""
+        0: there was little to do.
+        """
 
 
-# --- SQLite queue ---------------------------------------------------------------------------------------------------
-# Lanes (who is next) · SqliteFile (connection, recovery) · steps (each a part of a transaction) ·
-# SqliteQueue (the seam, and the writer's thread with its group commit)
+class CallWaiters:
+    """Who waits for a call to end."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._ends: weakref.WeakValueDictionary[str, asyncio.Event]
+        self._ends = weakref.WeakValueDictionary()  # by id or call id, while somebody waits
+
+    def event(self, call_id: str) -> asyncio.Event:
+        """Set when a call with this id, or call id, ends, or nobody is to wait any more."""
+        return self._ends.setdefault(call_id, asyncio.Event())
+
+    def tell(self, ended: Ended) -> None:
+        """A call has ended."""
+        for call_id in {ended.id, ended.call_id}:
+            if event := self._ends.pop(call_id, None):
+                event.set()
+
+    def close(self) -> None:
+        """Let go of everybody who waits: the daemon stops."""
+        self.closed = True
+        for event in list(self._ends.values()):
+            event.set()
 
 
 class Lanes:
-    """Which lane of one queue is served next, in O(log lanes) whatever the backlog. A lane waits in `later` until the
-    first of its calls is due, and then gets its turn in `ready` (fair) or is served from there (not fair). Calls are
-    on disk; a lane's time here is a lower bound: whoever finds nothing due puts the lane back with the true one."""
+    """Which lane of one queue is served next, in O(log lanes) whatever the backlog.
+
+    A lane waits in `later` until the first of its calls is due, and then gets its turn in `ready`
+    (fair) or is served from there (not fair). Calls are on disk; a lane's time here is a lower
+    bound: whoever finds nothing due puts the lane back with the true one.
+    """
 
     def __init__(self) -> None:
-        self.waiting: Counter[str] = Counter()
-        self.total = 0
+        self.waiting: Counter[str] = Counter()  # calls by lane
+        self.total = 0  # of all lanes
         self.later: list[tuple[float, str]] = []
         self.ready: OrderedDict[str, None] = OrderedDict()
-        self._due: dict[str, float] = {}  # lane: its time in `later`; an entry there that differs is stale
+        self._due: dict[str, float] = {}  # a lane's time in `later`; other entries there are stale
 
     def add(self, lane: str, due_at: float, number: int = 1) -> None:
         """Count calls in, the first of them due at `due_at`."""
@@ -926,7 +1942,8 @@ class Lanes:
     def remove(self, lane: str, number: int) -> int:
         """Count calls out; how many are left."""
         self.total -= number
-        left = self.waiting[lane] = self.waiting[lane] - number
+        left = self.waiting[lane] - number
+        self.waiting[lane] = left
         if left <= 0:
             del self.waiting[lane]
             self._due.pop(lane, None)
@@ -935,21 +1952,86 @@ class Lanes:
 
     def next(self, now: float, fair: bool) -> str | None:
         """Take the next lane with a due call out of the line."""
-        while self.ready and not fair:  # a reload: line up anew
+        while self.ready and not fair:  # The queue was fair before a reload: line up anew.
             self.put(self.ready.popitem()[0], 0.0)
         while self.next_at() <= now:
             due_at, lane = heapq.heappop(self.later)
-            if self._due.get(lane) == due_at:
-                del self._due[lane]
-                if not fair:
-                    return lane
-                self.ready[lane] = None
+            if self._due.get(lane) != due_at:
+                continue
+            del self._due[lane]
+            if not fair:
+                return lane
+            self.ready[lane] = None
         return self.ready.popitem(last=False)[0] if self.ready else None
 
     def next_at(self) -> float:
         """When the first of the lanes in `later` becomes due, or earlier."""
         return self.later[0][0] if self.later else float("inf")
 
+
+# --- SQLite queue ---------------------------------------------------------------------------------
+# -- what is kept in memory
+
+
+class WorkIndex:
+    """What is derived from the file in memory: lanes, pauses, and when something is to be done."""
+
+    def __init__(self) -> None:
+        self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
+        self.paused: set[str] = set()
+        self.deadline_at = float("inf")  # the earliest deadline of a waiting call
+        self._wake_at: dict[str, float] = {}  # when to tell of a queue's due work
+
+    def add(self, queue: str, lane: str, due_at: float, number: int = 1) -> None:
+        """Count calls that wait, and have their queue told when they are due."""
+        self.lanes[queue].add(lane, due_at, number)
+        self.wake(queue, min(due_at, self._wake_at.get(queue, due_at)))
+
+    def wake(self, queue: str, at: float) -> None:
+        """Have a queue told at this time, if no claim takes its work before. Infinity: never."""
+        self._wake_at[queue] = at
+
+    def due(self, now: float) -> list[str]:
+        """The queues to be told now, each once."""
+        names = [name for name, at in self._wake_at.items() if at <= now]
+        for name in names:
+            del self._wake_at[name]
+        return names
+
+    def next_wake_at(self) -> float:
+        """When the next queue is to be told."""
+        return min(self._wake_at.values(), default=float("inf"))
+
+    def expect_deadline(self, at: float) -> None:
+        """The earliest deadline of all that wait."""
+        self.deadline_at = at
+
+    def pause(self, queue: str, paused: bool) -> None:
+        """Pause a queue, or have its consumer look again."""
+        if paused:
+            self.paused.add(queue)
+        else:
+            self.paused.discard(queue)
+        self.wake(queue, 0.0)
+
+
+class News:
+    """What a transaction leads to; told on the event loop once it is committed."""
+
+    def __init__(self) -> None:
+        self.woken: list[str] = []
+        self.stopped: list[Receipt] = []
+        self.ended: list[Ended] = []
+
+
+class Receipt(NamedTuple):
+    """A claim: the row, and how often it had been handed out by then."""
+
+    seq: int
+    claims: int
+
+
+# -- file and schema
 
 SCHEMA_VERSION = 2
 MIGRATIONS = {1: "ALTER TABLE calls ADD COLUMN app TEXT;"}  # from this version to the next
@@ -959,11 +2041,12 @@ CREATE TABLE calls (
     id TEXT NOT NULL UNIQUE,      -- a UUIDv7, so this index only grows at its end
     call_id TEXT,                 -- the caller's own X-Call-Id; NULL: the id is the call id
     function TEXT NOT NULL, namespace TEXT NOT NULL, queue TEXT NOT NULL,
-    status TEXT NOT NULL,         -- queued, running or final; "delayed" is a queued call that is not due
-    work TEXT, lane TEXT,         -- what is to be done: in which queue (or '@callbacks') and lane; NULL: nothing
+    status TEXT NOT NULL,         -- queued, running or final; "delayed" is a queued call not due
+    work TEXT, lane TEXT,         -- what is to be done: in which queue (or '@callbacks') and lane
     due_at REAL,                  -- when; NULL while claimed
-    claims INTEGER NOT NULL DEFAULT 0,  -- how often it was handed out: a claim from before can't end it
-    attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL, interrupted INTEGER NOT NULL DEFAULT 0,
+    claims INTEGER NOT NULL DEFAULT 0,  -- how often handed out: an older claim can't end it
+    attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL,
+    interrupted INTEGER NOT NULL DEFAULT 0,
     start_time INTEGER NOT NULL,  -- nanoseconds: X-Start-Time
     deadline_at REAL,             -- NULL once an attempt was charged
     started_at REAL, completed_at REAL, duration REAL, http_status INTEGER, error TEXT,
@@ -977,469 +2060,879 @@ CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
 CREATE INDEX calls_completed ON calls (completed_at) WHERE completed_at IS NOT NULL;
 CREATE INDEX calls_deadline ON calls (deadline_at) WHERE deadline_at IS NOT NULL;
-CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key) WHERE idempotency_key IS NOT NULL;
-CREATE TABLE requests (seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL);
-CREATE TABLE outputs (seq INTEGER PRIMARY KEY, headers BLOB, body BLOB NOT NULL, stderr BLOB NOT NULL);
+CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+CREATE TABLE requests (
+    seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL
+);
+CREATE TABLE outputs (
+    seq INTEGER PRIMARY KEY, headers BLOB, body BLOB NOT NULL, stderr BLOB NOT NULL
+);
 CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 """
-BY_ID = "FROM calls WHERE id = :id OR call_id = :id ORDER BY seq DESC"
-CANCELLED = "SELECT seq, coalesce(call_id, id), function, attempts, status, work, lane, due_at"
+
+# One process per file, the lock held as long as it lives; that also keeps the index of the WAL out
+# of shared memory. Compile-time defaults differ: what matters is set, and read back.
+PRAGMAS = (
+    "locking_mode = EXCLUSIVE",
+    "auto_vacuum = INCREMENTAL",
+    "journal_mode = WAL",
+    "synchronous = FULL",
+    "wal_autocheckpoint = 4000",
+    "journal_size_limit = 67108864",
+)
+REQUIRED_PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
+
+# What a dead process had claimed is interrupted, and goes first.
+INTERRUPT = """
+    UPDATE calls SET due_at = min(?, start_time / 1e9), deadline_at = NULL,
+        status = iif(status = 'running', 'queued', status), interrupted = interrupted + (work <> ?)
+    WHERE work IS NOT NULL AND due_at IS NULL
+"""
+# What waits for a time that is ahead only because the clock was set back has been due before: calls
+# that nobody delayed, attempts and callbacks that follow what has been.
+FOLLOW_CLOCK = """
+    UPDATE calls SET due_at = :now
+    WHERE work IS NOT NULL AND due_at > :now
+        AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)
+"""
+SELECT_LANES = """
+    SELECT work, lane, min(due_at), count(due_at) AS number FROM calls
+    WHERE work IS NOT NULL GROUP BY work, lane HAVING number > 0
+"""
+DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty queue"
 
 
 class SqliteFile:
-    """The connection, and what is derived from the file in memory. Once open, used by the writer's thread only. The
-    steps below change both inside a transaction; when that fails, the next one begins with a `rebuild`."""
+    """The connection, and what is derived from the file in memory.
+
+    Once open it is used by the writer's thread only. Steps change the file and the index inside a
+    transaction; when that fails, both are `stale`, and the next one begins with a `rebuild`.
+    """
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings, self.suspect, self.damaged = path, settings, False, False
-        self.news: list[tuple[str, Any]] = []  # what to tell whom (see Queue.open) after the commit
+        self.path = path
+        self.settings = settings
+        self.db: sqlite3.Connection  # once open
+        self.index = WorkIndex()
+        self.damaged = False  # only a restart helps
+        self.stale = False  # the index may differ from the file
+        self._suspect = False  # the file may be damaged
+        self._news = News()
+        self._last_seq = 0
+        self._mark = path.with_name(f"{path.name}-damaged")  # for the next start
+
+    @property
+    def news(self) -> News:
+        """What this transaction leads to."""
+        return self._news
 
     def open(self) -> None:
-        """Open or create the file, recover what a dead process left. Raises StoreError, StoreLocked."""
+        """Open or create the file, recover what a dead process left.
+
+        Raises StoreError, StoreLocked.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._connect()
-            except sqlite3.DatabaseError as exc:
-                if isinstance(exc, sqlite3.OperationalError):
-                    raise
-                self._set_aside(exc)
-                self._connect()
+            self._connect_or_set_aside()
         except (OSError, sqlite3.Error) as exc:
             if "locked" in str(exc):
-                raise StoreLocked(f"{self.path} is in use by another process: one daemon per file") from exc
-            hint = "" if os.access(self.path.parent, os.W_OK) else " (no right to write there, or read-only)"
+                reason = f"{self.path} is in use by another process: one daemon per file"
+                raise StoreLocked(reason) from exc
+            hint = ""
+            if not os.access(self.path.parent, os.W_OK):
+                hint = " (no right to write there, or read-only)"
             raise StoreError(f"{self.path}: {exc}{hint}") from exc
 
-    def _connect(self) -> None:
-        self.db = db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+    def close(self) -> None:
+        """Give the file free. What was not committed is gone."""
+        self.db.close()
+
+    def _connect_or_set_aside(self) -> None:
         try:
-            # One process per file, the lock held as long as it lives; also keeps the WAL index out of shared memory.
-            for pragma in ("locking_mode = EXCLUSIVE", "auto_vacuum = INCREMENTAL", "journal_mode = WAL",
-                "synchronous = FULL", "wal_autocheckpoint = 4000", "journal_size_limit = 67108864"):  # fmt: skip
-                db.execute(f"PRAGMA {pragma}")
-            for name, wanted in (("journal_mode", "wal"), ("synchronous", 2)):
-                if (found := db.execute(f"PRAGMA {name}").fetchone()[0]) != wanted:
-                    raise StoreError(f"{self.path}: {name} is {found}, not {wanted}: no durable commits here")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise StoreError(f"{self.path}: written by a newer version (schema {version}): update this program")
-            steps = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)] if version else [SCHEMA]
-            if version and steps:
-                copy = self.path.with_name(f"{self.path.name}.schema-{version}")
-                copy.unlink(missing_ok=True)
-                db.execute("VACUUM INTO ?", (str(copy),))
-                log.warning("%s: schema %d becomes %d; the old file is %s", self.path, version, SCHEMA_VERSION, copy)
-            if steps:
-                db.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            # What was claimed is interrupted, and goes first.
-            sql = """UPDATE calls SET due_at = min(?, start_time / 1e9), status = iif(status = 'running', 'queued',
-                status), interrupted = interrupted + (work <> ?), deadline_at = NULL
-                WHERE work IS NOT NULL AND due_at IS NULL"""
-            if number := db.execute(sql, (time.time(), CALLBACKS)).rowcount:
-                log.warning("%d interrupted attempts of the previous process are queued again", number)
+            self._connect()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as exc:  # It is no database, or a damaged one.
+            self._set_aside(exc)
+            self._connect()
+
+    def _connect(self) -> None:
+        self.db = sqlite3.connect(
+            self.path, timeout=0, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._require_durability()
+            self._migrate()
+            interrupted = self.db.execute(INTERRUPT, (time.time(), CALLBACKS)).rowcount
+            if interrupted:
+                log.warning(
+                    "%d interrupted attempts of the previous process are queued again", interrupted
+                )
             self.rebuild()
         except BaseException:
-            db.close()
+            self.db.close()
             raise
+
+    def _require_durability(self) -> None:
+        for pragma in PRAGMAS:
+            self.db.execute(f"PRAGMA {pragma}")
+        for name, wanted in REQUIRED_PRAGMAS.items():
+            value = self.db.execute(f"PRAGMA {name}").fetchone()[0]
+            if value != wanted:
+                reason = f"{name} is {value}, not {wanted}: no durable commits here"
+                raise StoreError(f"{self.path}: {reason}")
+
+    def _migrate(self) -> None:
+        """Make the tables, or bring those of an older version up to date; a copy is kept."""
+        version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        if version == SCHEMA_VERSION:
+            return
+        if version > SCHEMA_VERSION:
+            reason = f"written by a newer version (schema {version}): update this program"
+            raise StoreError(f"{self.path}: {reason}")
+        steps = [SCHEMA]
+        if version:
+            steps = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)]
+            copy = self.path.with_name(f"{self.path.name}.schema-{version}")
+            copy.unlink(missing_ok=True)
+            self.db.execute("VACUUM INTO ?", (str(copy),))
+            log.warning(
+                "%s: schema %d becomes %d; the old file is %s",
+                *(self.path, version, SCHEMA_VERSION, copy),
+            )
+        script = [*steps, f"PRAGMA user_version = {SCHEMA_VERSION};"]
+        self.db.executescript("\n".join(["BEGIN IMMEDIATE;", *script, "COMMIT;"]))
 
     def _set_aside(self, exc: sqlite3.Error) -> None:
         """Keep a damaged file under another name, for somebody to look at."""
         aside = f"{self.path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
         for suffix in ("", "-wal", "-shm", "-damaged"):
             with contextlib.suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + suffix).rename(self.path.with_name(aside + suffix))
-        log.error("%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside)
+                there = self.path.with_name(self.path.name + suffix)
+                there.rename(self.path.with_name(aside + suffix))
+        log.error(
+            "%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside
+        )
 
     def rebuild(self) -> None:
-        """Derive what is in memory from the file. What waits for a time that is only ahead because the clock was set
-        back has been due before: calls that nobody delayed, attempts and callbacks that follow what has been."""
-        mark = self.path.with_name(f"{self.path.name}-damaged")  # for the next start, which may not notice
-        if self.suspect:
-            found = str(self.db.execute("PRAGMA integrity_check(1)").fetchone()[0])
-            if found != "ok" and "unable to get" not in found:  # that is a disk which can't be read for now
-                mark.touch()
-        self.damaged = mark.exists()
+        """Derive what is in memory from the file. Raises sqlite3.DatabaseError: it is damaged."""
+        if self._suspect:
+            self._check()
+        self.damaged = self._mark.exists()
         if self.damaged:
             raise sqlite3.DatabaseError(DAMAGED)
-        sql = """UPDATE calls SET due_at = :now WHERE work IS NOT NULL AND due_at > :now
-            AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)"""
-        self.db.execute(sql, {"now": time.time()})
-        self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
-        self.wake_at: dict[str, float] = {}  # when to tell of a queue's due work, if no claim has taken it before
-        self.paused = {name for (name,) in self.db.execute("SELECT name FROM queues WHERE paused")}
-        sql = "SELECT work, lane, min(due_at), count(due_at) n FROM calls WHERE work NOT NULL GROUP BY 1, 2 HAVING n"
-        for row in self.db.execute(sql).fetchall():
-            self.add(*row)
-        self.seq: int = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
+        self.db.execute(FOLLOW_CLOCK, {"now": time.time()})
+        self.index = WorkIndex()
+        for name, paused in self.db.execute("SELECT name, paused FROM queues").fetchall():
+            self.index.pause(name, bool(paused))
+        for work, lane, due_at, waiting in self.db.execute(SELECT_LANES).fetchall():
+            self.index.add(work, lane, due_at, waiting)
+        self._last_seq = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
         self.find_deadline()
-        self.stale = self.suspect = False
+        self.stale = False
+        self._suspect = False
 
-    def add(self, work: str, lane: str, due_at: float, number: int = 1) -> None:
-        """Count calls that wait, and have their queue told when they are due."""
-        self.lanes[work].add(lane, due_at, number)
-        self.wake_at[work] = min(due_at, self.wake_at.get(work, due_at))
+    def _check(self) -> None:
+        """Leave a mark if the file is damaged: the next start may not notice by itself."""
+        result = str(self.db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+        # "unable to get" is said of a disk that can't be read for now.
+        if result != "ok" and "unable to get" not in result:
+            self._mark.touch()
+
+    def distrust_index(self) -> None:
+        """What is in memory may be wrong: derive it anew before the next step."""
+        self.stale = True
+
+    def distrust(self, exc: Exception) -> None:
+        """A transaction has failed and was rolled back."""
+        self._news = News()
+        self.stale = True
+        code = getattr(exc, "sqlite_errorcode", 0)
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            self._suspect = True
+
+    def take_news(self) -> News:
+        """What the transaction that was committed leads to."""
+        news = self._news
+        self._news = News()
+        return news
+
+    def next_seq(self) -> int:
+        """The number of a new row. None is used twice, also when the newest was pruned."""
+        self._last_seq += 1
+        return self._last_seq
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the newest row."""
+        return self._last_seq
 
     def head(self, work: str, lane: str) -> float:
         """When the first waiting call of a lane is due."""
-        sql = "SELECT min(due_at) FROM calls WHERE work = ? AND lane = ? AND due_at IS NOT NULL"
-        return float(self.db.execute(sql, (work, lane)).fetchone()[0])
+        return float(self.db.execute(SELECT_HEAD, (work, lane)).fetchone()[0])
 
     def find_deadline(self) -> None:
-        """Look up the earliest deadline."""
-        sql = """SELECT coalesce(min(deadline_at), 9e999) FROM calls
-            WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL"""
-        self.deadline_at: float = self.db.execute(sql).fetchone()[0]
-
-    def save_output(self, seq: int, outcome: Outcome, whole: bool) -> None:
-        """Keep what an attempt gave: `whole` with its headers for the callback, else its beginning for people."""
-        keep = None if whole else self.settings().calls.keep_output
-        if whole or outcome.body or outcome.stderr:
-            row = (seq, pack_headers(outcome.headers) if whole else None, outcome.body[:keep], outcome.stderr[:keep])
-            self.db.execute("INSERT OR REPLACE INTO outputs (seq, headers, body, stderr) VALUES (?, ?, ?, ?)", row)
-        else:
-            self.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
-
-    def cut_output(self, seq: int) -> None:
-        """Once the callback needs an answer no more, its beginning will do."""
-        sql = "UPDATE outputs SET headers = NULL, body = substr(body, 1, :n) WHERE seq = :seq AND length(body) > :n"
-        self.db.execute(sql, {"n": self.settings().calls.keep_output, "seq": seq})
+        """Look the earliest deadline up."""
+        self.index.expect_deadline(self.db.execute(SELECT_DEADLINE).fetchone()[0])
 
 
-def sql_enqueue(file: SqliteFile, call: Invocation) -> str | Refused:
-    """Store a call; the call id to answer with, or a refusal."""
-    db, queue, digest = file.db, call.queue, None
+# -- statements
+
+SELECT_HEAD = """
+    SELECT min(due_at) FROM calls WHERE work = ? AND lane = ? AND due_at IS NOT NULL
+"""
+SELECT_DEADLINE = """
+    SELECT coalesce(min(deadline_at), 9e999) FROM calls
+    WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL
+"""
+SELECT_KEY = """
+    SELECT coalesce(call_id, id), digest FROM calls
+    WHERE function = ? AND namespace = ? AND idempotency_key = ?
+"""
+INSERT_CALL = """
+    INSERT INTO calls (
+        seq, id, call_id, function, namespace, queue, status, work, lane, due_at, max_attempts,
+        start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest,
+        app
+    )
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO NOTHING
+"""
+INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
+SELECT_ID = "SELECT seq FROM calls WHERE id = ?"
+SELECT_NEWEST = "SELECT seq FROM calls WHERE call_id = ? ORDER BY seq DESC LIMIT 1"
+
+SELECT_DUE_CALLS = """
+    SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
+        attempts + 1, attempts + 1, max_attempts, start_time, callback_url, failure_url,
+        http_status, duration, target, headers, body
+    FROM calls LEFT JOIN requests USING (seq)
+    WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
+"""
+CLAIM_CALL = """
+    UPDATE calls SET due_at = NULL, claims = claims + 1, attempts = attempts + 1,
+        status = 'running', started_at = :now
+    WHERE seq = :seq
+"""
+SELECT_DUE_CALLBACKS = """
+    SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
+        callback_attempts + 1, attempts, max_attempts, start_time, callback_url, failure_url,
+        http_status, duration, status, coalesce(headers, x''), coalesce(body, x'')
+    FROM calls LEFT JOIN outputs USING (seq)
+    WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
+"""
+CLAIM_CALLBACK = """
+    UPDATE calls SET due_at = NULL, claims = claims + 1, callback_attempts = callback_attempts + 1
+    WHERE seq = :seq
+"""
+
+END_CALL = """
+    UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
+        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?, deadline_at = NULL
+    WHERE seq = ? AND claims = ? AND status = ?
+"""
+END_CALLBACK = """
+    UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?,
+        work = NULL, lane = NULL, due_at = NULL
+    WHERE seq = ? AND claims = ? AND work = '@callbacks' AND due_at IS NULL
+"""
+RETRY_CALL = """
+    UPDATE calls SET status = 'queued', due_at = ?, deadline_at = NULL, http_status = ?, error = ?
+    WHERE seq = ? AND claims = ? AND status = 'running'
+"""
+RETURN_CALL = """
+    UPDATE calls SET status = 'queued', due_at = ?, attempts = attempts - 1
+    WHERE seq = ? AND claims = ? AND status = 'running'
+"""
+RETRY_CALLBACK = """
+    UPDATE calls SET due_at = ?, callback_http_status = ?, callback_error = ?
+    WHERE seq = ? AND claims = ? AND work = '@callbacks' AND due_at IS NULL
+"""
+RETURN_CALLBACK = """
+    UPDATE calls SET due_at = ?, callback_attempts = callback_attempts - 1
+    WHERE seq = ? AND claims = ? AND work = '@callbacks' AND due_at IS NULL
+"""
+DROP_REQUEST = "DELETE FROM requests WHERE seq = ?"
+DROP_OUTPUT = "DELETE FROM outputs WHERE seq = ?"
+INSERT_OUTPUT = "INSERT OR REPLACE INTO outputs (seq, headers, body, stderr) VALUES (?, ?, ?, ?)"
+CUT_OUTPUT = """
+    UPDATE outputs SET headers = NULL, body = substr(body, 1, :keep)
+    WHERE seq = :seq AND length(body) > :keep
+"""
+EXPIRE_CALLS = """
+    UPDATE calls SET deadline_at = NULL
+    WHERE seq IN (
+        SELECT seq FROM calls
+        WHERE deadline_at <= ? AND deadline_at IS NOT NULL AND due_at IS NOT NULL
+        ORDER BY deadline_at LIMIT ?
+    )
+    RETURNING seq, claims, id, coalesce(call_id, id), function, work, lane, callback_url,
+        failure_url
+"""
+
+RECORD_COLUMNS = """
+    id, coalesce(call_id, id), function, namespace, queue,
+    iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
+    http_status, error, start_time / 1e9, started_at, completed_at,
+    iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
+    callback_status, callback_attempts, callback_http_status, callback_error,
+    callback_url, failure_url, seq
+"""
+# Lists are JSON; an empty one, like NULL, matches everything.
+MATCHES = """
+    (:statuses = '[]' OR iif(status = 'queued' AND due_at > :now, 'delayed', status)
+        IN (SELECT value FROM json_each(:statuses)))
+    AND (:callbacks = '[]' OR callback_status IN (SELECT value FROM json_each(:callbacks)))
+    AND (:function IS NULL OR function = :function)
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:app IS NULL OR app = :app)
+    AND (:since IS NULL OR start_time / 1e9 >= :since)
+    AND (:until IS NULL OR start_time / 1e9 < :until)
+"""
+SELECT_RECORD = f"SELECT {RECORD_COLUMNS} FROM calls WHERE seq = :seq"
+SELECT_RECORDS = f"""
+    SELECT {RECORD_COLUMNS} FROM calls
+    WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
+"""
+SELECT_RECORDS_BY_CALL_ID = f"""
+    SELECT {RECORD_COLUMNS} FROM calls
+    WHERE (id = :call_id OR call_id = :call_id) AND seq < :before AND {MATCHES}
+    ORDER BY seq DESC LIMIT :limit
+"""
+SELECT_OUTPUT = "SELECT body, stderr FROM outputs WHERE seq = ?"
+
+SELECT_WAITING = """
+    SELECT seq FROM calls WHERE work = ? AND due_at IS NOT NULL AND seq <= ? LIMIT ?
+"""
+SELECT_WORK = """
+    SELECT seq, claims, id, coalesce(call_id, id), function, attempts, work, lane, due_at
+    FROM calls WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NOT NULL
+"""
+CANCEL_CALL = """
+    UPDATE calls SET status = 'cancelled', completed_at = ?, work = NULL, lane = NULL,
+        due_at = NULL, deadline_at = NULL
+    WHERE seq = ?
+"""
+CANCEL_CALLBACK = """
+    UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', work = NULL,
+        lane = NULL, due_at = NULL
+    WHERE seq = ?
+"""
+SELECT_FINISHED = """
+    SELECT seq, queue, function || '.' || namespace FROM calls JOIN requests USING (seq)
+    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL
+"""
+REDRIVE_CALL = """
+    UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0,
+        interrupted = 0, http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL,
+        duration = NULL, response_bytes = NULL, callback_status = 'none', callback_attempts = 0,
+        callback_http_status = NULL, callback_error = NULL
+    WHERE seq = ?
+"""
+PAUSE_QUEUE = "INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)"
+PRUNE_CALLS = """
+    DELETE FROM calls
+    WHERE seq IN (
+        SELECT seq FROM calls
+        WHERE completed_at < ? AND work IS NULL AND completed_at IS NOT NULL
+        ORDER BY completed_at LIMIT ?
+    )
+    RETURNING seq
+"""
+
+# -- steps of work: each a part of a transaction, which raises HttpError before it changes anything
+
+UNKNOWN_CALL = "no call with this id, or its record was pruned after calls.keep"
+
+
+def step_enqueue(file: SqliteFile, call: Invocation) -> str:
+    """Store a call; the call id to answer with. HttpError: 422, 429."""
+    digest = None
     if call.idempotency_key is not None:
         digest = hashlib.blake2b(call.body, digest_size=16).digest()
-        sql = """SELECT coalesce(call_id, id), digest FROM calls
-            WHERE function = ? AND namespace = ? AND idempotency_key = ?"""
-        if taken := db.execute(sql, (call.function, call.namespace, call.idempotency_key)).fetchone():
-            same = taken[1] == digest
-            return str(taken[0]) if same else Refused(422, "Idempotency-Key: this key came before with another body")
-    full = file.lanes[queue].total >= file.settings().queue(queue).max_pending
-    if full and not db.execute("SELECT 1 FROM calls WHERE id = ?", (call.id,)).fetchone():
-        return Refused(429, f"queue {queue} is full, try again later", LATER)
-    own, lane = call.call_id if call.call_id != call.id else None, f"{call.function}.{call.namespace}"
-    row = (file.seq + 1, call.id, own, call.function, call.namespace, queue, queue, lane, call.due_at,
-        call.max_attempts, call.start_time, call.deadline_at, len(call.body), call.callback_url, call.failure_url,
-        call.idempotency_key, digest, call.app)  # fmt: skip
-    sql = """INSERT INTO calls (seq, id, call_id, function, namespace, queue, status, work, lane, due_at,
-        max_attempts, start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest, app)
-        VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
-    if db.execute(sql, row).rowcount:  # else it is stored already
-        file.seq += 1
-        sql = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
-        db.execute(sql, (file.seq, call.target, call.headers, call.body))
-        file.add(queue, lane, call.due_at)
-        if call.deadline_at is not None and call.deadline_at < file.deadline_at:
-            file.find_deadline()
+        place = (call.function, call.namespace, call.idempotency_key)
+        taken = file.db.execute(SELECT_KEY, place).fetchone()
+        if taken and taken[1] != digest:
+            raise HttpError(422, "Idempotency-Key: this key came before with another body")
+        if taken:
+            return str(taken[0])
+    full = file.index.lanes[call.queue].total >= file.settings().queue(call.queue).max_pending
+    if full and not file.db.execute(SELECT_ID, (call.id,)).fetchone():
+        raise HttpError(429, f"queue {call.queue} is full, try again later", LATER)
+    insert_call(file, call, digest)
     return call.call_id
 
 
-def sql_claim(file: SqliteFile, work: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
+def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> None:
+    """Write a new call's rows and have its queue told, unless it is stored already."""
+    seq = file.next_seq()
+    lane = f"{call.function}.{call.namespace}"
+    row = (
+        *(seq, call.id, call.call_id if call.call_id != call.id else None),
+        *(call.function, call.namespace, call.queue, call.queue, lane, call.due_at),
+        *(call.max_attempts, call.start_time, call.deadline_at, len(call.body)),
+        *(call.callback_url, call.failure_url, call.idempotency_key, digest, call.app),
+    )
+    if file.db.execute(INSERT_CALL, row).rowcount == 0:
+        return
+    file.db.execute(INSERT_REQUEST, (seq, call.target, call.headers, call.body))
+    file.index.add(call.queue, lane, call.due_at)
+    if call.deadline_at is not None and call.deadline_at < file.index.deadline_at:
+        file.find_deadline()
+
+
+def step_claim(
+    file: SqliteFile, queue: str, limit: int, room: Mapping[str, int]
+) -> Sequence[Claim]:
     """Hand out due work of one queue, and have it told when more becomes due."""
     now = time.time()
-    if file.deadline_at <= now:
-        sql_expire(file)
-        if file.deadline_at <= now:
-            file.wake_at[work] = now  # there are more of them: others first
+    index = file.index
+    if index.deadline_at <= now:
+        step_expire(file)
+        if index.deadline_at <= now:  # There are more of them: others first.
+            index.wake(queue, now)
             return []
-    lanes, claims, left, held = file.lanes[work], list[Claim](), dict(room), []
-    fair = work == CALLBACKS or file.settings().queue(work).fair
-    rest = "target, headers, body FROM calls LEFT JOIN requests"
-    if work == CALLBACKS:
-        rest = """iif(failure_url IS NULL OR status = 'success', callback_url, failure_url), coalesce(headers, x''),
-            coalesce(body, x'') FROM calls LEFT JOIN outputs"""
-    select = f"""SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
-        iif(work = queue, attempts, callback_attempts) + 1, attempts + (work = queue), max_attempts, start_time,
-        callback_url, failure_url, http_status, duration, {rest} USING (seq)
-        WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?"""
-    mark = """UPDATE calls SET due_at = NULL, claims = claims + 1,
-        attempts = attempts + (work = queue), callback_attempts = callback_attempts + (work <> queue),
-        status = iif(work = queue, 'running', status), started_at = iif(work = queue, ?, started_at) WHERE seq = ?"""
-    while work not in file.paused and len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
-        share = max(1, (limit - len(claims)) // (len(lanes.ready) + 1))
-        until = now if fair else min(now, lanes.next_at())  # then it is another lane's turn
-        free = left.get(lane, room.get("", limit + 1))  # more than there can be: no limit
-        found = file.db.execute(select, (work, lane, until, min(share, free))).fetchall() if free > 0 else []
-        file.db.executemany(mark, [(now, row[0]) for row in found])
-        claims += [Claim(*row) for row in found]
-        left[lane] = free - len(found)
-        if (waiting := lanes.remove(lane, len(found))) and left[lane] <= 0:
-            held.append(lane)
-        elif waiting:
-            lanes.put(lane, now if fair and len(found) == share else file.head(work, lane))
+    if queue in index.paused:
+        return []
+    lanes = index.lanes[queue]
+    claims, held = claim_in_turn(file, queue, limit, room, now)
     next_at = lanes.next_at()
-    file.wake_at[work] = next_at if next_at > now else float("inf")
+    index.wake(queue, next_at if next_at > now else float("inf"))
     for lane in held:
-        lanes.put(lane, file.head(work, lane))
+        lanes.put(lane, file.head(queue, lane))
     return claims
 
 
-def finish(file: SqliteFile, ended: Ended, target: str | None, size: int | None, was: tuple[int, int, str]) -> bool:
-    """Make a call final that `was` this claim (seq, claims, status), and have its outcome told to `target`."""
+def claim_in_turn(
+    file: SqliteFile, queue: str, limit: int, room: Mapping[str, int], now: float
+) -> tuple[list[Claim], list[str]]:
+    """Claims, lane by lane; and the lanes that have more due work than room."""
+    lanes = file.index.lanes[queue]
+    fair = queue == CALLBACKS or file.settings().queue(queue).fair
+    claims: list[Claim] = []
+    held: list[str] = []
+    left = dict(room)
+    unlimited = limit + 1
+    while len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
+        share = max(1, (limit - len(claims)) // (len(lanes.ready) + 1))
+        free = left.get(lane, room.get("", unlimited))
+        until = now if fair else min(now, lanes.next_at())  # then it is another lane's turn
+        taken = claim_lane(file, queue, lane, min(share, free), until, now)
+        claims += taken
+        left[lane] = free - len(taken)
+        if lanes.remove(lane, len(taken)) <= 0:
+            continue
+        if left[lane] <= 0:
+            held.append(lane)
+        elif fair and len(taken) == share:
+            lanes.put(lane, now)
+        else:
+            lanes.put(lane, file.head(queue, lane))
+    return claims, held
+
+
+def claim_lane(
+    file: SqliteFile, queue: str, lane: str, limit: int, until: float, now: float
+) -> list[Claim]:
+    """The first calls of a lane that are due by `until`, charged."""
+    if limit <= 0:
+        return []
+    if queue == CALLBACKS:
+        rows = file.db.execute(SELECT_DUE_CALLBACKS, (queue, lane, until, limit)).fetchall()
+        file.db.executemany(CLAIM_CALLBACK, [{"seq": row[0]} for row in rows])
+        return [callback_claim(*row) for row in rows]
+    rows = file.db.execute(SELECT_DUE_CALLS, (queue, lane, until, limit)).fetchall()
+    file.db.executemany(CLAIM_CALL, [{"now": now, "seq": row[0]} for row in rows])
+    return [Claim(Receipt(row[0], row[1]), *row[2:]) for row in rows]
+
+
+def callback_claim(seq: int, claims: int, *row: Any) -> Claim:
+    """The claim of a callback, whose row has the call's status in the target's place."""
+    claim = Claim(Receipt(seq, claims), *row)
+    target = callback_target(claim.target, claim.callback_url, claim.failure_url)
+    return claim._replace(target=target or "")
+
+
+def end_call(
+    file: SqliteFile,
+    receipt: Receipt,
+    was: str,
+    ended: Ended,
+    size: int | None,
+    target: str | None,
+) -> bool:
+    """Make a call final that `was` in this status, and have its outcome told to `target`.
+
+    False, and nothing done: it is not in that status any more.
+    """
     now = time.time()
-    host = target and urlsplit(target).netloc.rpartition("@")[2]  # callbacks to one host share a lane
+    host = callback_lane(target) if target else None
     follow = ("pending", CALLBACKS, host, now) if host else ("none", None, None, None)
-    row = (ended.status, ended.http_status, ended.error, now, ended.duration, size, *follow, *was)
-    sql = """UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
-        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?, deadline_at = NULL
-        WHERE seq = ? AND claims = ? AND status = ?"""
-    if file.db.execute(sql, row).rowcount == 0:
+    result = (ended.status, ended.http_status, ended.error, now, ended.duration_s, size)
+    if file.db.execute(END_CALL, (*result, *follow, *receipt, was)).rowcount == 0:
         return False
     if host:
-        file.add(CALLBACKS, host, now)
-    file.news.append(("final", ended))
+        file.index.add(CALLBACKS, host, now)
+    file.news.ended.append(ended)
     return True
 
 
-def sql_complete(file: SqliteFile, work: Claim, outcome: Outcome, status: str) -> bool:
-    """Make a call or its callback final."""
-    if work.queue == CALLBACKS:
-        row = (status, outcome.status if outcome.answered else None, outcome.error, work.token, work.fence)
-        sql = """UPDATE calls SET callback_status = ?, callback_http_status = ?, callback_error = ?, work = NULL,
-            lane = NULL, due_at = NULL WHERE seq = ? AND work = '@callbacks' AND claims = ?"""
-        if file.db.execute(sql, row).rowcount == 0:
-            return False
-        file.cut_output(work.token)
-        return True
-    ended = Ended(work.call_id, work.function, status, work.attempt, outcome.duration_s, outcome.status, outcome.error)
-    target = callback_target(status, work.callback_url, work.failure_url)
-    if not finish(file, ended, target, outcome.size, (work.token, work.fence, "running")):
+def step_complete(file: SqliteFile, claim: Claim, outcome: Outcome, status: str) -> bool:
+    """Make a call final. False: the claim is not valid any more."""
+    receipt = cast(Receipt, claim.receipt)
+    ended = Ended(
+        *(claim.id, claim.call_id, claim.function, status, claim.attempt),
+        *(outcome.duration_s, outcome.status, outcome.error),
+    )
+    target = callback_target(status, claim.callback_url, claim.failure_url)
+    if not end_call(file, receipt, "running", ended, outcome.size, target):
         return False
-    file.save_output(work.token, outcome, whole=target is not None)
-    if status == "success" and len(work.body) > file.settings().calls.keep_output:
-        file.db.execute("DELETE FROM requests WHERE seq = ?", (work.token,))
+    if target:
+        save_answer(file, receipt.seq, outcome)
+    else:
+        save_output(file, receipt.seq, outcome)
+    if status == "success" and len(claim.body) > file.settings().calls.keep_output:
+        file.db.execute(DROP_REQUEST, (receipt.seq,))
     return True
 
 
-def sql_retry(file: SqliteFile, work: Claim, outcome: Outcome | None, delay_s: float) -> bool:
-    due_at, callback = time.time() + delay_s, work.queue == CALLBACKS
-    code = outcome.status if outcome is not None and (outcome.answered or not callback) else None
-    row = {**work._asdict(), "due": due_at, "free": outcome is None, "code": code, "error": outcome and outcome.error}
-    sql = """UPDATE calls SET status = iif(status = 'running', 'queued', status), due_at = :due,
-        deadline_at = iif(:free, deadline_at, NULL), {0}attempts = {0}attempts - :free,
-        {0}http_status = iif(:free, {0}http_status, :code), {0}error = iif(:free, {0}error, :error)
-        WHERE seq = :token AND work = :queue AND claims = :fence AND due_at IS NULL"""
-    if file.db.execute(sql.format("callback_" if callback else ""), row).rowcount == 0:
+def step_deliver(file: SqliteFile, claim: Claim, outcome: Outcome, status: str) -> bool:
+    """Make a callback final. False: the claim is not valid any more."""
+    receipt = cast(Receipt, claim.receipt)
+    http_status = outcome.status if outcome.answered else None
+    row = (status, http_status, outcome.error, *receipt)
+    if file.db.execute(END_CALLBACK, row).rowcount == 0:
         return False
-    file.add(work.queue, work.lane, due_at)
-    if outcome is None:
-        file.find_deadline()
-    elif not callback:
-        file.save_output(work.token, outcome, whole=False)
+    cut_output(file, receipt.seq)
     return True
 
 
-def sql_records(file: SqliteFile, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
-    """One window of records as the API shows them, newest first; with them the cursor for the next window."""
-    before = query.cursor if query.cursor is not None else file.seq + 1
-    floor = before - SCAN_WINDOW if query.call_id is None else 0
-    inner = "(id = :call_id OR call_id = :call_id) AND" if query.call_id is not None else ""
-    wanted = [name for name in ("status", "function", "queue", "app") if getattr(query, name) is not None]
-    outer = " AND ".join(f"{name} = :{name}" for name in wanted) or "true"
-    sql = f"""SELECT * FROM (SELECT coalesce(call_id, id) AS call_id, function, namespace, queue,
-        iif(status = 'queued' AND due_at > :now, 'delayed', status) AS status, attempts, max_attempts,
-        http_status, error, start_time / 1e9 AS created_at, started_at, completed_at,
-        iif(status = 'queued', due_at, NULL) AS due_at, duration AS duration_seconds, interrupted,
-        iif(failure_url IS NOT NULL AND status IN ('error', 'timeout'), failure_url, callback_url) AS callback_url,
-        callback_status, callback_attempts, callback_http_status, callback_error, request_bytes, response_bytes, app,
-        seq FROM calls WHERE {inner} seq < :before AND seq >= :floor) WHERE {outer} ORDER BY seq DESC LIMIT :limit"""
-    cursor = file.db.execute(sql, {**query._asdict(), "before": before, "floor": floor, "now": time.time()})
-    names = [column[0] for column in cursor.description]
-    found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in cursor]
-    after = found[-1]["seq"] if len(found) == query.limit else floor
-    for item in found:
-        del item["seq"]
-        if item["app"] is None:
-            del item["app"]
-        item |= {name: rfc3339(item[name]) for name in ("created_at", "started_at", "completed_at", "due_at")}
-        told = {name: item.pop(f"callback_{name}") for name in ("url", "status", "attempts", "http_status", "error")}
-        item["callback"] = told | {"url": show_url(told["url"])}
-    return found, after if after > 1 else None
+def requeue(file: SqliteFile, claim: Claim, statement: str, delay_s: float, *told: object) -> bool:
+    """Make the work of a claim due again in `delay_s`. False: the claim is not valid any more."""
+    due_at = time.time() + delay_s
+    receipt = cast(Receipt, claim.receipt)
+    if file.db.execute(statement, (due_at, *told, *receipt)).rowcount == 0:
+        return False
+    file.index.add(claim.queue, claim.lane, due_at)
+    return True
 
 
-def sql_lookup(file: SqliteFile, call_id: str) -> dict[str, Any] | Refused:
-    found, _ = sql_records(file, RecordQuery(call_id=call_id, limit=1))
-    return found[0] if found else Refused(404, UNKNOWN)
+def step_retry(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float) -> bool:
+    """Queue a call again, the attempt charged."""
+    if not requeue(file, claim, RETRY_CALL, delay_s, outcome.status, outcome.error):
+        return False
+    save_output(file, cast(Receipt, claim.receipt).seq, outcome)
+    return True
 
 
-def sql_output(file: SqliteFile, call_id: str) -> tuple[bytes, bytes] | Refused:
-    sql = f"SELECT body, stderr FROM (SELECT seq {BY_ID} LIMIT 1) LEFT JOIN outputs USING (seq)"
-    found = file.db.execute(sql, {"id": call_id}).fetchone()
-    return (found[0] or b"", found[1] or b"") if found else Refused(404, UNKNOWN)
+def step_retry_callback(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float) -> bool:
+    """Queue a callback again, the delivery charged."""
+    http_status = outcome.status if outcome.answered else None
+    return requeue(file, claim, RETRY_CALLBACK, delay_s, http_status, outcome.error)
 
 
-def sql_cancel(file: SqliteFile, call_id: str) -> int | Refused:
-    rows = file.db.execute(f"{CANCELLED} {BY_ID}", {"id": call_id}).fetchall()
-    if not rows:
-        return Refused(404, UNKNOWN)
-    return cancel_rows(file, [row for row in rows if row[5]]) or Refused(409, "the call has finished already")
+def step_return(file: SqliteFile, claim: Claim, delay_s: float) -> bool:
+    """Queue a call or callback again as if it had never been claimed."""
+    statement = RETURN_CALLBACK if claim.queue == CALLBACKS else RETURN_CALL
+    returned = requeue(file, claim, statement, delay_s)
+    file.find_deadline()
+    return returned
 
 
-def sql_purge(file: SqliteFile, queue: str) -> int:
-    sql = f"{CANCELLED} FROM calls WHERE work = ? AND due_at IS NOT NULL LIMIT {BATCH}"
-    return cancel_rows(file, file.db.execute(sql, (queue,)).fetchall())
+def save_answer(file: SqliteFile, seq: int, outcome: Outcome) -> None:
+    """Keep the whole answer with its headers, for the callback."""
+    headers = pack_headers(outcome.headers)
+    stderr = outcome.stderr[: file.settings().calls.keep_output]
+    file.db.execute(INSERT_OUTPUT, (seq, headers, outcome.body, stderr))
 
 
-def cancel_rows(file: SqliteFile, rows: list[tuple[Any, ...]]) -> int:
-    """Take away what is to be done; claimed work is stopped after the commit."""
-    end = "work = NULL, lane = NULL, due_at = NULL, deadline_at = NULL WHERE seq = ?"
-    for seq, call_id, function, attempts, status, work, lane, due_at in rows:
-        if status in FINAL:  # only its callback was left
-            file.db.execute(f"UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', {end}", (seq,))
-            file.cut_output(seq)
-        else:
-            file.db.execute(f"UPDATE calls SET status = 'cancelled', completed_at = ?, {end}", (time.time(), seq))
-            file.news.append(("final", Ended(call_id, function, "cancelled", attempts)))
-        if due_at is None:
-            file.news.append(("stop", seq))
-        else:
-            file.lanes[work].remove(lane, 1)
-    return len(rows)
+def save_output(file: SqliteFile, seq: int, outcome: Outcome) -> None:
+    """Keep the beginning of what an attempt gave, for people."""
+    if not outcome.body and not outcome.stderr:
+        file.db.execute(DROP_OUTPUT, (seq,))
+        return
+    keep = file.settings().calls.keep_output
+    file.db.execute(INSERT_OUTPUT, (seq, None, outcome.body[:keep], outcome.stderr[:keep]))
 
 
-def sql_redrive(file: SqliteFile, call_id: str) -> Refused | None:
-    sql = f"SELECT seq, function || '.' || namespace, queue, work, status {BY_ID} LIMIT 1"
-    if (row := file.db.execute(sql, {"id": call_id}).fetchone()) is None:
-        return Refused(404, UNKNOWN)
-    seq, lane, queue, work, status = row
-    if status not in FINAL or work is not None:
-        return Refused(409, "the call, or its callback, has not finished yet")
-    if file.db.execute("SELECT 1 FROM requests WHERE seq = ?", (seq,)).fetchone() is None:
-        return Refused(410, "the request of this call is not stored any more")
-    file.db.execute("DELETE FROM outputs WHERE seq = ?", (seq,))
-    sql = """UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0, interrupted = 0,
-        http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL, duration = NULL,
-        response_bytes = NULL, callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
-        callback_error = NULL WHERE seq = ?"""
-    file.db.execute(sql, (lane, time.time(), seq))
-    file.add(queue, lane, time.time())
-    return None
+def cut_output(file: SqliteFile, seq: int) -> None:
+    """Once the callback needs an answer no more, its beginning will do."""
+    file.db.execute(CUT_OUTPUT, {"keep": file.settings().calls.keep_output, "seq": seq})
 
 
-def sql_expire(file: SqliteFile) -> None:
-    """End the calls whose deadline has passed before they started: an attempt that is charged takes it away."""
-    sql = f"""UPDATE calls SET deadline_at = NULL WHERE seq IN (SELECT seq FROM calls WHERE deadline_at <= ?
-        AND deadline_at IS NOT NULL AND due_at IS NOT NULL ORDER BY deadline_at LIMIT {BATCH})
-        RETURNING seq, claims, coalesce(call_id, id), function, work, lane, callback_url, failure_url"""
-    for seq, claims, call_id, function, work, lane, *urls in file.db.execute(sql, (time.time(),)).fetchall():
-        file.lanes[work].remove(lane, 1)
-        ended = Ended(call_id, function, "timeout", 0, error="not started before its X-Deadline")
-        finish(file, ended, callback_target("timeout", *urls), None, (seq, claims, "queued"))
+def step_expire(file: SqliteFile) -> None:
+    """End calls whose deadline has passed before they started: a charged attempt takes it away."""
+    for row in file.db.execute(EXPIRE_CALLS, (time.time(), BATCH)).fetchall():
+        seq, claims, own_id, call_id, function, work, lane, callback_url, failure_url = row
+        file.index.lanes[work].remove(lane, 1)
+        error = "not started before its X-Deadline"
+        ended = Ended(own_id, call_id, function, "timeout", 0, error=error)
+        target = callback_target("timeout", callback_url, failure_url)
+        end_call(file, Receipt(seq, claims), "queued", ended, None, target)
     file.find_deadline()
 
 
-def sql_stats(file: SqliteFile) -> dict[str, QueueStats]:
-    found = {}
-    for work in {*file.lanes, *file.paused}:
-        waiting = dict(file.lanes[work].waiting)
-        oldest = min((file.head(work, lane) for lane in waiting), default=float("inf"))
-        found[work] = QueueStats(waiting, oldest, work in file.paused)
-    return found
+# -- steps of operators and people
 
 
-def sql_pause(file: SqliteFile, queue: str, paused: bool) -> None:
-    file.db.execute("INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)", (queue, paused))
-    (file.paused.add if paused else file.paused.discard)(queue)
-    file.wake_at[queue] = 0.0
+def find_seq(file: SqliteFile, call_id: str) -> int:
+    """The row with this id, else the newest with this call id. HttpError: 404."""
+    row = file.db.execute(SELECT_ID, (call_id,)).fetchone()
+    row = row or file.db.execute(SELECT_NEWEST, (call_id,)).fetchone()
+    if row is None:
+        raise HttpError(404, UNKNOWN_CALL)
+    return int(row[0])
 
 
-def sql_probe(file: SqliteFile) -> None:
+def read_record(row: Sequence[Any]) -> CallRecord:
+    """A record from RECORD_COLUMNS."""
+    *told, callback_url, failure_url, _ = row[19:]
+    url = callback_target(row[5], callback_url, failure_url)
+    return CallRecord._make([*row[:19], CallbackRecord(url, *told)])
+
+
+def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
+    """One record. HttpError: 404."""
+    where = {"seq": find_seq(file, call_id), "now": time.time()}
+    return read_record(file.db.execute(SELECT_RECORD, where).fetchone())
+
+
+def select_matching(
+    file: SqliteFile, filters: CallFilter, before: int | None, limit: int
+) -> tuple[list[Sequence[Any]], int]:
+    """One window of matching rows older than `before`, and where the next window begins.
+
+    In windows, so that a rare match in a large file doesn't keep the writer. 0: that was the last.
+    """
+    start = file.last_seq + 1 if before is None else before
+    floor = max(0, start - SCAN_WINDOW)
+    statement = SELECT_RECORDS
+    if filters.call_id is not None:
+        floor = 0
+        statement = SELECT_RECORDS_BY_CALL_ID
+    where = filters._asdict() | {
+        "statuses": json.dumps(filters.statuses),
+        "callbacks": json.dumps(filters.callbacks),
+        "before": start,
+        "floor": floor,
+        "limit": limit,
+        "now": time.time(),
+    }
+    rows = file.db.execute(statement, where).fetchall()
+    after = rows[-1][-1] if len(rows) == limit else floor
+    return rows, after if after > 1 else 0
+
+
+def step_list(
+    file: SqliteFile, filters: CallFilter, before: int | None, limit: int
+) -> tuple[list[CallRecord], int]:
+    """One window of records; 0: that was the last."""
+    rows, after = select_matching(file, filters, before, limit)
+    return [read_record(row) for row in rows], after
+
+
+def step_output(file: SqliteFile, call_id: str) -> Output:
+    """Body and stderr of the last attempt. HttpError: 404."""
+    seq = find_seq(file, call_id)
+    row = file.db.execute(SELECT_OUTPUT, (seq,)).fetchone()
+    return Output(*row) if row else Output(b"", b"")
+
+
+def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
+    """Take away what is to be done for these rows; how many had something to do.
+
+    Claimed work is stopped after the commit.
+    """
+    now = time.time()
+    rows = file.db.execute(SELECT_WORK, (json.dumps(seqs),)).fetchall()
+    for seq, claims, own_id, call_id, function, attempts, work, lane, due_at in rows:
+        if work == CALLBACKS:
+            file.db.execute(CANCEL_CALLBACK, (seq,))
+            cut_output(file, seq)
+        else:
+            file.db.execute(CANCEL_CALL, (now, seq))
+            file.news.ended.append(Ended(own_id, call_id, function, "cancelled", attempts))
+        if due_at is None:
+            file.news.stopped.append(Receipt(seq, claims))
+        else:
+            file.index.lanes[work].remove(lane, 1)
+    return len(rows)
+
+
+def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
+    """Queue those of these rows again, as if new, that are final and have their request."""
+    now = time.time()
+    rows = file.db.execute(SELECT_FINISHED, (json.dumps(seqs),)).fetchall()
+    for seq, queue, lane in rows:
+        file.db.execute(DROP_OUTPUT, (seq,))
+        file.db.execute(REDRIVE_CALL, (lane, now, seq))
+        file.index.add(queue, lane, now)
+    return len(rows)
+
+
+def step_cancel(file: SqliteFile, own_id: str) -> bool:
+    """Cancel the call with this id. False: there is none. HttpError: 409 it has finished."""
+    row = file.db.execute(SELECT_ID, (own_id,)).fetchone()
+    if row is None:
+        return False
+    if not cancel_rows(file, [row[0]]):
+        raise HttpError(409, "the call has finished already")
+    return True
+
+
+def step_redrive(file: SqliteFile, call_id: str) -> None:
+    """Queue a final call again. HttpError: 404, 409, 410."""
+    seq = find_seq(file, call_id)
+    if file.db.execute(SELECT_WORK, (json.dumps([seq]),)).fetchone():
+        raise HttpError(409, "the call, or its callback, has not finished yet")
+    if not redrive_rows(file, [seq]):
+        raise HttpError(410, "the request of this call is not stored any more")
+
+
+def step_bulk(
+    file: SqliteFile,
+    filters: CallFilter,
+    before: int | None,
+    change: Callable[[SqliteFile, Sequence[int]], int],
+) -> tuple[int, int, int]:
+    """Change one batch of matching rows: how many matched, were changed, and where to go on."""
+    rows, after = select_matching(file, filters, before, BATCH)
+    seqs = [row[-1] for row in rows]
+    return len(rows), change(file, seqs) if seqs else 0, after
+
+
+def step_last_seq(file: SqliteFile) -> int:
+    """The newest row."""
+    return file.last_seq
+
+
+def step_purge(file: SqliteFile, queue: str, last_seq: int) -> int:
+    """Cancel one batch of a queue's waiting calls that are not newer than `last_seq`."""
+    rows = file.db.execute(SELECT_WAITING, (queue, last_seq, BATCH)).fetchall()
+    return cancel_rows(file, [seq for (seq,) in rows])
+
+
+def step_pause(file: SqliteFile, queue: str, paused: bool) -> None:
+    """Hold a queue, or let it go on."""
+    file.db.execute(PAUSE_QUEUE, (queue, paused))
+    file.index.pause(queue, paused)
+
+
+def step_stats(file: SqliteFile) -> Mapping[str, QueueStats]:
+    """All queues that have waiting calls or are paused."""
+    stats = {}
+    for work in {*file.index.lanes, *file.index.paused}:
+        waiting = dict(file.index.lanes[work].waiting)
+        oldest_at = min((file.head(work, lane) for lane in waiting), default=float("inf"))
+        stats[work] = QueueStats(waiting, oldest_at, work in file.index.paused)
+    return stats
+
+
+def step_probe(file: SqliteFile) -> None:
     """Take room for something new, and give it back."""
     file.db.execute("CREATE TABLE room (id)")
     file.db.execute("DROP TABLE room")
 
 
-def sql_prune(file: SqliteFile) -> int:
-    """Delete one batch of final records past their time and give free pages back. 1: there are more of those."""
-    sql = f"""DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE completed_at < ? AND work IS NULL
-        AND completed_at IS NOT NULL ORDER BY completed_at LIMIT {BATCH}) RETURNING seq"""
-    gone = file.db.execute(sql, (time.time() - file.settings().calls.keep,)).fetchall()
-    file.db.executemany("DELETE FROM requests WHERE seq = ?", gone)
-    file.db.executemany("DELETE FROM outputs WHERE seq = ?", gone)
-    (free,) = file.db.execute("PRAGMA freelist_count").fetchone()
-    for _ in range(min(free, 2 * BATCH)):
-        file.db.execute("PRAGMA incremental_vacuum(1)")  # more than one page at a time Python's module does not do
-    return len(gone) or int((free - file.db.execute("PRAGMA freelist_count").fetchone()[0]) / (2 * BATCH))
+def step_prune(file: SqliteFile) -> int:
+    """Delete one batch of final records past their time and give free pages back."""
+    before = time.time() - file.settings().calls.keep
+    gone = file.db.execute(PRUNE_CALLS, (before, BATCH)).fetchall()
+    file.db.executemany(DROP_REQUEST, gone)
+    file.db.executemany(DROP_OUTPUT, gone)
+    return len(gone) or give_room_back(file)
 
 
-def in_transaction(*steps: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Methods that have the writer run one of these steps in its next transaction."""
-    return [lambda queue, *arguments, step=step: queue.submit(step, *arguments) for step in steps]
+def give_room_back(file: SqliteFile) -> int:
+    """Give up to two pages a row of a batch back to the file system. 1: that was as many."""
+    most = 2 * BATCH
+    free = file.db.execute("PRAGMA freelist_count").fetchone()[0]
+    for _ in range(min(free, most)):
+        # Python's module steps this statement once, which frees one page, whatever its argument.
+        file.db.execute("PRAGMA incremental_vacuum(1)")
+    left = file.db.execute("PRAGMA freelist_count").fetchone()[0]
+    return int(free - left >= most)
 
 
-class SqliteQueue:
-    """The embedded queue. One thread owns the connection; all that arrives during one fsync shares the next (group
-    commit). Between transactions it waits for the time at which a call becomes due or its deadline passes."""
+# -- writer: the thread with its group commit, and the seam in front of it
 
-    def __init__(self, path: Path, settings: Settings, metrics: Metrics) -> None:
-        self._file = SqliteFile(path, settings)
-        self._observe = metrics.commits.observe
+
+class Entry(NamedTuple):
+    """A step that somebody waits for."""
+
+    step: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    future: asyncio.Future[Any]
+
+
+class Listener(NamedTuple):
+    """Whom the queue tells, on the event loop; see WorkQueue.open."""
+
+    wake: Tell[str]
+    stop: Tell[Hashable]
+    final: Tell[Ended]
+
+    def tell(self, news: News) -> None:
+        """Tell all that a transaction led to."""
+        for name in news.woken:
+            self.wake(name)
+        for receipt in news.stopped:
+            self.stop(receipt)
+        for ended in news.ended:
+            self.final(ended)
+
+
+class Writer:
+    """The thread that owns the connection.
+
+    All that arrives during one fsync shares the next (group commit). Between transactions it waits
+    for the time at which a call becomes due or its deadline passes.
+    """
+
+    def __init__(self, file: SqliteFile, observe_commit: Tell[float], listener: Listener) -> None:
+        self._file = file
+        self._observe_commit = observe_commit
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
         self._outbox: list[Entry] = []  # submitted since the loop's last round
-        self._inbox: queues.SimpleQueue[list[Entry]] = queues.SimpleQueue()
+        self._inbox: SimpleQueue[list[Entry]] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
         self._busy_since = float("inf")  # monotonic; since when the current transaction runs
         self._seen_at = 0.0  # the wall clock after the last wait
         self._expire_after = 0.0  # when calls that missed their deadline are ended at the earliest
-        self._failure: str | None = None  # why the last transaction failed; None after one that did not
-
-    async def open(self, wake: Tell[str], stop: Tell[int], final: Tell[Ended]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._told: dict[str, Tell[Any]] = {"wake": wake, "stop": stop, "final": final}
-        self._nobody: asyncio.Future[None] = self._loop.create_future()  # waits for what the writer does by itself
-        self._nobody.cancel()
-        self._file.open()  # nothing else runs yet
+        self._failure: str | None = None  # why the last transaction failed; None: it did not
+        self._nobody: asyncio.Future[None] = self._loop.create_future()
+        self._nobody.cancel()  # It waits for what the writer does by itself.
         self._thread.start()
 
     async def close(self) -> None:
+        """Finish what was submitted, and end the thread."""
         self._hand_over()
-        self._closing = True  # nothing is handed over after this
-        self._inbox.put([])  # the writer may wait for something
+        self._closing = True  # Nothing is handed over after this.
+        self._inbox.put([])  # The writer may wait for something.
         await asyncio.to_thread(self._thread.join)
 
-    enqueue, claim, complete, retry = in_transaction(sql_enqueue, sql_claim, sql_complete, sql_retry)
-    lookup, output, cancel, redrive = in_transaction(sql_lookup, sql_output, sql_cancel, sql_redrive)
-    pause, stats, prune = in_transaction(sql_pause, sql_stats, sql_prune)
-
-    async def records(self, query: RecordQuery) -> tuple[list[dict[str, Any]], int | None]:
-        found: list[dict[str, Any]] = []
-        while True:  # in windows, so that a rare match in a large file doesn't keep the writer
-            more, cursor = await self.submit(sql_records, query._replace(limit=query.limit - len(found)))
-            found += more
-            if cursor is None or len(found) >= query.limit:
-                return found, cursor
-            query = query._replace(cursor=cursor)
-
-    async def purge(self, queue: str) -> int:
-        total = 0
-        while number := await self.submit(sql_purge, queue):
-            total += number
-        return total
-
-    async def failing(self) -> str | None:
-        if self._failure is not None:
-            with contextlib.suppress(StoreError):
-                await self.submit(sql_probe)
-        return self._failure and f"the queue can't store: {self._failure}"
-
-    def stalled(self) -> str | None:
-        if self._file.damaged:
-            return DAMAGED
-        spent = time.monotonic() - self._busy_since
-        return f"the disk has not answered for {spent:.0f} s" if spent >= STALLED_S else None
-
-    def submit(self, step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    def submit(self, step: Callable[[SqliteFile, *Ts], T], *arguments: *Ts) -> asyncio.Future[T]:
         """Run a step in the next transaction; the future is set once that is on disk."""
-        future = self._loop.create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
         if self._closing or not self._thread.is_alive():
             future.set_exception(StoreError("the queue is closed"))
             return future
-        if not self._outbox:  # hand over once per round of the loop: fewer and larger transactions
+        if not self._outbox:  # Once per round of the loop: fewer and larger transactions.
             self._loop.call_soon(self._hand_over)
-        self._outbox.append((step, arguments, future))
+        self._outbox.append(Entry(step, arguments, future))
         return future
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last transaction failed; None: it did not."""
+        return self._failure
+
+    def busy_s(self) -> float:
+        """For how long the current transaction has been running."""
+        return time.monotonic() - self._busy_since
 
     def _hand_over(self) -> None:
         self._inbox.put(self._outbox)
@@ -1451,418 +2944,795 @@ class SqliteQueue:
             self._busy_since = time.monotonic()
             self._commit(batch)
             self._busy_since = float("inf")
-        self._file.db.close()
+        self._file.close()
 
     def _next_batch(self) -> list[Entry]:
         """What was submitted, or what the time has come for."""
-        file, batch = self._file, list[Entry]()
-        expire_at = max(file.deadline_at, self._expire_after)
-        wait = min([expire_at, *file.wake_at.values()]) - time.time()
-        with contextlib.suppress(queues.Empty):  # waits are short enough to notice a clock that was set
-            batch = self._inbox.get(timeout=min(max(0.0, wait), CLOCK_CHECK_S))
+        index = self._file.index
+        expire_at = max(index.deadline_at, self._expire_after)
+        wait_s = min(expire_at, index.next_wake_at()) - time.time()
+        batch: list[Entry] = []
+        with contextlib.suppress(Empty):
+            # Waits are short enough to notice a clock that was set.
+            batch = self._inbox.get(timeout=min(max(0.0, wait_s), CLOCK_CHECK_S))
             while len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize():
                 batch += self._inbox.get()
-        before, self._seen_at = self._seen_at, time.time()
-        file.stale |= self._seen_at < before - 1.0  # the clock was set back
-        if expire_at <= self._seen_at:
-            batch.append((sql_expire, (), self._nobody))
+        now = time.time()
+        if now < self._seen_at - 1.0:  # The clock was set back.
+            self._file.distrust_index()
+        self._seen_at = now
+        if expire_at <= now:
+            batch.append(Entry(step_expire, (), self._nobody))
         return batch
 
     def _commit(self, batch: list[Entry]) -> None:
-        """One transaction. When it fails, its parts are tried alone, so that none takes the others down."""
-        file, started, changes = self._file, time.perf_counter(), self._file.db.total_changes
+        """One transaction. When it fails, its parts are tried alone: none takes others down."""
+        db = self._file.db
+        started = time.perf_counter()
+        changes = db.total_changes
         try:
-            file.db.execute("BEGIN IMMEDIATE")
-            if file.stale:
-                file.rebuild()
-            results = [(future, step(file, *arguments)) for step, arguments, future in batch]
-            file.db.execute("COMMIT")
+            db.execute("BEGIN IMMEDIATE")
+            if self._file.stale:
+                self._file.rebuild()
+            answers = [(entry.future, self._answer(entry)) for entry in batch]
+            db.execute("COMMIT")
         except Exception as exc:
             self._failed(batch, exc)
             return
         if batch:  # else it was only time to wake a queue
             self._failure = None
-        if file.db.total_changes != changes:
-            self._observe(time.perf_counter() - started)
-        self._tell(results)
+        if db.total_changes != changes:
+            self._observe_commit(time.perf_counter() - started)
+        self._tell(answers)
+
+    def _answer(self, entry: Entry) -> object:
+        """What a step returns, or the HttpError that it raises before it changes anything."""
+        try:
+            return entry.step(self._file, *entry.arguments)
+        except HttpError as exc:
+            return exc
 
     def _failed(self, batch: list[Entry], exc: Exception) -> None:
-        with contextlib.suppress(sqlite3.Error):  # then the next BEGIN fails, which leads here again
+        """Nothing of the transaction happened: try its parts, or tell who waits."""
+        with contextlib.suppress(sqlite3.Error):  # Then the next BEGIN fails, and leads here again.
             self._file.db.rollback()
-        self._file.stale, self._file.news = True, []
-        self._file.suspect |= getattr(exc, "sqlite_errorcode", 0) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        disk = isinstance(exc, sqlite3.OperationalError)  # what fails for one fails for all that do the same
-        parts: dict[Any, list[Entry]] = {}
-        for step, arguments, future in batch:
-            parts.setdefault(step if disk else future, []).append((step, arguments, future))
+        self._file.distrust(exc)
+        parts: dict[Hashable, list[Entry]] = {}
+        # What the disk refuses for one step it refuses for all that do the same.
+        disk = isinstance(exc, sqlite3.OperationalError)
+        for entry in batch:
+            parts.setdefault(entry.step if disk else entry.future, []).append(entry)
         if len(parts) > 1:
             for part in parts.values():
                 self._commit(part)
             return
-        if any(step is sql_expire for step, _, _ in batch):
+        if any(entry.step is step_expire for entry in batch):
             self._expire_after = time.time() + RETRY_STORE_S
-        self._failure = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
-        self._tell([(future, StoreError(self._failure)) for _, _, future in batch])
+        reason = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
+        self._failure = reason
+        self._tell([(entry.future, StoreError(reason)) for entry in batch])
 
-    def _tell(self, results: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    def _tell(self, answers: list[tuple[asyncio.Future[Any], object]]) -> None:
         """Tell first who waits for work, then who asked."""
-        file, now = self._file, time.time()
-        for name in [name for name, at in file.wake_at.items() if at <= now]:
-            del file.wake_at[name]
-            file.news.append(("wake", name))
-        self._loop.call_soon_threadsafe(self._settle, file.news, results)
-        file.news = []
+        news = self._file.take_news()
+        news.woken += self._file.index.due(time.time())
+        self._loop.call_soon_threadsafe(self._settle, news, answers)
 
-    def _settle(self, news: list[tuple[str, Any]], results: list[tuple[asyncio.Future[Any], Any]]) -> None:
-        for kind, what in news:
-            self._told[kind](what)
-        for future, answer in results:
-            if not future.done():
-                (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
-
-
-# --- Functions (HTTP, command) and callbacks ------------------------------------------------------------------------
+    def _settle(self, news: News, answers: list[tuple[asyncio.Future[Any], object]]) -> None:
+        self._listener.tell(news)
+        for future, answer in answers:
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
 
 
-class Ask(NamedTuple):
-    """What a function is asked: `rest` is the path and query that followed its name, as sent."""
+class SqliteQueue:
+    """The embedded queue: WorkQueue and CallRecords on one file."""
 
-    method: str
-    rest: str
-    headers: Sequence[tuple[bytes, bytes]]
-    body: bytes | AsyncIterator[bytes]
+    def __init__(self, path: Path, settings: Settings, observe_commit: Tell[float]) -> None:
+        self._file = SqliteFile(path, settings)
+        self._observe_commit = observe_commit
+        self._writer: Writer  # once open
+
+    async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
+        """See WorkQueue. Raises StoreError, StoreLocked."""
+        self._file.open()  # Nothing else runs yet.
+        self._writer = Writer(self._file, self._observe_commit, Listener(wake, stop, final))
+
+    async def close(self) -> None:
+        await self._writer.close()
+
+    def enqueue(self, call: Invocation) -> Awaitable[str]:
+        return self._writer.submit(step_enqueue, call)
+
+    def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
+        return self._writer.submit(step_claim, name, limit, room)
+
+    def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
+        step = step_deliver if claim.queue == CALLBACKS else step_complete
+        return self._writer.submit(step, claim, outcome, status)
+
+    def retry(self, claim: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:
+        if outcome is None:
+            return self._writer.submit(step_return, claim, delay_s)
+        step = step_retry_callback if claim.queue == CALLBACKS else step_retry
+        return self._writer.submit(step, claim, outcome, delay_s)
+
+    def stalled(self) -> str | None:
+        if self._file.damaged:
+            return DAMAGED
+        busy_s = self._writer.busy_s()
+        return f"the disk has not answered for {busy_s:.0f} s" if busy_s >= STALLED_S else None
+
+    async def failing(self) -> str | None:
+        if self._writer.failure is not None:
+            with contextlib.suppress(StoreError):
+                await self._writer.submit(step_probe)
+        failure = self._writer.failure
+        return f"the queue can't store: {failure}" if failure else None
+
+    def lookup(self, call_id: str) -> Awaitable[CallRecord]:
+        return self._writer.submit(step_lookup, call_id)
+
+    async def list_records(
+        self, filters: CallFilter, limit: int = 100, cursor: str | None = None
+    ) -> Page:
+        """See CallRecords. The cursor is a row's number: the next page is older than that."""
+        records: list[CallRecord] = []
+        before = None if cursor is None else int(cursor)
+        while True:
+            wanted = limit - len(records)
+            more, after = await self._writer.submit(step_list, filters, before, wanted)
+            records += more
+            if not after or len(records) >= limit:
+                return Page(records, str(after) if after else None)
+            before = after
+
+    def output(self, call_id: str) -> Awaitable[Output]:
+        return self._writer.submit(step_output, call_id)
+
+    async def cancel(self, call_id: str) -> int:
+        if await self._writer.submit(step_cancel, call_id):
+            return 1
+        result = await self.cancel_matching(CallFilter(call_id=call_id))
+        if not result.matched:
+            raise HttpError(404, UNKNOWN_CALL)
+        if not result.done:
+            raise HttpError(409, "the call has finished already")
+        return result.done
+
+    def redrive(self, call_id: str) -> Awaitable[None]:
+        return self._writer.submit(step_redrive, call_id)
+
+    async def cancel_matching(self, filters: CallFilter) -> BulkResult:
+        return await self._bulk(filters, cancel_rows)
+
+    async def redrive_matching(self, filters: CallFilter) -> BulkResult:
+        return await self._bulk(filters, redrive_rows)
+
+    async def _bulk(
+        self, filters: CallFilter, change: Callable[[SqliteFile, Sequence[int]], int]
+    ) -> BulkResult:
+        matched = 0
+        done = 0
+        before: int | None = None
+        while True:
+            next_at = time.monotonic() + BULK_PERIOD_S
+            step = self._writer.submit(step_bulk, filters, before, change)
+            found, changed, before = await step
+            matched += found
+            done += changed
+            if not before:
+                return BulkResult(matched, done)
+            if found:  # A window in which nothing matched has kept nobody.
+                await asyncio.sleep(next_at - time.monotonic())
+
+    async def purge(self, name: str) -> int:
+        total = 0
+        last_seq = await self._writer.submit(step_last_seq)
+        while True:
+            next_at = time.monotonic() + BULK_PERIOD_S
+            number = await self._writer.submit(step_purge, name, last_seq)
+            total += number
+            if number < BATCH:
+                return total
+            await asyncio.sleep(next_at - time.monotonic())
+
+    def pause(self, name: str, paused: bool) -> Awaitable[None]:
+        return self._writer.submit(step_pause, name, paused)
+
+    def stats(self) -> Awaitable[Mapping[str, QueueStats]]:
+        return self._writer.submit(step_stats)
+
+    def prune(self) -> Awaitable[int]:
+        return self._writer.submit(step_prune)
+
+
+# --- HTTP client ----------------------------------------------------------------------------------
+# The one way out to functions, the provider and receivers. Nothing else knows which library it is.
 
 
 class Wire(ResponseHandler):
-    """A connection to a function or receiver. One that has sent what nobody asked for (servers tell idle clients "408
-    Request Timeout") is not used again: the next caller would take that for its answer."""
+    """A connection to a peer.
 
-    def is_connected(self) -> bool:  # asked by the pool
+    One on which something came that nobody asked for (servers tell idle clients "408 Request
+    Timeout") is not used again: the next caller would take that for its answer.
+    """
+
+    def is_connected(self) -> bool:
+        """Whether the pool may hand it out."""
         return super().is_connected() and not self.should_close
 
 
-def client_session(connector: Callable[..., aiohttp.BaseConnector], **options: Any) -> aiohttp.ClientSession:
-    """A client that passes things on as they are: no cookies, no decompression, no headers or limits of its own."""
-    pool: Any = connector(**{"limit": 0, "keepalive_timeout": POOL_IDLE_S, **options})
-    pool._factory = functools.partial(Wire, loop=pool._loop)
-    session = aiohttp.ClientSession(
-        connector=pool, auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(), max_line_size=MAX_HEADER_BYTES,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"), max_field_size=MAX_HEADER_BYTES,
-    )  # fmt: skip
-    session._retry_connection = False  # or a GET that is broken off would make two calls of the function
-    return session
+class CheckedResolver(aiohttp.abc.AbstractResolver):
+    """Looks names up in threads, and hands out only addresses that may be called.
+
+    The address that is checked is the one that is connected to (DNS rebinding).
+    """
+
+    def __init__(self, allowed: Callable[[str, str], bool]) -> None:
+        self._allowed = allowed  # host, address
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[aiohttp.abc.ResolveResult]:
+        """The addresses of a host. Raises RequestFailed, OSError."""
+        results = await self._resolver.resolve(host, port, family)
+        allowed = [item for item in results if self._allowed(host, item["host"])]
+        if not allowed:
+            reason = f"to {host} at {results[0]['host']} are not allowed"
+            raise RequestFailed(FailureKind.FORBIDDEN, reason)
+        return allowed
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
 
-def failure(exc: BaseException, who: str, started: float = 0.0, function: Function | None = None) -> Outcome:
-    """The outcome of a call that gave no answer: 502 or 504 and one line. `started` is a time.perf_counter(). Raises
-    ProviderAway where a function's provider could not be reached."""
-    spent, status = time.perf_counter() - started, 502
-    if isinstance(exc, aiohttp.ClientConnectorError):
-        number = getattr(exc.os_error, "errno", None)
-        reason = f"can't be reached: {os.strerror(number) if number and number > 0 else exc.os_error}"
-        if function and function.replicas is not None:
-            raise ProviderAway(503, f"the provider {reason}", LATER)
-    elif isinstance(exc, TimeoutError):
-        reason, status = "did not answer in time", 504
-    elif isinstance(exc, aiohttp.ClientResponseError):
-        reason = "did not answer in valid HTTP"
-    elif isinstance(exc, aiohttp.ClientError | ConnectionError):
-        reason = "broke off the connection"
-    else:
-        reason = str(getattr(exc, "strerror", None) or exc)
-    return Outcome(status, False, spent, error=f"{who} {reason}", answered=False)
+class HttpResponse:
+    """The head of an answer, and its body as it comes in. Closed at the end of its block."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.reason = response.reason or ""
+        self.headers: Headers = tuple(response.raw_headers)
+
+    async def __aenter__(self) -> HttpResponse:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._response.release()  # for the next request, if the body was read to its end
+
+    async def read_chunk(self) -> bytes:
+        """What came in since; nothing: that was the end. Raises RequestFailed."""
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as exc:
+            raise request_failed(exc) from exc
+
+    async def read(self, keep: int, whole: bool) -> tuple[bytes, int]:
+        """Read to the end; see `gather`. Raises RequestFailed."""
+        return await gather(self.read_chunk, keep, whole)
 
 
-async def read_capped(content: Reader, keep: int, whole: bool = False) -> tuple[bytes, int]:
-    """Read to the end: the first `keep` bytes, and the whole size. With `whole`, a byte too many raises OSError."""
-    parts, length = [], 0
-    while chunk := await content.read(256 * KIB):
+async def gather(read: Callable[[], Awaitable[bytes]], keep: int, whole: bool) -> tuple[bytes, int]:
+    """What `read` gives to the end: the first `keep` bytes, and the size of it all.
+
+    With `whole`, a byte too many raises RequestFailed.
+    """
+    parts: list[bytes] = []
+    length = 0
+    while chunk := await read():
         if length < keep:
             parts.append(chunk[: keep - length])
         length += len(chunk)
         if whole and length > keep:
-            raise OSError(f"answered more than {keep} bytes")
-    return parts[0] if len(parts) == 1 else b"".join(parts), length
+            raise RequestFailed(FailureKind.TOO_LONG, f"answered more than {keep} bytes")
+    return b"".join(parts), length
 
 
-class Slots:
-    """Calls in flight by function, sync and queued, against max_inflight and what `adaptive` queues learn from 429s."""
+class HttpClient:
+    """A pool of connections that passes requests on as they are.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self._running = settings, Counter[str]()
-        self.provided: dict[str, int | None] = {}  # max_inflight of the provider's functions
+    No cookies, no decompression, no redirects, no headers of its own, and no second attempt.
+    """
+
+    def __init__(
+        self,
+        *,
+        keepalive_s: float = POOL_IDLE_S,
+        unix_path: str | None = None,
+        tls: ssl.SSLContext | bool = True,
+        resolver: CheckedResolver | None = None,
+    ) -> None:
+        connector: aiohttp.BaseConnector
+        if unix_path is not None:
+            connector = aiohttp.UnixConnector(unix_path, limit=0, keepalive_timeout=keepalive_s)
+        else:
+            connector = aiohttp.TCPConnector(
+                limit=0,
+                keepalive_timeout=keepalive_s,
+                ssl=tls,
+                resolver=resolver,
+                use_dns_cache=resolver is None,
+            )
+        loop = asyncio.get_running_loop()
+        connector._factory = functools.partial(Wire, loop=loop)  # type: ignore[assignment]
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(),
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        )
+        # Or a GET that is broken off would make two calls of the function. There is no public way.
+        self._session._retry_connection = False
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def request(
+        self,
+        method: str,
+        url: yarl.URL,
+        headers: Iterable[Header],
+        body: bytes | AsyncIterator[bytes],
+    ) -> HttpResponse:
+        """Send a request, and return when the head of the answer has come. No time limit.
+
+        Raises RequestFailed; and what `body` raises, if that is an HttpError.
+        """
+        try:
+            response = await self._session.request(
+                method, url, headers=as_multidict(headers), data=body or None, allow_redirects=False
+            )
+        except (aiohttp.ClientError, OSError) as exc:
+            if isinstance(exc.__cause__, HttpError):
+                raise exc.__cause__ from None
+            raise request_failed(exc) from exc
+        return HttpResponse(response)
+
+
+def request_failed(exc: Exception) -> RequestFailed:
+    """What an exception of the library, or of the system, means."""
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        number = getattr(exc.os_error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else str(exc.os_error)
+        return RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: {reason}")
+    if isinstance(exc, TimeoutError):
+        return RequestFailed(FailureKind.TIMEOUT, "did not answer in time")
+    if isinstance(exc, aiohttp.ClientResponseError):
+        return RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP")
+    if isinstance(exc, aiohttp.ClientError | ConnectionError):
+        return RequestFailed(FailureKind.BROKEN, "broke off the connection")
+    return RequestFailed(FailureKind.LOCAL, str(getattr(exc, "strerror", None) or exc))
+
+
+@contextlib.asynccontextmanager
+async def time_limit(limit_s: float | None) -> AsyncIterator[None]:
+    """RequestFailed when the block takes longer."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError as exc:
+        raise request_failed(exc) from None
+
+
+def with_target(base: yarl.URL, target: str) -> yarl.URL:
+    """The URL of a path and query below `base`, byte for byte.
+
+    The query stands in the path, because yarl would drop an empty one.
+    """
+    return base.with_path(base.raw_path.rstrip("/") + target, encoded=True)
+
+
+def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
+    """Header fields as aiohttp takes them.
+
+    It would lose bytes that are not UTF-8: they are taken for Latin-1. And it would lose repeats of
+    a name in another case: all get the case of the first.
+    """
+    fields: CIMultiDict[str] = CIMultiDict()
+    names: dict[bytes, str] = {}
+    for name, value in headers:
+        shown = names.setdefault(name.lower(), name.decode("latin-1"))
+        clean = re.sub(rb"[\0-\x08\n-\x1f\x7f]", b" ", value)
+        try:
+            fields.add(shown, clean.decode())
+        except UnicodeDecodeError:
+            fields.add(shown, clean.decode("latin-1"))
+    return fields
+
+
+# --- Functions ------------------------------------------------------------------------------------
+# -- limits
+
+
+class FunctionLimits:
+    """Calls in flight by function, sync and queued, against max_inflight and what 429s taught."""
+
+    def __init__(self, settings: Settings, on_room: Callable[[], None]) -> None:
+        self._settings = settings
+        self._on_room = on_room  # told when a function that was full may have room again
+        self._provided: dict[str, int] = {}  # max_inflight of the provider's functions
+        self._running: Counter[str] = Counter()
         self._resting: dict[str, float] = {}  # functions that get no calls until then (monotonic)
-        self._learned: dict[str, tuple[float, float]] = {}  # calls it takes at once; when it last took less (monotonic)
-        self._freed = asyncio.Event()
-        self.freed: Callable[[], object] = lambda: None  # told when a function that was full has room again
+        self._learned: dict[str, Learned] = {}
+        self._room = asyncio.Event()  # set, and replaced, whenever there may be room
 
     def room(self, adaptive: bool) -> dict[str, int]:
-        """How many more calls the functions that have a limit can take; "": those that have none."""
-        limits = {name: limit for name, limit in self.provided.items() if limit is not None}
-        limits |= self._settings().limits
-        limits |= {name: 0 for name, until in self._resting.items() if until > time.monotonic()}
-        for name, (learned, _) in self._learned.items() if adaptive else ():
-            limits[name] = min(limits.get(name, 1 << 30), int(learned))
+        """How many more calls the functions that have a limit can take; "": those without one."""
+        now = time.monotonic()
+        limits = {**self._provided, **self._settings().function_limits}
+        limits |= {name: 0 for name, until in self._resting.items() if until > now}
+        if adaptive:
+            for name, learned in self._learned.items():
+                limits[name] = min(limits.get(name, 1 << 30), int(learned.limit))
         room = {name: max(0, limit - self._running[name]) for name, limit in limits.items()}
         return {**room, "": 1} if adaptive else room
 
     def learn(self, name: str, status: int, started: float) -> None:
-        """Additive increase, multiplicative decrease (Chiu and Jain, 1989): a call more for each answer until the first
-        429, then for 4 rounds of answers. A 429 halves the number, once for all that `started` (monotonic) before."""
-        limit, lowered_at = self._learned.get(name, (1.0, 0.0))
-        if status != 429:
-            self._learned[name] = limit + (0.25 / limit if lowered_at else 1.0), lowered_at
-        elif started > lowered_at:
-            self._learned[name] = max(1.0, limit / 2), time.monotonic()
-        self.freed()
+        """Take note of an answer; see `learn`."""
+        before = self._learned.get(name, Learned())
+        self._learned[name] = learn(before, status, started, time.monotonic())
+        self._on_room()
 
     def rest(self, name: str) -> None:
         """Give a function no calls for RETRY_STORE_S."""
         self._resting[name] = time.monotonic() + RETRY_STORE_S
-        asyncio.get_running_loop().call_later(RETRY_STORE_S + 0.01, self.freed)
+        asyncio.get_running_loop().call_later(RETRY_STORE_S + 0.01, self._on_room)
+
+    def provide(self, name: str, limit: int | None) -> None:
+        """Take note of the max_inflight of a provider's function; None: it has none."""
+        if self._provided.get(name) == limit:
+            return
+        if limit is None:
+            del self._provided[name]
+        else:
+            self._provided[name] = limit
+        self.changed()
+
+    def changed(self) -> None:
+        """There may be room where there was none: a call has ended, or a limit is another one."""
+        self._room.set()
+        self._room = asyncio.Event()
+        self._on_room()
+
+    def limit(self, name: str) -> int | None:
+        """A function's max_inflight."""
+        return self._settings().function_limits.get(name) or self._provided.get(name)
 
     def full(self, name: str) -> bool:
-        limit = self._settings().limits.get(name) or self.provided.get(name)
+        """Whether a function takes no more calls."""
+        limit = self.limit(name)
         return limit is not None and self._running[name] >= limit
 
     async def wait(self, name: str) -> None:
         """Wait until a function has room: a sync call may have taken what a claim was promised."""
         while self.full(name):
-            self._freed.clear()
-            await self._freed.wait()
+            await self._room.wait()
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Take a slot while a call runs."""
         self._running[name] += 1
+        limited = self.limit(name) is not None
         try:
             yield
         finally:
-            was_full = self.full(name)
             self._running[name] -= 1
-            if was_full:
-                self._freed.set()
-                self.freed()
+            if limited or self.limit(name) is not None:
+                self.changed()
 
 
-class Functions:
-    """Finds functions, in the configuration and then at the provider; wakes and calls them."""
+# -- provider, directory and scaling
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self.slots = settings, Slots(settings)
-        self.changes = 0  # made at the provider: what was looked up before is looked up again
-        # What the provider said last, by key: after which change, until when that is fresh (monotonic), the function.
-        # It is kept for longer, so that calls can be queued while the provider is away.
-        self._seen: dict[str, tuple[int, float, Function | None]] = {}
-        self._asking: dict[str, asyncio.Task[Any]] = {}  # look-ups and scale-ups under way, for others to join
 
-    async def open(self, stack: contextlib.AsyncExitStack) -> None:
-        self._session = await stack.enter_async_context(client_session(aiohttp.TCPConnector))
-        # faasd closes connections that idle; a call that finds one closed may not be sent twice. So none is kept.
-        self._fresh = await stack.enter_async_context(client_session(aiohttp.TCPConnector, keepalive_timeout=0))
+@contextlib.contextmanager
+def provider_reached() -> Iterator[None]:
+    """ProviderAway where no connection to the provider could be made in this block."""
+    try:
+        yield
+    except RequestFailed as exc:
+        if exc.kind is FailureKind.UNREACHABLE:
+            raise ProviderAway(f"the provider {exc.text}") from None
+        raise
+
+
+class Fetched(NamedTuple):
+    """An answer that has been read."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Provider:
+    """faasd's REST API."""
+
+    settings: Settings
+    http: HttpClient
+
+    @property
+    def url(self) -> yarl.URL | None:
+        """Where it is; None: there is no provider."""
+        return self.settings().provider.url
+
+    async def request(
+        self, method: str, target: str, headers: Sequence[Header], body: bytes = b""
+    ) -> HttpResponse:
+        """A request with our login, answered as it comes. Raises RequestFailed."""
+        config = self.settings()
+        if self.url is None:
+            raise ProviderAway("no provider is configured")
+        sent = [item for item in headers if item[0].lower() != b"authorization"]
+        sent.append((b"Via", via(target).encode()))
+        if login := config.provider.login or config.auth.login:
+            sent.append((b"Authorization", login.encode("latin-1")))
+        with provider_reached():
+            return await self.http.request(method, with_target(self.url, target), sent, body)
+
+    async def ask(
+        self, method: str, target: str, body: bytes = b"", limit_s: float = PROVIDER_S
+    ) -> Fetched:
+        """A request, answered as a whole. Raises ProviderAway where there is no answer."""
+        headers = [(b"Content-Type", b"application/json")]
+        try:
+            async with (
+                time_limit(limit_s),
+                await self.request(method, target, headers, body) as response,
+            ):
+                answer, _ = await response.read(MAX_RESPONSE_BYTES, whole=True)
+        except RequestFailed as exc:
+            raise ProviderAway(f"the provider {exc.text}") from None
+        return Fetched(response.status, response.headers, answer)
+
+    async def look_up(self, name: str, namespace: str) -> Function | None:
+        """A function as the provider describes it now. Raises ProviderAway."""
+        key = f"{name}.{namespace}"
+        answer = await self.ask("GET", f"/system/function/{name}?namespace={namespace}")
+        if answer.status in (400, 404):
+            return None
+        if answer.status != 200:
+            raise ProviderAway(f"the provider answered {answer.status} to a look-up of {key}")
+        try:
+            document = table(json.loads(answer.body))
+            labels = string_table(document.get("labels") or {})
+            annotations = string_table(document.get("annotations") or {})
+        except ValueError:
+            reason = f"what the provider answered to a look-up of {key} is none"
+            raise ProviderAway(reason) from None
+        return replace(
+            annotated(name, namespace, annotations, self.settings().retry),
+            url=yarl.URL(str(self.url)).joinpath("function", key),
+            labels=labels,
+            replicas=document.get("availableReplicas", 0),
+        )
+
+    async def scale_up(self, function: Function) -> None:
+        """Ask for one replica. Raises ProviderAway; HttpError(503) with the provider's reason."""
+        name = function.name
+        document = {"serviceName": name, "namespace": function.namespace, "replicas": 1}
+        body = json.dumps(document).encode()
+        answer = await self.ask("POST", f"/system/scale-function/{name}", body)
+        if answer.status >= 300:
+            said = " ".join(answer.body[:200].decode(errors="replace").split())
+            reason = f"the provider does not start function {name}: it answered {answer.status}"
+            raise HttpError(503, f"{reason} {said}".rstrip(), LATER)
+
+
+class Seen(NamedTuple):
+    """What the provider said last of a name."""
+
+    change: int  # which of our changes it came after
+    fresh_until: float  # monotonic
+    function: Function | None
+
+
+class FunctionDirectory:
+    """Finds functions, in the configuration and then at the provider, and has them woken."""
+
+    def __init__(self, settings: Settings, provider: Provider, limits: FunctionLimits) -> None:
+        self._settings = settings
+        self._provider = provider
+        self._limits = limits
+        self._changes = 0
+        # By key, the least recently used first. What is not fresh is kept for longer, so that
+        # calls can be queued while the provider is away.
+        self._seen: OrderedDict[str, Seen] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[Any]] = {}  # look-ups and scale-ups, to be joined
 
     def known(self, name: str) -> Function | None:
-        """The function NAME[.NAMESPACE] as the configuration has it, or as the provider had it last."""
-        config, (name, _, namespace) = self._settings(), name.partition(".")
-        own = config.functions.get(name) if namespace in ("", config.gateway.namespace) else None
-        return own or self._seen.get(f"{name}.{namespace or config.gateway.namespace}", (0, 0.0, None))[2]
+        """The function NAME[.NAMESPACE] as the file has it, or as the provider had it last."""
+        config = self._settings()
+        short, _, namespace = name.partition(".")
+        if namespace in ("", config.gateway.namespace) and short in config.functions:
+            return config.functions[short]
+        seen = self._seen.get(f"{short}.{namespace or config.gateway.namespace}")
+        return seen.function if seen else None
 
     async def find(self, name: str, stale: bool = False) -> Function | None:
-        """The same as it is now; with `stale`, as it was known if the provider is away. Raises ProviderAway."""
-        config, function = self._settings(), self.known(name)
-        if config.provider.url is None or (function and function.replicas is None):
+        """The same as it is now. Raises ProviderAway.
+
+        With `stale`, as it was known if the provider is away.
+        """
+        function = self.known(name)
+        if self._provider.url is None or (function and not function.provided):
             return function
-        key = name if "." in name else f"{name}.{config.gateway.namespace}"
-        change, fresh_until, _ = self._seen.get(key, (0, 0.0, None))
-        if change == self.changes and time.monotonic() < fresh_until:
-            return function
-        if not all(map(_NAME.fullmatch, key.split(".", 1))):
+        key = name if "." in name else f"{name}.{self._settings().gateway.namespace}"
+        seen = self._seen.get(key)
+        if seen:
+            self._seen.move_to_end(key)
+            if seen.change == self._changes and time.monotonic() < seen.fresh_until:
+                return seen.function
+        if not all(map(NAME.fullmatch, key.split(".", 1))):
             return None
         try:
-            function = await self._join(f"{key} {self.changes}", self._look_up, key)
+            return await self._join(f"{key} {self._changes}", self._look_up(key))
         except ProviderAway:
-            if not (stale and function):
-                raise
-        return function
+            if stale and function:
+                return function
+            raise
 
     def all(self) -> Iterator[Function]:
-        """Those of the configuration, and those of the provider that were looked up."""
+        """Those of the file, and those of the provider that were looked up."""
         yield from self._settings().functions.values()
-        yield from (function for *_, function in self._seen.values() if function)
+        for seen in self._seen.values():
+            if seen.function:
+                yield seen.function
 
-    async def _join(self, name: str, work: Callable[[T], Coroutine[Any, Any, Any]], what: T) -> Any:
-        """Do something once for all who want it at the same time."""
-        if name not in self._asking:
-            self._asking[name] = asyncio.create_task(work(what), name=name)
-            self._asking[name].add_done_callback(lambda task: self._asking.pop(name) and task.exception())
-        return await asyncio.shield(self._asking[name])
-
-    async def _look_up(self, key: str) -> Function | None:
-        (name, _, namespace), function = key.partition("."), None
-        changes, config = self.changes, self._settings()
-        answer = await self.ask("GET", f"/system/function/{name}?namespace={namespace}")
-        if answer.status not in (200, 400, 404):
-            raise ProviderAway(503, f"the provider answered {answer.status} to a look-up of {key}", LATER)
-        if answer.status == 200:
-            try:
-                found = json.loads(answer.body)
-                labels, annotations = (string_table(found.get(key) or {}) for key in ("labels", "annotations"))
-            except (ValueError, AttributeError):
-                raise ProviderAway(503, f"what the provider answered to a look-up of {key} is none", LATER) from None
-            function = annotated(Function(
-                name=name, namespace=namespace, url=yarl.URL(f"{config.provider.url}").joinpath("function", key),
-                labels=labels, annotations=annotations, replicas=found.get("availableReplicas", 0),
-            ), config.retry)  # fmt: skip
-        self._seen[key] = changes, time.monotonic() + config.provider.cache, function
-        self.slots.provided[key] = function.max_inflight if function else None
-        if len(self._seen) > MAX_SEEN:
-            oldest = next(iter(self._seen))
-            del self._seen[oldest], self.slots.provided[oldest]
-        return function
-
-    def provider(self) -> Function:
-        """The provider itself, as if it were one of its functions; but it has no namespace, and gets our login."""
-        return Function(name="provider", namespace="", url=self._settings().provider.url, replicas=1)
-
-    async def ask(self, method: str, target: str, body: bytes = b"", limit: float = PROVIDER_S) -> Outcome:
-        """A request to the provider's REST API. Raises ProviderAway where there is no answer."""
-        ask = Ask(method, target, [(b"Content-Type", b"application/json")], body)
-        answer = await self.call(self.provider(), ask, limit, MAX_RESPONSE_BYTES)
-        if not answer.answered:
-            raise ProviderAway(503, answer.error or "", LATER)
-        return answer
+    def expire(self) -> None:
+        """Something has changed at the provider: what was looked up before is looked up again."""
+        self._changes += 1
 
     async def awake(self, function: Function) -> None:
-        """Have the provider start a function that has no replicas, and wait until it has. Raises Refused(503)."""
+        """Have a function without replicas started, and wait until it has one.
+
+        Raises ProviderAway, and HttpError(503).
+        """
         if function.replicas == 0:
-            await self._join(f"wake {function.key}", self._wake, function)
+            await self._join(f"wake {function.key}", self._wake(function))
+
+    async def _join(self, name: str, work: Coroutine[Any, Any, T]) -> T:
+        """Do something once for all who want it at the same time."""
+        if name in self._asking:
+            work.close()
+        else:
+            task = asyncio.create_task(work, name=name)
+            self._asking[name] = task
+            task.add_done_callback(self._asked)
+        result: T = await asyncio.shield(self._asking[name])
+        return result
+
+    def _asked(self, task: asyncio.Task[Any]) -> None:
+        del self._asking[task.get_name()]
+        if not task.cancelled():
+            task.exception()  # Whoever asked may have gone away meanwhile.
+
+    async def _look_up(self, key: str) -> Function | None:
+        changes = self._changes
+        name, _, namespace = key.partition(".")
+        function = await self._provider.look_up(name, namespace)
+        fresh_until = time.monotonic() + self._settings().provider.cache
+        self._seen[key] = Seen(changes, fresh_until, function)
+        self._seen.move_to_end(key)
+        self._limits.provide(key, function.max_inflight if function else None)
+        if len(self._seen) > MAX_SEEN:
+            forgotten, _ = self._seen.popitem(last=False)
+            self._limits.provide(forgotten, None)
+        return function
+
+    async def _is_asleep(self, key: str) -> bool:
+        function = await self._look_up(key)
+        return function is not None and not function.replicas
 
     async def _wake(self, function: Function) -> None:
-        config, name = self._settings().provider, function.name
+        config = self._settings().provider
         if not config.scale_from_zero:
-            raise Refused(503, f"function {name} has no replicas, and provider.scale_from_zero is off")
-        document = json.dumps({"serviceName": name, "namespace": function.namespace, "replicas": 1}).encode()
+            reason = f"function {function.name} has no replicas"
+            raise HttpError(503, f"{reason}, and provider.scale_from_zero is off")
         try:
             async with asyncio.timeout(config.scale_timeout):
-                await self.ask("POST", f"/system/scale-function/{name}", document)
-                while (found := await self._look_up(function.key)) and not found.replicas:  # noqa: ASYNC110
+                await self._provider.scale_up(function)
+                while await self._is_asleep(function.key):  # noqa: ASYNC110 (it has no event)
                     await asyncio.sleep(SCALE_POLL_S)
         except TimeoutError:
-            raise Refused(503, f"function {name} has no replicas after provider.scale_timeout", LATER) from None
-
-    def request(self, function: Function, ask: Ask) -> Any:
-        """The HTTP call itself, an async context manager. The target reaches the function byte for byte."""
-        assert function.url
-        # The query stands in the path, because yarl would drop an empty one.
-        target = function.url.with_path(function.url.raw_path.rstrip("/") + ask.rest, encoded=True)
-        headers, session = as_multidict(ask.headers), self._session
-        if function.replicas is not None:
-            session, config = self._fresh, self._settings()
-            if not function.namespace and (login := config.provider.login or config.auth.login):
-                headers["Authorization"] = login
-            headers.add("Via", via(ask.rest))
-        return session.request(ask.method, target, headers=headers, data=ask.body or None, allow_redirects=False)
-
-    async def call(self, function: Function, ask: Ask, timeout_s: float, keep: int, whole: bool = True) -> Outcome:
-        """Call a function and read its answer: the first `keep` bytes; with `whole`, a longer answer is a failure.
-        Never raises for what the function does; raises ProviderAway."""
-        started, who = time.perf_counter(), f"function {function.name}" if function.namespace else "the provider"
-        try:
-            if function.command:
-                return await run_command(function, ask, timeout_s, max(keep, MAX_RESPONSE_BYTES))
-            async with asyncio.timeout(timeout_s), self.request(function, ask) as answer:
-                kept, length = await read_capped(answer.content, keep, whole)
-        except NO_ANSWER as exc:
-            return failure(exc, who, started, function)
-        status, given = answer.status, forward_headers(answer.raw_headers, frozenset((b"content-length",)))
-        self.changes += "X-Openfaas-Internal" in answer.headers  # the function may have no replicas any more
-        # faasd answers 301 for a path that is not clean, and does not run the function.
-        ok, spent = 200 <= status < 400 and (status != 301 or function.replicas is None), time.perf_counter() - started
-        error = None if ok else f"{who} answered {status}"
-        return Outcome(status, ok, spent, tuple(given), kept, length, error=error)
+            reason = f"function {function.name} has no replicas after provider.scale_timeout"
+            raise HttpError(503, reason, LATER) from None
 
 
-def as_multidict(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
-    """Header fields as aiohttp takes them. It would lose bytes that are not UTF-8: they are taken for Latin-1. And it
-    would lose repeats of a name in another case: all get the case of the first."""
-    found, names = CIMultiDict[str](), dict[bytes, str]()
-    for name, value in headers:
-        shown = names.setdefault(name.lower(), name.decode("latin-1"))
-        value = re.sub(rb"[\0-\x08\n-\x1f\x7f]", b" ", value)
-        try:
-            found.add(shown, value.decode())
-        except UnicodeDecodeError:
-            found.add(shown, value.decode("latin-1"))
-    return found
+# -- commands
 
 
-async def run_command(function: Function, ask: Ask, timeout_s: float, keep: int) -> Outcome:
-    """Start a command for one request, like the classic watchdog. Its process group never outlives the call. Raises
-    OSError when it can't be started, writes more than `keep` bytes or takes too long (TimeoutError)."""
-    started, pipe = time.perf_counter(), asyncio.subprocess.PIPE
+async def run_command(
+    function: Function, request: FunctionRequest, timeout_s: float, keep: int
+) -> Outcome:
+    """Start a command for one request, like the classic watchdog.
+
+    Its process group never outlives the call. Raises RequestFailed when it can't be started, writes
+    more than `keep` bytes or takes too long; and what the request's body raises.
+    """
+    started = time.perf_counter()
+    process = await start_command(function, request)
     try:
-        environment = command_environment(function, ask)
-        starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
-            *(function.command or ()), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=environment
-        ))  # fmt: skip
-        process = await asyncio.shield(starting)
+        limit_s = min(timeout_s, function.exec_timeout or timeout_s)
+        async with time_limit(limit_s):
+            code, stdout, stderr = await talk_to(process, request.body, keep)
+    finally:
+        kill_group(process.pid)
+        await process.wait()
+    error = None
+    body = stdout
+    if code != 0:
+        body = stdout or stderr
+        how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
+        error = f"function {function.name}: {how}"
+    status = 500 if error else 200
+    headers = ((b"Content-Type", content_type_of(body)),)
+    duration_s = time.perf_counter() - started
+    return Outcome(status, not error, duration_s, headers, body, len(body), stderr, error)
+
+
+async def start_command(function: Function, request: FunctionRequest) -> asyncio.subprocess.Process:
+    """The process, in a session of its own. Raises RequestFailed."""
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *(function.command or ()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env=command_environment(function, request),
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
     except asyncio.CancelledError:
-        starting.add_done_callback(lambda done: done.exception() or kill_group(done.result().pid))  # type: ignore[func-returns-value]
+        starting.add_done_callback(kill_started)
         raise
     except (OSError, ValueError) as exc:
-        raise OSError(f"can't be started: {getattr(exc, 'strerror', None) or exc}") from exc
+        reason = f"can't be started: {getattr(exc, 'strerror', None) or exc}"
+        raise RequestFailed(FailureKind.LOCAL, reason) from exc
+
+
+def kill_started(starting: asyncio.Future[asyncio.subprocess.Process]) -> None:
+    """Kill a command that was started for a call which has gone meanwhile."""
+    if not starting.exception():
+        kill_group(starting.result().pid)
+
+
+async def talk_to(
+    process: asyncio.subprocess.Process, body: bytes | AsyncIterator[bytes], keep: int
+) -> tuple[int, bytes, bytes]:
+    """Feed a command and read what it writes until it ends: exit code, stdout, stderr."""
+    assert process.stdin and process.stdout and process.stderr
     try:
-        async with asyncio.timeout(min(timeout_s, function.exec_timeout or timeout_s)), asyncio.TaskGroup() as group:
-            assert process.stdin and process.stdout and process.stderr
-            feeding = group.create_task(feed(process.stdin, ask.body))
-            out = group.create_task(read_capped(process.stdout, keep, whole=True))
-            err = group.create_task(read_capped(process.stderr, 64 * KIB))
+        async with asyncio.TaskGroup() as group:
+            feeding = group.create_task(feed(process.stdin, body))
+            read_stdout = functools.partial(process.stdout.read, PIPE_BYTES)
+            read_stderr = functools.partial(process.stderr.read, PIPE_BYTES)
+            stdout = group.create_task(gather(read_stdout, keep, whole=True))
+            stderr = group.create_task(gather(read_stderr, MAX_STDERR_BYTES, whole=False))
             code = await process.wait()
             kill_group(process.pid)  # what it left behind; that also ends the pipes
             feeding.cancel()
     except ExceptionGroup as group_exc:
-        raise group_exc.exceptions[0] from None  # too much output, or the caller's body could not be read
-    finally:
-        kill_group(process.pid)
-        await process.wait()
-    (stdout, _), (stderr, _), spent = out.result(), err.result(), time.perf_counter() - started
-    body, kind, error = stdout, b"application/octet-stream", None
-    if code != 0:
-        body = stdout or stderr
-        error = f"function {function.name}: " + (f"exit status {code}" if code > 0 else f"killed by signal {-code}")
-    with contextlib.suppress(UnicodeDecodeError):
-        body.decode()
-        kind = b"text/plain; charset=utf-8"
-    headers = ((b"Content-Type", kind),)
-    return Outcome(500 if error else 200, error is None, spent, headers, body, len(body), stderr, error)
-
-
-def command_environment(function: Function, ask: Ask) -> dict[str, str]:
-    """The variables of a command: ours without systemd's, the classic watchdog's Http_*, then those of `env`."""
-    path, _, query = ask.rest.partition("?")
-    found: dict[str, str] = {}
-    for raw_name, raw_value in ask.headers:
-        name = "Http_" + raw_name.decode("latin-1").title().replace("-", "_")
-        found[name] = f"{found[name]}, {os.fsdecode(raw_value)}" if name in found else os.fsdecode(raw_value)
-    found.pop("Http_Proxy", None)  # many programs would obey it (httpoxy, CVE-2016-5385)
-    found |= {"Http_Method": ask.method, "Http_Path": path or "/", "Http_Query": query}
-    length = str(len(ask.body)) if isinstance(ask.body, bytes) else found.get("Http_Content_Length", "-1")
-    found["Http_ContentLength"] = found["Http_Content_Length"] = length
-    systemd = re.compile(r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID|UV_\w+")
-    own = {name: value for name, value in os.environ.items() if not systemd.fullmatch(name)}
-    return {**own, **found, **function.env}
-
-
-def kill_group(pid: int) -> None:
-    """Kill a command with everything it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+        raise group_exc.exceptions[0] from None  # too much output, or the body could not be read
+    return code, stdout.result()[0], stderr.result()[0]
 
 
 async def feed(stdin: asyncio.StreamWriter, body: bytes | AsyncIterator[bytes]) -> None:
     """Write a body to a command, which may stop reading whenever it likes."""
-    closed = BrokenPipeError, ConnectionResetError, RuntimeError  # uvloop's, of a pipe that is closed already
+    # RuntimeError is uvloop's, of a pipe that is closed already.
+    closed = (BrokenPipeError, ConnectionResetError, RuntimeError)
     with contextlib.closing(stdin), contextlib.suppress(*closed):
         if isinstance(body, bytes):
             stdin.write(body)
@@ -1873,237 +3743,436 @@ async def feed(stdin: asyncio.StreamWriter, body: bytes | AsyncIterator[bytes]) 
         await stdin.drain()
 
 
-class Invoker:
-    """Runs claimed invocations: what the consumer of an ordinary queue does with its work."""
+def kill_group(pid: int) -> None:
+    """Kill a command with everything it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
-    def __init__(self, settings: Settings, functions: Functions, metrics: Metrics) -> None:
-        self._settings, self._functions, self._metrics = settings, functions, metrics
-        self._rng = random.Random()
 
-    def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
-        """How many may run at once and, where the lanes `running` do, how many more of each that has a limit."""
-        config = self._settings().queue(queue)
-        return config.max_inflight, self._functions.slots.room(config.adaptive)
+# -- call
+
+
+@dataclass(frozen=True)
+class FunctionCaller:
+    """Calls functions, whichever kind they are."""
+
+    http: HttpClient
+    provided: HttpClient  # for the provider's functions
+    directory: FunctionDirectory
+
+    async def request(self, function: Function, request: FunctionRequest) -> HttpResponse:
+        """Ask a function behind HTTP. Raises RequestFailed, ProviderAway, and what `body` does."""
+        assert function.url
+        url = with_target(function.url, request.target)
+        if not function.provided:
+            return await self.http.request(request.method, url, request.headers, request.body)
+        headers = [*request.headers, (b"Via", via(request.target).encode())]
+        with provider_reached():
+            return await self.provided.request(request.method, url, headers, request.body)
+
+    async def call(
+        self, function: Function, request: FunctionRequest, timeout_s: float, keep: int, whole: bool
+    ) -> Outcome:
+        """Call a function and read its answer: the first `keep` bytes.
+
+        With `whole`, a longer answer is a failure. Never raises for what the function does; raises
+        ProviderAway.
+        """
+        started = time.perf_counter()
+        try:
+            if function.command:
+                most = max(keep, MAX_RESPONSE_BYTES)
+                return await run_command(function, request, timeout_s, most)
+            async with time_limit(timeout_s), await self.request(function, request) as response:
+                body, size = await response.read(keep, whole)
+        except RequestFailed as exc:
+            duration_s = time.perf_counter() - started
+            reason = f"function {function.name} {exc.text}"
+            return Outcome(exc.status, False, duration_s, error=reason, answered=False)
+        if any(name.lower() == b"x-openfaas-internal" for name, _ in response.headers):
+            self.directory.expire()  # The function may have no replicas any more.
+        status = response.status
+        ok = 200 <= status < 400
+        if status == 301 and function.provided:
+            ok = False  # faasd's answer for a path that is not clean: the function did not run.
+        error = None if ok else f"function {function.name} answered {status}"
+        headers = tuple(forward_headers(response.headers, CONTENT_LENGTH))
+        duration_s = time.perf_counter() - started
+        return Outcome(status, ok, duration_s, headers, body, size, error=error)
+
+
+# --- Jobs and consumer ----------------------------------------------------------------------------
+# -- jobs: what is done with a claim
+
+
+class Job(Protocol):
+    """What the consumer of a queue does with its work."""
+
+    def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
+        """How many may run at once in a queue, and how many more of each lane that has a limit.
+
+        `lanes` are those of the work that runs; see WorkQueue.claim.
+        """
 
     async def execute(self, claim: Claim) -> Outcome | None:
-        """One attempt. None: there was none, the provider is away; it will be asked again for this function later."""
-        config, functions, slots, name = self._settings(), self._functions, self._functions.slots, claim.lane
-        queue, whole = config.queue(claim.queue), bool(claim.callback_url or claim.failure_url)
-        keep = max(MAX_RESPONSE_BYTES, config.gateway.max_payload) if whole else config.calls.keep_output
-        headers = [*unpack_headers(claim.headers), (b"X-Retry", b"%d" % (claim.attempt - 1))]
+        """One attempt. None: there was none, and it will be asked for again later."""
+
+    def decide(self, claim: Claim, outcome: Outcome) -> Decision:
+        """What follows from the attempt."""
+
+    def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
+        """Count and log what was stored."""
+
+
+class InvocationJob:
+    """Runs functions for calls that were queued."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: FunctionDirectory,
+        limits: FunctionLimits,
+        caller: FunctionCaller,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._limits = limits
+        self._caller = caller
+        self._metrics = metrics
+        self._rng = random.Random()
+
+    def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
+        """See Job: the queue's max_inflight, and that of its functions."""
+        config = self._settings().queue(name)
+        return config.max_inflight, self._limits.room(config.adaptive)
+
+    async def execute(self, claim: Claim) -> Outcome | None:
+        """See Job. None: the provider is away."""
         try:
-            if (function := await functions.find(name)) is None:
-                raise Refused(404, f"function {claim.function} does not exist any more")
-            await functions.awake(function)
-            await slots.wait(name)
-            running = self._metrics.running(claim.queue, name).track_inprogress()
-            with slots.hold(name), self._metrics.counted(name) as status, running:
-                ask, started = Ask("POST", claim.target, headers, claim.body), time.monotonic()
-                outcome = await functions.call(function, ask, queue.timeout, keep, whole)
-                status.append(outcome.status)
+            function = await self._directory.find(claim.lane)
+            if function is None:
+                raise HttpError(404, f"function {claim.function} does not exist any more")
+            await self._directory.awake(function)
+            await self._limits.wait(claim.lane)
+            outcome = await self._run(claim, function)
         except ProviderAway as exc:
-            log_with(logging.WARNING, "call waits", call_id=claim.call_id, function=claim.function, error=exc.text)
-            slots.rest(name)
+            log_with(
+                logging.WARNING,
+                "call waits",
+                call_id=claim.call_id,
+                function=claim.function,
+                error=exc.text,
+            )
+            self._limits.rest(claim.lane)
             return None
-        except Refused as exc:  # it is gone, or can't be woken
+        except HttpError as exc:  # It is gone, or can't be woken.
             return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
-        if queue.adaptive:
-            slots.learn(name, outcome.status, started)
-        log_bodies(config.log, claim.call_id, request=claim.body, response=outcome.body, stderr=outcome.stderr)
         return outcome
 
-    def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
-        """What follows from the attempt."""
-        function = self._functions.known(claim.lane)
+    async def _run(self, claim: Claim, function: Function) -> Outcome:
+        config = self._settings()
+        queue = config.queue(claim.queue)
+        whole = bool(claim.callback_url or claim.failure_url)
+        keep = config.calls.keep_output
+        if whole:
+            keep = max(MAX_RESPONSE_BYTES, config.gateway.max_payload)
+        retries = (b"X-Retry", b"%d" % (claim.attempt - 1))
+        headers = [*unpack_headers(claim.headers), retries]
+        request = FunctionRequest("POST", claim.target, headers, claim.body)
+        started = time.monotonic()
+        running = self._metrics.running(claim.queue, claim.lane)
+        with (
+            self._limits.hold(claim.lane),
+            self._metrics.counted(claim.lane) as tell_status,
+            running.track_inprogress(),
+        ):
+            outcome = await self._caller.call(function, request, queue.timeout, keep, whole)
+            tell_status(outcome.status)
+        if queue.adaptive:
+            self._limits.learn(claim.lane, outcome.status, started)
+        log_bodies(
+            config.log,
+            claim.call_id,
+            request=claim.body,
+            response=outcome.body,
+            stderr=outcome.stderr,
+        )
+        return outcome
+
+    def decide(self, claim: Claim, outcome: Outcome) -> Decision:
+        """See Job: the function's retry policy as it is now."""
+        function = self._directory.known(claim.lane)
         policy = function.retry if function else self._settings().retry
-        return decide(outcome, claim.attempt, claim.max_attempts, policy, time.time(), self._rng)
+        now = time.time()
+        return decide(outcome, claim.attempt, claim.max_attempts, policy, now, self._rng)
 
-    def ended(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
-        """Count and log what was stored; of a call's end the queue itself tells."""
+    def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
+        """See Job. Of a call's end the queue itself tells."""
         self._metrics.processed(claim.queue).inc()
-        if verdict.delay_s is not None:
-            self._metrics.retries.inc()
-            log_with(
-                logging.INFO, "call will be tried again", call_id=claim.call_id, function=claim.function,
-                attempts=claim.attempt, http_status=outcome.status, error=outcome.error, delay=verdict.delay_s,
-            )  # fmt: skip
+        if decision.delay_s is None:
+            return
+        self._metrics.retries.inc()
+        log_with(
+            logging.INFO,
+            "call will be tried again",
+            call_id=claim.call_id,
+            function=claim.function,
+            attempts=claim.attempt,
+            http_status=outcome.status,
+            error=outcome.error,
+            delay=decision.delay_s,
+        )
 
 
-class CallbackSender:
-    """Delivers outcomes: what the consumer of the queue CALLBACKS does with its work."""
+class CallbackJob:
+    """Delivers outcomes to callback URLs."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings, self._metrics, self._rng = settings, metrics, random.Random()
+    def __init__(
+        self,
+        settings: Settings,
+        http: HttpClient,
+        own: HttpClient,
+        own_url: yarl.URL,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._http = http
+        self._own = own  # for hosts that mean this daemon
+        self._own_url = own_url
+        self._metrics = metrics
+        self._rng = random.Random()
         self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
-        self.own_address = ""  # "http://HOST:PORT" or "unix:/path" of this daemon, known once it listens
 
-    async def open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Raises ConfigError when callback.tls_ca_file can't be used."""
-        cafile = self._settings().callback.tls_ca_file
-        try:
-            context: Any = ssl.create_default_context(cafile=cafile) if cafile else True
-        except OSError as exc:
-            raise ConfigError([f"callback.tls_ca_file: {cafile}: {exc.strerror or exc}"]) from exc
-        session = client_session(aiohttp.TCPConnector, resolver=self, ssl=context, use_dns_cache=False)
-        self._session = self._own_session = await stack.enter_async_context(session)
-        if self.own_address.startswith("unix:"):
-            session = client_session(aiohttp.UnixConnector, path=self.own_address[5:])
-            self._own_session = await stack.enter_async_context(session)
+    def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
+        """See Job: one host gets at most three quarters of the slots, one that fails an eighth.
 
-    async def resolve(self, host: str, *given: Any, **more: Any) -> list[aiohttp.abc.ResolveResult]:
-        """As the session's resolver, check the address that a connection will use: the name may point elsewhere now."""
-        found = await aiohttp.ThreadedResolver().resolve(host, *given, **more)
-        allowed = [item for item in found if callback_allowed(host, item["host"], self._settings().callback)]
-        if not allowed:
-            raise Refused(403, f"callbacks to {host} at {found[0]['host']} are not allowed")
-        return allowed
-
-    def room(self, queue: str, running: Iterable[str]) -> tuple[int, Mapping[str, int]]:
-        """One host gets at most three quarters of the slots, one that fails an eighth: others always have some."""
-        lanes, most = Counter(running), self._settings().callback.max_inflight
+        So others always have some.
+        """
+        most = self._settings().callback.max_inflight
         share = max(1, most - max(1, most // 4))
-        caps = {**dict.fromkeys(lanes, share), **dict.fromkeys(self._failing, max(1, most // 8))}
-        return most, {"": share, **{host: max(0, cap - lanes[host]) for host, cap in caps.items()}}
+        sending = Counter(lanes)
+        caps = dict.fromkeys(sending, share)
+        caps |= dict.fromkeys(self._failing, max(1, most // 8))
+        room = {host: max(0, cap - sending[host]) for host, cap in caps.items()}
+        return most, {**room, "": share}
 
-    def _request(self, claim: Claim) -> Any:
-        """The POST, to this daemon itself where the host is one of its names. Raises Refused."""
-        target, config = yarl.URL(claim.target, encoded=True), self._settings()
-        headers = as_multidict(unpack_headers(claim.headers))
-        headers.update({
-            "User-Agent": USER_AGENT, "X-Call-Id": claim.call_id, "X-Function-Name": claim.function,
-            "X-Function-Status": str(claim.http_status or 504),  # a call that did not start before its deadline
-            "X-Duration-Seconds": f"{claim.duration_s or 0:.6f}", "X-Start-Time": str(claim.start_time),
-            "X-Retry": str(max(0, claim.runs - 1)), "X-Retry-Max": str(claim.max_attempts),
-        })  # fmt: skip
-        if secret := config.callback.signing_secret_file:
-            headers.update(webhook_signature(secret, claim.id, int(time.time()), claim.body))
-        session, host = self._session, (target.host or "").lower()
-        if host in config.callback.gateway_hosts:
-            session, own = self._own_session, yarl.URL(self.own_address.replace("unix:", "http://localhost"))
-            target = target.with_scheme("http").with_host(own.host or "").with_port(own.port)
-            if config.auth.login and config.auth.invoke:
-                target = target.with_user(None)
-                headers["Authorization"] = config.auth.login
-        elif not callback_allowed(host, None, config.callback):
-            raise Refused(403, f"callbacks to {host} are not allowed")
-        return session.post(target, data=claim.body, headers=headers, allow_redirects=False)
-
-    async def execute(self, claim: Claim) -> Outcome:
-        """One claim. Success is a 2xx."""
-        config, started, who = self._settings(), time.perf_counter(), "the callback URL"
+    async def execute(self, claim: Claim) -> Outcome | None:
+        """See Job. Success is a 2xx."""
+        config = self._settings()
+        started = time.perf_counter()
         log_bodies(config.log, claim.call_id, callback=claim.body)
         try:
-            async with asyncio.timeout(config.callback.timeout), self._request(claim) as answer:
-                await read_capped(answer.content, 0)
-            ok, spent = 200 <= answer.status < 300, time.perf_counter() - started
-            error = None if ok else f"{who} answered {answer.status}"
-            outcome = Outcome(answer.status, ok, spent, answer.raw_headers, error=error)
-        except NO_ANSWER as exc:
-            outcome = failure(exc, who, started)
-        except Refused as exc:
-            outcome = Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
-        (self._failing.discard if outcome.answered else self._failing.add)(claim.lane)
+            async with time_limit(config.callback.timeout), await self._send(claim) as response:
+                await response.read(0, whole=False)
+        except RequestFailed as exc:
+            duration_s = time.perf_counter() - started
+            forbidden = exc.kind is FailureKind.FORBIDDEN
+            error = f"callbacks {exc.text}" if forbidden else f"the callback URL {exc.text}"
+            outcome = Outcome(exc.status, False, duration_s, error=error, answered=False)
+        else:
+            status = response.status
+            ok = 200 <= status < 300
+            outcome = Outcome(
+                status=status,
+                ok=ok,
+                duration_s=time.perf_counter() - started,
+                headers=response.headers,
+                error=None if ok else f"the callback URL answered {status}",
+            )
+        if outcome.answered:
+            self._failing.discard(claim.lane)
+        else:
+            self._failing.add(claim.lane)
         return outcome
 
-    def verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
-        """What follows from the claim."""
-        policy = self._settings().callback
-        verdict = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self._rng)
-        return Verdict("delivered" if outcome.ok else "failed") if verdict.delay_s is None else verdict
+    async def _send(self, claim: Claim) -> HttpResponse:
+        """The POST, to this daemon itself where the host is one of its names."""
+        config = self._settings()
+        url = yarl.URL(claim.target, encoded=True)
+        headers = self._headers(claim)
+        host = (url.host or "").lower()
+        if host in config.callback.gateway_hosts:
+            own = self._own_url
+            url = url.with_scheme("http").with_host(own.host or "").with_port(own.port)
+            if config.auth.login and config.auth.invoke:
+                url = url.with_user(None)
+                headers.append((b"Authorization", config.auth.login.encode("latin-1")))
+            return await self._own.request("POST", url, headers, claim.body)
+        if not callback_allowed(host, None, config.callback):
+            raise RequestFailed(FailureKind.FORBIDDEN, f"to {host} are not allowed")
+        return await self._http.request("POST", url, headers, claim.body)
 
-    def ended(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
-        """Count and log what was stored."""
-        level, what = logging.INFO, "callback will be tried again"
-        if verdict.delay_s is None:
-            level, what = logging.DEBUG if outcome.ok else logging.WARNING, f"callback {verdict.status}"
+    def _headers(self, claim: Claim) -> list[Header]:
+        """The function's own end-to-end headers, and ours in place of those of the same name."""
+        ours = {
+            "User-Agent": USER_AGENT,
+            "X-Call-Id": claim.call_id,
+            "X-Function-Name": claim.function,
+            # 504: a call that did not start before its deadline.
+            "X-Function-Status": str(claim.http_status or 504),
+            "X-Duration-Seconds": f"{claim.duration_s or 0:.6f}",
+            "X-Start-Time": str(claim.start_time),
+            "X-Retry": str(max(0, claim.runs - 1)),
+            "X-Retry-Max": str(claim.max_attempts),
+        }
+        if secret := self._settings().callback.signing_secret_file:
+            ours |= webhook_signature(secret, claim.id, int(time.time()), claim.body)
+        names = {name.lower().encode() for name in ours}
+        theirs = forward_headers(unpack_headers(claim.headers), STEERING | names)
+        return theirs + [(name.encode(), value.encode("latin-1")) for name, value in ours.items()]
+
+    def decide(self, claim: Claim, outcome: Outcome) -> Decision:
+        policy = self._settings().callback.policy
+        decision = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self._rng)
+        if decision.delay_s is None:
+            return Decision("delivered" if outcome.ok else "failed")
+        return decision
+
+    def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
+        level = logging.INFO
+        message = "callback will be tried again"
+        if decision.delay_s is None:
+            level = logging.DEBUG if outcome.ok else logging.WARNING
+            message = f"callback {decision.status}"
             self._failing.discard(claim.lane)
-            self._metrics.callbacks(verdict.status).inc()
+            self._metrics.callbacks(decision.status).inc()
         log_with(
-            level, what, call_id=claim.call_id, function=claim.function, callback=show_url(claim.target),
-            attempts=claim.attempt, http_status=outcome.status, error=outcome.error, delay=verdict.delay_s,
-        )  # fmt: skip
+            level,
+            message,
+            call_id=claim.call_id,
+            function=claim.function,
+            callback=show_url(claim.target),
+            attempts=claim.attempt,
+            http_status=outcome.status,
+            error=outcome.error,
+            delay=decision.delay_s,
+        )
 
 
-def webhook_signature(secret: bytes, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The headers of https://www.standardwebhooks.com: HMAC-SHA256 over id, time and body."""
-    raw = base64.b64decode(secret[6:]) if secret.startswith(b"whsec_") else secret
-    signed = hmac.digest(raw, f"{message_id}.{timestamp}.".encode() + body, "sha256")
-    signature = "v1," + base64.b64encode(signed).decode()
-    return {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
+# -- consumer
 
 
-# --- Consumer -------------------------------------------------------------------------------------------------------
+class Running(NamedTuple):
+    """An attempt under way."""
+
+    lane: str
+    task: asyncio.Task[None]
 
 
 class Consumer:
-    """Claims the work of one queue and runs it, at most `limit` at once. A slot is taken before work is claimed."""
+    """Claims the work of one queue and runs it. A slot is taken before work is claimed."""
 
-    def __init__(self, name: str, queue: Queue, job: Invoker | CallbackSender) -> None:
-        self.name, self._queue, self._job = name, queue, job
+    def __init__(self, name: str, queue: WorkQueue, job: Job) -> None:
+        self.name = name
+        self._queue = queue
+        self._job = job
         self._wake = asyncio.Event()
-        self.wake = self._wake.set  # there may be something to claim
-        self.running: dict[int, tuple[str, asyncio.Task[None]]] = {}  # by token: lane and task of attempts that run
-        self._tasks: set[asyncio.Task[None]] = set()  # these, and those whose attempt has ended and waits to be stored
-        self._stopping = asyncio.get_running_loop().create_future()  # done once we stop
+        self._running: dict[Hashable, Running] = {}  # by receipt
+        self._tasks: set[asyncio.Task[None]] = set()  # these, and those that store their outcome
+        self._claiming = False
+        self._revoked: set[Hashable] = set()  # receipts that were cancelled meanwhile
+        self._stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
         self.wake()
 
-    def cancel(self, token: int) -> None:
-        """End an attempt whose call was cancelled. The queue stores nothing of it: the claim is not ours any more."""
-        if token in self.running:
-            # Not at once: a task that is cancelled before its first step would not run at all, nor free its slot.
-            asyncio.get_running_loop().call_soon(self.running[token][1].cancel)
+    @property
+    def inflight(self) -> int:
+        """How many attempts run."""
+        return len(self._running)
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        self._wake.set()
+
+    def cancel(self, receipt: Hashable) -> None:
+        """End the attempt of a claim whose work was cancelled, if it is one of this queue.
+
+        The queue stores nothing of it: the claim is not ours any more.
+        """
+        if receipt in self._running:
+            # Not at once: a task that is cancelled before its first step would not run at all, nor
+            # free its slot.
+            task = self._running[receipt].task
+            asyncio.get_running_loop().call_soon(task.cancel)
+        elif self._claiming:
+            self._revoked.add(receipt)
+
+    def halt(self) -> None:
+        """Claim no more."""
+        self._stopping.set_result(None)
+        self.wake()
+
+    async def stop(self, hurried: asyncio.Task[Any]) -> None:
+        """After `halt`: wait for what runs until `hurried` ends.
+
+        The rest is cancelled and queued again uncharged.
+        """
+        # Its tasks have begun then: cancelled before, one could not queue its work again.
+        await asyncio.wait({self.dispatcher})
+        ended = asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        for running in self._running.values():
+            running.task.cancel()
+        await ended
 
     async def _dispatch(self) -> None:
         while not self._stopping.done():
             await self._wake.wait()
             self._wake.clear()
-            limit, room = self._job.room(self.name, (lane for lane, _ in self.running.values()))
-            free = limit - len(self.running)
-            # Outcomes that can't be stored (disk full) hold new work back, or they would pile up in memory.
-            if self._stopping.done() or free <= 0 or len(self._tasks) - len(self.running) > limit:
+            limit, room = self._job.room(self.name, [item.lane for item in self._running.values()])
+            free = limit - len(self._running)
+            # Outcomes that can't be stored (disk full) hold new work back, or they would pile up.
+            storing = len(self._tasks) - len(self._running)
+            if self._stopping.done() or free <= 0 or storing > limit:
                 continue
+            self._claiming = True
             try:
                 claims = await self._queue.claim(self.name, free, room)
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
                 await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
-                self._wake.set()
+                self.wake()
                 continue
             for claim in claims:
-                task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
-                self.running[claim.token] = claim.lane, task
-                self._tasks.add(task)
+                if claim.receipt not in self._revoked:
+                    self._start(claim)
+            self._claiming = False
+            self._revoked.clear()
             if len(claims) >= free:
-                self._wake.set()
+                self.wake()
+
+    def _start(self, claim: Claim) -> None:
+        task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
+        self._running[claim.receipt] = Running(claim.lane, task)
+        self._tasks.add(task)
 
     async def _work(self, claim: Claim) -> None:
         """One attempt from claim to commit."""
-        outcome: Outcome | None = None  # what a shutdown leaves: queued again, the attempt not charged
+        outcome: Outcome | None = None  # what a stop leaves: queued again, the attempt not charged
         try:
             outcome = await self._job.execute(claim)
         except asyncio.CancelledError:
-            pass  # by `stop`, or by `cancel`: then the queue refuses what follows
+            pass  # by `stop`; or by `cancel`, and then the queue refuses what follows
         except Exception:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
-        _, task = self.running.pop(claim.token)
-        self._wake.set()
+        task = self._running.pop(claim.receipt).task
+        self.wake()
         try:
             await self._settle(claim, outcome)
         finally:
             self._tasks.discard(task)
-            self._wake.set()
+            self.wake()
 
     async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Store what became of an attempt, however long the disk is full: the function has run."""
-        verdict = Verdict("queued", 0.0) if outcome is None else self._job.verdict(claim, outcome)
+        decision = Decision("queued", 0.0)
+        if outcome is not None:
+            decision = self._job.decide(claim, outcome)
         while True:
             try:
-                if outcome is not None and verdict.delay_s is None:
-                    stored = await self._queue.complete(claim, outcome, verdict.status)
-                else:
-                    stored = await self._queue.retry(claim, outcome, verdict.delay_s or 0.0)
+                stored = await self._store(claim, outcome, decision)
                 break
             except StoreError as exc:
                 log.error("the outcome of call %s can't be stored yet: %s", claim.call_id, exc)
@@ -2112,49 +4181,224 @@ class Consumer:
                     return
                 await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
         if stored and outcome is not None:
-            self._job.ended(claim, outcome, verdict)
+            self._job.ended(claim, outcome, decision)
+
+    async def _store(self, claim: Claim, outcome: Outcome | None, decision: Decision) -> bool:
+        if outcome is not None and decision.delay_s is None:
+            return await self._queue.complete(claim, outcome, decision.status)
+        return await self._queue.retry(claim, outcome, decision.delay_s or 0.0)
+
+
+class Consumers:
+    """All consumers: one for each queue that has a name somewhere, and one for callbacks."""
+
+    def __init__(
+        self, settings: Settings, queue: WorkQueue, died: Tell[asyncio.Task[None]]
+    ) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._died = died  # told when a dispatcher has ended
+        self._jobs: Mapping[str, Job] = {}  # by queue; "": of those without an entry
+        self._consumers: dict[str, Consumer] = {}  # by queue
+
+    def start(self, jobs: Mapping[str, Job], names: Iterable[str]) -> None:
+        """Begin with these queues. Others follow when there is work in them."""
+        self._jobs = jobs
+        for name in names:
+            self._consumer(name)
+
+    def _consumer(self, name: str) -> Consumer:
+        if name not in self._consumers:
+            if name not in (*self._settings().queues, CALLBACKS):
+                reason = "has calls but is not in the configuration: it runs with the defaults"
+                log.warning("queue %s %s", name, reason)
+            consumer = Consumer(name, self._queue, self._jobs.get(name, self._jobs[""]))
+            consumer.dispatcher.add_done_callback(self._died)
+            self._consumers[name] = consumer
+        return self._consumers[name]
+
+    def wake(self, name: str) -> None:
+        """There may be something to claim in a queue."""
+        if self._consumers:  # else it begins with a look into its queue
+            self._consumer(name).wake()
+
+    def wake_all(self) -> None:
+        """There may be something to claim in every queue there is."""
+        for consumer in self._consumers.values():
+            consumer.wake()
+
+    def cancel(self, receipt: Hashable) -> None:
+        """End the attempt of a claim whose work was cancelled."""
+        for consumer in self._consumers.values():
+            consumer.cancel(receipt)
+
+    def inflight(self) -> Mapping[str, int]:
+        """How many attempts run, by queue."""
+        return {name: consumer.inflight for name, consumer in self._consumers.items()}
+
+    def halt(self) -> None:
+        """Claim no more."""
+        for consumer in self._consumers.values():
+            consumer.halt()
 
     async def stop(self, hurried: asyncio.Task[Any]) -> None:
-        """Claim no more, wait for what runs until `hurried` ends, cancel the rest and queue it again uncharged."""
-        self._stopping.set_result(None)
-        self._wake.set()
-        await asyncio.wait({self.dispatcher})  # its tasks have begun then: cancelled before, one could not queue again
-        ended = asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for _, task in self.running.values():
-            task.cancel()
-        await ended
+        """Stop them all; see Consumer.stop."""
+        stops = [consumer.stop(hurried) for consumer in self._consumers.values()]
+        await asyncio.gather(*stops)
 
 
-# --- Gateway --------------------------------------------------------------------------------------------------------
+# --- Intake ---------------------------------------------------------------------------------------
+# The one way in for calls that are queued, with or without an HTTP request.
 
 
-class Connection(web.RequestHandler):
-    """aiohttp's connection, with this gateway's form of errors: one line of text, nothing of what came in."""
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """What a caller asks of a call (the headers of the same names); None: nothing."""
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        for message, _ in self._messages:
-            if error := getattr(message, "exc", None):
-                error.__traceback__ = None  # which has `data`, and is part of a cycle: the memory would stay in use
-
-    def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
-        line = "internal error: see the log of faasd-async" if status >= 500 else "this is not a valid HTTP request"
-        if status >= 500:
-            log.error("request failed in this program itself", exc_info=exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("the response has begun")
-        return reply(line, status)  # what was not HTTP has no keep-alive either
+    call_id: str | None = None
+    callback_url: str | None = None
+    failure_url: str | None = None
+    idempotency_key: str | None = None
+    due_at: float | None = None
+    deadline_at: float | None = None
+    max_attempts: int | None = None
+    queue: str | None = None
+    app: str | None = None
 
 
-class Server(web.Server):
-    """aiohttp's low-level server: no router, because a router would normalise paths."""
+class Accepted(NamedTuple):
+    """A call that is stored: the id to answer with, and when it came in (Unix nanoseconds)."""
 
-    def __call__(self) -> web.RequestHandler:
-        return Connection(self, loop=self._loop, **self._kwargs)
+    call_id: str
+    start_time: int
 
 
-class Answer(web.StreamResponse):
+def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T | None:
+    """A parameter or header, parsed; None where it is absent.
+
+    Raises HttpError(400) naming it, its value and the form that was expected.
+    """
+    value = given.get(name)
+    if value is None:
+        return None
+    try:
+        return parse(value)
+    except ValueError as exc:
+        shown = json.dumps((show_url(value) or "")[:80])
+        raise HttpError(400, f"{name}: {shown}: {exc}") from None
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Accepts calls."""
+
+    settings: Settings
+    queue: WorkQueue
+    metrics: Metrics
+
+    def controls(self, headers: Mapping[str, str], app: str | None = None) -> Controls:
+        """What the headers of a request ask for. Raises HttpError(400)."""
+
+        def delay(value: str) -> float:
+            return time.time() + duration(value)
+
+        due = [
+            parse_one(headers, "X-Delay", delay),
+            parse_one(headers, "X-Not-Before", parse_when),
+        ]
+        return Controls(
+            call_id=parse_one(headers, "X-Call-Id", visible),
+            callback_url=parse_one(headers, "X-Callback-Url", self._callback_url),
+            failure_url=parse_one(headers, "X-Failure-Callback-Url", self._callback_url),
+            idempotency_key=parse_one(headers, "Idempotency-Key", visible),
+            due_at=max((at for at in due if at is not None), default=None),
+            deadline_at=parse_one(headers, "X-Deadline", parse_deadline),
+            max_attempts=parse_one(headers, "X-Max-Attempts", number),
+            queue=parse_one(headers, "X-Queue", self._queue_name),
+            app=app,
+        )
+
+    def _queue_name(self, value: str) -> str:
+        return one_of(*self.settings().queues)(value)
+
+    def _callback_url(self, value: str) -> str:
+        host = callback_host(value)
+        config = self.settings().callback
+        if host not in config.gateway_hosts and not callback_allowed(host, None, config):
+            raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
+        return value
+
+    async def accept(
+        self,
+        function: Function,
+        target: str,
+        headers: Sequence[Header],
+        body: bytes,
+        controls: Controls,
+    ) -> Accepted:
+        """Queue a call; it is on disk when this returns. Raises StoreError, HttpError(422, 429)."""
+        start_time = time.time_ns()
+        now = start_time / 1e9
+        own_id = new_id()
+        call_id = controls.call_id or own_id
+        queue = controls.queue or function.queue
+        ours = ((b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time))
+        call = Invocation(
+            id=own_id,
+            call_id=call_id,
+            function=function.name,
+            namespace=function.namespace,
+            queue=queue,
+            start_time=start_time,
+            due_at=max(now, controls.due_at or now),
+            deadline_at=controls.deadline_at,
+            max_attempts=controls.max_attempts or function.retry.attempts,
+            callback_url=controls.callback_url,
+            failure_url=controls.failure_url,
+            idempotency_key=controls.idempotency_key,
+            app=controls.app,
+            target=target,
+            headers=pack_headers([*headers, *ours]),
+            body=body,
+        )
+        call_id = await self.queue.enqueue(call)
+        self.metrics.submitted(queue).inc()
+        return Accepted(call_id, start_time)
+
+
+# --- HTTP front -----------------------------------------------------------------------------------
+# -- requests and answers
+
+# What scripts of a page elsewhere may read of an answer, beside its body (Fetch standard 3.2.3).
+EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
+PREFLIGHT_MAX_AGE_S = 600
+
+
+class Request(NamedTuple):
+    """A request, with what the route's pattern found in its path."""
+
+    http: web.BaseRequest
+    target: str  # path and query as they were sent
+    parts: Sequence[str]  # groups of the pattern, decoded
+    trusted_origin: str | None  # of the page that sent it, where the answer tells browsers so
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The first value of each header, by its name in any case."""
+        return self.http.headers
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query's parameters; of one that is repeated the last."""
+        return {name: values[-1] for name, values in self.queries.items()}
+
+    @property
+    def queries(self) -> dict[str, list[str]]:
+        """The query's parameters, repeats included."""
+        return parse_qs(self.target.partition("?")[2], keep_blank_values=True)
+
+
+class PassedResponse(web.StreamResponse):
     """A function's answer passed on, without the headers that aiohttp would add to it."""
 
     async def _prepare_headers(self) -> None:
@@ -2164,479 +4408,1006 @@ class Answer(web.StreamResponse):
             self.headers.pop(name, None)
 
 
-def reply(what: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+def reply(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
     """A line of text, or a JSON document; it too ends in a newline, for people with curl."""
-    kind = "text/plain"
-    if not isinstance(what, str):
-        what, kind = json.dumps(what, ensure_ascii=False), "application/json"
-    return web.Response(status=status, text=f"{what}\n", content_type=kind, headers=headers)
+    if isinstance(content, str):
+        text, content_type = content, "text/plain"
+    else:
+        text, content_type = json.dumps(content, ensure_ascii=False), "application/json"
+    return web.Response(status=status, text=f"{text}\n", content_type=content_type, headers=headers)
 
 
-def parsed(given: Mapping[str, str], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    """The parameters or headers that have a parser, parsed. Raises Refused(400) naming one, its value and the form."""
-    found = {}
-    for name, parse in parsers.items():
-        if name in given:
-            try:
-                found[name] = parse(given[name])
-            except ValueError as exc:
-                raise Refused(400, f"{name}: {json.dumps((show_url(given[name]) or '')[:80])}: {exc}") from None
-    return found
+def allow_origin(headers: CIMultiDict[str], origin: str | None) -> None:
+    """Let scripts of this origin read the answer, unless the function has said who may."""
+    if origin is not None and "Access-Control-Allow-Origin" not in headers:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = EXPOSED
+        headers.add("Vary", "Origin")
 
 
-class Operator:
-    """The operator's routes: calls, queues, health, metrics."""
+async def body_chunks(
+    request: web.BaseRequest, timeout_s: float, most: int | None = None
+) -> AsyncIterator[bytes]:
+    """The body as it comes in, each piece within the time; or all of it, up to `most`.
 
-    def __init__(self, settings: Settings, queue: Queue, functions: Functions, metrics: Metrics) -> None:
-        self._settings, self._queue, self._functions, self._metrics = settings, queue, functions, metrics
-        # By call id, while somebody waits for the call to become final:
-        self._ends = weakref.WeakValueDictionary[str, asyncio.Event]()
-        self.inflight: Callable[[], Mapping[str, int]] = dict  # attempts running, by queue
-        self.draining = False
-        self._routes: list[tuple[str, str, Callable[..., Awaitable[Reply]]]] = [
-            ("GET", r"/system/calls", self._list),
-            ("GET", r"/system/calls/(.+)/log", self._log),
-            ("POST", r"/system/calls/(.+)/retry", self._retry),
-            ("GET", r"/system/calls/(.+)", self._show),
-            ("GET", r"/system/queues", self._queues),
-            ("POST", r"/system/queues/([^/]+)/(pause|resume|purge)", self._queue_action),
-            ("GET", r"/metrics", self._exposition),
-            ("GET", r"/v1/apps/([^/]+)/calls", self._fn_calls),
-            ("GET", r"/v1/apps/([^/]+)/calls/([^/]+)(/log|)", self._fn_call),
-        ]
-
-    async def handle(self, request: web.BaseRequest, target: str) -> Reply:
-        """Find the route. Raises Refused: 404, 405."""
-        path, _, query = target.partition("?")
-        if path in ("/healthz", "/readyz"):
-            reason = self._queue.stalled()
-            if path == "/readyz":
-                reason = "shutting down" if self.draining else reason or await self._queue.failing()
-            return reply(reason or "ok", 503 if reason else 200)
-        method = "GET" if request.method == "HEAD" else request.method
-        for wanted, pattern, handler in self._routes:
-            if match := re.fullmatch(pattern, path):
-                if wanted != method:
-                    raise Refused(405, f"this route takes {wanted}", {"Allow": wanted})
-                return await handler(dict(parse_qsl(query, keep_blank_values=True)), *map(unquote, match.groups()))
-        raise Refused(404, "no such route: calls go to /function/NAME or /async-function/NAME")
-
-    def final(self, call_id: str) -> None:
-        """A call has become final: tell who waits for it."""
-        if end := self._ends.pop(call_id, None):
-            end.set()
-
-    def drain(self) -> None:
-        """Let go of everybody who waits: the daemon stops."""
-        self.draining = True
-        for call_id in list(self._ends):
-            self.final(call_id)
-
-    # -- calls
-    async def _show(self, query: dict[str, str], call_id: str) -> Reply:
-        wait = parsed(query, {"wait": duration}).get("wait")
-        end = self._ends.setdefault(call_id, asyncio.Event())
-        found = await self._queue.lookup(call_id)
-        if wait and not self.draining and found["status"] not in FINAL:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(end.wait(), wait)
-            found = await self._queue.lookup(call_id)
-        return reply(found)
-
-    async def _list(self, query: dict[str, str]) -> Reply:
-        filters = {
-            "status": one_of(*STATUSES),
-            **dict.fromkeys(("function", "queue", "call_id"), text),
-            "limit": expect("a whole number from 1 to 1000", lambda v: need(_whole(v), 1 <= _whole(v) <= 1000)),
-            "cursor": expect("the next_cursor of an earlier answer", _whole),
-        }
-        if unknown := query.keys() - filters.keys():
-            raise Refused(400, f"{min(unknown)}: unknown filter; there are {', '.join(filters)}")
-        asked = parsed(query, filters)
-        if "function" in asked:
-            asked["function"] = asked["function"].removesuffix("." + self._settings().gateway.namespace)
-        calls, cursor = await self._queue.records(RecordQuery(**asked))
-        return reply({"calls": calls, "next_cursor": None if cursor is None else str(cursor)})
-
-    async def _output(self, call_id: str) -> bytes:
-        body, stderr = await self._queue.output(call_id)
-        return body + (b"\n" if body and stderr and not body.endswith(b"\n") else b"") + stderr
-
-    async def _log(self, query: dict[str, str], call_id: str) -> Reply:
-        return web.Response(body=await self._output(call_id), content_type="text/plain", charset="utf-8")
-
-    async def _retry(self, query: dict[str, str], call_id: str) -> Reply:
-        await self._queue.redrive(call_id)
-        headers = {"X-Call-Id": call_id, "Location": f"/system/calls/{quote(call_id, safe='')}"}
-        return web.Response(status=202, headers=headers)
-
-    # -- calls, as Fn Project showed them in 2017
-    def _fn(self, found: dict[str, Any]) -> dict[str, Any]:
-        shown = {"id": found["call_id"], "app_name": found["app"], "path": "/" + found["function"]}
-        return shown | {name: found[name] for name in ("status", "created_at", "started_at", "completed_at")}
-
-    async def _fn_calls(self, query: dict[str, str], app: str) -> Reply:
-        function = split_target(query.get("path", "").lstrip("/"))[0] or None
-        calls, _ = await self._queue.records(RecordQuery(app=app, function=function))
-        return reply({"message": "Successfully listed calls", "calls": [self._fn(found) for found in calls]})
-
-    async def _fn_call(self, query: dict[str, str], app: str, call_id: str, log: str) -> Reply:
-        found = await self._queue.lookup(call_id)
-        if found.get("app") != app:
-            raise Refused(404, "Call not found")
-        if not log:
-            return reply({"message": "Successfully loaded call", "call": self._fn(found)})
-        written = (await self._output(call_id)).decode("utf-8", "replace")
-        return reply({"message": "Successfully loaded log", "log": {"call_id": call_id, "log": written}})
-
-    # -- queues
-    async def _queues(self, query: dict[str, str]) -> Reply:
-        config, stats, inflight, now = self._settings(), await self._queue.stats(), self.inflight(), time.time()
-        rows: list[dict[str, Any]] = []
-        for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
-            found, limits = stats.get(name, QueueStats({}, now, False)), config.queue(name)
-            row = {"name": name, "depth": sum(found.waiting.values()), "inflight": inflight.get(name, 0)}
-            row |= {"oldest_seconds": round(max(0.0, now - found.oldest_at), 3), "max_inflight": limits.max_inflight}
-            row |= {"paused": found.paused, "functions": found.waiting, "max_pending": limits.max_pending}
-            rows.append(row | {"timeout_seconds": limits.timeout, "fair": limits.fair, "adaptive": limits.adaptive})
-        rows[-1] = {**dict(list(rows[-1].items())[:4]), "max_inflight": config.callback.max_inflight}
-        return reply({"queues": rows})
-
-    async def _queue_action(self, query: dict[str, str], queue: str, action: str) -> Reply:
-        if queue == CALLBACKS or (queue not in self._settings().queues and queue not in await self._queue.stats()):
-            raise Refused(404, f"no such queue; there are {', '.join(sorted(self._settings().queues))}")
-        if action == "purge":
-            return reply({"queue": queue, "cancelled": await self._queue.purge(queue)})
-        await self._queue.pause(queue, action == "pause")
-        log.info("queue %s: %sd", queue, action)
-        return reply({"queue": queue, "paused": action == "pause"})
-
-    # -- metrics
-    async def _exposition(self, query: dict[str, str]) -> Reply:
-        stats, now = await self._queue.stats(), time.time()
-        registry = prometheus_client.CollectorRegistry()  # of what has a value only when somebody looks
-        gauge = functools.partial(prometheus_client.Gauge, registry=registry)
-        replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
-        pending = gauge("queue_worker_pending_messages", "Calls waiting in the queue.", ["queue_name", "function_name"])
-        oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
-        for function in self._functions.all():
-            replicas.labels(function.key).set(1 if function.replicas is None else function.replicas)
-            pending.labels(function.queue, function.key).set(0)
-        for name, found in stats.items():
-            oldest.labels(name).set(max(0.0, now - found.oldest_at))
-            for lane, number in found.waiting.items() if name != CALLBACKS else ():
-                pending.labels(name, lane).set(number)
-        body = prometheus_client.generate_latest(self._metrics.registry) + prometheus_client.generate_latest(registry)
-        return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+    Raises HttpError(400, 408).
+    """
+    loop = asyncio.get_running_loop()
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        # RFC 9110 10.1.1: the client waits to be asked.
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # The response itself has not begun.
+    until = loop.time() + timeout_s
+    length = 0
+    try:
+        while most is None or length <= most:
+            async with asyncio.timeout_at(loop.time() + timeout_s if most is None else until):
+                chunk = await request.content.readany()
+            if not chunk:
+                return
+            length += len(chunk)
+            yield chunk
+    except TimeoutError:
+        raise HttpError(408, "no body within gateway.read_timeout", HANG_UP) from None
+    except (
+        aiohttp.ClientError,
+        web.RequestPayloadError,
+        aiohttp.http_exceptions.HttpProcessingError,
+    ):
+        raise HttpError(400, "the request's body is not valid HTTP", HANG_UP) from None
 
 
-def controls(settings: Settings) -> dict[str, Callable[[str], Any]]:
-    """The headers that steer a call, with their parsers; these raise ValueError."""
-
-    def callback(value: str) -> str:
-        host, config = callback_host(value), settings().callback
-        if host not in config.gateway_hosts and not callback_allowed(host, None, config):
-            raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
-        return value
-
-    return {
-        **CALL_ID,
-        **dict.fromkeys(("X-Callback-Url", "X-Failure-Callback-Url"), callback),
-        "Idempotency-Key": visible,
-        "X-Delay": lambda value: time.time() + duration(value),
-        "X-Not-Before": parse_when,
-        "X-Deadline": expect(
-            'a duration such as "1h" or ' + TIME_FORM,
-            lambda value: time.time() + duration(value) if value[-1:] in "smh" else parse_when(value),
-        ),
-        "X-Max-Attempts": number,
-        "X-Queue": lambda value: one_of(*settings().queues)(value),
-    }
+async def read_body(request: web.BaseRequest, timeout_s: float, limit: int) -> bytes:
+    """The whole body, refused as soon as it is known to be too long. HttpError(413)."""
+    if (request.content_length or 0) <= limit:
+        if request.content.is_eof():  # It came with the headers.
+            body = request.content.read_nowait()
+        else:
+            chunks = [chunk async for chunk in body_chunks(request, timeout_s, limit)]
+            body = b"".join(chunks)
+        if len(body) <= limit:
+            return body
+    raise HttpError(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
 
 
-class Gateway:
-    """Calls come in: `/function/…` straight through, `/async-function/…` into the queue. The rest is the operator's."""
+async def stream_answer(
+    request: Request,
+    asked: Awaitable[HttpResponse],
+    ours: Mapping[str, str],
+    limits: tuple[float | None, float],
+    who: str,
+) -> web.StreamResponse:
+    """Pass on the answer of `who` as it comes, with our headers in place of its own.
 
-    def __init__(self, settings: Settings, queue: Queue, functions: Functions, metrics: Metrics, own: Operator) -> None:
-        self._settings, self._queue, self._operator = settings, queue, own
-        self._functions, self._metrics, self._controls = functions, metrics, controls(settings)
-        self.requests: set[Any] = set()  # the tasks of those that are being answered
-        self.asked = weakref.WeakSet[Any]()  # the connections that a request has come on
+    `limits` are the seconds for all of it, and for the client to take a piece. Raises HttpError
+    when there is no answer; one that breaks off breaks the client's connection off.
+    """
+    limit_s, write_timeout_s = limits
+    response: PassedResponse | None = None
+    started = time.perf_counter()
+    transport = request.http.transport
+    assert transport
+    try:
+        async with time_limit(limit_s), await asked as answer:
+            headers = as_multidict(forward_headers(answer.headers, frozenset()))
+            headers.update(ours)
+            headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
+            allow_origin(headers, request.trusted_origin)
+            # A status below 200 would lead to another protocol: not through us.
+            status = answer.status if answer.status >= 200 else 502
+            reason = re.sub("[^ -~]", "?", answer.reason)
+            response = PassedResponse(status=status, reason=reason, headers=headers)
+            await response.prepare(request.http)
+            await copy_body(answer, response, transport, write_timeout_s)
+    except RequestFailed as exc:
+        error = f"{who} {exc.text}"
+        if not transport.is_closing():
+            call_id = ours.get("X-Call-Id")
+            log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
+        if response is None:
+            raise HttpError(exc.status, error) from None
+        transport.abort()  # so that the client sees that the answer is not whole
+    except ConnectionError:
+        if response is None:
+            raise
+        # The client has gone away.
+    return response
 
-    async def handle(self, request: web.BaseRequest) -> Reply:
-        """Every request comes here."""
+
+async def copy_body(
+    answer: HttpResponse,
+    response: web.StreamResponse,
+    transport: asyncio.Transport,
+    write_timeout_s: float,
+) -> None:
+    """Write what comes in. A client that takes nothing for too long is cut off."""
+    loop = asyncio.get_running_loop()
+    while chunk := await answer.read_chunk():
+        timer = loop.call_later(write_timeout_s, transport.abort)
+        try:
+            await response.write(chunk)
+        finally:
+            timer.cancel()
+    await response.write_eof()
+
+
+# -- routes and guards
+
+
+class Access(enum.Enum):
+    """Who may use a route."""
+
+    OPEN = enum.auto()  # everybody
+    INVOKE = enum.auto()  # everybody, unless auth.invoke asks for credentials
+    OPERATE = enum.auto()  # whoever has the credentials of [auth]; without them this machine's user
+
+
+Handler = Callable[[Request], Awaitable[web.StreamResponse]]
+
+
+class Route(NamedTuple):
+    """A row of the route table."""
+
+    method: str  # "*": any
+    pattern: re.Pattern[str]  # of the whole path, as it was sent
+    access: Access
+    handler: Handler
+    cors: bool = False  # whether pages of gateway.trusted_origins may read the answer
+
+
+class Front:
+    """Every request comes here: it is guarded, and handed to the first route that fits."""
+
+    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+        self._settings = settings
+        self._routes = routes
+        self._own_names = machine_names()
+        self._requests: set[asyncio.Task[Any] | None] = set()  # that are being answered
+        self._asked: weakref.WeakSet[Any] = weakref.WeakSet()  # connections with a request
+        self._news = asyncio.Event()  # a request has ended, a connection has asked or gone
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request."""
         target = request.raw_path
         if not target.startswith("/"):  # absolute form, as sent to a proxy
             target = "/" + target.partition("://")[2].partition("/")[2]
-        self.asked.add(request.protocol)
-        self.requests.add(task := asyncio.current_task())
+        task = asyncio.current_task()
+        self._requests.add(task)
+        self._asked.add(request.protocol)
         try:
-            return await self._route(request, target)
+            return await self._answer(request, target)
+        finally:
+            self._requests.discard(task)
+            self._news.set()
+
+    def gone(self) -> None:
+        """A connection has ended."""
+        self._news.set()
+
+    async def drain(self, connections: Callable[[], Iterable[object]]) -> None:
+        """Wait until all requests are answered.
+
+        Who has connected but not asked yet can't know that we stop, and gets LINGER_S.
+        """
+        until = time.monotonic() + LINGER_S
+        while True:
+            left_s = until - time.monotonic()
+            silent = set(connections()) - set(self._asked)
+            lingering = silent and left_s > 0
+            if not self._requests and not lingering:
+                return
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s if lingering else None):
+                    await self._news.wait()
+
+    async def _answer(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
+        """Find the route, and turn what is raised into an answer."""
+        path = target.partition("?")[0]
+        origin: str | None = None
+        try:
+            require_valid(request, target)
+            route, match, allowed = self._find(request.method, path)
+            if route and route.cors:
+                origin = self._trusted_origin(request)
+                if origin and is_preflight(request):
+                    return preflight_answer(request, origin)
+            self._guard(request, route.access if route else Access.OPERATE)
+            if route is None or match is None:
+                raise no_route(allowed)
+            parts = tuple(map(unquote, match.groups("")))
+            response = await route.handler(Request(request, target, parts, origin))
         except StoreError as exc:
             log.error("request refused: %s", exc)
-            refused = Refused(503, f"the queue can't store this now, try again later: {exc}", LATER)
-        except Refused as exc:
-            refused = exc
-        finally:
-            self.requests.discard(task)
-        fn = target.startswith(("/r/", "/v1/"))
-        return reply({"error": {"message": refused.text}} if fn else refused.text, refused.status, refused.headers)
+            text = f"the queue can't store this now, try again later: {exc}"
+            response = error_reply(target, HttpError(503, text, LATER))
+        except HttpError as exc:
+            response = error_reply(target, exc)
+        if not response.prepared:
+            allow_origin(response.headers, origin)
+        return response
 
-    async def _route(self, request: web.BaseRequest, target: str) -> Reply:
-        coding = request.headers.get("Transfer-Encoding", "chunked").lower()
-        if request.method == "CONNECT" or coding != "chunked":  # RFC 9112 6.1
-            raise Refused(501, "CONNECT, and transfer codings beside chunked, are not for functions", HANG_UP)
-        if "Transfer-Encoding" in request.headers and request.version < (1, 1):  # RFC 9112 6.1: faulty framing
-            raise Refused(400, "HTTP/1.0 has no Transfer-Encoding", HANG_UP)
-        config, (route, _, rest) = self._settings(), target[1:].partition("/")
-        if "Via" in request.headers and via(target) in request.headers["Via"]:
-            raise Refused(508, "the provider has no replica of this function", {"X-Openfaas-Internal": "gateway"})
-        calls = route in ("function", "async-function", "r")
-        guarded = config.auth.invoke if calls else target.partition("?")[0] not in ("/healthz", "/readyz")
-        if config.auth.login and guarded:
-            kind, _, given = request.headers.get("Authorization", "").partition(" ")
-            found = f"{kind.title()} {given.strip()}".encode(errors="replace")
-            if not hmac.compare_digest(found, config.auth.login.encode()):
-                raise Refused(401, "credentials are needed", {"WWW-Authenticate": 'Basic realm="Restricted"'})
-        if not calls:
-            ours = route != "system" or re.match(r"(calls|queues)\b", rest)  # the rest there is OpenFaaS's REST API
-            return await (self._operator.handle if ours else self._rest)(request, target)
-        if route == "async-function" and request.method == "DELETE":
-            await self._queue.cancel(unquote(rest.partition("?")[0]))
-            return web.Response(status=202)
-        if route == "async-function" and request.method != "POST":
-            line = "there is nothing to GET from a queued call (POST, DELETE): see /system/calls/{call-id}"
-            raise Refused(405, line, {"Allow": "POST, DELETE"})
-        app, _, rest = rest.partition("/") if route == "r" else (None, "", rest)  # Fn Project, 2017: /r/{app}/{route}
-        name, rest = split_target(rest)
-        function = await self._functions.find(name, stale=route == "async-function")
+    def _find(
+        self, method: str, path: str
+    ) -> tuple[Route | None, re.Match[str] | None, Sequence[str]]:
+        """The first route that fits; else the methods of those whose path does."""
+        wanted = "GET" if method == "HEAD" else method
+        allowed: list[str] = []
+        for route in self._routes:
+            match = route.pattern.fullmatch(path)
+            if match and route.method in ("*", wanted):
+                return route, match, allowed
+            if match and route.method not in allowed:
+                allowed.append(route.method)
+        return None, None, allowed
+
+    def _trusted_origin(self, request: web.BaseRequest) -> str | None:
+        origin = request.headers.get("Origin")
+        trusted = self._settings().gateway.trusted_origins
+        return origin if origin is not None and origin.lower() in trusted else None
+
+    def _guard(self, request: web.BaseRequest, access: Access) -> None:
+        """Turn away who may not come in. Raises HttpError: 401, 403, 421."""
+        config = self._settings()
+        if request.method not in SAFE_METHODS:
+            self._require_same_site(request)
+        if access is Access.OPERATE and not config.auth.login:
+            self._require_own_host(request)
+        guarded = access is Access.OPERATE or (access is Access.INVOKE and config.auth.invoke)
+        if guarded and config.auth.login:
+            require_login(request.headers.get("Authorization", ""), config.auth.login)
+
+    def _require_same_site(self, request: web.BaseRequest) -> None:
+        headers = request.headers
+        trusted = self._settings().gateway.trusted_origins
+        site = headers.get("Sec-Fetch-Site")
+        if from_elsewhere(site, headers.get("Origin"), headers.get("Host", ""), trusted):
+            origin = printable(headers.get("Origin", "another site")[:80])
+            reason = f"a web page of {origin} may not do this"
+            raise HttpError(403, f"{reason}: gateway.trusted_origins lists those that may")
+
+    def _require_own_host(self, request: web.BaseRequest) -> None:
+        config = self._settings()
+        host = request.headers.get("Host", "")
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        # No browser comes through a unix socket, nor without a Host.
+        if not host or not isinstance(peer, tuple):
+            return
+        names = (*self._own_names, *config.callback.gateway_hosts, *config.gateway.hosts)
+        if not is_own_host(host, names):
+            reason = f"{printable(host[:80])} is no name of this machine: gateway.hosts lists more"
+            raise HttpError(421, f"{reason}, and with [auth] any will do")
+
+
+def require_valid(request: web.BaseRequest, target: str) -> None:
+    """Refuse what can't be meant for a function. Raises HttpError: 400, 501, 508."""
+    headers = request.headers
+    coding = headers.get("Transfer-Encoding", "chunked").lower()
+    if request.method == "CONNECT" or coding != "chunked":  # RFC 9112 6.1
+        reason = "CONNECT, and transfer codings beside chunked, are not for functions"
+        raise HttpError(501, reason, HANG_UP)
+    if "Transfer-Encoding" in headers and request.version < (1, 1):  # faulty framing (ibid.)
+        raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding", HANG_UP)
+    if "Via" in headers and via(target) in headers["Via"]:
+        own = {"X-Openfaas-Internal": "gateway"}
+        raise HttpError(508, "the provider has no replica of this function", own)
+
+
+def require_login(given: str, login: str) -> None:
+    """Compare credentials in constant time. Raises HttpError(401)."""
+    kind, _, credentials = given.partition(" ")
+    presented = f"{kind.title()} {credentials.strip()}".encode(errors="replace")
+    if not hmac.compare_digest(presented, login.encode()):
+        challenge = {"WWW-Authenticate": 'Basic realm="Restricted"'}
+        raise HttpError(401, "credentials are needed", challenge)
+
+
+def is_preflight(request: web.BaseRequest) -> bool:
+    """Whether a browser asks what a page may send (Fetch standard 3.2.2)."""
+    return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+
+
+def preflight_answer(request: web.BaseRequest, origin: str) -> web.Response:
+    """Whatever the page wants to send, it may."""
+    headers = {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Methods": request.headers["Access-Control-Request-Method"],
+        "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", ""),
+        "Access-Control-Max-Age": str(PREFLIGHT_MAX_AGE_S),
+        "Vary": "Origin",
+    }
+    return web.Response(status=204, headers=headers)
+
+
+def no_route(allowed: Sequence[str]) -> HttpError:
+    """What to say where no route fits."""
+    if allowed:
+        methods = ", ".join(allowed)
+        return HttpError(405, f"this route takes {methods}", {"Allow": methods})
+    reason = "no such route: calls go to /function/NAME or /async-function/NAME"
+    return HttpError(404, reason)
+
+
+def error_reply(target: str, exc: HttpError) -> web.Response:
+    """One line of text; on Fn's routes a JSON document."""
+    if target.startswith(("/r/", "/v1/")):
+        return reply({"error": {"message": exc.text}}, exc.status, exc.headers)
+    return reply(exc.text, exc.status, exc.headers)
+
+
+# -- server
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, with this gateway's form of errors: nothing of what came in."""
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
+        super().__init__(server, loop=loop, **options)
+        self._gone = server.front.gone
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came in."""
+        super().data_received(data)
+        for message, _ in self._messages:
+            error = getattr(message, "exc", None)
+            if error:
+                # It has `data`, and is part of a cycle: the memory would stay in use.
+                error.__traceback__ = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client has gone."""
+        super().connection_lost(exc)
+        self._gone()
+
+    def handle_error(
+        self, request: Any, status: int = 500, exc: Any = None, message: Any = None
+    ) -> web.Response:
+        """What was not HTTP, or a failure of this program itself."""
+        line = "this is not a valid HTTP request"
+        if status >= 500:
+            line = "internal error: see the log of faasd-async"
+            log.error("request failed in this program itself", exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the response has begun")
+        return reply(line, status)  # What was not HTTP has no keep-alive either.
+
+
+class Server(web.Server):
+    """aiohttp's low-level server: no router, because a router would normalise paths."""
+
+    def __init__(self, front: Front, read_timeout_s: float) -> None:
+        super().__init__(
+            front.handle,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            logger=log,
+            keepalive_timeout=read_timeout_s,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+        )
+        self.front = front
+
+    def __call__(self) -> web.RequestHandler:
+        """A new connection's protocol."""
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+
+# --- Routes ---------------------------------------------------------------------------------------
+# -- functions
+
+
+@dataclass(frozen=True)
+class FunctionRoutes:
+    """/function/… straight through, /async-function/… into the queue."""
+
+    settings: Settings
+    directory: FunctionDirectory
+    limits: FunctionLimits
+    caller: FunctionCaller
+    intake: Intake
+    metrics: Metrics
+
+    async def call(self, request: Request) -> web.StreamResponse:
+        """/function/NAME: the function's own answer."""
+        name, target = split_target(request.target.removeprefix("/function/"))
+        return await self.answer(request, await self.find(name), target)
+
+    async def queue(self, request: Request) -> web.StreamResponse:
+        """POST /async-function/NAME: 202 once the call is stored."""
+        name, target = split_target(request.target.removeprefix("/async-function/"))
+        return await self.accept(request, await self.find(name, stale=True), target)
+
+    async def refuse(self, request: Request) -> web.StreamResponse:
+        """Any other method on /async-function/…."""
+        reason = "there is nothing to GET from a queued call (POST, DELETE)"
+        allow = {"Allow": "POST, DELETE"}
+        raise HttpError(405, f"{reason}: see /system/calls/{{call-id}}", allow)
+
+    async def find(self, name: str, stale: bool = False) -> Function:
+        """A function by its name. HttpError(404): nothing is done for one that does not exist."""
+        function = await self.directory.find(name, stale)
         if function is None:
-            raise Refused(404, "no such function: it is not in the configuration, nor at a provider")
-        if route == "async-function" or (app is not None and function.type == "async"):
-            return await self._async(request, function, rest, app and unquote(app))
-        return await self._sync(request, function, rest)
+            reason = "no such function: it is not in the configuration, nor at a provider"
+            raise HttpError(404, reason)
+        return function
 
-    def _headers(self, request: web.BaseRequest, call_id: str, start_time: int) -> list[tuple[bytes, bytes]]:
-        """What goes to the function: the caller's end-to-end headers and ours."""
-        given, for_us = request.headers, self._settings().auth.invoke
-        headers = forward_headers(request.raw_headers, COMPUTED | {b"authorization"} if for_us else COMPUTED)
-        hops = ", ".join(filter(None, [*given.getall("X-Forwarded-For", ()), request.remote]))
-        headers += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time)]
+    async def accept(
+        self, request: Request, function: Function, target: str, app: str | None = None
+    ) -> web.StreamResponse:
+        """Queue a call, whatever the request's method. With an app the answer is Fn's."""
+        config = self.settings().gateway
+        controls = self.intake.controls(request.headers, app)
+        body = await read_body(request.http, config.read_timeout, config.max_payload)
+        headers = self._forwarded(request.http)
+        accepted = await self.intake.accept(function, target, headers, body, controls)
+        answer = {
+            "X-Call-Id": accepted.call_id,
+            "X-Start-Time": str(accepted.start_time),
+            "Location": "/system/calls/" + quote(accepted.call_id, safe=""),
+        }
+        if app is not None or "application/json" in request.headers.get("Accept", ""):
+            return reply({"call_id": accepted.call_id}, 202, answer)
+        return web.Response(status=202, headers=answer)
+
+    async def answer(self, request: Request, function: Function, target: str) -> web.StreamResponse:
+        """Call a function and pass its answer on."""
+        start_time = time.time_ns()
+        call_id = parse_one(request.headers, "X-Call-Id", visible) or new_id()
+        ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
+        await self.directory.awake(function)
+        if self.limits.full(function.key):
+            reason = f"function {function.name} is at its max_inflight"
+            raise HttpError(429, reason, {"Retry-After": "1", **ours})
+        headers = self._forwarded(request.http)
+        headers += [(name.encode(), value.encode()) for name, value in ours.items()]
+        with self.limits.hold(function.key), self.metrics.counted(function.key) as tell_status:
+            try:
+                body = await self._sync_body(request.http)
+                asked = FunctionRequest(request.http.method, target, headers, body)
+                response = await self._pass_on(request, function, asked, ours)
+            except HttpError as exc:
+                tell_status(exc.status)
+                exc.headers.update(ours)
+                raise
+            tell_status(response.status)
+        told = {"call_id": call_id, "function": function.name, "http_status": response.status}
+        log_with(logging.DEBUG, "sync call ended", **told)
+        return response
+
+    async def _pass_on(
+        self, request: Request, function: Function, asked: FunctionRequest, ours: Mapping[str, str]
+    ) -> web.StreamResponse:
+        """A client that goes away cancels this, and so ends the call."""
+        config = self.settings().gateway
+        who = f"function {function.name}"
+        if not function.command:
+            limits = (config.upstream_timeout, config.write_timeout)
+            answering = self.caller.request(function, asked)
+            return await stream_answer(request, answering, ours, limits, who)
+        try:
+            limit_s = config.upstream_timeout
+            outcome = await run_command(function, asked, limit_s, MAX_RESPONSE_BYTES)
+        except RequestFailed as exc:
+            error = f"{who} {exc.text}"
+            call_id = ours["X-Call-Id"]
+            log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
+            raise HttpError(exc.status, error) from None
+        headers = as_multidict(outcome.headers)
+        headers.update(ours)
+        headers["X-Duration-Seconds"] = f"{outcome.duration_s:.6f}"
+        return web.Response(status=outcome.status, headers=headers, body=outcome.body)
+
+    async def _sync_body(self, request: web.BaseRequest) -> bytes | AsyncIterator[bytes]:
+        """A small body as a whole, another one as it comes."""
+        timeout_s = self.settings().gateway.read_timeout
+        length = request.content_length if request.body_exists else 0
+        if length is not None and length <= SMALL_BODY_BYTES:
+            return await read_body(request, timeout_s, SMALL_BODY_BYTES)
+        return body_chunks(request, timeout_s)
+
+    def _forwarded(self, request: web.BaseRequest) -> list[Header]:
+        """The caller's end-to-end headers, and where they come from."""
+        given = request.headers
+        drop = COMPUTED
+        if self.settings().auth.invoke:  # then the credentials are for us
+            drop = COMPUTED | {b"authorization"}
+        headers = forward_headers(request.raw_headers, drop)
+        hops = [*given.getall("X-Forwarded-For", ()), *filter(None, [request.remote])]
         if hops:
-            headers.append((b"X-Forwarded-For", hops.encode("utf-8", "surrogateescape")))
-        if "X-Forwarded-Host" not in given and (host := given.get("Host")):
+            value = ", ".join(hops).encode("utf-8", "surrogateescape")
+            headers.append((b"X-Forwarded-For", value))
+        host = given.get("Host")
+        if host and "X-Forwarded-Host" not in given:
             headers.append((b"X-Forwarded-Host", host.encode("utf-8", "surrogateescape")))
         return headers
 
-    async def _chunks(self, request: web.BaseRequest, most: int | None = None) -> AsyncIterator[bytes]:
-        """The body as it comes in, each piece within read_timeout; or all of it, up to `most`. Raises Refused."""
-        loop, limit = asyncio.get_running_loop(), self._settings().gateway.read_timeout
-        if request.headers.get("Expect", "").lower() == "100-continue":  # RFC 9110 10.1.1: the client waits to be asked
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # the response itself has not begun
-        until, length = loop.time() + limit, 0
-        try:
-            while most is None or length <= most:
-                async with asyncio.timeout_at(loop.time() + limit if most is None else until):
-                    chunk = await request.content.readany()
-                if not chunk:
-                    return
-                length += len(chunk)
-                yield chunk
-        except TimeoutError:
-            raise Refused(408, "no body within gateway.read_timeout", {"Connection": "close"}) from None
-        except (aiohttp.ClientError, web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
-            raise Refused(400, "the request's body is not valid HTTP", {"Connection": "close"}) from None
 
-    async def _body(self, request: web.BaseRequest, limit: int) -> bytes:
-        """The whole body, refused as soon as it is known to be too long."""
-        if (request.content_length or 0) <= limit:
-            if request.content.is_eof():  # it came with the headers
-                body = request.content.read_nowait()
-            else:
-                body = b"".join([chunk async for chunk in self._chunks(request, limit)])
-            if len(body) <= limit:
-                return body
-        raise Refused(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
+# -- operator
 
-    # -- /function
-    async def _sync(self, request: web.BaseRequest, function: Function, rest: str) -> Reply:
-        start_time, slots = time.time_ns(), self._functions.slots
-        call_id = parsed(request.headers, CALL_ID).get("X-Call-Id") or new_id()
-        ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
-        await self._functions.awake(function)
-        if slots.full(function.key):
-            raise Refused(429, f"function {function.name} is at its max_inflight", {"Retry-After": "1", **ours})
-        with slots.hold(function.key), self._metrics.counted(function.key) as status:
-            try:
-                length = request.content_length if request.body_exists else 0
-                small = length is not None and length <= SMALL_BODY_BYTES
-                body = await self._body(request, SMALL_BODY_BYTES) if small else self._chunks(request)
-                ask = Ask(request.method, rest, self._headers(request, call_id, start_time), body)
-                response = await self._answer(request, function, ask, ours)
-            except Refused as exc:
-                status.append(exc.status)
-                exc.headers.update(ours)
-                raise
-            status.append(response.status)
-        log_with(logging.DEBUG, "sync call ended", call_id=call_id, function=function.name, http_status=response.status)
-        return response
 
-    async def _answer(self, request: web.BaseRequest, function: Function, ask: Ask, ours: dict[str, str]) -> Reply:
-        """Call and answer, streaming both ways. A client that goes away cancels this, and so ends the call."""
-        config, started, loop = self._settings().gateway, time.perf_counter(), asyncio.get_running_loop()
-        limit = config.upstream_timeout if function.namespace else None  # the provider itself may stream logs for ever
-        response, transport = None, request.transport
-        assert transport
-        try:
-            if function.command:
-                outcome = await run_command(function, ask, config.upstream_timeout, MAX_RESPONSE_BYTES)
-                headers = {**as_multidict(outcome.headers), **ours, "X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
-                return web.Response(status=outcome.status, headers=headers, body=outcome.body)
-            async with asyncio.timeout(limit), self._functions.request(function, ask) as answer:
-                given = as_multidict(forward_headers(answer.raw_headers, frozenset()))
-                given.update(ours)  # in place of those that the function sent
-                given.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
-                status = answer.status if answer.status >= 200 else 502  # no other protocol through us
-                response = Answer(status=status, reason=re.sub("[^ -~]", "?", answer.reason or ""), headers=given)
-                await response.prepare(request)
-                while chunk := await answer.content.readany():
-                    timer = loop.call_later(config.write_timeout, transport.abort)  # for a client that takes nothing
-                    await response.write(chunk)
-                    timer.cancel()
-                await response.write_eof()
-                return response
-        except NO_ANSWER as exc:
-            if isinstance(exc.__cause__, Refused):  # the client's body could not be read
-                raise exc.__cause__ from None
-            outcome = failure(exc, f"function {function.name}", 0.0, function)
-            if not transport.is_closing():
-                log_with(logging.WARNING, "sync call failed", error=outcome.error, call_id=ours.get("X-Call-Id"))
-            if response is None:
-                raise Refused(outcome.status, outcome.error or "no answer") from None
-            transport.abort()  # so that the client sees that the answer is not whole
-            return response
+@dataclass(frozen=True)
+class HealthRoutes:
+    """For systemd, load balancers and people."""
 
-    # -- /system: OpenFaaS's REST API
-    def _described(self, function: Function) -> dict[str, Any]:
-        shown = {name: getattr(function, name) for name in ("name", "namespace", "labels", "annotations")}
-        counted = {"invocationCount": self._metrics.invocations[function.key]}
-        return {**shown, "image": "", "replicas": 1, "availableReplicas": 1, **counted}
+    queue: WorkQueue
+    waiters: CallWaiters
 
-    async def _rest(self, request: web.BaseRequest, target: str) -> Reply:
-        """The functions of the file can be read; everything else is the provider's, if there is one."""
-        config, functions, (path, _, query) = self._settings(), self._functions, target.partition("?")
-        _, _, route, name, *_ = f"{path}//".split("/")
-        provided, reads = config.provider.url is not None, request.method in ("GET", "HEAD")
-        namespace = dict(parse_qsl(query)).get("namespace") or config.gateway.namespace
-        own = config.functions if namespace == config.gateway.namespace else {}
-        if route == "alert":
-            raise Refused(501, "this gateway does not scale on alerts: it scales functions up when they are called")
-        if not provided and not reads:
-            raise Refused(405, "functions are defined in the TOML file: change that and reload", {"Allow": "GET"})
-        if reads and route == "function" and name in own:
-            return reply(self._described(own[name]))
-        if provided and reads and route not in ("info", "functions"):
-            ask = Ask(request.method, target, forward_headers(request.raw_headers, COMPUTED), b"")
-            return await self._answer(request, functions.provider(), ask, {})
-        version = {"sha": "", "release": VERSION}
-        found: dict[str, Any] = {"functions": [], "namespaces": [config.gateway.namespace], "secrets": []}
-        found["info"] = {"provider": "faasd-async", "orchestration": "processes", "version": version}
-        if provided:
-            body, method = await self._body(request, config.gateway.max_payload), "GET" if reads else request.method
-            answer = await functions.ask(method, target, body, config.gateway.upstream_timeout)
-            functions.changes += not reads
-            if not reads or answer.status != 200:
-                deployed = answer.status == 200 and route == "functions" and method != "DELETE"
-                status = 202 if deployed else answer.status  # as gateways say it
-                return web.Response(status=status, body=answer.body, headers=as_multidict(answer.headers))
-            found[route] = json.loads(answer.body)
-        elif route == "logs":
-            return web.Response(content_type="application/x-ndjson")
-        elif route not in found:
-            raise Refused(404, "no such function: it is not in the configuration")
-        if route == "info":
-            return reply({"provider": found[route], "version": version, "arch": os.uname().machine})
-        if route == "functions":
-            for item in found[route]:
-                item["invocationCount"] = self._metrics.invocations[f"{item['name']}.{item['namespace']}"]
-            others = (item for item in found[route] if item["name"] not in own)
-            return reply([*map(self._described, own.values()), *others])
-        return reply(found[route])
+    async def healthz(self, request: Request) -> web.StreamResponse:
+        """200 while the queue's writer answers."""
+        reason = self.queue.stalled()
+        return reply(reason or "ok", 503 if reason else 200)
 
-    # -- /async-function
-    async def _async(self, request: web.BaseRequest, function: Function, rest: str, app: str | None) -> web.Response:
-        """Queue a call. Fn's route, which has an app, takes any method and answers in JSON."""
-        start_time = time.time_ns()
-        config, now, own = self._settings(), start_time / 1e9, new_id()
-        asked = parsed(request.headers, self._controls).get
-        call_id = asked("X-Call-Id", own)
-        queue = asked("X-Queue") or function.queue
-        body = await self._body(request, config.gateway.max_payload)
-        call = Invocation(
-            own, call_id, function.name, function.namespace, queue, start_time,
-            max(now, asked("X-Delay", now), asked("X-Not-Before", now)), asked("X-Deadline"),
-            asked("X-Max-Attempts") or function.retry.attempts, asked("X-Callback-Url"),
-            asked("X-Failure-Callback-Url"), asked("Idempotency-Key"), app, rest,
-            pack_headers(self._headers(request, call_id, start_time)), body,
-        )  # fmt: skip
-        call_id = await self._queue.enqueue(call)
-        self._metrics.submitted(queue).inc()
-        headers = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
-        headers["Location"] = f"/system/calls/{call_id if call_id is own else quote(call_id, safe='')}"
-        if app is not None or "application/json" in request.headers.get("Accept", ""):
-            return reply({"call_id": call_id}, 202, headers)
+    async def readyz(self, request: Request) -> web.StreamResponse:
+        """200 when work can be accepted."""
+        reason = "shutting down" if self.waiters.closed else self.queue.stalled()
+        reason = reason or await self.queue.failing()
+        return reply(reason or "ok", 503 if reason else 200)
+
+
+@dataclass(frozen=True)
+class CallRoutes:
+    """Calls: what became of them, and what is to become of them."""
+
+    settings: Settings
+    records: CallRecords
+    waiters: CallWaiters
+
+    async def show_call(self, request: Request) -> web.StreamResponse:
+        """The record; with `wait`, as soon as it is final, or when the time is over."""
+        wait_s = parse_one(request.query, "wait", duration)
+        record = await self._final_record(request.parts[0], wait_s or 0.0)
+        return reply(record_document(record))
+
+    async def _final_record(self, call_id: str, wait_s: float) -> CallRecord:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        while True:
+            ended = self.waiters.event(call_id)
+            record = await self.records.lookup(call_id)
+            late = loop.time() >= until
+            if record.status in FINAL or late or self.waiters.closed:
+                return record
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await ended.wait()
+
+    async def list_calls(self, request: Request) -> web.StreamResponse:
+        """Records that match, newest first."""
+        filters = self._filters(request, "limit", "cursor")
+        limit = parse_one(request.query, "limit", page_size) or 100
+        cursor = parse_one(request.query, "cursor", page_cursor)
+        page = await self.records.list_records(filters, limit, cursor)
+        calls = [record_document(record) for record in page.records]
+        return reply({"calls": calls, "next_cursor": page.next_cursor})
+
+    def _filters(self, request: Request, *others: str) -> CallFilter:
+        """The filters of a request. Raises HttpError(400)."""
+        queries = request.queries
+        unknown = queries.keys() - {*FILTERS, *others}
+        if unknown:
+            known = ", ".join((*FILTERS, *others))
+            raise HttpError(400, f"{min(unknown)}: unknown filter; there are {known}")
+        for name, values in queries.items():
+            if len(values) > 1 and name not in ("status", "callback"):
+                raise HttpError(400, f"{name}: takes one value, not {len(values)}")
+        joined = {name: ",".join(values) for name, values in queries.items()}
+        function = parse_one(joined, "function", text)
+        if function:
+            function = function.removesuffix("." + self.settings().gateway.namespace)
+        return CallFilter(
+            statuses=parse_one(joined, "status", words_of(*STATUSES)) or (),
+            callbacks=parse_one(joined, "callback", words_of(*CALLBACK_STATUSES)) or (),
+            function=function,
+            queue=parse_one(joined, "queue", text),
+            call_id=parse_one(joined, "call_id", text),
+            since=parse_one(joined, "since", parse_since),
+            until=parse_one(joined, "until", parse_since),
+        )
+
+    async def retry_matching(self, request: Request) -> web.StreamResponse:
+        """Queue exactly the runs that match again."""
+        return await self._change_matching(request, "queued again", self.records.redrive_matching)
+
+    async def cancel_matching(self, request: Request) -> web.StreamResponse:
+        """Cancel exactly the runs that match."""
+        return await self._change_matching(request, "cancelled", self.records.cancel_matching)
+
+    async def _change_matching(
+        self, request: Request, done: str, change: Callable[[CallFilter], Awaitable[BulkResult]]
+    ) -> web.StreamResponse:
+        filters = self._filters(request)
+        if filters == CallFilter():
+            raise HttpError(400, f"which calls? Give at least one of {', '.join(FILTERS)}")
+        result = await change(filters)
+        query = request.target.partition("?")[2]
+        log_with(logging.INFO, f"calls {done}", filters=query, **result._asdict())
+        return reply(result._asdict())
+
+    async def show_log(self, request: Request) -> web.StreamResponse:
+        """What the function wrote: its answer's body, and a command's stderr."""
+        output = await self.records.output(request.parts[0])
+        return web.Response(body=output.written, content_type="text/plain", charset="utf-8")
+
+    async def retry_call(self, request: Request) -> web.StreamResponse:
+        """Queue a final call again."""
+        call_id = request.parts[0]
+        await self.records.redrive(call_id)
+        location = f"/system/calls/{quote(call_id, safe='')}"
+        headers = {"X-Call-Id": call_id, "Location": location}
         return web.Response(status=202, headers=headers)
 
+    async def cancel_call(self, request: Request) -> web.StreamResponse:
+        """DELETE /async-function/ID: it will not run (again)."""
+        call_id = request.parts[0]
+        number = await self.records.cancel(call_id)
+        log_with(logging.INFO, "call cancelled", call_id=call_id, number=number)
+        return web.Response(status=202)
 
-# --- Daemon: puts the parts together, owns their lifecycle ----------------------------------------------------------
+
+@dataclass(frozen=True)
+class QueueRoutes:
+    """Queues and metrics."""
+
+    settings: Settings
+    records: CallRecords
+    directory: FunctionDirectory
+    metrics: Metrics
+    inflight: Callable[[], Mapping[str, int]]  # attempts running, by queue
+
+    async def list_queues(self, request: Request) -> web.StreamResponse:
+        """All queues there are, the callback sender's last."""
+        stats = await self.records.stats()
+        config = self.settings()
+        inflight = self.inflight()
+        now = time.time()
+        rows = []
+        for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
+            queue = stats.get(name, QueueStats({}, now, False))
+            running = inflight.get(name, 0)
+            rows.append(queue_document(name, queue, config.queue(name), running, now))
+        sender = ("name", "depth", "inflight", "oldest_seconds")  # it is no queue of the file
+        rows[-1] = {name: rows[-1][name] for name in sender}
+        rows[-1]["max_inflight"] = config.callback.max_inflight
+        return reply({"queues": rows})
+
+    async def change_queue(self, request: Request) -> web.StreamResponse:
+        """Pause, resume or purge a queue."""
+        name, action = request.parts
+        queues = self.settings().queues
+        known = name in queues or name in await self.records.stats()
+        if not known or name == CALLBACKS:
+            raise HttpError(404, f"no such queue; there are {', '.join(sorted(queues))}")
+        if action == "purge":
+            number = await self.records.purge(name)
+            log_with(logging.INFO, "queue purged", queue=name, cancelled=number)
+            return reply({"queue": name, "cancelled": number})
+        await self.records.pause(name, action == "pause")
+        log.info("queue %s: %sd", name, action)
+        return reply({"queue": name, "paused": action == "pause"})
+
+    async def expose(self, request: Request) -> web.StreamResponse:
+        """The exposition of Prometheus."""
+        now = scraped(await self.records.stats(), self.directory.all())
+        body = prometheus_client.generate_latest(self.metrics.registry)
+        body += prometheus_client.generate_latest(now)
+        content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
+        return web.Response(body=body, headers=content_type)
+
+
+# -- OpenFaaS's REST API
+
+
+@dataclass(frozen=True)
+class RestRoutes:
+    """The functions of the file can be read; all else is the provider's, if there is one."""
+
+    settings: Settings
+    provider: Provider
+    directory: FunctionDirectory
+    metrics: Metrics
+
+    async def handle(self, request: Request) -> web.StreamResponse:
+        """/system/…, but for calls and queues."""
+        config = self.settings()
+        segments = f"{request.target.partition('?')[0]}//".split("/")
+        resource, name = segments[2], segments[3]
+        namespace = request.query.get("namespace") or config.gateway.namespace
+        own = config.functions if namespace == config.gateway.namespace else {}
+        if resource == "alert":
+            reason = "this gateway does not scale on alerts"
+            raise HttpError(501, f"{reason}: it scales functions up when they are called")
+        if request.http.method in ("GET", "HEAD"):
+            if resource == "function" and name in own:
+                return reply(self._document(own[name]))
+            return await self._read(request, resource, own)
+        if self.provider.url is None:
+            reason = "functions are defined in the TOML file: change that and reload"
+            raise HttpError(405, reason, {"Allow": "GET"})
+        return await self._write(request, resource)
+
+    async def _read(
+        self, request: Request, resource: str, own: Mapping[str, Function]
+    ) -> web.StreamResponse:
+        documents = self._own_documents()
+        if self.provider.url is not None:
+            if resource not in ("info", "functions"):
+                return await self._pass_on(request)
+            answer = await self._ask(request, "GET", b"")
+            if answer.status != 200:
+                return passed(answer, answer.status)
+            documents[resource] = json.loads(answer.body)
+        elif resource == "logs":
+            return web.Response(content_type="application/x-ndjson")
+        elif resource not in documents:
+            raise HttpError(404, "no such function: it is not in the configuration")
+        if resource == "info":
+            arch = os.uname().machine
+            return reply({"provider": documents["info"], "version": OWN_VERSION, "arch": arch})
+        if resource == "functions":
+            listed = [self._document(function) for function in own.values()]
+            listed += self._counted(documents["functions"], own)
+            return reply(listed)
+        return reply(documents[resource])
+
+    async def _write(self, request: Request, resource: str) -> web.StreamResponse:
+        config = self.settings().gateway
+        method = request.http.method
+        body = await read_body(request.http, config.read_timeout, config.max_payload)
+        answer = await self._ask(request, method, body)
+        self.directory.expire()
+        deployed = answer.status == 200 and resource == "functions" and method != "DELETE"
+        return passed(answer, 202 if deployed else answer.status)  # as gateways say it
+
+    async def _ask(self, request: Request, method: str, body: bytes) -> Fetched:
+        limit_s = self.settings().gateway.upstream_timeout
+        return await self.provider.ask(method, request.target, body, limit_s)
+
+    async def _pass_on(self, request: Request) -> web.StreamResponse:
+        """What is streamed: logs, for as long as somebody follows them."""
+        headers = forward_headers(request.http.raw_headers, COMPUTED)
+        asked = self.provider.request(request.http.method, request.target, headers)
+        limits = (None, self.settings().gateway.write_timeout)
+        return await stream_answer(request, asked, {}, limits, "the provider")
+
+    def _own_documents(self) -> dict[str, Any]:
+        """What is answered where there is no provider."""
+        info = {"provider": "faasd-async", "orchestration": "processes", "version": OWN_VERSION}
+        namespaces = [self.settings().gateway.namespace]
+        return {"functions": [], "namespaces": namespaces, "secrets": [], "info": info}
+
+    def _document(self, function: Function) -> dict[str, Any]:
+        return function_document(function, self.metrics.invocations[function.key])
+
+    def _counted(
+        self, documents: Iterable[dict[str, Any]], own: Mapping[str, Function]
+    ) -> Iterator[dict[str, Any]]:
+        """The provider's functions that are not hidden by ours, with our counts."""
+        for document in documents:
+            if document["name"] not in own:
+                key = f"{document['name']}.{document['namespace']}"
+                yield document | {"invocationCount": self.metrics.invocations[key]}
+
+
+def passed(answer: Fetched, status: int) -> web.Response:
+    """The provider's answer."""
+    return web.Response(status=status, body=answer.body, headers=as_multidict(answer.headers))
+
+
+# -- Fn Project's API of 2017
+
+
+@dataclass(frozen=True)
+class FnRoutes:
+    """Functions by app and route, and their calls. An app is nothing but a label of a call."""
+
+    functions: FunctionRoutes
+    records: CallRecords
+
+    async def call(self, request: Request) -> web.StreamResponse:
+        """/r/APP/ROUTE: the function is the route's first segment."""
+        _, _, rest = request.target.removeprefix("/r/").partition("/")
+        name, target = split_target(rest)
+        function = await self.functions.find(name)
+        if function.type != "async":
+            return await self.functions.answer(request, function, target)
+        return await self.functions.accept(request, function, target, app=request.parts[0])
+
+    async def list_calls(self, request: Request) -> web.StreamResponse:
+        """The newest calls of an app, of one function with `path`."""
+        path = request.query.get("path", "").lstrip("/")
+        function = split_target(path)[0] or None
+        page = await self.records.list_records(CallFilter(app=request.parts[0], function=function))
+        calls = [fn_document(record) for record in page.records]
+        return reply({"message": "Successfully listed calls", "calls": calls})
+
+    async def show_call(self, request: Request) -> web.StreamResponse:
+        """One call."""
+        record = await self._find(*request.parts)
+        return reply({"message": "Successfully loaded call", "call": fn_document(record)})
+
+    async def show_log(self, request: Request) -> web.StreamResponse:
+        """What a call wrote."""
+        record = await self._find(*request.parts)
+        output = await self.records.output(record.id)
+        document = {"call_id": record.call_id, "log": output.written.decode("utf-8", "replace")}
+        return reply({"message": "Successfully loaded log", "log": document})
+
+    async def _find(self, app: str, call_id: str) -> CallRecord:
+        record = await self.records.lookup(call_id)
+        if record.app != app:
+            raise HttpError(404, "Call not found")
+        return record
+
+
+# --- Daemon ---------------------------------------------------------------------------------------
+# Puts the parts together, and owns their lifecycle.
+
+BACKLOG = 1024  # connections that wait to be accepted
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """A path with {segment}, {call} (what may have slashes) and … (whatever may follow)."""
+    pattern = path.replace("…", ".*").replace("{segment}", "([^/]+)").replace("{call}", "(.+)")
+    return re.compile(pattern)
+
+
+def route_table(
+    functions: FunctionRoutes,
+    calls: CallRoutes,
+    queues: QueueRoutes,
+    health: HealthRoutes,
+    rest: RestRoutes,
+    fn: FnRoutes,
+) -> Sequence[Route]:
+    """All routes there are. The first that fits is taken."""
+    rows: Sequence[tuple[str, str, Access, Handler]] = (
+        ("POST", "/async-function/…", Access.INVOKE, functions.queue),
+        ("DELETE", "/async-function/{call}", Access.INVOKE, calls.cancel_call),
+        ("*", "/async-function/…", Access.INVOKE, functions.refuse),
+        ("*", "/function/…", Access.INVOKE, functions.call),
+        ("*", "/r/{segment}/…", Access.INVOKE, fn.call),
+        ("GET", "/healthz", Access.OPEN, health.healthz),
+        ("GET", "/readyz", Access.OPEN, health.readyz),
+        ("GET", "/system/calls", Access.OPERATE, calls.list_calls),
+        ("POST", "/system/calls/retry", Access.OPERATE, calls.retry_matching),
+        ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
+        ("GET", "/system/calls/{call}/log", Access.OPERATE, calls.show_log),
+        ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
+        ("GET", "/system/calls/{call}", Access.OPERATE, calls.show_call),
+        ("GET", "/system/queues", Access.OPERATE, queues.list_queues),
+        (
+            "POST",
+            "/system/queues/{segment}/(pause|resume|purge)",
+            Access.OPERATE,
+            queues.change_queue,
+        ),
+        ("GET", "/metrics", Access.OPERATE, queues.expose),
+        ("GET", "/v1/apps/{segment}/calls", Access.OPERATE, fn.list_calls),
+        ("GET", "/v1/apps/{segment}/calls/{segment}", Access.OPERATE, fn.show_call),
+        ("GET", "/v1/apps/{segment}/calls/{segment}/log", Access.OPERATE, fn.show_log),
+        ("*", r"/system(?!/(?:calls|queues)\b)…", Access.OPERATE, rest.handle),
+    )
+    cors = ("/function/…", "/async-function/…", "/async-function/{call}")
+    return [
+        Route(method, path_pattern(path), access, handler, path in cors)
+        for method, path, access, handler in rows
+    ]
+
+
+def passed_sockets() -> list[socket.socket]:
+    """Those of systemd (sd_listen_fds(3))."""
+    if os.getenv("LISTEN_PID") != str(os.getpid()):
+        return []
+    sockets = []
+    for fd in range(3, 3 + int(os.getenv("LISTEN_FDS", "0"))):
+        os.set_inheritable(fd, False)  # by commands
+        sockets.append(socket.socket(fileno=fd))
+    return sockets
+
+
+def bound_sockets(address: str) -> Iterator[socket.socket]:
+    """The sockets of one address of gateway.listen. Raises OSError."""
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix:"))
+        if path.is_socket():  # left there by a process that was killed
+            path.unlink()
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(path))
+        yield sock
+        return
+    host, _, port = address.rpartition(":")
+    infos = socket.getaddrinfo(
+        host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    for family, kind, protocol, _, name in dict.fromkeys(infos):
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError:  # a machine without IPv6
+            continue
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(name)
+        yield sock
+
+
+def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
+    """The sockets that systemd passed, else those of gateway.listen. Raises ConfigError."""
+    sockets = passed_sockets()
+    if sockets:
+        return sockets
+    for address in addresses:
+        try:
+            sockets += bound_sockets(address)
+        except OSError as exc:
+            reason = exc.strerror or str(exc)
+            raise ConfigError([f"gateway.listen: {address}: {reason}"]) from exc
+    return sockets
+
+
+def socket_url(sock: socket.socket) -> str:
+    """Where a listening socket is reached: http://HOST:PORT or unix:/path."""
+    name = sock.getsockname()
+    if isinstance(name, str):
+        return f"unix:{name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"http://{host}:{name[1]}"
+
+
+def callback_tls(config: CallbackConfig) -> ssl.SSLContext | bool:
+    """How receivers are verified. Raises ConfigError."""
+    if config.tls_ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=config.tls_ca_file)
+    except OSError as exc:
+        reason = f"{config.tls_ca_file}: {exc.strerror or exc}"
+        raise ConfigError([f"callback.tls_ca_file: {reason}"]) from exc
 
 
 class Daemon:
-    """The composition root. `run()` returns the exit code."""
+    """The composition root. Made inside a running event loop; `run()` returns the exit code."""
 
     def __init__(self, config: Config, path: str | None) -> None:
-        self.config, self._path = config, path
-        self._consumers: dict[str, Consumer] = {}
+        self.config = config
+        self._path = path
         self._exit_code = 0
         self._stop = asyncio.Event()  # first signal, or a task that failed
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
-        settings: Settings = lambda: self.config  # noqa: E731
-        self.metrics = Metrics()
-        self.queue: Queue = SqliteQueue(store_path(config), settings, self.metrics)
-        self.functions = Functions(settings)
-        self.operator = Operator(settings, self.queue, self.functions, self.metrics)
-        self.gateway = Gateway(settings, self.queue, self.functions, self.metrics, self.operator)
-        self.invoker = Invoker(settings, self.functions, self.metrics)
-        self.sender = CallbackSender(settings, self.metrics)
-        self.functions.slots.freed = lambda: [consumer.wake() for consumer in self._consumers.values()]
-        self.operator.inflight = lambda: {name: len(consumer.running) for name, consumer in self._consumers.items()}
+        self._metrics = Metrics()
+        self._waiters = CallWaiters()
+        self._queue = SqliteQueue(store_path(config), self.settings, self._metrics.commits.observe)
+        self._consumers = Consumers(self.settings, self._queue, self._ended)
+        self._limits = FunctionLimits(self.settings, self._consumers.wake_all)
+
+    def settings(self) -> Config:
+        """The configuration as it stands now."""
+        return self.config
 
     async def run(self) -> int:
         """Start everything, serve until a signal, stop in order."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         async with contextlib.AsyncExitStack() as stack:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._terminate)
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
-            await self.queue.open(self._wake, self._cancel, self._final)
-            stack.push_async_callback(self.queue.close)
-            await self.functions.open(stack)
-            server = Server(
-                self.gateway.handle, handler_cancellation=True, auto_decompress=False, access_log=None, logger=log,
-                keepalive_timeout=self.config.gateway.read_timeout, max_line_size=MAX_HEADER_BYTES,
-                max_field_size=MAX_HEADER_BYTES,
-            )  # fmt: skip
-            runner = web.ServerRunner(server, shutdown_timeout=0.1)  # the drain comes before
+            await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
+            stack.push_async_callback(self._queue.close)
+            sockets = listening_sockets(self.config.gateway.listen)
+            front, jobs = self._compose(stack, [socket_url(sock) for sock in sockets])
+            server = Server(front, self.config.gateway.read_timeout)
+            runner = web.ServerRunner(server, shutdown_timeout=0.1)  # The drain comes before.
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await self._listen(runner)
-            await self.sender.open(stack)
-            for name in (*self.config.queues, *await self.queue.stats(), CALLBACKS):
-                self._consumer(name)
-            side = [asyncio.create_task(job(), name=job.__name__[1:]) for job in (self._housekeeping, self._watchdog)]
-            for task in side:
-                task.add_done_callback(self._ended)
+            for sock in sockets:
+                await web.SockSite(runner, sock, backlog=BACKLOG).start()
+                log.info("listening on %s", socket_url(sock))
+            names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
+            self._consumers.start(jobs, names)
+            side = self._start_side_jobs()
             sd_notify("READY=1\nSTATUS=accepting calls")
             await self._stop.wait()
             await self._drain(runner, server)
@@ -2646,83 +5417,107 @@ class Daemon:
         log.info("stopped")
         return self._exit_code
 
+    def _compose(
+        self, stack: contextlib.AsyncExitStack, urls: Sequence[str]
+    ) -> tuple[Front, Mapping[str, Job]]:
+        """Make the parts, on the addresses where this daemon is reached itself."""
+        settings = self.settings
+        http = HttpClient()
+        # faasd closes connections that idle; a call that finds one closed may not be sent twice.
+        # So none is kept.
+        provided_http = HttpClient(keepalive_s=0)
+        resolver = CheckedResolver(self._callback_allowed)
+        callback_http = HttpClient(tls=callback_tls(self.config.callback), resolver=resolver)
+        own_address = min(urls)  # http before unix
+        own_http = callback_http
+        if own_address.startswith("unix:"):
+            own_http = HttpClient(unix_path=own_address.removeprefix("unix:"))
+            own_address = "http://localhost"
+        for client in (http, provided_http, callback_http, own_http):
+            stack.push_async_callback(client.close)
+
+        provider = Provider(settings, provided_http)
+        directory = FunctionDirectory(settings, provider, self._limits)
+        caller = FunctionCaller(http, provided_http, directory)
+        intake = Intake(settings, self._queue, self._metrics)
+        metrics = self._metrics
+        # To connect to 0.0.0.0 or [::] reaches ourselves.
+        sender = CallbackJob(settings, callback_http, own_http, yarl.URL(own_address), metrics)
+        invoker = InvocationJob(settings, directory, self._limits, caller, metrics)
+        functions = FunctionRoutes(settings, directory, self._limits, caller, intake, metrics)
+        routes = route_table(
+            functions,
+            CallRoutes(settings, self._queue, self._waiters),
+            QueueRoutes(settings, self._queue, directory, metrics, self._consumers.inflight),
+            HealthRoutes(self._queue, self._waiters),
+            RestRoutes(settings, provider, directory, metrics),
+            FnRoutes(functions, self._queue),
+        )
+        return Front(settings, routes), {CALLBACKS: sender, "": invoker}
+
+    def _callback_allowed(self, host: str, address: str) -> bool:
+        return callback_allowed(host, address, self.config.callback)
+
+    # What the queue tells, and signals.
+
+    def _final(self, ended: Ended) -> None:
+        self._waiters.tell(ended)
+        self._metrics.calls(ended.status).inc()
+        # Who cancels is told of in one line, however many calls it was.
+        level = logging.DEBUG if ended.status == "cancelled" else logging.INFO
+        if log.isEnabledFor(level):
+            told = ended._asdict()
+            told["duration"] = told.pop("duration_s")
+            if told["id"] == told["call_id"]:
+                del told["id"]
+            log_with(level, "call ended", **told)
+
+    # Side jobs: one that fails stops the daemon, as a dispatcher does.
+
+    def _start_side_jobs(self) -> Sequence[asyncio.Task[None]]:
+        side = [
+            asyncio.create_task(self._housekeeping(), name="housekeeping"),
+            asyncio.create_task(self._watchdog(), name="watchdog"),
+        ]
+        for task in side:
+            task.add_done_callback(self._ended)
+        return side
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A task has ended that the daemon can't do without: stop, unless that is why."""
-        if not task.cancelled() and (failure := task.exception()) is not None:
+        failure = None if task.cancelled() else task.exception()
+        if failure is not None:
             log.critical("%s failed, stopping", task.get_name(), exc_info=failure)
             self._exit_code = 1
             self._stop.set()
 
-    async def _listen(self, runner: web.ServerRunner) -> None:
-        """Listen on the sockets that systemd passed (sd_listen_fds(3)), else on gateway.listen. Raises ConfigError."""
-        fds = range(3, 3 + int(os.getenv("LISTEN_FDS", "0"))) if os.getenv("LISTEN_PID") == str(os.getpid()) else ()
-        for fd in fds:
-            os.set_inheritable(fd, False)  # by commands
-        sites: list[web.BaseSite] = [web.SockSite(runner, socket.socket(fileno=fd), backlog=1024) for fd in fds]
-        for address in () if fds else self.config.gateway.listen:
-            host, _, port = address.rpartition(":")
-            if address.startswith("unix:"):
-                sites.append(web.UnixSite(runner, address[5:]))  # which replaces a socket that was left there
-            else:
-                sites.append(web.TCPSite(runner, host.strip("[]") or None, int(port), backlog=1024))
-        for site in sites:
-            try:
-                await site.start()
-            except OSError as exc:
-                raise ConfigError([f"gateway.listen: {site.name}: {exc.strerror or exc}"]) from exc
-        own = []
-        for name in runner.addresses:
-            host = f"[{name[0]}]" if ":" in name[0] else name[0]
-            own.append(f"http://{host}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}")
-            log.info("listening on %s", own[-1])
-        self.sender.own_address = min(own)  # http before unix; to connect to 0.0.0.0 or [::] reaches ourselves
-
-    # -- consumers and what the queue tells
-    def _consumer(self, name: str) -> Consumer:
-        """One for each queue that has a name somewhere, and one for callbacks."""
-        if name not in self._consumers:
-            if name not in (*self.config.queues, CALLBACKS):
-                log.warning("queue %s has calls but is not in the configuration: it runs with the defaults", name)
-            self._consumers[name] = Consumer(name, self.queue, self.sender if name == CALLBACKS else self.invoker)
-            self._consumers[name].dispatcher.add_done_callback(self._ended)
-        return self._consumers[name]
-
-    def _wake(self, name: str) -> None:
-        if self._consumers:  # else it begins with a look into its queue
-            self._consumer(name).wake()
-
-    def _cancel(self, token: int) -> None:
-        for consumer in self._consumers.values():
-            consumer.cancel(token)
-
-    def _final(self, call: Ended) -> None:
-        self.operator.final(call.call_id)
-        self.metrics.calls(call.status).inc()
-        log_with(logging.INFO, "call ended", **call._asdict())
-
     async def _housekeeping(self) -> None:
         """Prune what is past its time."""
         while True:
-            with contextlib.suppress(StoreError):  # the queue keeps the reason for /readyz
-                while await self.queue.prune():
+            with contextlib.suppress(StoreError):  # The queue keeps the reason for /readyz.
+                while await self._queue.prune():
                     pass
             await asyncio.sleep(HOUSEKEEPING_S)
 
     async def _watchdog(self) -> None:
-        """Tell systemd that we are alive, but only after the event loop and the queue's writer both answered, and
-        not when only a restart can help."""
+        """Tell systemd that we are alive, after event loop and writer have both answered.
+
+        But not when only a restart can help.
+        """
         while usec := int(os.environ.get("WATCHDOG_USEC", 0)):
-            with contextlib.suppress(StoreError):  # it answered
-                stats = await self.queue.stats()
-                waiting = sum(sum(item.waiting.values()) for item in stats.values())
-                running = sum(len(consumer.running) for consumer in self._consumers.values())
+            with contextlib.suppress(StoreError):  # It answered.
+                stats = await self._queue.stats()
+                waiting = sum(queue.depth for queue in stats.values())
+                running = sum(self._consumers.inflight().values())
                 sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
-            if self.queue.stalled() is None:
+            if self._queue.stalled() is None:
                 sd_notify("WATCHDOG=1")
             await asyncio.sleep(usec / 2e6)
 
     def _terminate(self) -> None:
-        (self._hurry if self._stop.is_set() else self._stop).set()
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
 
     def _reload(self) -> None:
         """Take over functions, queues, retry, callback, calls and log; the rest needs a restart."""
@@ -2732,256 +5527,449 @@ class Daemon:
             for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
                 log.error("%s", line)
             return
-        kept = {name: getattr(self.config, name) for name in ("gateway", "auth", "provider", "store")}
-        self.config = replace(new, **kept)
+        old = self.config
+        self.config = replace(
+            new, gateway=old.gateway, auth=old.auth, provider=old.provider, store=old.store
+        )
         setup_logging(new.log)
-        for name in [name for name, old in kept.items() if getattr(new, name) != old]:
-            log.warning("[%s] has changed: that needs a restart", name)
-        for name in {*new.queues, *self._consumers}:
-            self._wake(name)
+        for name in ("gateway", "auth", "provider", "store"):
+            if getattr(new, name) != getattr(old, name):
+                log.warning("[%s] has changed: that needs a restart", name)
+        for name in new.queues:
+            self._consumers.wake(name)
+        self._limits.changed()
         log.info("configuration reloaded")
 
     async def _drain(self, runner: web.ServerRunner, server: Server) -> None:
-        """Stop listening and claiming, let what runs end within drain_timeout, queue the rest again."""
+        """Stop listening and claiming, let what runs end in time, queue the rest again."""
+        drain_s = self.config.gateway.drain_timeout
         sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
-        log.info("stopping: waiting up to %.0f s for running functions", self.config.gateway.drain_timeout)
-        self.operator.drain()
-        asyncio.get_running_loop().call_later(self.config.gateway.drain_timeout, self._hurry.set)
-        hurried = asyncio.create_task(self._hurry.wait())  # asyncio.Runner cancels it
-        stops = [consumer.stop(hurried) for consumer in self._consumers.values()]  # first, or one more call may begin
-        await asyncio.gather(*stops, *(site.stop() for site in runner.sites))
-        # Who has connected but not asked yet can't know that we stop, and gets a second.
-        until, requests, asked = time.monotonic() + 1.0, self.gateway.requests, self.gateway.asked
-        while not hurried.done() and (requests or (time.monotonic() < until and not asked >= {*server.connections})):
-            await asyncio.wait({*requests, hurried}, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping: waiting up to %.0f s for running functions", drain_s)
+        self._waiters.close()
+        asyncio.get_running_loop().call_later(drain_s, self._hurry.set)
+        hurried = asyncio.create_task(self._hurry.wait(), name="hurry")
+        self._consumers.halt()  # first, or one more call may begin
+        sites = [site.stop() for site in runner.sites]
+        await asyncio.gather(self._consumers.stop(hurried), *sites)
+        answered = asyncio.create_task(
+            server.front.drain(lambda: server.connections), name="last answers"
+        )
+        await asyncio.wait({answered, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (answered, hurried):
+            task.cancel()
+        await asyncio.gather(answered, hurried, return_exceptions=True)
 
 
-# --- Command line ---------------------------------------------------------------------------------------------------
-# `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the only authority
+async def run_daemon(config: Config, path: str | None) -> int:
+    """Serve until a signal; the exit code. Raises ConfigError, StoreError."""
+    return await Daemon(config, path).run()
 
 
-class Command:
-    """The commands, with the arguments of one; the daemon it is for is found as the configuration or the flags say."""
+# --- Command line ---------------------------------------------------------------------------------
+# `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the
+# only authority.
 
-    # Tables of 80 columns at most; --json has everything whole.
-    CALL, QUEUE = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n", "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
+# Tables of 80 columns at most; --json has everything whole.
+CALL_ROW = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n"
+QUEUE_ROW = "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
+WATCH_S = 1.0
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.config = args, load_config(args.config)
+Arguments = argparse.Namespace
+
+
+class Client:
+    """Asks the daemon that the configuration or the flags name."""
+
+    def __init__(self, args: Arguments) -> None:
+        config = load_config(args.config)
+        auth = config.auth
         flags = {"user_file": args.user_file, "password_file": args.password_file}
-        auth = parse_config({"auth": flags}).auth if any(flags.values()) else self.config.auth
-        address = self.config.gateway.listen[0]  # to connect to 0.0.0.0 or [::] reaches this machine
-        self._url = args.url or (address if address.startswith("unix:") else f"http://{address}")
+        if any(flags.values()):
+            auth = parse_config({"auth": flags}).auth
+        address = config.gateway.listen[0]  # To connect to 0.0.0.0 or [::] reaches this machine.
+        if not address.startswith("unix:"):
+            address = f"http://{address}"
+        self._url = args.url or address
+        self._headers = {"User-Agent": USER_AGENT}
         userinfo, _, server = self._url.partition("://")[2].rstrip("/").rpartition("@")
         user, _, password = unquote(userinfo).partition(":")
-        self._server, login = server or "localhost", aiohttp.encode_basic_auth(user, password) if user else auth.login
-        self._login = {"Authorization": login} if login else {}
+        self._server = server or "localhost"
+        login = basic_auth(user.encode(), password.encode()) or auth.login
+        if login:
+            self._headers["Authorization"] = login
 
-    def write(self, body: bytes | str) -> None:
-        """To standard output, as it is."""
-        sys.stdout.buffer.write(body.encode() if isinstance(body, str) else body)
-        sys.stdout.buffer.flush()
+    def ask(
+        self, request: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        """The body that answers "METHOD PATH".
 
-    def brief(self, seconds: float | None) -> str:
-        """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
-        for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
-            if seconds is not None and seconds >= length:
-                return f"{seconds // length:.0f}{unit}"
-        return "-" if seconds is None else f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-
-    def ask(self, request: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
-        """The body that answers "METHOD PATH". Raises Refused for what the daemon refuses; its absence has status 0."""
-        kind = http.client.HTTPSConnection if self._url.startswith("https:") else http.client.HTTPConnection
+        Raises HttpError for what the daemon refuses; its absence has status 0.
+        """
         method, _, path = request.partition(" ")
         try:
-            with contextlib.closing(kind(self._server)) as connection:
-                if self._url.startswith("unix:"):
-                    connection.sock = socket.socket(socket.AF_UNIX)
-                    connection.sock.connect(self._url[5:])
-                connection.request(method, path, body, {"User-Agent": USER_AGENT, **self._login, **(headers or {})})
-                answer = connection.getresponse()
-                found = answer.read()
+            with contextlib.closing(self._connect()) as connection:
+                connection.request(method, path, body, {**self._headers, **(headers or {})})
+                response = connection.getresponse()
+                answer = response.read()
         except (OSError, ValueError, http.client.HTTPException) as exc:
             reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            raise Refused(0, f"the daemon at {show_url(self._url)} can't be reached: {reason}") from None
-        if answer.status >= 300:
-            raise Refused(answer.status, found.decode(errors="replace").strip() or f"{answer.status} {answer.reason}")
-        return found
+            place = show_url(self._url)
+            raise HttpError(0, f"the daemon at {place} can't be reached: {reason}") from None
+        if response.status >= 300:
+            reason = answer.decode(errors="replace").strip()
+            raise HttpError(response.status, reason or f"{response.status} {response.reason}")
+        return answer
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._url.startswith("https:"):
+            return http.client.HTTPSConnection(self._server)
+        connection = http.client.HTTPConnection(self._server)
+        if self._url.startswith("unix:"):
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(self._url.removeprefix("unix:"))
+        return connection
 
     def record(self, call_id: str, wait: bool) -> dict[str, Any]:
         """A call's record; with `wait`, once that is final."""
-        request = f"GET /system/calls/{quote(call_id, safe='')}" + ("?wait=60s" if wait else "")
-        while (found := json.loads(self.ask(request)))["status"] not in FINAL and wait:
-            pass
-        return dict(found)
-
-    def records(self, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` records that match the filters of the command line, newest first."""
-        args, found = vars(self.args), list[dict[str, Any]]()
-        query = {name: args[name] for name in ("status", "function", "queue") if args[name]}
-        while len(found) < limit and query.get("cursor", "") is not None:
-            query["limit"] = str(min(1000, limit - len(found)))
-            page = json.loads(self.ask("GET /system/calls?" + urlencode(query)))
-            found, query["cursor"] = found + page["calls"], page["next_cursor"]
-        return found
-
-    def list_calls(self) -> None:
-        """Newest first; with --watch then those that are new or have changed, as they do."""
-        args, limit, seen = self.args, self.args.limit or 20, list[dict[str, Any]]()
-        found = self.records(limit)
-        if args.json and not args.watch:
-            return self.write(json.dumps({"calls": found}) + "\n")
-        self.write("" if args.json else self.CALL.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
+        request = f"GET /system/calls/{quote(call_id, safe='')}"
+        if wait:
+            request += "?wait=60s"
         while True:
-            for call in [call for call in found if call not in seen][:: -1 if args.watch else 1]:
-                cells = [call[name] for name in ("call_id", "status", "function", "attempts")]
-                age_s = time.time() - parse_when(call["created_at"])
-                cells += map(self.brief, (age_s, call["duration_seconds"]))
-                self.write(json.dumps(call) + "\n" if args.json else self.CALL.format(*cells))
-            if not args.watch:
-                return None
-            time.sleep(1.0)
-            seen, found = found, self.records(limit)
+            record: dict[str, Any] = json.loads(self.ask(request))
+            if record["status"] in FINAL or not wait:
+                return record
 
-    def show_call(self) -> None:
-        """The record, in JSON."""
-        self.write(json.dumps(self.record(self.args.id, self.args.wait), indent=2) + "\n")
+    def records(self, filters: Mapping[str, str], limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` records that match, newest first."""
+        records: list[dict[str, Any]] = []
+        cursor: dict[str, str] = {}
+        while len(records) < limit:
+            query = {**filters, **cursor, "limit": str(min(1000, limit - len(records)))}
+            page = json.loads(self.ask("GET /system/calls?" + urlencode(query)))
+            records += page["calls"]
+            if page["next_cursor"] is None:
+                break
+            cursor = {"cursor": page["next_cursor"]}
+        return records
 
-    def send(self) -> None:
-        """One request, whose answer is printed as it is."""
-        self.write(self.ask(self.args.request.format(quote(self.args.id, safe=""))))
 
-    def change(self) -> None:
-        """Cancel or retry, one by one. Raises Refused at the end if some could not be, each told on standard error."""
-        ids, status, missed = self.args.ids, self.args.status, 0
-        if bool(ids) == bool(status):
-            raise Refused(400, "which calls? Give call ids (- reads them from standard input), or --status")
-        ids = [call["call_id"] for call in self.records(10**9)] if status else ids
-        for call_id in dict.fromkeys(sys.stdin.read().split() if ids == ["-"] else ids):
-            try:
-                self.ask(self.args.request.format(quote(call_id, safe="")))
-                self.write(call_id + "\n")
-            except Refused as exc:
-                if exc.status not in (404, 409, 410):
-                    raise
-                print(f"{call_id}: {exc.text}", file=sys.stderr)
-                missed += 1
-        if missed:
-            raise Refused(409, f"not done for {missed} calls")
+def write(content: bytes | str) -> None:
+    """To standard output, as it is."""
+    sys.stdout.buffer.write(content.encode() if isinstance(content, str) else content)
+    sys.stdout.buffer.flush()
 
-    def list_queues(self) -> None:
-        """The last one is the callback sender's."""
-        body, as_is = self.ask("GET /system/queues"), self.args.json
-        self.write(body if as_is else self.QUEUE.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
-        for queue in () if as_is else json.loads(body)["queues"]:
-            cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
-            cells += [self.brief(queue["oldest_seconds"]), "paused" if queue.get("paused") else "-"]
-            self.write(self.QUEUE.format(*cells))
 
-    def invoke(self) -> None:
-        """Print the answer; with --async the call's id; with --wait the output, once the call has ended."""
-        args, piped = self.args, "" if sys.stdin.isatty() else "-"
-        source = piped if args.data is None else args.data
+def brief(seconds: float | None) -> str:
+    """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}{unit}"
+    return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+
+
+def filters_of(args: Arguments) -> dict[str, str]:
+    """The filters of the command line."""
+    given = {name: getattr(args, name) for name in ("status", "function", "queue")}
+    return {name: value for name, value in given.items() if value}
+
+
+def call_row(call: Mapping[str, Any]) -> str:
+    """A line of the table of calls."""
+    age_s = time.time() - parse_when(call["created_at"])
+    return CALL_ROW.format(
+        *(call["call_id"], call["status"], call["function"], call["attempts"]),
+        *(brief(age_s), brief(call["duration_seconds"])),
+    )
+
+
+def list_calls(args: Arguments) -> None:
+    """Newest first; with --watch then those that are new or have changed, as they do."""
+    client = Client(args)
+    filters = filters_of(args)
+    limit = args.limit or 20
+    calls = client.records(filters, limit)
+    if args.json and not args.watch:
+        write(json.dumps({"calls": calls}) + "\n")
+        return
+    if not args.json:
+        write(CALL_ROW.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
+    shown: list[dict[str, Any]] = []
+    while True:
+        news = [call for call in calls if call not in shown]
+        for call in reversed(news) if args.watch else news:
+            write(json.dumps(call) + "\n" if args.json else call_row(call))
+        if not args.watch:
+            return
+        time.sleep(WATCH_S)
+        shown = calls
+        calls = client.records(filters, limit)
+
+
+def show_call(args: Arguments) -> None:
+    """The record, in JSON."""
+    write(json.dumps(Client(args).record(args.id, args.wait), indent=2) + "\n")
+
+
+def send(args: Arguments) -> None:
+    """One request, whose answer is printed as it is."""
+    write(Client(args).ask(args.request.format(quote(args.id, safe=""))))
+
+
+def change_calls(args: Arguments) -> None:
+    """Cancel or retry calls: those that match the filters, or those with the ids."""
+    filters = filters_of(args)
+    if bool(args.ids) == bool(filters):
+        options = "--status, --function or --queue"
+        reason = f"which calls? Give call ids (- reads them from standard input), or {options}"
+        raise HttpError(400, reason)
+    if args.ids:
+        change_by_id(args)
+        return
+    action, done = CHANGES[args.request]
+    answer = Client(args).ask(f"POST /system/calls/{action}?{urlencode(filters)}")
+    result = json.loads(answer)
+    write(f"{result['done']} of {result['matched']} matching calls {done}\n")
+
+
+def change_by_id(args: Arguments) -> None:
+    """One by one, and print those for which it is done.
+
+    Raises HttpError at the end if some could not be, each told on standard error.
+    """
+    client = Client(args)
+    ids = sys.stdin.read().split() if args.ids == ["-"] else args.ids
+    missed = 0
+    for call_id in dict.fromkeys(ids):
         try:
-            path = Path("/dev/stdin" if source in ("-", "@-") else source[1:])
-            body = path.read_bytes() if source == "-" or source.startswith("@") else source.encode()
-        except OSError as exc:
-            raise Refused(400, f"--data {source}: {exc.strerror}") from None
-        headers = {name.strip(): value.strip() for name, _, value in (item.partition(":") for item in args.header)}
-        if not args.queued and not args.wait:
-            return self.write(self.ask(f"POST /function/{args.id}", body, headers))
-        answer = self.ask(f"POST /async-function/{args.id}", body, {**headers, "Accept": "application/json"})
-        call_id = json.loads(answer)["call_id"]
-        if not args.wait:
-            return self.write(answer if args.json else call_id + "\n")
-        found = self.record(call_id, wait=True)
-        self.write(self.ask(f"GET /system/calls/{quote(call_id, safe='')}/log"))
-        if found["status"] != "success":
-            raise Refused(500, f"call {call_id} ended in {found['status']}: {found['error']}")
-        return None
+            client.ask(args.request.format(quote(call_id, safe="")))
+            write(call_id + "\n")
+        except HttpError as exc:
+            if exc.status not in (404, 409, 410):
+                raise
+            print(f"{call_id}: {exc.text}", file=sys.stderr)
+            missed += 1
+    if missed:
+        raise HttpError(409, f"not done for {missed} calls")
 
-    def serve(self) -> int:
-        """Run the daemon until a signal."""
-        config = self.config
-        if listen := self.args.listen and parse_config({"gateway": {"listen": self.args.listen}}).gateway.listen:
-            config = replace(config, gateway=replace(config.gateway, listen=listen))
-        setup_logging(config.log)
-        os.environ.setdefault("UV_THREADPOOL_SIZE", "64")  # or a few names that no one answers for stop all connecting
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
-            return runner.run(Daemon(config, self.args.config).run())
 
-    def check(self) -> None:
-        """Check a configuration file."""
-        functions, queues = len(self.config.functions), len(self.config.queues)
-        print(f"{self.args.config or 'defaults'}: ok, {functions} functions, {queues} queues")
+def list_queues(args: Arguments) -> None:
+    """The last one is the callback sender's."""
+    answer = Client(args).ask("GET /system/queues")
+    if args.json:
+        write(answer)
+        return
+    write(QUEUE_ROW.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
+    for queue in json.loads(answer)["queues"]:
+        cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
+        state = "paused" if queue.get("paused") else "-"
+        write(QUEUE_ROW.format(*cells, brief(queue["oldest_seconds"]), state))
+
+
+def read_data(data: str | None) -> bytes:
+    """The body that --data names; without it what is piped in."""
+    source = data
+    if source is None:
+        source = "" if sys.stdin.isatty() else "-"
+    try:
+        if source in ("-", "@-"):
+            return sys.stdin.buffer.read()
+        if source.startswith("@"):
+            return Path(source[1:]).read_bytes()
+    except OSError as exc:
+        raise HttpError(400, f"--data {source}: {exc.strerror}") from None
+    return source.encode()
+
+
+def invoke(args: Arguments) -> None:
+    """Print the answer; with --async the call's id; with --wait the output, once it has ended."""
+    client = Client(args)
+    body = read_data(args.data)
+    headers = {}
+    for item in args.header:
+        name, _, value = item.partition(":")
+        headers[name.strip()] = value.strip()
+    if not args.queued and not args.wait:
+        write(client.ask(f"POST /function/{args.id}", body, headers))
+        return
+    headers["Accept"] = "application/json"
+    answer = client.ask(f"POST /async-function/{args.id}", body, headers)
+    call_id = json.loads(answer)["call_id"]
+    if not args.wait:
+        write(answer if args.json else call_id + "\n")
+        return
+    record = client.record(call_id, wait=True)
+    write(client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log"))
+    if record["status"] != "success":
+        reason = f"call {call_id} ended in {record['status']}: {record['error']}"
+        raise HttpError(500, reason)
+
+
+def serve(args: Arguments) -> int:
+    """Run the daemon until a signal."""
+    config = load_config(args.config)
+    if args.listen:
+        listen = parse_config({"gateway": {"listen": args.listen}}).gateway.listen
+        config = replace(config, gateway=replace(config.gateway, listen=listen))
+    setup_logging(config.log)
+    # libuv's own threads look names up: with its 4, a few that no one answers for stop all.
+    os.environ.setdefault("UV_THREADPOOL_SIZE", "64")
+    new_loop = uvloop.new_event_loop if uvloop else None
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(run_daemon(config, args.config))
+
+
+def check(args: Arguments) -> None:
+    """Check a configuration file."""
+    config = load_config(args.config)
+    counts = f"{len(config.functions)} functions, {len(config.queues)} queues"
+    print(f"{args.config or 'defaults'}: ok, {counts}")
 
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--config": {"metavar": "FILE", "help": "TOML file; without it all defaults"},
     "--listen": {"metavar": "ADDRESS", "help": "instead of gateway.listen"},
-    "--url": {"help": "where the daemon is: http://HOST:PORT or unix:/path, instead of gateway.listen"},
+    "--url": {"help": "the daemon: http://HOST:PORT or unix:/path, instead of gateway.listen"},
     "--user-file": {"metavar": "FILE", "help": "instead of auth.user_file"},
     "--password-file": {"metavar": "FILE", "help": "instead of auth.password_file"},
     "--json": {"action": "store_true", "help": "JSON instead of a table or a line"},
-    "--status": {"metavar": "STATUS", "choices": STATUSES, "help": "one of " + ", ".join(STATUSES)},
+    "--status": {"metavar": "STATUS", "choices": STATUSES, "help": ", ".join(STATUSES)},
     "--function": {"metavar": "NAME", "help": "only calls of this function"},
     "--queue": {"metavar": "NAME", "help": "only calls of this queue"},
     "--limit": {"metavar": "N", "type": int, "help": "at most so many (20)"},
-    "--watch": {"action": "store_true", "help": "go on with calls that are new or have changed, until Ctrl-C"},
+    "--watch": {"action": "store_true", "help": "go on with what is new or changes, until Ctrl-C"},
     "--wait": {"action": "store_true", "help": "until the call has ended"},
-    "--async": {"action": "store_true", "dest": "queued", "help": "queue the call and print its id"},
-    "--data": {"metavar": "TEXT", "help": "the body; @FILE: a file's; - (or no --data in a pipe): standard input"},
-    "-H": {"metavar": "'NAME: VALUE'", "action": "append", "dest": "header", "help": "a header, repeatable"},
+    "--async": {"action": "store_true", "dest": "queued", "help": "queue it and print its id"},
+    "--data": {"metavar": "TEXT", "help": "the body; @FILE: a file's; - or a pipe: standard input"},
+    "-H": {
+        "metavar": "'NAME: VALUE'",
+        "action": "append",
+        "dest": "header",
+        "help": "a header, repeatable",
+    },
     "id": {"metavar": "ID", "help": "a call's id, or the name of the queue or function"},
     "ids": {"metavar": "ID", "nargs": "*", "help": "call ids; - reads them from standard input"},
 }
-WHICH, WHERE = "--status --function --queue", "--config --url --user-file --password-file"
-LIST, IDS = f"{WHICH} --limit --watch --json {WHERE}", f"ids {WHICH} {WHERE}"
-COMMANDS: Sequence[tuple[str, Callable[[Command], int | None], str, str, str]] = (
-    ("", Command.serve, "", "Run functions in the background on one machine.", "--config --listen"),
-    ("serve", Command.serve, "", "run the daemon (what happens without a command)", "--config --listen"),
-    ("check", Command.check, "", "check a configuration file", "--config"),
-    ("calls", Command.list_calls, "", "list calls, or what ACTION says", LIST),
-    ("calls list", Command.list_calls, "", "list calls, newest first", LIST),
-    ("calls show", Command.show_call, "", "print a call's record", f"id --wait --json {WHERE}"),
-    ("calls log", Command.send, "GET /system/calls/{}/log", "print what a call's function wrote", f"id {WHERE}"),
-    ("calls cancel", Command.change, "DELETE /async-function/{}", "cancel calls by id, or by filter", IDS),
-    ("calls retry", Command.change, "POST /system/calls/{}/retry", "run finished calls again by id, or by filter", IDS),
-    ("queues", Command.list_queues, "", "list queues, or what ACTION says", f"--json {WHERE}"),
-    ("queues list", Command.list_queues, "", "list queues", f"--json {WHERE}"),
-    ("queues pause", Command.send, "POST /system/queues/{}/pause", "hold a queue's calls", f"id {WHERE}"),
-    ("queues resume", Command.send, "POST /system/queues/{}/resume", "let them run again", f"id {WHERE}"),
-    ("queues purge", Command.send, "POST /system/queues/{}/purge", "cancel what waits in a queue", f"id {WHERE}"),
-    ("invoke", Command.invoke, "", "call a function", f"id --data -H --async --wait --json {WHERE}"),
+WHICH = "--status --function --queue"
+WHERE = "--config --url --user-file --password-file"
+CANCEL_ONE = "DELETE /async-function/{}"
+RETRY_ONE = "POST /system/calls/{}/retry"
+# What to ask for by filter instead, and how to say that it is done.
+CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
+
+
+class Command(NamedTuple):
+    """A row of the table of commands."""
+
+    words: str
+    run: Callable[[Arguments], int | None]
+    summary: str
+    options: str
+    request: str = ""  # what `run` asks the daemon, where it serves several commands
+
+
+COMMANDS: Sequence[Command] = (
+    Command("", serve, "Run functions in the background on one machine.", "--config --listen"),
+    Command("serve", serve, "run the daemon (as without a command)", "--config --listen"),
+    Command("check", check, "check a configuration file", "--config"),
+    Command(
+        *("calls", list_calls, "list calls, or what ACTION says"),
+        f"{WHICH} --limit --watch --json {WHERE}",
+    ),
+    Command(
+        *("calls list", list_calls, "list calls, newest first"),
+        f"{WHICH} --limit --watch --json {WHERE}",
+    ),
+    Command("calls show", show_call, "print a call's record", f"id --wait --json {WHERE}"),
+    Command(
+        *("calls log", send, "print what a call's function wrote"),
+        *(f"id {WHERE}", "GET /system/calls/{}/log"),
+    ),
+    Command(
+        *("calls cancel", change_calls, "cancel calls by id, or by filter"),
+        *(f"ids {WHICH} {WHERE}", CANCEL_ONE),
+    ),
+    Command(
+        *("calls retry", change_calls, "run finished calls again by id, or by filter"),
+        *(f"ids {WHICH} {WHERE}", RETRY_ONE),
+    ),
+    Command("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
+    Command("queues list", list_queues, "list queues", f"--json {WHERE}"),
+    Command(
+        *("queues pause", send, "hold a queue's calls"),
+        *(f"id {WHERE}", "POST /system/queues/{}/pause"),
+    ),
+    Command(
+        *("queues resume", send, "let them run again"),
+        *(f"id {WHERE}", "POST /system/queues/{}/resume"),
+    ),
+    Command(
+        *("queues purge", send, "cancel what waits in a queue"),
+        *(f"id {WHERE}", "POST /system/queues/{}/purge"),
+    ),
+    Command(*("invoke", invoke, "call a function"), f"id --data -H --async --wait --json {WHERE}"),
 )
-EXIT = "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; 77 credentials; 78 configuration."
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; "
+    "77 credentials; 78 configuration."
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; its --help is the manual."""
+    top = argparse.ArgumentParser(
+        prog="faasd-async", description=COMMANDS[0].summary, epilog=EXIT_CODES
+    )
+    top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
+    groups: dict[str, Any] = {}
+    for command in COMMANDS:
+        group, _, action = command.words.rpartition(" ")
+        parser = top
+        if command.words:
+            parser = groups[group].add_parser(
+                action, help=command.summary, description=command.summary, epilog=EXIT_CODES
+            )
+        for option in command.options.split():
+            parser.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
+        parser.set_defaults(run=command.run, request=command.request)
+        if command.words in ("", "calls", "queues"):
+            metavar = "ACTION" if command.words else "COMMAND"
+            groups[command.words] = parser.add_subparsers(metavar=metavar)
+    absent = {name.strip("-").replace("-", "_"): None for name in OPTIONS}
+    top.set_defaults(**absent, queued=False, header=())
+    return top
+
+
+def exit_code(exc: Exception) -> int:
+    """What a fatal error exits with (sysexits.h).
+
+    A configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
+    """
+    if isinstance(exc, ConfigError):
+        return 78
+    if isinstance(exc, StoreLocked):
+        return 75
+    if isinstance(exc, HttpError):
+        return {0: 69, 401: 77, 429: 75, 503: 75}.get(exc.status, 1)
+    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; its --help is the manual. Every fatal error ends here, as one line and an exit code."""
-    top = argparse.ArgumentParser(prog="faasd-async", description=COMMANDS[0][3], epilog=EXIT)
-    top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
-    groups: dict[str, Any] = {}
-    for words, run, request, summary, options in COMMANDS:
-        group, _, action = words.rpartition(" ")
-        sub = groups[group].add_parser(action, help=summary, description=summary, epilog=EXIT) if words else top
-        for option in options.split():
-            sub.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
-        sub.set_defaults(run=run, request=request)
-        if words in ("", "calls", "queues"):
-            groups[words] = sub.add_subparsers(metavar="ACTION" if words else "COMMAND")
-    top.set_defaults(queued=False, header=(), **{name.strip("-").replace("-", "_"): None for name in OPTIONS})
-    args = top.parse_args(argv)
-    # At once: an exception could come up where Python ignores it. The daemon has a handler of its own.
+    """The command line. Every fatal error ends here, as one line and an exit code."""
+    args = make_parser().parse_args(argv)
+    # At once: an exception could come up where Python ignores it. The daemon has a handler of its
+    # own.
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     try:
-        return args.run(Command(args)) or 0
-    except (ConfigError, StoreError, Refused) as exc:
-        print(exc if isinstance(exc, ConfigError) else f"faasd-async: {exc}", file=sys.stderr)
-        # sysexits.h: a configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
-        codes: dict[object, int] = {ConfigError: 78, StoreLocked: 75, 0: 69, 401: 77, 429: 75, 503: 75}
-        return codes.get(getattr(exc, "status", type(exc)), 1)
-    except BrokenPipeError:  # who reads our output has seen enough
+        return args.run(args) or 0
+    except ConfigError as exc:
+        print(exc, file=sys.stderr)
+        return exit_code(exc)
+    except (StoreError, HttpError) as exc:
+        print(f"faasd-async: {exc}", file=sys.stderr)
+        return exit_code(exc)
+    except BrokenPipeError:  # Who reads our output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 

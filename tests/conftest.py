@@ -1,13 +1,18 @@
-"""Real things to test with: the daemon as a process of its own, functions and callback sinks as HTTP servers.
+"""Real things to test with: the daemon as a process, functions and callback sinks as HTTP servers.
 
-Nothing here stands in for a part of the daemon. `daemon` starts `faasd_async.py serve` on a free port with a
-store in the test's own folder; `function` and `sink` are real servers in the test's event loop that note what
-they are sent, byte for byte, and do what the test tells them to. A test waits for what happens ("the
-function has seen two requests", "this line is in the log"), never for time to pass.
+Nothing here stands in for a part of the daemon. `daemon` starts `faasd_async.py serve` on a free
+port with a store in the test's own folder; `function` and `sink` are real servers in the test's
+event loop that note what they are sent, byte for byte, and do what the test tells them to. A test
+waits for what happens ("the function has seen two requests", "this line is in the log"), never
+for time.
+
+Variables that change a run: CI (a test that is skipped has failed) and FAASD_ASYNC_NO_FORK (each
+process gets an interpreter of its own, see forkserver.py).
 """
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,7 +21,15 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,24 +38,28 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 from aiohttp import web
+from forkserver import Forked, ForkServer
 from multidict import CIMultiDict
 
 SCRIPT = Path(__file__).resolve().parent.parent / "faasd_async.py"
 PROGRAM = (sys.executable, "-m", "faasd_async")
 
-# A thousand processes are started from here, and half of what each takes is its start. A module is compiled once, and
-# the system's certificates, 0.1 s each time, are for the world outside.
+# A module is compiled once. The system's certificates, 0.1 s each time, are for the world outside.
 os.environ["PYTHONPATH"] = str(SCRIPT.parent)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)
 
-# How long anything that is waited for may take before the test fails. Never reached when all is well, so it is
-# long enough for a busy machine, and no test depends on its value.
+# How long anything that is waited for may take before the test fails. Never reached when all is
+# well, so it is long enough for a busy machine, and no test depends on its value.
 PATIENCE = 30.0
 
-# Added to every test's own settings, which win: a free port, and waits that suit a test and not the world.
+FORK = not os.environ.get("FAASD_ASYNC_NO_FORK")  # or each process gets an interpreter of its own
+LONGEST_LINE = 2**20  # of a log
+SYSTEMD = ("NOTIFY_SOCKET", "JOURNAL_STREAM")  # meant for pytest, if it has these variables
+
+# Added to every test's own settings, which win: a free port, and waits that suit a test.
 DEFAULTS: dict[str, Any] = {
-    "gateway": {"listen": "127.0.0.1:0"},
+    "gateway": {"listen": "127.0.0.1:0", "hosts": ["gateway.example"]},
     "retry": {"min_wait": "50ms", "max_wait": "200ms"},
     "callback": {"min_wait": "50ms", "max_wait": "200ms"},
 }
@@ -68,25 +85,130 @@ def to_toml(tables: Mapping[str, Any], name: str = "") -> str:
     return "\n".join(values + inner)
 
 
-# ---- the daemon ------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
+
+Process = asyncio.subprocess.Process | Forked
+PIPE, DEVNULL = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell of our marker."""
+    text = "own_interpreter: the daemons of the test are started as they are installed, not forked"
+    config.addinivalue_line("markers", text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a test that was skipped has failed, with the reason why it was skipped."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"CI must not skip it: {report.longreprtext}"
+    return report
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this process."""
+    return ForkServer()
+
+
+def pytest_sessionfinish() -> None:
+    """End the fork server, before what it covers is counted."""
+    if fork_server.cache_info().currsize:
+        fork_server().close()
+
+
+async def start_program(
+    *arguments: str | Path,
+    fork: bool = True,
+    prefix: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> Process:
+    """Start the program; the rest is as for `asyncio.create_subprocess_exec`.
+
+    It is forked where that makes no difference. It gets an interpreter of its own if something
+    execs it, if its environment is another one from the start, or if `fork` is false.
+    """
+    words = [str(argument) for argument in arguments]
+    streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+    common = {"env": env or os.environ, "cwd": cwd or Path.cwd(), "limit": LONGEST_LINE, **streams}
+    if FORK and fork and not prefix and not pass_fds and fork_server().can_start(common["env"]):
+        return await fork_server().start(*words, **common)
+    command = (*prefix, *PROGRAM, *words)
+    return await asyncio.create_subprocess_exec(*command, pass_fds=pass_fds, **common)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def finish(process: Process, stdin: bytes) -> Finished:
+    """Feed a process, all three of whose streams are pipes, and wait for its end."""
+    try:
+        out, err = await asyncio.wait_for(process.communicate(stdin), PATIENCE)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return Finished(process.returncode, out.decode(), err.decode())
+
+
+async def run(*command: str | Path, stdin: bytes = b"") -> Finished:
+    """Run a command to its end. One that is not installed is an error, not a reason to skip."""
+    process = await asyncio.create_subprocess_exec(*map(str, command), stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    return await finish(process, stdin)
+
+
+async def faasd(
+    *arguments: str | Path,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Finished:
+    """Run `faasd-async` with these arguments to its end; `env` comes on top of our own."""
+    process = await start_program(
+        *arguments, env={**os.environ, **(env or {})}, cwd=cwd, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    return await finish(process, stdin)
+
+
+# ---- the daemon ----------------------------------------------------------------------------------
 
 
 class Daemon:
-    """`faasd_async.py serve` as a process, with its log, on settings and a store that outlive the process."""
+    """`faasd_async.py serve` with its log, on settings and a store that outlive the process."""
 
     def __init__(
-        self, folder: Path, settings: str, *, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+        self,
+        folder: Path,
+        settings: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.config = folder / "config.toml"
         self.store = folder / "calls.db"
         self.env = dict(env or {})  # what the process gets beside our own environment
-        self.prefix = prefix  # a command that execs the daemon, e.g. a shell that sets something up first
+        self.prefix = prefix  # a command that execs it, e.g. a shell that sets something up first
         self.arguments: list[str] = []  # more of them for `serve`
+        self.fork = True  # False: it gets an interpreter of its own
         self.pass_fds: Sequence[int] = ()  # open files that it inherits under the same numbers
         self.lines: list[str] = []  # the log of all processes so far
         self.url = ""  # of the first listener; changes with every start unless the port is kept
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._log_ended = False
         self._news = asyncio.Condition()  # notified for every line, and when the log ends
@@ -123,21 +245,24 @@ class Daemon:
 
     async def spawn(self) -> None:
         """Start the process without waiting for it to listen."""
-        env = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
-        self.process = await asyncio.create_subprocess_exec(
-            *self.prefix,
-            *(*PROGRAM, "serve", "--config", str(self.config), *self.arguments),
+        env = {name: value for name, value in os.environ.items() if name not in SYSTEMD} | self.env
+        self.process = await start_program(
+            "serve",
+            "--config",
+            self.config,
+            *self.arguments,
+            fork=self.fork,
+            prefix=self.prefix,
+            env=env,
             cwd=self.folder,
-            env=env | self.env,
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
             pass_fds=self.pass_fds,
-            limit=2**20,
+            stdin=DEVNULL,
+            stderr=PIPE,
         )
         self._log_ended = False
         self._reader = asyncio.create_task(self._read_log(self.process))
 
-    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
+    async def _read_log(self, process: Process) -> None:
         assert process.stderr is not None
         async for line in process.stderr:
             async with self._news:
@@ -183,7 +308,7 @@ class Daemon:
         return await self.ended()
 
     async def close(self) -> None:
-        """End of the test: a daemon that still runs must stop well, and none may have logged a traceback."""
+        """End of the test: what still runs must stop well, and none may have logged a traceback."""
         if self._session is not None:
             await self._session.close()
         try:
@@ -211,8 +336,8 @@ class Daemon:
     async def until(self, call_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The record of a call as soon as `condition` holds for it.
 
-        Polls, because the record can change after the last thing that a function or sink sees of the call:
-        the outcome is stored when their answer has come back.
+        Polls, because the record can change after the last thing that a function or sink sees of
+        the call: the outcome is stored when their answer has come back.
         """
         deadline = time.monotonic() + PATIENCE
         while not condition(record := await self.record(call_id)):
@@ -228,7 +353,7 @@ class Daemon:
         )
 
     async def submit(self, path: str, body: bytes = b"", **headers: str) -> str:
-        """POST to /async-function/`path` and the call id of the 202; `X_Delay="1s"` is the header X-Delay."""
+        """POST to /async-function/`path`; the 202's call id. `X_Delay="1s"` is X-Delay."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         async with self.http.post(f"{self.url}/async-function/{path}", data=body, headers=named) as response:
             assert response.status == 202, await response.text()
@@ -239,19 +364,30 @@ class StartDaemon(Protocol):
     """What the `daemon` fixture gives."""
 
     async def __call__(
-        self, settings: str, *, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), start: bool = True
+        self,
+        settings: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        start: bool = True,
     ) -> Daemon: ...
 
 
 @pytest.fixture
-async def daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
-    """Start a daemon: `await daemon('''TOML''')`. All are stopped and looked over when the test ends."""
+async def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[StartDaemon]:
+    """Start a daemon: `await daemon('''TOML''')`. All are stopped and looked over in the end."""
+    fork = request.node.get_closest_marker("own_interpreter") is None
     async with contextlib.AsyncExitStack() as all_daemons:
 
         async def start_daemon(
-            settings: str, *, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), start: bool = True
+            settings: str,
+            *,
+            env: Mapping[str, str] | None = None,
+            prefix: Sequence[str] = (),
+            start: bool = True,
         ) -> Daemon:
             one = Daemon(tmp_path, settings, env=env, prefix=prefix)
+            one.fork = fork
             all_daemons.push_async_callback(one.close)
             if start:
                 await one.start()
@@ -260,38 +396,21 @@ async def daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
         yield start_daemon
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-async def run(*command: str | Path, stdin: bytes = b"") -> Finished:
-    """Run a command to its end. A command that is not installed is an error, not a reason to skip."""
-    process = await asyncio.create_subprocess_exec(
-        *map(str, command),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        out, err = await asyncio.wait_for(process.communicate(stdin), PATIENCE)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return Finished(process.returncode, out.decode(), err.decode())
-
-
 async def preloaded(source: str, folder: Path) -> Path:
-    """A library from one of the C files here, for LD_PRELOAD: it stands between the daemon and the kernel."""
+    """A library from a C file, for LD_PRELOAD: it stands between the daemon and the kernel."""
     library = folder / Path(source).with_suffix(".so")
     built = await run(
-        *("gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, Path(__file__).with_name(source))
+        *(
+            "gcc",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            "-o",
+            library,
+            Path(__file__).with_name(source),
+        )
     )
     assert built.code == 0, built.err
     return library
@@ -306,7 +425,7 @@ class Faults:
 
     @contextlib.contextmanager
     def __call__(self, what: str, error: int) -> Iterator[None]:
-        """While this lasts, `what` (letters of rws: read, write, sync) fails, or hangs where the error is 0."""
+        """While this lasts, `what` (of rws: read, write, sync) fails, or hangs if `error` is 0."""
         self._control.write_text(f"{what} {error}")
         try:
             yield
@@ -320,7 +439,7 @@ async def faults(tmp_path: Path) -> Faults:
     return Faults(await preloaded("faulty_disk.c", tmp_path), tmp_path / "fault")
 
 
-# ---- systemd ---------------------------------------------------------------------------------------------------
+# ---- systemd -------------------------------------------------------------------------------------
 
 
 WATCHDOG_S = 0.4
@@ -349,7 +468,7 @@ class ServiceManager:
         return {"NOTIFY_SOCKET": str(self.path), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
 
     async def bite(self, gateway: Daemon) -> None:
-        """Wait like systemd until WATCHDOG_USEC has passed without a word, and do what it does then."""
+        """Wait like systemd until WATCHDOG_USEC has passed without a word; do what it does then."""
         for _ in range(20):
             try:
                 async with asyncio.timeout(2 * WATCHDOG_S):
@@ -377,7 +496,7 @@ async def systemd(tmp_path: Path) -> AsyncIterator[ServiceManager]:
     manager.socket.close()
 
 
-# ---- functions and callback sinks ------------------------------------------------------------------------------
+# ---- functions and callback sinks ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -560,14 +679,16 @@ async def rude_server(data: bytes) -> AsyncIterator[str]:
         await server.wait_closed()
 
 
-# ---- clients ---------------------------------------------------------------------------------------------------
+# ---- clients -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
     """A client that keeps its hands off: no decompression, no cookies."""
     async with aiohttp.ClientSession(
-        auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(PATIENCE)
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(PATIENCE),
     ) as session:
         yield session
 
@@ -582,7 +703,7 @@ class Reply:
 
 
 def parse(data: bytes) -> Reply:
-    """Split one answer, of a connection that was closed after it, into its parts; chunks are left as they are."""
+    """Split the one answer of a connection that was closed after it; chunks stay as they are."""
     if not data:
         raise ConnectionError("the connection was closed without an answer")
     head, _, body = data.partition(b"\r\n\r\n")
@@ -592,7 +713,7 @@ def parse(data: bytes) -> Reply:
 
 
 async def raw(url: str, data: bytes) -> Reply:
-    """Send exactly `data` to the server of `url`, which must ask for the connection to be closed; its answer."""
+    """Send exactly `data`, which must ask for the connection to be closed; the answer."""
     async with connection(url) as (reader, writer):
         writer.write(data)
         return parse(await asyncio.wait_for(reader.read(), PATIENCE))
@@ -612,9 +733,14 @@ async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
 
 
 async def ask(
-    url: str, target: str, *headers: str, method: str = "GET", body: bytes = b"", host: str = "gateway.example"
+    url: str,
+    target: str,
+    *headers: str,
+    method: str = "GET",
+    body: bytes = b"",
+    host: str = "gateway.example",
 ) -> Reply:
-    """A request with exactly this target and these `Name: value` lines (and Host, framing, `Connection: close`)."""
+    """A request with exactly this target and these lines (and Host, framing, Connection)."""
     length = [f"Content-Length: {len(body)}"] if body or method == "POST" else []
     lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *headers, *length]
     if not any(line.lower().startswith("connection:") for line in headers):
@@ -644,7 +770,7 @@ SECRET = b"s3cret-body-of-the-caller"  # no answer and no log may repeat it
 
 
 def assert_refused(reply: Reply, status: int, *words: str, limit: int = 80) -> None:
-    """An error in the form that all have: one line of plain text with the words that matter, long ones cut."""
+    """An error in the form that all have: a line of plain text with these words, long ones cut."""
     text = reply.body.decode()
     assert reply.status == status, reply
     assert reply.headers["Content-Type"].startswith("text/plain"), reply
@@ -654,13 +780,13 @@ def assert_refused(reply: Reply, status: int, *words: str, limit: int = 80) -> N
         assert word[:limit].lower() in text.lower(), f"{word!r} is not in {text!r}"
 
 
-# ---- names -----------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 class Names(asyncio.DatagramProtocol):
-    """A DNS server: what the daemon with the `prefix` of this object asks for every name that is not in /etc/hosts.
+    """A DNS server, which the daemon with this `prefix` asks for names that are not in /etc/hosts.
 
-    The daemon gets a mount namespace of its own, and port 53 is a privileged one: both need root, as CI has.
+    The daemon gets a mount namespace of its own, and port 53 is a privileged one: both need root.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -694,6 +820,8 @@ class Names(asyncio.DatagramProtocol):
 @pytest.fixture
 async def names(tmp_path: Path) -> AsyncIterator[Names]:
     """A DNS server that answers as the test says."""
+    if os.geteuid() != 0:
+        pytest.skip("a name server on port 53 and a mount namespace need root")
     loop, server = asyncio.get_running_loop(), Names(tmp_path)
     transport, _ = await loop.create_datagram_endpoint(lambda: server, local_addr=(server.address, 53))
     yield server

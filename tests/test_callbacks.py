@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import Daemon, Names, Request, Server, StartDaemon, answer, never, run, to_toml
+from conftest import (
+    PATIENCE,
+    Daemon,
+    Names,
+    Request,
+    Server,
+    StartDaemon,
+    answer,
+    never,
+    run,
+    to_toml,
+)
 
 CREDENTIALS = "sink-user:s%3Acret%40word"  # user `sink-user`, password `s:cret@word`
 PASSWORDS = ("s%3Acret%40word", "s:cret@word", base64.b64encode(b"sink-user:s:cret@word").decode())
@@ -139,25 +150,23 @@ async def test_a_dead_function_is_posted_as_502_without_a_body(daemon: StartDaem
     assert (await gateway.final(call_id))["status"] == "error"
 
 
-async def test_netcat_receives_a_callback(gateway: Daemon, function: Server) -> None:
-    """As a person would try it: `nc -l` shows the request as it is."""
+async def test_a_bare_socket_receives_a_callback(gateway: Daemon, function: Server) -> None:
+    """As a person would try it with `nc -l`: the request is text, and a few lines answer it."""
     function.behaviour = answer(body=b"hello from the function\n")
-    listener = await asyncio.create_subprocess_exec(
-        *("nc", "-v", "-l", "127.0.0.1", "0"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert listener.stdin and listener.stdout and listener.stderr
-    try:
-        port = (await listener.stderr.readline()).split()[-1].decode()
-        await gateway.submit("echo", X_Callback_Url=f"http://127.0.0.1:{port}/hook")
-        text = await listener.stdout.readuntil(b"hello from the function\n")
+    received = asyncio.get_running_loop().create_future()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.set_result(await reader.readuntil(b"hello from the function\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        call_id = await gateway.submit("echo", X_Callback_Url=f"http://127.0.0.1:{port}/hook")
+        text = await asyncio.wait_for(received, PATIENCE)
         assert text.startswith(b"POST /hook HTTP/1.1\r\n")
-        listener.stdin.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        listener.stdin.close()
-    finally:
-        await asyncio.wait_for(listener.wait(), 30)
+        assert f"\r\nX-Call-Id: {call_id}\r\n".encode() in text
+        assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
 
 
 # ---- trying again ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, Daemon, Finished, Gate, Server, StartDaemon, answer, run
+from conftest import PIPE, Daemon, Finished, Gate, Server, StartDaemon, answer, faasd, start_program
 
 UPPER = '[functions.upper]\ncommand = ["tr", "a-z", "A-Z"]\n'
 
@@ -20,7 +20,7 @@ class Cli:
 
     async def __call__(self, *words: str, stdin: bytes = b"", code: int = 0) -> Finished:
         """Run a command against the daemon; it has to end with this code."""
-        result = await run(*PROGRAM, *words, "--url", self.gateway.url, stdin=stdin)
+        result = await faasd(*words, "--url", self.gateway.url, stdin=stdin)
         assert result.code == code, result
         assert "Traceback" not in result.err
         return result
@@ -126,7 +126,7 @@ async def test_watch_tells_of_calls_as_they_change(cli: Cli, function: Server) -
     call_id = await cli.gateway.submit("it")
     await function.wait_for(1)
     words = ("calls", "list", "--watch", "--json", "--url", cli.gateway.url)
-    watch = await asyncio.create_subprocess_exec(*PROGRAM, *words, stdout=asyncio.subprocess.PIPE)
+    watch = await start_program(*words, stdout=PIPE)
     assert watch.stdout is not None
 
     async def told(status: str) -> None:
@@ -176,10 +176,10 @@ async def test_calls_are_run_again_by_filter(cli: Cli, function: Server) -> None
         await cli.gateway.final(call_id)
     function.behaviour = answer(200)
     printed = await cli.out("calls", "retry", "--status", "error", "--function", "it")
-    assert sorted(printed.split()) == sorted(failed)
+    assert printed == "3 of 3 matching calls queued again"
     assert [(await cli.gateway.final(call_id))["status"] for call_id in failed] == ["success"] * 3
     for action in ("retry", "cancel"):
-        for words in ((), ("--function", "it"), (good, "--status", "error")):
+        for words in ((), (good, "--status", "error")):
             assert "--status" in (await cli("calls", action, *words, code=1)).err
 
 
@@ -218,7 +218,7 @@ async def test_the_configuration_says_where_the_daemon_is(daemon: StartDaemon, t
     )
 
     async def queues(*words: str | Path) -> Finished:
-        result = await run(*PROGRAM, "queues", *words)
+        result = await faasd("queues", *words)
         assert "secret" not in result.err
         return result
 
@@ -235,7 +235,7 @@ async def test_the_configuration_says_where_the_daemon_is(daemon: StartDaemon, t
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "unix:/nonexistent", "http://127.0.0.1:port", "nonsense"])
 async def test_no_daemon_is_told_in_one_line(url: str) -> None:
     """With an exit code of its own, 69, whatever is wrong with the address."""
-    result = await run(*PROGRAM, "calls", "list", "--url", url)
+    result = await faasd("calls", "list", "--url", url)
     assert (result.code, result.out, result.err.count("\n")) == (69, "", 1)
 
 
@@ -265,7 +265,7 @@ async def test_a_reader_that_has_seen_enough_is_no_error_message(cli: Cli) -> No
     reader, writer = os.pipe()
     os.close(reader)
     words = ("calls", "list", "--url", cli.gateway.url)
-    process = await asyncio.create_subprocess_exec(*PROGRAM, *words, stdout=writer, stderr=asyncio.subprocess.PIPE)
+    process = await start_program(*words, stdout=writer, stderr=PIPE)
     os.close(writer)
     _, err = await process.communicate()
     assert (process.returncode, err) == (1, b"")
@@ -274,7 +274,7 @@ async def test_a_reader_that_has_seen_enough_is_no_error_message(cli: Cli) -> No
 @pytest.mark.parametrize("words", [(), ("calls",), ("calls", "retry"), ("queues", "pause"), ("invoke",)])
 async def test_help_is_the_manual(words: tuple[str, ...]) -> None:
     """Every command explains itself, with the exit codes, in 80 columns."""
-    result = await run("env", "COLUMNS=80", *PROGRAM, *words, "--help")
+    result = await faasd(*words, "--help", env={"COLUMNS": "80"})
     assert (result.code, result.err) == (0, "")
     assert "Exit codes" in result.out
     assert max(map(len, result.out.splitlines())) <= 80

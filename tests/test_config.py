@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_payload": 1024 * 1024,
         "namespace": "openfaas-fn",
         "drain_timeout": 20.0,
+        "trusted_origins": (),
+        "hosts": (),
     },
     "auth": {"user_file": None, "password_file": None, "invoke": False},
     "provider": {
@@ -127,7 +129,7 @@ def problems(toml: str) -> list[str]:
 
 def keys_of(table: Any) -> list[str]:
     """The keys that a table takes in the file."""
-    return [item.name for item in fields(table) if item.metadata]
+    return [item.name for item in fields(table) if item.metadata or is_dataclass(item.default)]
 
 
 def function(toml: str = "") -> Function:
@@ -184,7 +186,7 @@ PROBLEMS = {
     "gateway.drain_timeout": "[gateway]\ndrain_timeout = '-1s'",
     "queues.q.timeout": "[queues.q]\ntimeout = '0s'",
     "callback.timeout": "[callback]\ntimeout = ''",
-    "calls.keep": "[calls]\nkeep = '1d'",
+    "calls.keep": "[calls]\nkeep = '1 day'",
     "retry.min_wait": "[retry]\nmin_wait = '1s5'",
     "functions.c.exec_timeout": "[functions.c]\ncommand = ['cat']\nexec_timeout = '10'",
     # sizes
@@ -349,7 +351,7 @@ def test_an_address_that_can_not_be_listened_on_is_refused(listen: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["10", "5 m", "1d", "-5s", "s", "", "1h-5m", "1e3s", "100000000h", 10, 1.5, True, None]
+    "value", ["10", "5 m", "1.5d", "1h7d", "-5s", "s", "", "1h-5m", "1e3s", "100000000h", 10, 1.5, True, None]
 )
 def test_a_bad_duration_is_refused(value: Any) -> None:
     """A number without a unit could mean anything; nothing lasts less than no time or more than ten years."""

@@ -105,8 +105,8 @@ class Disk:
                 file.write(bytes(PAGE))
 
     async def allow_writing(self, allowed: bool) -> None:
-        """Mount it anew."""
-        mode = "remount,rw" if allowed else "remount,ro"
+        """Mount it anew, the way that a user may in a namespace that is theirs."""
+        mode = "remount,bind,rw" if allowed else "remount,bind,ro"
         found = await run(*self.enter, "mount", "-o", mode, self.folder)
         assert found.code == 0, found.err
 
@@ -132,10 +132,13 @@ async def disk(tmp_path: Path) -> AsyncIterator[Disk]:
     )
     stdout, stdin = holder.stdout, holder.stdin
     assert stdout and stdin
-    assert await asyncio.wait_for(stdout.readline(), PATIENCE) == b"mounted\n", "this needs the right to mount"
-    yield Disk(folder, holder.pid)
+    mounted = await asyncio.wait_for(stdout.readline(), PATIENCE)
+    if mounted:
+        yield Disk(folder, holder.pid)
     stdin.close()
     await asyncio.wait_for(holder.wait(), PATIENCE)
+    if not mounted:
+        pytest.skip("mounting a file system needs root, or a kernel that lets users have namespaces")
 
 
 async def test_a_full_disk_refuses_calls_and_loses_none(

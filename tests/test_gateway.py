@@ -69,7 +69,8 @@ TARGETS = [
 BODIES = [b"", bytes(range(256)), b'{"looks": "like json"}\r\n', gzip.compress(b"not for the gateway to open")]
 
 RECORD_KEYS = {
-    *("call_id", "function", "namespace", "queue", "status", "attempts", "max_attempts", "http_status", "error"),
+    *("id", "call_id", "function", "namespace", "queue", "status", "attempts", "max_attempts"),
+    *("http_status", "error"),
     *("created_at", "started_at", "completed_at", "due_at", "duration_seconds", "interrupted", "callback"),
     *("request_bytes", "response_bytes"),
 }

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import (
     PATIENCE,
-    PROGRAM,
     SCRIPT,
     Finished,
     Gate,
@@ -21,9 +20,12 @@ from conftest import (
     StartDaemon,
     answer,
     ask,
+    faasd,
     free_address,
     run,
 )
+
+pytestmark = pytest.mark.own_interpreter
 
 
 def settings(function: Server, more: str = "") -> str:
@@ -147,7 +149,7 @@ async def test_a_dispatcher_that_dies_stops_the_daemon(tmp_path: Path) -> None:
     """In order and with exit code 1, rather than leave its queue to nobody."""
     config = tmp_path / "config.toml"
     config.write_text(f'[gateway]\nlisten = "127.0.0.1:0"\n[store]\npath = "{tmp_path}/calls.db"')
-    program = "import sys, faasd_async as f; f.Invoker.room = None; sys.exit(f.main(['--config', sys.argv[1]]))"
+    program = "import sys, faasd_async as f; f.InvocationJob.room = None; sys.exit(f.main(['--config', sys.argv[1]]))"
     result = await run("env", f"PYTHONPATH={SCRIPT.parent}", sys.executable, "-c", program, config)
     assert result.code == 1
     assert "dispatcher of faas-request failed" in result.err
@@ -463,7 +465,7 @@ async def check(folder: Path, text: str) -> Finished:
     """`faasd_async.py check` on a file with this text."""
     config = folder / "config.toml"
     config.write_text(text)
-    return await run(*PROGRAM, "check", "--config", config)
+    return await faasd("check", "--config", config)
 
 
 async def test_check_is_content_with_a_good_file(tmp_path: Path) -> None:
@@ -496,7 +498,7 @@ async def test_check_names_all_problems_at_once(tmp_path: Path) -> None:
 
 async def test_check_of_a_file_that_is_not_there(tmp_path: Path) -> None:
     """One line with its name."""
-    result = await run(*PROGRAM, "check", "--config", tmp_path / "nosuch.toml")
+    result = await faasd("check", "--config", tmp_path / "nosuch.toml")
     assert result.code not in (0, None)
     assert len(result.err.splitlines()) == 1, result
     assert "nosuch.toml" in result.err
@@ -507,7 +509,7 @@ async def test_serve_refuses_a_bad_file_in_the_same_words(daemon: StartDaemon) -
     gateway = await daemon(PROBLEMS[0][0], start=False)
     await gateway.spawn()
     code = await gateway.ended()
-    checked = await run(*PROGRAM, "check", "--config", gateway.config)
+    checked = await faasd("check", "--config", gateway.config)
     assert (code, gateway.lines) == (78, checked.err.splitlines())
     assert not gateway.store.exists()
 

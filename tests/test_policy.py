@@ -22,11 +22,10 @@ from hypothesis import strategies as st
 import faasd_async
 from faasd_async import (
     CallbackConfig,
+    Decision,
     Lanes,
     Outcome,
-    Policy,
     RetryPolicy,
-    Verdict,
     backoff_s,
     callback_allowed,
     callback_host,
@@ -57,7 +56,7 @@ def outcome(status: int, retry_after: str | None = None, **more: Any) -> Outcome
     return Outcome(status, status < 400, 0.1, headers, **more)
 
 
-def verdict(result: Outcome, attempt: int = 1, max_attempts: int = 10, policy: Policy = POLICY) -> Verdict:
+def verdict(result: Outcome, attempt: int = 1, max_attempts: int = 10, policy: RetryPolicy = POLICY) -> Decision:
     """What follows from an outcome, with no chance in it."""
     return decide(result, attempt, max_attempts, policy, NOW, random.Random(0))
 
@@ -71,19 +70,19 @@ TIMED_OUT = outcome(504, answered=False)
 @pytest.mark.parametrize("status", [200, 201, 204, 301, 304])
 def test_an_answer_below_400_is_a_success(status: int) -> None:
     """A redirect is the function's answer, too."""
-    assert verdict(outcome(status)) == Verdict("success")
+    assert verdict(outcome(status)) == Decision("success")
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_failure_that_may_go_away_is_tried_again(status: int) -> None:
     """These codes are retried by default, after the first wait."""
-    assert verdict(outcome(status)) == Verdict("queued", 10.0)
+    assert verdict(outcome(status)) == Decision("queued", 10.0)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 413, 422, 499, 501, 505])
 def test_any_other_failure_is_final(status: int) -> None:
     """The same request would fail in the same way."""
-    assert verdict(outcome(status)) == Verdict("error")
+    assert verdict(outcome(status)) == Decision("error")
 
 
 @pytest.mark.parametrize(("attempt", "status"), [(1, "queued"), (2, "queued"), (3, "error"), (4, "error")])
@@ -94,83 +93,83 @@ def test_attempts_are_used_up_with_the_last_one(attempt: int, status: str) -> No
 
 def test_a_call_that_may_run_once_is_not_tried_again() -> None:
     """One attempt means one attempt."""
-    assert verdict(outcome(503), 1, 1) == Verdict("error")
+    assert verdict(outcome(503), 1, 1) == Decision("error")
 
 
 def test_a_timeout_is_tried_again_like_504() -> None:
     """504 stands for the answer that did not come."""
-    assert verdict(TIMED_OUT) == Verdict("queued", 10.0)
+    assert verdict(TIMED_OUT) == Decision("queued", 10.0)
 
 
 def test_the_last_timeout_ends_in_timeout() -> None:
     """The state tells a function that is too slow from one that fails."""
-    assert verdict(TIMED_OUT, 10) == Verdict("timeout")
+    assert verdict(TIMED_OUT, 10) == Decision("timeout")
 
 
 def test_a_function_that_itself_answers_504_ends_in_error() -> None:
     """It did answer in time."""
-    assert verdict(outcome(504), 10) == Verdict("error")
+    assert verdict(outcome(504), 10) == Decision("error")
 
 
 def test_a_timeout_is_final_where_504_is_not_retried() -> None:
     """`codes` rules timeouts as well."""
-    assert verdict(TIMED_OUT, policy=RetryPolicy(codes=frozenset({500}))) == Verdict("timeout")
+    assert verdict(TIMED_OUT, policy=RetryPolicy(codes=frozenset({500}))) == Decision("timeout")
 
 
 def test_a_refused_connection_is_tried_again_like_502() -> None:
     """The function may be about to start."""
-    assert verdict(REFUSED) == Verdict("queued", 10.0)
+    assert verdict(REFUSED) == Decision("queued", 10.0)
 
 
 def test_a_refused_connection_is_final_where_502_is_not_retried() -> None:
     """`codes` rules connection failures as well."""
-    assert verdict(REFUSED, policy=RetryPolicy(codes=frozenset({500}))) == Verdict("error")
+    assert verdict(REFUSED, policy=RetryPolicy(codes=frozenset({500}))) == Decision("error")
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_replaces_the_computed_wait(status: int) -> None:
     """The function knows better when it will be ready."""
-    assert verdict(outcome(status, "77")) == Verdict("queued", 77.0)
+    assert verdict(outcome(status, "77")) == Decision("queued", 77.0)
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_may_be_a_date(status: int) -> None:
     """The other form of RFC 9110 10.2.3."""
     date = email.utils.formatdate(NOW + 90, usegmt=True)
-    assert verdict(outcome(status, date)) == Verdict("queued", 90.0)
+    assert verdict(outcome(status, date)) == Decision("queued", 90.0)
 
 
 @pytest.mark.parametrize("status", [408, 500, 502, 504])
 def test_retry_after_counts_on_429_and_503_only(status: int) -> None:
     """Elsewhere the header has no meaning."""
-    assert verdict(outcome(status, "77")) == Verdict("queued", 10.0)
+    assert verdict(outcome(status, "77")) == Decision("queued", 10.0)
 
 
 @pytest.mark.parametrize("asked", ["0", "3", email.utils.formatdate(NOW - 60, usegmt=True)])
 def test_retry_after_is_never_below_min_wait(asked: str) -> None:
     """A function that asks to be called at once is not hammered."""
-    assert verdict(outcome(429, asked)) == Verdict("queued", 10.0)
+    assert verdict(outcome(429, asked)) == Decision("queued", 10.0)
 
 
 def test_retry_after_may_ask_for_more_than_max_wait() -> None:
     """max_wait limits the computed wait only."""
-    assert verdict(outcome(503, "600")) == Verdict("queued", 600.0)
+    assert verdict(outcome(503, "600")) == Decision("queued", 600.0)
 
 
 @pytest.mark.parametrize("asked", ["999999999", email.utils.formatdate(NOW + 400 * DAY, usegmt=True)])
 def test_retry_after_may_not_ask_for_eternity(asked: str) -> None:
     """A call that waits longer than a day is as good as lost."""
-    assert verdict(outcome(503, asked)) == Verdict("queued", DAY)
+    assert verdict(outcome(503, asked)) == Decision("queued", DAY)
 
 
 def test_a_retry_after_that_says_nothing_leaves_the_computed_wait() -> None:
     """Neither seconds nor a date."""
-    assert verdict(outcome(429, "soon"), attempt=2) == Verdict("queued", 20.0)
+    assert verdict(outcome(429, "soon"), attempt=2) == Decision("queued", 20.0)
 
 
 def test_retry_after_does_not_give_another_attempt() -> None:
     """Attempts are used up all the same."""
-    assert verdict(outcome(429, "5"), 10) == Verdict("error")
+    assert verdict(outcome(429, "5"), 10) == Decision("error")
 
 
 @given(st.integers(100, 599), st.integers(1, 30), st.integers(1, 30), st.booleans())
@@ -269,20 +268,20 @@ def test_without_jitter_the_wait_never_shrinks(attempt: int) -> None:
 @pytest.mark.parametrize("status", [408, 429, 500, 501, 502, 503, 504, 599])
 def test_a_callback_is_tried_again(status: int) -> None:
     """408, 429 and every 5xx."""
-    policy = CallbackConfig()
-    assert verdict(outcome(status), policy=policy) == Verdict("queued", 5.0)
+    policy = CallbackConfig().policy
+    assert verdict(outcome(status), policy=policy) == Decision("queued", 5.0)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308, 400, 401, 403, 404, 410, 413, 422])
 def test_any_other_answer_to_a_callback_is_final(status: int) -> None:
     """A redirect would drop the body, and what is refused stays refused."""
-    policy = CallbackConfig()
+    policy = CallbackConfig().policy
     assert verdict(Outcome(status, False, 0.1), policy=policy).delay_s is None
 
 
 def test_a_callback_has_its_own_attempts_and_waits() -> None:
     """[callback] rules, not [retry]."""
-    policy = parse_config({"callback": {"attempts": 3, "min_wait": "2s", "max_wait": "3s"}}).callback
+    policy = parse_config({"callback": {"attempts": 3, "min_wait": "2s", "max_wait": "3s"}}).callback.policy
     assert [backoff_s(policy, attempt, random.Random(0)) for attempt in (1, 2)] == [2.0, 3.0]
     assert policy.attempts == 3
 

@@ -13,7 +13,6 @@ import aiohttp
 import pytest
 from conftest import (
     PATIENCE,
-    PROGRAM,
     SECRET,
     Daemon,
     Gate,
@@ -24,8 +23,8 @@ from conftest import (
     ask,
     assert_refused,
     connection,
+    faasd,
     never,
-    run,
 )
 from provider import Deployed, Provider, basic, credential_files, running_provider
 
@@ -1446,7 +1445,7 @@ async def test_a_mistake_in_the_settings_is_told(tmp_path: Path, line: str, word
     """Exit status 78, and a line that names the key."""
     config = tmp_path / "config.toml"
     config.write_text(f"[provider]\n{line}\n")
-    result = await run(*PROGRAM, "check", "--config", config)
+    result = await faasd("check", "--config", config)
     assert (result.code, words in result.err) == (78, True), result
 
 

@@ -27,7 +27,8 @@ UNITS = SCRIPT.parent / "systemd"
 def installed(folder: Path, dropin: str | None = None) -> list[Path]:
     """The units as they are installed, with a program that is there, and with one of the examples that go on top."""
     units = [Path(shutil.copy(UNITS / name, folder)) for name in ("faasd-async.service", "faasd-async.socket")]
-    units[0].write_text(units[0].read_text().replace("/opt/faasd-async/bin/faasd-async", sys.executable))
+    text = units[0].read_text()
+    units[0].write_text(text.replace("/opt/faasd-async/bin/faasd-async", f'"{sys.executable}"'))
     if dropin:
         (folder / "faasd-async.service.d").mkdir()
         example = UNITS / "faasd-async.service.d" / f"{dropin}.conf.example"

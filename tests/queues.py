@@ -1,0 +1,308 @@
+"""What a test of any queue needs: stores to make queues on, and a bench to try them on.
+
+Another backend joins in with one more entry in `STORES`: a class that makes queues on a folder and
+can take their power away.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from faasd_async import (
+    CALLBACKS,
+    CallFilter,
+    CallRecord,
+    CallRecords,
+    Claim,
+    Config,
+    Ended,
+    HttpError,
+    Invocation,
+    Metrics,
+    Outcome,
+    SqliteQueue,
+    WorkQueue,
+    new_id,
+    pack_headers,
+    parse_config,
+    record_document,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUESTS = "faas-request"
+
+# How long anything that is waited for may take before the test fails. Never reached when all is
+# well.
+PATIENCE = 20.0
+
+ANSWER_HEADERS = ((b"Content-Type", b"text/plain"), (b"X-Twice", b"1"), (b"X-Twice", b"2"))
+OK = Outcome(200, True, 0.25, ANSWER_HEADERS, b"done", 4)
+BAD = Outcome(500, False, 0.5, (), b"oops", 4, b"on stderr", "function figlet answered 500")
+LATE = Outcome(504, False, 300.0, error="function figlet did not answer in time", answered=False)
+SINK = "http://sink.example.org/outcome"
+
+
+# ---- stores: what keeps the calls while no queue is open -----------------------------------------
+
+
+class Settings:
+    """The configuration as the queue sees it. A test changes it as a reload does."""
+
+    def __init__(self) -> None:
+        self.set()
+
+    def __call__(self) -> Config:
+        return self.config
+
+    def set(self, calls: Mapping[str, Any] | None = None, **queue: Any) -> None:
+        """Keys of [calls], and of the default queue."""
+        self.config = parse_config({"calls": calls or {}, "queues": {REQUESTS: queue}})
+
+
+class Backend(WorkQueue, CallRecords, Protocol):
+    """A queue as its owner has it: both sides of the seam in one object."""
+
+
+class Store(Protocol):
+    """One backend's place for calls, made on a folder: an empty one, or one with calls in it."""
+
+    def __init__(self, folder: Path, config: Callable[[], Config]) -> None: ...
+
+    def queue(self) -> Backend:
+        """A new queue on it, not yet open."""
+
+    async def cut_power(self, queue: Backend) -> None:
+        """Keep what is there at this moment, and nothing that the open queue does from now on."""
+
+
+class SqliteStore:
+    """A file in a folder."""
+
+    def __init__(self, folder: Path, config: Callable[[], Config]) -> None:
+        self.path = folder / "calls.db"
+        self.config = config
+        self.metrics = Metrics()
+
+    def queue(self) -> SqliteQueue:
+        """A new queue on the file."""
+        return SqliteQueue(self.path, self.config, self.metrics.commits.observe)
+
+    async def cut_power(self, queue: Backend) -> None:
+        """Copy the file and its log while they are open."""
+        copy = self._copy()
+        await queue.close()
+        self.path = copy
+
+    def _copy(self) -> Path:
+        folder = self.path.parent / "later"
+        folder.mkdir()
+        for path in self.path.parent.glob("calls.db*"):
+            shutil.copy(path, folder)
+        return folder / self.path.name
+
+
+STORES: list[type[Store]] = [SqliteStore]
+
+
+# ---- bench: an open queue in a test's hands ------------------------------------------------------
+
+
+class Bench:
+    """A queue on a store, with all that it tells its owner."""
+
+    def __init__(self, store: Store, config: Settings) -> None:
+        self.store = store
+        self.config = config
+        self.queue: Backend
+        self.woken: list[str] = []
+        self.stopped: list[Hashable] = []
+        self.ended: list[Ended] = []
+        self._news = asyncio.Event()
+
+    # -- lifecycle
+
+    async def open(self) -> None:
+        """Open a new queue on what is stored."""
+        self.queue = self.store.queue()
+        await self.queue.open(*(self._note(kind) for kind in (self.woken, self.stopped, self.ended)))
+
+    def _note(self, notes: list[Any]) -> Callable[[Any], None]:
+        def note(item: Any) -> None:
+            notes.append(item)
+            self._news.set()
+
+        return note
+
+    async def reopen(self) -> None:
+        """An orderly restart."""
+        await self.queue.close()
+        await self.open()
+
+    async def crash(self) -> None:
+        """A restart after a power cut."""
+        await self.store.cut_power(self.queue)
+        await self.open()
+
+    # -- what tests do again and again
+
+    async def enqueue(self, call_id: str | None = None, **changes: Any) -> str:
+        """Store a call; the id to answer with."""
+        return await self.queue.enqueue(invocation(call_id, **changes))
+
+    async def add(self, call_id: str | None = None, **changes: Any) -> str:
+        """Store a call; the id that it shares with no other."""
+        call = invocation(call_id, **changes)
+        await self.queue.enqueue(call)
+        return call.id
+
+    async def enqueue_all(self, *call_ids: str, **changes: Any) -> None:
+        """Store calls, one after the other."""
+        for call_id in call_ids:
+            await self.enqueue(call_id, **changes)
+
+    async def claim(self, limit: int = 1000, queue: str = REQUESTS, room: Mapping[str, int] | None = None) -> list[str]:
+        """The call ids of what is handed out."""
+        return [work.call_id for work in await self.queue.claim(queue, limit, room or {})]
+
+    async def take(self, queue: str = REQUESTS) -> Claim:
+        """The only thing that is due."""
+        (work,) = await self.queue.claim(queue, 1000, {})
+        return work
+
+    async def run(self, outcome: Outcome = OK, status: str = "success", queue: str = REQUESTS) -> Claim:
+        """Take the only thing that is due and make it final."""
+        work = await self.take(queue)
+        assert await self.queue.complete(work, outcome, status)
+        return work
+
+    async def deliver(self, outcome: Outcome = OK, status: str = "delivered") -> Claim:
+        """Take the only callback that is due and make it final."""
+        return await self.run(outcome, status, CALLBACKS)
+
+    async def record(self, call_id: str) -> dict[str, Any]:
+        """The record of a call as people see it."""
+        return record_document(await self.queue.lookup(call_id))
+
+    async def status(self, call_id: str) -> str:
+        """The state of a call."""
+        return (await self.queue.lookup(call_id)).status
+
+    async def records(self, **filters: Any) -> Sequence[CallRecord]:
+        """The newest thousand of the records that match."""
+        page = await self.queue.list_records(CallFilter(**filters), 1000)
+        return page.records
+
+    async def listed(self, **filters: Any) -> list[str]:
+        """The call ids of the records that match."""
+        return [record.call_id for record in await self.records(**filters)]
+
+    async def pages(self, limit: int, **filters: Any) -> AsyncIterator[list[str]]:
+        """The call ids of the records that match, one page after the other."""
+        cursor = None
+        while True:
+            page = await self.queue.list_records(CallFilter(**filters), limit, cursor)
+            yield [record.call_id for record in page.records]
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def waiting(self, queue: str = REQUESTS) -> dict[str, int]:
+        """How many calls wait, by lane."""
+        stats = await self.queue.stats()
+        return dict(stats[queue].waiting) if queue in stats else {}
+
+    async def until(self, happened: Callable[[], object]) -> None:
+        """Wait for something that the queue tells."""
+        async with asyncio.timeout(PATIENCE):
+            while not happened():
+                self._news.clear()
+                await self._news.wait()
+
+    async def take_when_woken(self) -> Claim:
+        """Ask when the queue says so, as a consumer does."""
+        while True:
+            self.woken.clear()
+            if found := await self.queue.claim(REQUESTS, 1, {}):
+                return found[0]
+            await self.until(lambda: REQUESTS in self.woken)
+
+
+def invocation(call_id: str | None = None, **changes: Any) -> Invocation:
+    """A call that is due now."""
+    now, own = time.time(), new_id()
+    call = Invocation(
+        id=own,
+        call_id=call_id or own,
+        function="figlet",
+        namespace="openfaas-fn",
+        queue=REQUESTS,
+        start_time=round(now * 1e9),
+        due_at=now,
+        deadline_at=None,
+        max_attempts=10,
+        callback_url=None,
+        failure_url=None,
+        idempotency_key=None,
+        app=None,
+        target="/a%2Fb?c=d",
+        headers=pack_headers([(b"X-A", b"1")]),
+        body=b"body",
+    )
+    return call._replace(**changes)
+
+
+async def refused(attempt: Awaitable[object]) -> int:
+    """The HTTP status with which something is refused."""
+    with pytest.raises(HttpError) as caught:
+        await attempt
+    assert "\n" not in caught.value.text
+    return caught.value.status
+
+
+# ---- a process that owns a store, and is killed --------------------------------------------------
+
+
+async def claim_and_wait_to_be_killed(store: Store) -> None:
+    """What that process does: claim all there is, and never end it."""
+    bench = Bench(store, Settings())
+    await bench.open()
+    print(*await bench.claim(), *await bench.claim(queue=CALLBACKS), flush=True)
+    sys.stdin.read()
+
+
+@contextlib.asynccontextmanager
+async def owner(make_store: type[Store], folder: Path) -> AsyncIterator[str]:
+    """Another process that has the store of a folder open and all its work claimed.
+
+    Gives the call ids of that work. The process is killed in the end.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, __file__, str(STORES.index(make_store)), str(folder)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin
+    assert process.stdout
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield (await process.stdout.readline()).decode().strip()
+    finally:
+        process.kill()
+        process.stdin.close()
+        await process.wait()
+
+
+if __name__ == "__main__":
+    signal.alarm(round(PATIENCE))  # never outlive the test
+    number, folder = sys.argv[1:]
+    asyncio.run(claim_and_wait_to_be_killed(STORES[int(number)](Path(folder), Settings())))
