@@ -62,6 +62,7 @@ import contextlib
 import difflib
 import email.utils
 import enum
+import errno
 import functools
 import hashlib
 import heapq
@@ -77,6 +78,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -95,11 +97,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import (
+    IO,
     Any,
     NamedTuple,
     Protocol,
@@ -142,7 +146,8 @@ MIB = 1024 * KIB
 MAX_HEADER_BYTES = 32 * KIB
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (callback, command)
 MAX_STDERR_BYTES = 64 * KIB  # of one command
-PIPE_BYTES = 256 * KIB  # that are read from a command at once
+PIPE_BYTES = 64 * KIB  # that are read from a command at once: what a pipe holds (pipe(7))
+MAX_VARIABLE_BYTES = 128 * KIB  # of one environment variable: MAX_ARG_STRLEN of execve(2)
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larger one is streamed
 DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
 
@@ -150,12 +155,19 @@ DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
 MAX_RETRY_AFTER_S = 86_400.0  # A function may ask for patience, not for eternity.
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and ourselves
 PROVIDER_S = 10.0  # what a look-up at the provider may take
+COMMAND_GRACE_S = 0.5  # what a command has left behind gets to end by itself
+KILL_S = 2.0  # after which a command that was killed and is still there can't be killed
 SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
+HALF_CLOSED_S = 2.0  # what a client gets that sends no more, and may have gone for good
 LINGER_S = 1.0  # what a client that has connected before a stop gets to ask
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
+CLOCK_JUMP_S = 60.0  # A clock that is set forward by more has been wrong, not late.
+
+MAX_LOG_LINES = 10_000  # that wait for a reader of the log
+LOG_S = 1.0  # what the last lines get at the end
 
 # How much is done at once.
 MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
@@ -185,9 +197,10 @@ CONTROL_HEADERS = (
     "X-Max-Attempts",
     "X-Queue",
 )
+HOPS = "X-Callback-Hops"  # how many callbacks led to this call
 STEERING = frozenset(
     [b"host", b"expect", b"authorization", b"cookie", b"content-length"]
-    + [b"origin", b"sec-fetch-site"]
+    + [b"origin", b"sec-fetch-site", HOPS.lower().encode()]
     + [name.lower().encode() for name in CONTROL_HEADERS]
 )
 
@@ -234,6 +247,10 @@ class StoreLocked(StoreError):
     """Another process holds the file. Exit code 75."""
 
 
+class ListenError(Exception):
+    """An address can't be listened on for now: it may be there later. Exit code 75."""
+
+
 class HttpError(Exception):
     """What ends a request without success: HTTP status, one line of text, extra headers."""
 
@@ -244,11 +261,21 @@ class HttpError(Exception):
         self.headers = dict(headers or {})
 
 
-class ProviderAway(HttpError):
-    """The provider can't be asked or reached. What waits for it goes on waiting."""
+class NotNow(HttpError):
+    """It can't be done for now, and the function is not to blame: queued calls go on waiting."""
 
     def __init__(self, text: str) -> None:
         super().__init__(503, text, LATER)
+
+
+class ProviderAway(NotNow):
+    """The provider can't be asked or reached."""
+
+
+class Shortage(NotNow):
+    """This machine has no descriptors, processes or memory left for it."""
+
+    ERRORS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class FailureKind(enum.Enum):
@@ -260,6 +287,7 @@ class FailureKind(enum.Enum):
     INVALID = enum.auto()  # the answer was not HTTP
     TOO_LONG = enum.auto()  # the answer was longer than can be held
     FORBIDDEN = enum.auto()  # the address is not one that may be called
+    MISSING = enum.auto()  # there is no such program
     LOCAL = enum.auto()  # the request could not be made here
 
 
@@ -276,6 +304,8 @@ class RequestFailed(Exception):
         self.kind = kind
         self.text = text
         self.status = self.STATUSES.get(kind, 502)
+        # Another attempt would end the same way.
+        self.final = kind in (FailureKind.MISSING, FailureKind.TOO_LONG)
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -753,6 +783,7 @@ class RetryPolicy:
     min_wait: float = key(duration, "10s")
     max_wait: float = key(duration, "120s")
     backoff: str = key(one_of("exponential", "full", "equal"), "exponential")
+    max_interruptions: int = key(count, 5)
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
@@ -774,6 +805,7 @@ class CallbackConfig:
     gateway_hosts: tuple[str, ...] = key(
         host_patterns, ["gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"]
     )
+    max_hops: int = key(count, 32)
     signing_secret_file: bytes | None = key(signing_secret)
     tls_ca_file: str | None = key(text)
 
@@ -829,6 +861,8 @@ class Function:
     annotations: Mapping[str, str] = key(string_table, {})
     labels: Mapping[str, str] = key(string_table, {})
     env: Mapping[str, str] = key(string_table, {})
+    cwd: str | None = key(text)
+    content_type: str | None = key(text)
     retry: RetryPolicy = RetryPolicy()
 
     @functools.cached_property
@@ -845,8 +879,8 @@ class Function:
         """What is wrong."""
         if (self.url is None) == (self.command is None):
             yield "set either url or command"
-        if self.url and (self.exec_timeout or self.env):
-            yield "exec_timeout and env are for a command"
+        if self.url and (self.exec_timeout or self.env or self.cwd or self.content_type):
+            yield "exec_timeout, env, cwd and content_type are for a command"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1069,6 +1103,7 @@ class Invocation(NamedTuple):
     target: str  # what followed the function's name: path and query, as sent
     headers: bytes
     body: bytes
+    hops: int = 0  # callbacks that led from one call to the next, up to this one
 
 
 class Claim(NamedTuple):
@@ -1095,6 +1130,9 @@ class Claim(NamedTuple):
     target: str  # path and query for the function, or the callback's URL
     headers: bytes  # of the request, or of the function's answer
     body: bytes
+    interrupted: int = 0  # how often its process died while it ran
+    redrives: int = 0  # how often it was queued again after its end
+    hops: int = 0
 
 
 class FunctionRequest(NamedTuple):
@@ -1118,6 +1156,7 @@ class Outcome(NamedTuple):
     stderr: bytes = b""
     error: str | None = None
     answered: bool = True
+    final: bool = False  # another attempt would end the same way
 
     def header(self, name: bytes) -> str | None:
         """The first value of a response header, by its lower-case name."""
@@ -1180,6 +1219,7 @@ class CallRecord(NamedTuple):
     response_bytes: int | None
     app: str | None
     callback: CallbackRecord
+    history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again, oldest first
 
 
 class CallFilter(NamedTuple):
@@ -1213,9 +1253,13 @@ class Output(NamedTuple):
 
     @property
     def written(self) -> bytes:
-        """One after the other."""
-        gap = b"\n" if self.body and self.stderr and not self.body.endswith(b"\n") else b""
-        return self.body + gap + self.stderr
+        """One after the other, for people: a body that is compressed is not any more."""
+        body = self.body
+        if body.startswith(b"\x1f\x8b"):  # gzip (RFC 1952 2.3.1); it may be cut
+            with contextlib.suppress(zlib.error):
+                body = zlib.decompressobj(wbits=31).decompress(body, MAX_RESPONSE_BYTES)
+        gap = b"\n" if body and self.stderr and not body.endswith(b"\n") else b""
+        return body + gap + self.stderr
 
 
 class BulkResult(NamedTuple):
@@ -1243,6 +1287,10 @@ def record_document(record: CallRecord) -> dict[str, Any]:
     shown = record._asdict()
     for name in ("created_at", "started_at", "completed_at", "due_at"):
         shown[name] = rfc3339(shown[name])
+    history = shown.pop("history")
+    if history:
+        times = ("started_at", "completed_at")
+        shown["history"] = [{**was, **{at: rfc3339(was[at]) for at in times}} for was in history]
     shown["duration_seconds"] = shown.pop("duration_s")
     if record.app is None:
         del shown["app"]
@@ -1356,7 +1404,7 @@ def decide(
     if outcome.ok:
         return Decision("success")
     internal = outcome.header(b"x-openfaas-internal") is not None
-    passing = internal or outcome.status in policy.codes
+    passing = not outcome.final and (internal or outcome.status in policy.codes)
     if not passing or attempt >= max_attempts:
         late = outcome.status == 504 and not outcome.answered
         return Decision("timeout" if late else "error")
@@ -1500,6 +1548,24 @@ def machine_names() -> tuple[str, ...]:
     return name, short, f"{short}.local"
 
 
+def require_login(given: str, login: str) -> None:
+    """Compare credentials in constant time. Raises HttpError(401)."""
+    kind, _, credentials = given.partition(" ")
+    presented = f"{kind.title()} {credentials.strip()}".encode(errors="replace")
+    if not hmac.compare_digest(presented, login.encode()):
+        challenge = {"WWW-Authenticate": 'Basic realm="Restricted"'}
+        raise HttpError(401, "credentials are needed", challenge)
+
+
+def no_route(allowed: Sequence[str]) -> HttpError:
+    """What to say where no route fits."""
+    if allowed:
+        methods = ", ".join(allowed)
+        return HttpError(405, f"this route takes {methods}", {"Allow": methods})
+    reason = "no such route: calls go to /function/NAME or /async-function/NAME"
+    return HttpError(404, reason)
+
+
 def via(target: str) -> str:
     """A Via header (RFC 9110 7.6.3) for what goes to the provider.
 
@@ -1537,31 +1603,58 @@ PRIVATE_VARIABLES = re.compile(
 )
 
 
+def canonical_name(name: bytes) -> str:
+    """A header's name as Go's textproto writes it: each word begins with its only capital."""
+    return "-".join(map(str.capitalize, name.decode("latin-1").split("-")))
+
+
 def command_environment(function: Function, request: FunctionRequest) -> dict[str, str]:
     """The variables of a command: ours without systemd's, the classic watchdog's, then `env`."""
     path, _, query = request.target.partition("?")
-    variables: dict[str, str] = {}
+    headers: dict[str, str] = {}
     for raw_name, raw_value in request.headers:
-        name = "Http_" + raw_name.decode("latin-1").title().replace("-", "_")
+        name = canonical_name(raw_name)
         value = os.fsdecode(raw_value)
-        variables[name] = f"{variables[name]}, {value}" if name in variables else value
-    variables.pop("Http_Proxy", None)  # Many programs would obey it (httpoxy, CVE-2016-5385).
-    length = variables.get("Http_Content_Length", "-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers.pop("Proxy", None)  # Many programs would obey it (httpoxy, CVE-2016-5385).
+    variables = {f"Http_{name.replace('-', '_')}": value for name, value in headers.items()}
+    length = headers.get("Content-Length", "-1")
     if isinstance(request.body, bytes):
         length = str(len(request.body))
+    elif length == "-1":
+        variables["Http_Transfer_Encoding"] = "chunked"
     variables["Http_ContentLength"] = length
     variables["Http_Content_Length"] = length
     variables["Http_Method"] = request.method
     variables["Http_Path"] = path or "/"
     variables["Http_Query"] = query
+    if "X-Forwarded-Host" in headers:
+        variables["Http_Host"] = headers["X-Forwarded-Host"]
     inherited = {
         name: value for name, value in os.environ.items() if not PRIVATE_VARIABLES.fullmatch(name)
     }
     return {**inherited, **variables, **function.env}
 
 
-def content_type_of(body: bytes) -> bytes:
-    """Text or not."""
+def require_executable(function: Function, request: FunctionRequest) -> None:
+    """HttpError(431) where execve(2) would refuse a request's variables as too large."""
+    if not function.command:
+        return
+    variables = command_environment(function, request)
+    sizes = [len(os.fsencode(f"{name}={value}")) + 1 for name, value in variables.items()]
+    sizes += [len(os.fsencode(word)) + 1 for word in function.command]
+    pointers = 8 * (len(sizes) + 3)
+    if max(sizes) > MAX_VARIABLE_BYTES or sum(sizes) + pointers > os.sysconf("SC_ARG_MAX") // 2:
+        raise HttpError(431, "the headers are too large for the environment of a program")
+
+
+def command_content_type(function: Function, request: FunctionRequest, body: bytes) -> bytes:
+    """That of a command's answer: the function's key, the request's, or what it looks like."""
+    if function.content_type:
+        return function.content_type.encode()
+    for name, value in request.headers:
+        if name.lower() == b"content-type":
+            return value
     try:
         body.decode()
     except UnicodeDecodeError:
@@ -1621,11 +1714,58 @@ class LogFormatter(logging.Formatter):
         return shown if re.fullmatch(r"[^\s\"=]+", shown) else json.dumps(shown)
 
 
+class LogWriter(logging.Handler):
+    """Writes lines to standard error in a thread of its own.
+
+    Who reads them may hang (a journal on a slow card, a container's log driver). That costs lines,
+    which are counted and told when there is a reader again, and holds nothing else up.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a line over, if there is room."""
+        if self._lines.qsize() >= MAX_LOG_LINES:
+            self._lost += 1
+        else:
+            self._lines.put(self.format(record) + "\n")
+
+    def close(self) -> None:
+        """Let the last lines go out, for LOG_S at most."""
+        self._lines.put(None)
+        self._thread.join(LOG_S)
+        super().close()
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            lines = [self._lines.get()]
+            while self._lines.qsize():
+                lines.append(self._lines.get())
+            ended = None in lines
+            lost = self._lost
+            if lost:
+                self._lost -= lost
+                lines.append(f"WARNING {lost} log lines are lost: nobody has read them in time\n")
+            self._write("".join(filter(None, lines)).encode(errors="backslashreplace"))
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # Nobody reads it any more.
+            while data:
+                data = data[os.write(2, data) :]
+
+
 def setup_logging(config: LogConfig) -> None:
     """Send the log to standard error in the configured form. Called again on reload."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(config.format))
-    log.handlers = [handler]
+    if not log.handlers:
+        log.addHandler(LogWriter())
+    for handler in log.handlers:
+        handler.setFormatter(LogFormatter(config.format))
     log.propagate = False
     log.setLevel(config.level.upper())
     # Nobody reads these (https://docs.python.org/3/howto/logging.html#optimization).
@@ -1860,9 +2000,15 @@ class CallRecords(Protocol):
         """
 
     def redrive(self, call_id: str) -> Awaitable[None]:
-        """Queue a final call again with its stored request, as if new.
+        """Queue a final call again with its stored request, as if new; its history is kept.
 
         HttpError: 409 it has not finished, 410 the request is not stored any more.
+        """
+
+    def resend(self, call_id: str) -> Awaitable[None]:
+        """Deliver the outcome of a final call once more, without running its function.
+
+        HttpError: 409 it has not finished or has no callback, 410 its answer is not stored whole.
         """
 
     async def cancel_matching(self, filters: CallFilter) -> BulkResult:
@@ -2033,8 +2179,12 @@ class Receipt(NamedTuple):
 
 # -- file and schema
 
-SCHEMA_VERSION = 2
-MIGRATIONS = {1: "ALTER TABLE calls ADD COLUMN app TEXT;"}  # from this version to the next
+SCHEMA_VERSION = 3
+MIGRATIONS = {  # from this version to the next
+    1: "ALTER TABLE calls ADD COLUMN app TEXT;",
+    2: "ALTER TABLE calls ADD COLUMN history TEXT;"
+    "ALTER TABLE calls ADD COLUMN hops INTEGER NOT NULL DEFAULT 0;",
+}
 SCHEMA = """
 CREATE TABLE calls (
     seq INTEGER PRIMARY KEY,
@@ -2054,7 +2204,9 @@ CREATE TABLE calls (
     callback_url TEXT, failure_url TEXT,
     callback_status TEXT NOT NULL DEFAULT 'none', callback_attempts INTEGER NOT NULL DEFAULT 0,
     callback_http_status INTEGER, callback_error TEXT,
-    idempotency_key TEXT, digest BLOB, app TEXT
+    idempotency_key TEXT, digest BLOB, app TEXT,
+    history TEXT,                 -- JSON: what was before the call was queued again; NULL: nothing
+    hops INTEGER NOT NULL DEFAULT 0  -- callbacks that led from one call to the next, up to this one
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -2080,12 +2232,14 @@ PRAGMAS = (
     "synchronous = FULL",
     "wal_autocheckpoint = 4000",
     "journal_size_limit = 67108864",
+    "temp_store = MEMORY",  # there may be no place for temporary files
 )
 REQUIRED_PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
 
-# What a dead process had claimed is interrupted, and goes first.
+# What a dead process had claimed is interrupted. A call may have been what it died of: it goes
+# behind those that were due.
 INTERRUPT = """
-    UPDATE calls SET due_at = min(?, start_time / 1e9), deadline_at = NULL,
+    UPDATE calls SET due_at = ?, deadline_at = NULL,
         status = iif(status = 'running', 'queued', status), interrupted = interrupted + (work <> ?)
     WHERE work IS NOT NULL AND due_at IS NULL
 """
@@ -2100,7 +2254,30 @@ SELECT_LANES = """
     SELECT work, lane, min(due_at), count(due_at) AS number FROM calls
     WHERE work IS NOT NULL GROUP BY work, lane HAVING number > 0
 """
+# The clock was set forward by :ahead; it had been wrong since :since, as that of a Raspberry Pi is,
+# which has no battery. What was stamped meanwhile has ended as lately as before, and waits as long.
+CATCH_UP_ENDS = """
+    UPDATE calls SET completed_at = completed_at + :ahead
+    WHERE completed_at IS NOT NULL AND completed_at BETWEEN :since AND :until
+"""
+CATCH_UP_DEADLINES = """
+    UPDATE calls SET deadline_at = deadline_at + :ahead
+    WHERE deadline_at IS NOT NULL AND start_time / 1e9 BETWEEN :since AND :until
+        AND deadline_at - start_time / 1e9 < :ahead
+"""
 DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty queue"
+
+
+def make_private(path: Path) -> None:
+    """Make a file, and its folder, that nobody else can read, whatever the umask. Raises OSError.
+
+    What SQLite puts beside it has the same mode. A folder that is there already is somebody's.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.with_name(path.name + suffix).chmod(0o600)
 
 
 class SqliteFile:
@@ -2133,7 +2310,7 @@ class SqliteFile:
         Raises StoreError, StoreLocked.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(self.path)
             self._connect_or_set_aside()
         except (OSError, sqlite3.Error) as exc:
             if "locked" in str(exc):
@@ -2240,6 +2417,14 @@ class SqliteFile:
         if result != "ok" and "unable to get" not in result:
             self._mark.touch()
 
+    def catch_up(self, since: float, until: float, ahead: float) -> None:
+        """The clock was set forward by `ahead` at `until`, and had been wrong since `since`."""
+        stamps = {"since": since, "until": until, "ahead": ahead}
+        self.db.execute(CATCH_UP_ENDS, stamps)
+        self.db.execute(CATCH_UP_DEADLINES, stamps)
+        self.find_deadline()
+        log.warning("the clock was set forward by %.0f s: records and deadlines follow", ahead)
+
     def distrust_index(self) -> None:
         """What is in memory may be wrong: derive it anew before the next step."""
         self.stale = True
@@ -2294,9 +2479,9 @@ INSERT_CALL = """
     INSERT INTO calls (
         seq, id, call_id, function, namespace, queue, status, work, lane, due_at, max_attempts,
         start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest,
-        app
+        app, hops
     )
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO NOTHING
 """
 INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
@@ -2306,7 +2491,8 @@ SELECT_NEWEST = "SELECT seq FROM calls WHERE call_id = ? ORDER BY seq DESC LIMIT
 SELECT_DUE_CALLS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         attempts + 1, attempts + 1, max_attempts, start_time, callback_url, failure_url,
-        http_status, duration, target, headers, body
+        http_status, duration, target, headers, body, interrupted,
+        coalesce(json_array_length(history), 0), hops
     FROM calls LEFT JOIN requests USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
 """
@@ -2318,7 +2504,8 @@ CLAIM_CALL = """
 SELECT_DUE_CALLBACKS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         callback_attempts + 1, attempts, max_attempts, start_time, callback_url, failure_url,
-        http_status, duration, status, coalesce(headers, x''), coalesce(body, x'')
+        http_status, duration, status, coalesce(headers, x''), coalesce(body, x''), interrupted,
+        coalesce(json_array_length(history), 0), hops
     FROM calls LEFT JOIN outputs USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
 """
@@ -2377,7 +2564,7 @@ RECORD_COLUMNS = """
     http_status, error, start_time / 1e9, started_at, completed_at,
     iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
     callback_status, callback_attempts, callback_http_status, callback_error,
-    callback_url, failure_url, seq
+    history, callback_url, failure_url, seq
 """
 # Lists are JSON; an empty one, like NULL, matches everything.
 MATCHES = """
@@ -2427,7 +2614,23 @@ REDRIVE_CALL = """
     UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0,
         interrupted = 0, http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL,
         duration = NULL, response_bytes = NULL, callback_status = 'none', callback_attempts = 0,
-        callback_http_status = NULL, callback_error = NULL
+        callback_http_status = NULL, callback_error = NULL,
+        history = json_insert(coalesce(history, '[]'), '$[#]', json_object(
+            'status', status, 'attempts', attempts, 'http_status', http_status, 'error', error,
+            'started_at', started_at, 'completed_at', completed_at, 'duration_seconds', duration,
+            'interrupted', interrupted, 'callback', json_object(
+                'status', callback_status, 'attempts', callback_attempts,
+                'http_status', callback_http_status, 'error', callback_error)))
+    WHERE seq = ?
+"""
+SELECT_ANSWER = """
+    SELECT status, work, callback_url, failure_url, callback_status, response_bytes,
+        length(body), headers IS NOT NULL
+    FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
+"""
+RESEND_CALLBACK = """
+    UPDATE calls SET callback_status = 'pending', callback_attempts = 0, callback_error = NULL,
+        callback_http_status = NULL, work = '@callbacks', lane = ?, due_at = ?
     WHERE seq = ?
 """
 PAUSE_QUEUE = "INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)"
@@ -2472,7 +2675,7 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
         *(seq, call.id, call.call_id if call.call_id != call.id else None),
         *(call.function, call.namespace, call.queue, call.queue, lane, call.due_at),
         *(call.max_attempts, call.start_time, call.deadline_at, len(call.body)),
-        *(call.callback_url, call.failure_url, call.idempotency_key, digest, call.app),
+        *(call.callback_url, call.failure_url, call.idempotency_key, digest, call.app, call.hops),
     )
     if file.db.execute(INSERT_CALL, row).rowcount == 0:
         return
@@ -2687,9 +2890,10 @@ def find_seq(file: SqliteFile, call_id: str) -> int:
 
 def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
-    *told, callback_url, failure_url, _ = row[19:]
+    *told, history, callback_url, failure_url, _ = row[19:]
     url = callback_target(row[5], callback_url, failure_url)
-    return CallRecord._make([*row[:19], CallbackRecord(url, *told)])
+    earlier = tuple(json.loads(history)) if history else ()
+    return CallRecord._make([*row[:19], CallbackRecord(url, *told), earlier])
 
 
 def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
@@ -2790,6 +2994,25 @@ def step_redrive(file: SqliteFile, call_id: str) -> None:
         raise HttpError(410, "the request of this call is not stored any more")
 
 
+def step_resend(file: SqliteFile, call_id: str) -> None:
+    """Have the outcome of a call delivered once more. HttpError: 404, 409, 410."""
+    seq = find_seq(file, call_id)
+    status, work, callback_url, failure_url, told, size, kept, headed = file.db.execute(
+        SELECT_ANSWER, (seq,)
+    ).fetchone()
+    target = callback_target(status, callback_url, failure_url)
+    if work is not None:
+        raise HttpError(409, "the call, or its callback, has not finished yet")
+    if not target or told == "none":
+        raise HttpError(409, "this call has no callback")
+    if size and (kept != size or not headed):
+        raise HttpError(410, "the answer of this call is not stored as a whole any more")
+    now = time.time()
+    lane = callback_lane(target)
+    file.db.execute(RESEND_CALLBACK, (lane, now, seq))
+    file.index.add(CALLBACKS, lane, now)
+
+
 def step_bulk(
     file: SqliteFile,
     filters: CallFilter,
@@ -2883,6 +3106,27 @@ class Listener(NamedTuple):
             self.final(ended)
 
 
+class WallClock:
+    """Notices that the wall clock was set forward: the time since boot was not."""
+
+    def __init__(self) -> None:
+        self.since = time.time()  # since when what it shows can be compared
+        self._offset = self._now()
+
+    def _now(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def ahead(self) -> float:
+        """By how many seconds it was set forward; 0: it was not, or by next to nothing."""
+        ahead = self._now() - self._offset
+        return ahead if ahead > CLOCK_JUMP_S else 0.0
+
+    def accept(self, ahead: float) -> None:
+        """What followed from that is done; and a clock that was set back, or drifts, is right."""
+        self.since += ahead
+        self._offset = self._now()
+
+
 class Writer:
     """The thread that owns the connection.
 
@@ -2900,6 +3144,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
         self._busy_since = float("inf")  # monotonic; since when the current transaction runs
+        self._clock = WallClock()
         self._seen_at = 0.0  # the wall clock after the last wait
         self._expire_after = 0.0  # when calls that missed their deadline are ended at the earliest
         self._failure: str | None = None  # why the last transaction failed; None: it did not
@@ -2974,11 +3219,14 @@ class Writer:
             db.execute("BEGIN IMMEDIATE")
             if self._file.stale:
                 self._file.rebuild()
+            if ahead := self._clock.ahead():
+                self._file.catch_up(self._clock.since, time.time() - ahead, ahead)
             answers = [(entry.future, self._answer(entry)) for entry in batch]
             db.execute("COMMIT")
         except Exception as exc:
             self._failed(batch, exc)
             return
+        self._clock.accept(ahead)
         if batch:  # else it was only time to wake a queue
             self._failure = None
         if db.total_changes != changes:
@@ -3027,6 +3275,9 @@ class Writer:
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
+
+
+# -- the seam
 
 
 class SqliteQueue:
@@ -3106,6 +3357,9 @@ class SqliteQueue:
 
     def redrive(self, call_id: str) -> Awaitable[None]:
         return self._writer.submit(step_redrive, call_id)
+
+    def resend(self, call_id: str) -> Awaitable[None]:
+        return self._writer.submit(step_resend, call_id)
 
     async def cancel_matching(self, filters: CallFilter) -> BulkResult:
         return await self._bulk(filters, cancel_rows)
@@ -3349,6 +3603,267 @@ def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
         except UnicodeDecodeError:
             fields.add(shown, clean.decode("latin-1"))
     return fields
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+class PipeReader:
+    """Takes what comes out of a pipe: the first `keep` bytes, and the size of it all."""
+
+    def __init__(self, pipe: IO[bytes], keep: int) -> None:
+        self.keep = keep
+        self.body = bytearray()
+        self.size = 0
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self.overflowed: asyncio.Future[None] = self._loop.create_future()  # more than `keep` came
+        self._pipe = pipe
+        os.set_blocking(pipe.fileno(), False)
+        self._loop.add_reader(pipe.fileno(), self._read)
+
+    def _read(self) -> None:
+        try:
+            chunk = os.read(self._pipe.fileno(), PIPE_BYTES)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self.close()
+            return
+        self.body += chunk[: max(0, self.keep - self.size)]
+        self.size += len(chunk)
+        if self.size > self.keep and not self.overflowed.done():
+            self.overflowed.set_result(None)
+
+    def close(self) -> None:
+        """Take no more."""
+        if not self.ended.done():
+            self._loop.remove_reader(self._pipe.fileno())
+            self._pipe.close()
+            self.ended.set_result(None)
+
+
+class Program:
+    """A process that runs for one request, in a session of its own, with pipes of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], keep: int) -> None:
+        assert process.stdin and process.stdout and process.stderr
+        self.pid = process.pid
+        self.stdout = PipeReader(process.stdout, keep)
+        self.stderr = PipeReader(process.stderr, MAX_STDERR_BYTES)
+        self._process = process
+        self._stdin = process.stdin
+        os.set_blocking(self._stdin.fileno(), False)
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int] = self._loop.create_future()  # its exit code
+        self._pidfd = os.pidfd_open(process.pid)
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    def _reap(self) -> None:
+        code = self._process.poll()
+        if code is not None:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self.exited.set_result(code)
+
+    async def talk(self, body: bytes | AsyncIterator[bytes]) -> None:
+        """Feed it and take what it writes, until it has ended.
+
+        What it has left behind may go on writing for COMMAND_GRACE_S. Raises RequestFailed when it
+        writes more than can be held, and what `body` raises.
+        """
+        feeding = asyncio.create_task(self._feed(body), name=f"stdin of {self.pid}")
+        waiting: set[asyncio.Future[Any]] = {self.exited, self.stdout.overflowed, feeding}
+        try:
+            while not self.exited.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if feeding in done:
+                    feeding.result()
+                self._require_room()
+        finally:
+            feeding.cancel()
+            await asyncio.wait({feeding})
+        outputs = {self.stdout.ended, self.stderr.ended}
+        await asyncio.wait(outputs, timeout=COMMAND_GRACE_S)
+        kill_group(self.pid)  # Those of its group that held the pipes let go of them now.
+        await asyncio.wait(outputs, timeout=COMMAND_GRACE_S / 5)
+        self._require_room()
+
+    def _require_room(self) -> None:
+        if self.stdout.overflowed.done():
+            reason = f"answered more than {self.stdout.keep} bytes"
+            raise RequestFailed(FailureKind.TOO_LONG, reason)
+
+    async def _feed(self, body: bytes | AsyncIterator[bytes]) -> None:
+        """Write a body to it, which may stop reading whenever it likes."""
+        with contextlib.suppress(BrokenPipeError):
+            if isinstance(body, bytes):
+                await self._write(body)
+            else:
+                async for chunk in body:
+                    await self._write(chunk)
+        self._stdin.close()
+
+    async def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[os.write(self._stdin.fileno(), left) :]
+            except BlockingIOError:
+                await self._writable()
+
+    async def _writable(self) -> None:
+        """Wait until it has read something."""
+        fd = self._stdin.fileno()
+        room = asyncio.Event()
+        self._loop.add_writer(fd, room.set)
+        try:
+            await room.wait()
+        finally:
+            self._loop.remove_writer(fd)
+
+    async def end(self) -> bool:
+        """Kill what is left of it and close its pipes.
+
+        False: it can't be killed. It is waited for no longer, and reaped when it ends.
+        """
+        kill_group(self.pid)
+        self._stdin.close()
+        self.stdout.close()
+        self.stderr.close()
+        await asyncio.wait({self.exited}, timeout=KILL_S)
+        return self.exited.done()
+
+
+class CommandRunner:
+    """Runs commands like the classic watchdog: a process for each request."""
+
+    def __init__(self) -> None:
+        # Threads of its own, which no name that is looked up for ever can take.
+        self._starters = ThreadPoolExecutor(max_workers=4, thread_name_prefix="starter")
+        self._pids: set[int] = set()  # of programs that run
+        self._starting = 0
+
+    def close(self) -> None:
+        """Start no more."""
+        self._starters.shutdown(wait=False)
+
+    async def run(
+        self, function: Function, request: FunctionRequest, timeout_s: float, keep: int
+    ) -> Outcome:
+        """Start a command for one request. Its process group never outlives the call.
+
+        Raises RequestFailed when it can't be started, writes more than `keep` bytes or takes too
+        long; Shortage; and what the request's body raises.
+        """
+        started = time.perf_counter()
+        program = Program(await self._start(function, request), keep)
+        self._pids.add(program.pid)
+        try:
+            async with time_limit(min(timeout_s, function.exec_timeout or timeout_s)):
+                await program.talk(request.body)
+        except RequestFailed as exc:
+            if await program.end():
+                raise
+            reason = f"{exc.text}, and its process {program.pid} can't be killed"
+            raise RequestFailed(exc.kind, reason) from None
+        finally:
+            if not await program.end():
+                told = {"function": function.name, "pid": program.pid}
+                log_with(logging.WARNING, "a program can't be killed", **told)
+            self._pids.discard(program.pid)
+            self.reap_orphans()
+        return command_outcome(function, request, program, time.perf_counter() - started)
+
+    async def _start(self, function: Function, request: FunctionRequest) -> subprocess.Popen[bytes]:
+        """The process. Raises RequestFailed, Shortage."""
+        environment = command_environment(function, request)
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(self._starters, spawn, function, environment)
+        self._starting += 1
+        starting.add_done_callback(self._started)
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(kill_started)
+            raise
+        except (OSError, ValueError, subprocess.SubprocessError) as exc:
+            raise start_failure(function, exc) from exc
+
+    def _started(self, starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+        self._starting -= 1
+
+    def reap_orphans(self) -> None:
+        """As process 1 of a container: take care of what programs have left behind."""
+        if os.getpid() != 1 or self._starting:
+            return
+        children = Path("/proc/1/task/1/children").read_text().split()
+        for pid in {*map(int, children)} - self._pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def spawn(function: Function, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command, with pipes and nothing else of ours. Blocks until it runs."""
+    return subprocess.Popen(
+        function.command or (),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+        cwd=function.cwd,
+        env=environment,
+    )
+
+
+def command_outcome(
+    function: Function, request: FunctionRequest, program: Program, duration_s: float
+) -> Outcome:
+    """What a program that has ended gave."""
+    code = program.exited.result()
+    body = bytes(program.stdout.body)
+    stderr = bytes(program.stderr.body)
+    error = None
+    if code != 0:
+        body = body or stderr
+        how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
+        error = f"function {function.name}: {how}"
+    headers = ((b"Content-Type", command_content_type(function, request, body)),)
+    status = 500 if error else 200
+    return Outcome(status, not error, duration_s, headers, body, len(body), stderr, error)
+
+
+def start_failure(function: Function, exc: Exception) -> Exception:
+    """Why a program could not be started: RequestFailed, or Shortage where it is our own."""
+    number = getattr(exc, "errno", None)
+    reason = getattr(exc, "strerror", None) or str(exc)
+    if number in Shortage.ERRORS:
+        return Shortage(f"function {function.name} can't be started for now: {reason}")
+    path = str(getattr(exc, "filename", None) or (function.command or ("",))[0])
+    hint = ""
+    if path.startswith(("/home/", "/root/", "/run/user/")):
+        hint = " (a systemd service with ProtectHome does not see it)"
+    missing = number == errno.ENOENT and path != function.cwd
+    kind = FailureKind.MISSING if missing else FailureKind.LOCAL
+    return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
+
+
+def kill_started(starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """Kill a command that was started for a call which has gone meanwhile."""
+    if starting.cancelled() or starting.exception():
+        return
+    process = starting.result()
+    kill_group(process.pid)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
+
+
+def kill_group(pid: int) -> None:
+    """Kill a command with everything it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 # --- Functions ------------------------------------------------------------------------------------
@@ -3649,106 +4164,6 @@ class FunctionDirectory:
             raise HttpError(503, reason, LATER) from None
 
 
-# -- commands
-
-
-async def run_command(
-    function: Function, request: FunctionRequest, timeout_s: float, keep: int
-) -> Outcome:
-    """Start a command for one request, like the classic watchdog.
-
-    Its process group never outlives the call. Raises RequestFailed when it can't be started, writes
-    more than `keep` bytes or takes too long; and what the request's body raises.
-    """
-    started = time.perf_counter()
-    process = await start_command(function, request)
-    try:
-        limit_s = min(timeout_s, function.exec_timeout or timeout_s)
-        async with time_limit(limit_s):
-            code, stdout, stderr = await talk_to(process, request.body, keep)
-    finally:
-        kill_group(process.pid)
-        await process.wait()
-    error = None
-    body = stdout
-    if code != 0:
-        body = stdout or stderr
-        how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-        error = f"function {function.name}: {how}"
-    status = 500 if error else 200
-    headers = ((b"Content-Type", content_type_of(body)),)
-    duration_s = time.perf_counter() - started
-    return Outcome(status, not error, duration_s, headers, body, len(body), stderr, error)
-
-
-async def start_command(function: Function, request: FunctionRequest) -> asyncio.subprocess.Process:
-    """The process, in a session of its own. Raises RequestFailed."""
-    starting = asyncio.ensure_future(
-        asyncio.create_subprocess_exec(
-            *(function.command or ()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=command_environment(function, request),
-        )
-    )
-    try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        starting.add_done_callback(kill_started)
-        raise
-    except (OSError, ValueError) as exc:
-        reason = f"can't be started: {getattr(exc, 'strerror', None) or exc}"
-        raise RequestFailed(FailureKind.LOCAL, reason) from exc
-
-
-def kill_started(starting: asyncio.Future[asyncio.subprocess.Process]) -> None:
-    """Kill a command that was started for a call which has gone meanwhile."""
-    if not starting.exception():
-        kill_group(starting.result().pid)
-
-
-async def talk_to(
-    process: asyncio.subprocess.Process, body: bytes | AsyncIterator[bytes], keep: int
-) -> tuple[int, bytes, bytes]:
-    """Feed a command and read what it writes until it ends: exit code, stdout, stderr."""
-    assert process.stdin and process.stdout and process.stderr
-    try:
-        async with asyncio.TaskGroup() as group:
-            feeding = group.create_task(feed(process.stdin, body))
-            read_stdout = functools.partial(process.stdout.read, PIPE_BYTES)
-            read_stderr = functools.partial(process.stderr.read, PIPE_BYTES)
-            stdout = group.create_task(gather(read_stdout, keep, whole=True))
-            stderr = group.create_task(gather(read_stderr, MAX_STDERR_BYTES, whole=False))
-            code = await process.wait()
-            kill_group(process.pid)  # what it left behind; that also ends the pipes
-            feeding.cancel()
-    except ExceptionGroup as group_exc:
-        raise group_exc.exceptions[0] from None  # too much output, or the body could not be read
-    return code, stdout.result()[0], stderr.result()[0]
-
-
-async def feed(stdin: asyncio.StreamWriter, body: bytes | AsyncIterator[bytes]) -> None:
-    """Write a body to a command, which may stop reading whenever it likes."""
-    # RuntimeError is uvloop's, of a pipe that is closed already.
-    closed = (BrokenPipeError, ConnectionResetError, RuntimeError)
-    with contextlib.closing(stdin), contextlib.suppress(*closed):
-        if isinstance(body, bytes):
-            stdin.write(body)
-        else:
-            async for chunk in body:
-                stdin.write(chunk)
-                await stdin.drain()
-        await stdin.drain()
-
-
-def kill_group(pid: int) -> None:
-    """Kill a command with everything it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
 # -- call
 
 
@@ -3758,6 +4173,7 @@ class FunctionCaller:
 
     http: HttpClient
     provided: HttpClient  # for the provider's functions
+    commands: CommandRunner
     directory: FunctionDirectory
 
     async def request(self, function: Function, request: FunctionRequest) -> HttpResponse:
@@ -3782,13 +4198,14 @@ class FunctionCaller:
         try:
             if function.command:
                 most = max(keep, MAX_RESPONSE_BYTES)
-                return await run_command(function, request, timeout_s, most)
+                return await self.commands.run(function, request, timeout_s, most)
             async with time_limit(timeout_s), await self.request(function, request) as response:
                 body, size = await response.read(keep, whole)
         except RequestFailed as exc:
             duration_s = time.perf_counter() - started
             reason = f"function {function.name} {exc.text}"
-            return Outcome(exc.status, False, duration_s, error=reason, answered=False)
+            lost = Outcome(exc.status, False, duration_s, error=reason, answered=False)
+            return lost._replace(final=exc.final)
         if any(name.lower() == b"x-openfaas-internal" for name, _ in response.headers):
             self.directory.expire()  # The function may have no replicas any more.
         status = response.status
@@ -3824,39 +4241,34 @@ class Job(Protocol):
         """Count and log what was stored."""
 
 
+@dataclass(frozen=True)
 class InvocationJob:
     """Runs functions for calls that were queued."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        directory: FunctionDirectory,
-        limits: FunctionLimits,
-        caller: FunctionCaller,
-        metrics: Metrics,
-    ) -> None:
-        self._settings = settings
-        self._directory = directory
-        self._limits = limits
-        self._caller = caller
-        self._metrics = metrics
-        self._rng = random.Random()
+    settings: Settings
+    directory: FunctionDirectory
+    limits: FunctionLimits
+    caller: FunctionCaller
+    metrics: Metrics
+    rng: random.Random = field(default_factory=random.Random)
 
     def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """See Job: the queue's max_inflight, and that of its functions."""
-        config = self._settings().queue(name)
-        return config.max_inflight, self._limits.room(config.adaptive)
+        config = self.settings().queue(name)
+        return config.max_inflight, self.limits.room(config.adaptive)
 
     async def execute(self, claim: Claim) -> Outcome | None:
-        """See Job. None: the provider is away."""
+        """See Job. None: the provider is away, or this machine is short of something."""
         try:
-            function = await self._directory.find(claim.lane)
+            function = await self.directory.find(claim.lane)
             if function is None:
                 raise HttpError(404, f"function {claim.function} does not exist any more")
-            await self._directory.awake(function)
-            await self._limits.wait(claim.lane)
+            if claim.interrupted >= function.retry.max_interruptions:
+                return poisoned(claim)
+            await self.directory.awake(function)
+            await self.limits.wait(claim.lane)
             outcome = await self._run(claim, function)
-        except ProviderAway as exc:
+        except NotNow as exc:
             log_with(
                 logging.WARNING,
                 "call waits",
@@ -3864,14 +4276,14 @@ class InvocationJob:
                 function=claim.function,
                 error=exc.text,
             )
-            self._limits.rest(claim.lane)
+            self.limits.rest(claim.lane)
             return None
         except HttpError as exc:  # It is gone, or can't be woken.
             return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
         return outcome
 
     async def _run(self, claim: Claim, function: Function) -> Outcome:
-        config = self._settings()
+        config = self.settings()
         queue = config.queue(claim.queue)
         whole = bool(claim.callback_url or claim.failure_url)
         keep = config.calls.keep_output
@@ -3881,16 +4293,16 @@ class InvocationJob:
         headers = [*unpack_headers(claim.headers), retries]
         request = FunctionRequest("POST", claim.target, headers, claim.body)
         started = time.monotonic()
-        running = self._metrics.running(claim.queue, claim.lane)
+        running = self.metrics.running(claim.queue, claim.lane)
         with (
-            self._limits.hold(claim.lane),
-            self._metrics.counted(claim.lane) as tell_status,
+            self.limits.hold(claim.lane),
+            self.metrics.counted(claim.lane) as tell_status,
             running.track_inprogress(),
         ):
-            outcome = await self._caller.call(function, request, queue.timeout, keep, whole)
+            outcome = await self.caller.call(function, request, queue.timeout, keep, whole)
             tell_status(outcome.status)
         if queue.adaptive:
-            self._limits.learn(claim.lane, outcome.status, started)
+            self.limits.learn(claim.lane, outcome.status, started)
         log_bodies(
             config.log,
             claim.call_id,
@@ -3902,17 +4314,17 @@ class InvocationJob:
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
         """See Job: the function's retry policy as it is now."""
-        function = self._directory.known(claim.lane)
-        policy = function.retry if function else self._settings().retry
+        function = self.directory.known(claim.lane)
+        policy = function.retry if function else self.settings().retry
         now = time.time()
-        return decide(outcome, claim.attempt, claim.max_attempts, policy, now, self._rng)
+        return decide(outcome, claim.attempt, claim.max_attempts, policy, now, self.rng)
 
     def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
         """See Job. Of a call's end the queue itself tells."""
-        self._metrics.processed(claim.queue).inc()
+        self.metrics.processed(claim.queue).inc()
         if decision.delay_s is None:
             return
-        self._metrics.retries.inc()
+        self.metrics.retries.inc()
         log_with(
             logging.INFO,
             "call will be tried again",
@@ -3925,41 +4337,41 @@ class InvocationJob:
         )
 
 
+def poisoned(claim: Claim) -> Outcome:
+    """The end of a call that takes the daemon down with it again and again."""
+    error = f"interrupted {claim.interrupted} times: this process died each time while it ran"
+    return Outcome(500, False, 0.0, error=error, answered=False, final=True)
+
+
+@dataclass(frozen=True)
 class CallbackJob:
     """Delivers outcomes to callback URLs."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        http: HttpClient,
-        own: HttpClient,
-        own_url: yarl.URL,
-        metrics: Metrics,
-    ) -> None:
-        self._settings = settings
-        self._http = http
-        self._own = own  # for hosts that mean this daemon
-        self._own_url = own_url
-        self._metrics = metrics
-        self._rng = random.Random()
-        self._failing: set[str] = set()  # hosts whose last delivery failed: they get few slots
+    settings: Settings
+    http: HttpClient
+    own: HttpClient  # for hosts that mean this daemon
+    own_url: yarl.URL
+    metrics: Metrics
+    rng: random.Random = field(default_factory=random.Random)
+    # Hosts whose last delivery failed: they get few slots.
+    failing: set[str] = field(default_factory=set)
 
     def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """See Job: one host gets at most three quarters of the slots, one that fails an eighth.
 
         So others always have some.
         """
-        most = self._settings().callback.max_inflight
+        most = self.settings().callback.max_inflight
         share = max(1, most - max(1, most // 4))
         sending = Counter(lanes)
         caps = dict.fromkeys(sending, share)
-        caps |= dict.fromkeys(self._failing, max(1, most // 8))
+        caps |= dict.fromkeys(self.failing, max(1, most // 8))
         room = {host: max(0, cap - sending[host]) for host, cap in caps.items()}
         return most, {**room, "": share}
 
     async def execute(self, claim: Claim) -> Outcome | None:
         """See Job. Success is a 2xx."""
-        config = self._settings()
+        config = self.settings()
         started = time.perf_counter()
         log_bodies(config.log, claim.call_id, callback=claim.body)
         try:
@@ -3981,27 +4393,31 @@ class CallbackJob:
                 error=None if ok else f"the callback URL answered {status}",
             )
         if outcome.answered:
-            self._failing.discard(claim.lane)
+            self.failing.discard(claim.lane)
         else:
-            self._failing.add(claim.lane)
+            self.failing.add(claim.lane)
         return outcome
 
     async def _send(self, claim: Claim) -> HttpResponse:
         """The POST, to this daemon itself where the host is one of its names."""
-        config = self._settings()
+        config = self.settings()
         url = yarl.URL(claim.target, encoded=True)
         headers = self._headers(claim)
         host = (url.host or "").lower()
         if host in config.callback.gateway_hosts:
-            own = self._own_url
+            own = self.own_url
             url = url.with_scheme("http").with_host(own.host or "").with_port(own.port)
+            if claim.hops >= config.callback.max_hops:
+                reason = "of this chain end here: callback.max_hops"
+                raise RequestFailed(FailureKind.FORBIDDEN, reason)
+            headers.append((HOPS.encode(), b"%d" % (claim.hops + 1)))
             if config.auth.login and config.auth.invoke:
                 url = url.with_user(None)
                 headers.append((b"Authorization", config.auth.login.encode("latin-1")))
-            return await self._own.request("POST", url, headers, claim.body)
+            return await self.own.request("POST", url, headers, claim.body)
         if not callback_allowed(host, None, config.callback):
             raise RequestFailed(FailureKind.FORBIDDEN, f"to {host} are not allowed")
-        return await self._http.request("POST", url, headers, claim.body)
+        return await self.http.request("POST", url, headers, claim.body)
 
     def _headers(self, claim: Claim) -> list[Header]:
         """The function's own end-to-end headers, and ours in place of those of the same name."""
@@ -4016,15 +4432,17 @@ class CallbackJob:
             "X-Retry": str(max(0, claim.runs - 1)),
             "X-Retry-Max": str(claim.max_attempts),
         }
-        if secret := self._settings().callback.signing_secret_file:
-            ours |= webhook_signature(secret, claim.id, int(time.time()), claim.body)
+        if secret := self.settings().callback.signing_secret_file:
+            # Another outcome of the same call is another message.
+            message_id = f"{claim.id}.{claim.redrives}" if claim.redrives else claim.id
+            ours |= webhook_signature(secret, message_id, int(time.time()), claim.body)
         names = {name.lower().encode() for name in ours}
         theirs = forward_headers(unpack_headers(claim.headers), STEERING | names)
         return theirs + [(name.encode(), value.encode("latin-1")) for name, value in ours.items()]
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
-        policy = self._settings().callback.policy
-        decision = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self._rng)
+        policy = self.settings().callback.policy
+        decision = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self.rng)
         if decision.delay_s is None:
             return Decision("delivered" if outcome.ok else "failed")
         return decision
@@ -4035,8 +4453,8 @@ class CallbackJob:
         if decision.delay_s is None:
             level = logging.DEBUG if outcome.ok else logging.WARNING
             message = f"callback {decision.status}"
-            self._failing.discard(claim.lane)
-            self._metrics.callbacks(decision.status).inc()
+            self.failing.discard(claim.lane)
+            self.metrics.callbacks(decision.status).inc()
         log_with(
             level,
             message,
@@ -4264,6 +4682,7 @@ class Controls:
     max_attempts: int | None = None
     queue: str | None = None
     app: str | None = None
+    hops: int = 0
 
 
 class Accepted(NamedTuple):
@@ -4288,6 +4707,15 @@ def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) ->
         raise HttpError(400, f"{name}: {shown}: {exc}") from None
 
 
+def require_chance(deadline_at: float, due_at: float | None) -> None:
+    """HttpError(400) for a call that could not start before its deadline."""
+    if deadline_at <= time.time():
+        raise HttpError(400, f"X-Deadline: {rfc3339(deadline_at)} has passed already")
+    if due_at is not None and deadline_at <= due_at:
+        reason = f"{rfc3339(deadline_at)} is before the call is due, at {rfc3339(due_at)}"
+        raise HttpError(400, f"X-Deadline: {reason}")
+
+
 @dataclass(frozen=True)
 class Intake:
     """Accepts calls."""
@@ -4306,16 +4734,21 @@ class Intake:
             parse_one(headers, "X-Delay", delay),
             parse_one(headers, "X-Not-Before", parse_when),
         ]
+        due_at = max((at for at in due if at is not None), default=None)
+        deadline_at = parse_one(headers, "X-Deadline", parse_deadline)
+        if deadline_at is not None:
+            require_chance(deadline_at, due_at)
         return Controls(
             call_id=parse_one(headers, "X-Call-Id", visible),
             callback_url=parse_one(headers, "X-Callback-Url", self._callback_url),
             failure_url=parse_one(headers, "X-Failure-Callback-Url", self._callback_url),
             idempotency_key=parse_one(headers, "Idempotency-Key", visible),
-            due_at=max((at for at in due if at is not None), default=None),
-            deadline_at=parse_one(headers, "X-Deadline", parse_deadline),
+            due_at=due_at,
+            deadline_at=deadline_at,
             max_attempts=parse_one(headers, "X-Max-Attempts", number),
             queue=parse_one(headers, "X-Queue", self._queue_name),
             app=app,
+            hops=parse_one(headers, HOPS, number) or 0,
         )
 
     def _queue_name(self, value: str) -> str:
@@ -4360,6 +4793,7 @@ class Intake:
             target=target,
             headers=pack_headers([*headers, *ours]),
             body=body,
+            hops=controls.hops,
         )
         call_id = await self.queue.enqueue(call)
         self.metrics.submitted(queue).inc()
@@ -4417,6 +4851,11 @@ def reply(
     else:
         text, content_type = json.dumps(content, ensure_ascii=False), "application/json"
     return web.Response(status=status, text=f"{text}\n", content_type=content_type, headers=headers)
+
+
+def call_headers(call_id: str) -> dict[str, str]:
+    """What tells a client where its call is to be found."""
+    return {"X-Call-Id": call_id, "Location": "/system/calls/" + quote(call_id, safe="")}
 
 
 def allow_origin(headers: CIMultiDict[str], origin: str | None) -> None:
@@ -4695,15 +5134,6 @@ def require_valid(request: web.BaseRequest, target: str) -> None:
         raise HttpError(508, "the provider has no replica of this function", own)
 
 
-def require_login(given: str, login: str) -> None:
-    """Compare credentials in constant time. Raises HttpError(401)."""
-    kind, _, credentials = given.partition(" ")
-    presented = f"{kind.title()} {credentials.strip()}".encode(errors="replace")
-    if not hmac.compare_digest(presented, login.encode()):
-        challenge = {"WWW-Authenticate": 'Basic realm="Restricted"'}
-        raise HttpError(401, "credentials are needed", challenge)
-
-
 def is_preflight(request: web.BaseRequest) -> bool:
     """Whether a browser asks what a page may send (Fetch standard 3.2.2)."""
     return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
@@ -4721,15 +5151,6 @@ def preflight_answer(request: web.BaseRequest, origin: str) -> web.Response:
     return web.Response(status=204, headers=headers)
 
 
-def no_route(allowed: Sequence[str]) -> HttpError:
-    """What to say where no route fits."""
-    if allowed:
-        methods = ", ".join(allowed)
-        return HttpError(405, f"this route takes {methods}", {"Allow": methods})
-    reason = "no such route: calls go to /function/NAME or /async-function/NAME"
-    return HttpError(404, reason)
-
-
 def error_reply(target: str, exc: HttpError) -> web.Response:
     """One line of text; on Fn's routes a JSON document."""
     if target.startswith(("/r/", "/v1/")):
@@ -4740,12 +5161,28 @@ def error_reply(target: str, exc: HttpError) -> web.Response:
 # -- server
 
 
+def refused_head(status: int, exc: object) -> tuple[int, str]:
+    """What is said of a request that could not be parsed, or failed here."""
+    if status >= 500:
+        return status, "internal error: see the log of faasd-async"
+    if isinstance(exc, aiohttp.http_exceptions.LineTooLong):
+        if re.match(r"\w*\(?b?['\"](?:/|https?:)", str(exc.args[0])):
+            return 414, f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
+        return 431, f"a header is longer than {MAX_HEADER_BYTES} bytes"
+    if "Too many headers" in str(exc):
+        return 431, "there are too many headers"
+    return status, "this is not a valid HTTP request"
+
+
 class Connection(web.RequestHandler):
     """aiohttp's connection, with this gateway's form of errors: nothing of what came in."""
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         super().__init__(server, loop=loop, **options)
         self._gone = server.front.gone
+        self._half_closed: asyncio.TimerHandle | None = (
+            None  # ends it, once the client sends no more
+        )
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
@@ -4756,8 +5193,24 @@ class Connection(web.RequestHandler):
                 # It has `data`, and is part of a cycle: the memory would stay in use.
                 error.__traceback__ = None
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. Who has sent a whole request gets its answer.
+
+        Whether it has gone altogether only the attempt to write would tell: so not for long.
+        """
+        bodies = [payload for _, payload in self._messages]
+        if self._current_request is not None:
+            bodies.append(self._current_request.content)
+        if not bodies or not all(body.is_eof() for body in bodies):
+            return False
+        self.close()  # after that answer
+        self._half_closed = self._loop.call_later(HALF_CLOSED_S, self.force_close)
+        return True
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """The client has gone."""
+        if self._half_closed is not None:
+            self._half_closed.cancel()
         super().connection_lost(exc)
         self._gone()
 
@@ -4765,9 +5218,8 @@ class Connection(web.RequestHandler):
         self, request: Any, status: int = 500, exc: Any = None, message: Any = None
     ) -> web.Response:
         """What was not HTTP, or a failure of this program itself."""
-        line = "this is not a valid HTTP request"
+        status, line = refused_head(status, exc)
         if status >= 500:
-            line = "internal error: see the log of faasd-async"
             log.error("request failed in this program itself", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
@@ -4842,12 +5294,10 @@ class FunctionRoutes:
         controls = self.intake.controls(request.headers, app)
         body = await read_body(request.http, config.read_timeout, config.max_payload)
         headers = self._forwarded(request.http)
+        require_executable(function, FunctionRequest("POST", target, headers, body))
         accepted = await self.intake.accept(function, target, headers, body, controls)
-        answer = {
-            "X-Call-Id": accepted.call_id,
-            "X-Start-Time": str(accepted.start_time),
-            "Location": "/system/calls/" + quote(accepted.call_id, safe=""),
-        }
+        answer = call_headers(accepted.call_id)
+        answer["X-Start-Time"] = str(accepted.start_time)
         if app is not None or "application/json" in request.headers.get("Accept", ""):
             return reply({"call_id": accepted.call_id}, 202, answer)
         return web.Response(status=202, headers=answer)
@@ -4867,6 +5317,7 @@ class FunctionRoutes:
             try:
                 body = await self._sync_body(request.http)
                 asked = FunctionRequest(request.http.method, target, headers, body)
+                require_executable(function, asked)
                 response = await self._pass_on(request, function, asked, ours)
             except HttpError as exc:
                 tell_status(exc.status)
@@ -4889,7 +5340,7 @@ class FunctionRoutes:
             return await stream_answer(request, answering, ours, limits, who)
         try:
             limit_s = config.upstream_timeout
-            outcome = await run_command(function, asked, limit_s, MAX_RESPONSE_BYTES)
+            outcome = await self.caller.commands.run(function, asked, limit_s, MAX_RESPONSE_BYTES)
         except RequestFailed as exc:
             error = f"{who} {exc.text}"
             call_id = ours["X-Call-Id"]
@@ -5035,9 +5486,12 @@ class CallRoutes:
         """Queue a final call again."""
         call_id = request.parts[0]
         await self.records.redrive(call_id)
-        location = f"/system/calls/{quote(call_id, safe='')}"
-        headers = {"X-Call-Id": call_id, "Location": location}
-        return web.Response(status=202, headers=headers)
+        return web.Response(status=202, headers=call_headers(call_id))
+
+    async def resend_callback(self, request: Request) -> web.StreamResponse:
+        """Deliver the outcome once more."""
+        await self.records.resend(request.parts[0])
+        return web.Response(status=202)
 
     async def cancel_call(self, request: Request) -> web.StreamResponse:
         """DELETE /async-function/ID: it will not run (again)."""
@@ -5276,6 +5730,7 @@ def route_table(
         ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
         ("GET", "/system/calls/{call}/log", Access.OPERATE, calls.show_log),
         ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
+        ("POST", "/system/calls/{call}/callback", Access.OPERATE, calls.resend_callback),
         ("GET", "/system/calls/{call}", Access.OPERATE, calls.show_call),
         ("GET", "/system/queues", Access.OPERATE, queues.list_queues),
         (
@@ -5335,7 +5790,7 @@ def bound_sockets(address: str) -> Iterator[socket.socket]:
 
 
 def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
-    """The sockets that systemd passed, else those of gateway.listen. Raises ConfigError."""
+    """The sockets that systemd passed, else those of gateway.listen. Raises ListenError."""
     sockets = passed_sockets()
     if sockets:
         return sockets
@@ -5344,7 +5799,7 @@ def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
             sockets += bound_sockets(address)
         except OSError as exc:
             reason = exc.strerror or str(exc)
-            raise ConfigError([f"gateway.listen: {address}: {reason}"]) from exc
+            raise ListenError(f"gateway.listen: {address}: {reason}") from exc
     return sockets
 
 
@@ -5438,7 +5893,9 @@ class Daemon:
 
         provider = Provider(settings, provided_http)
         directory = FunctionDirectory(settings, provider, self._limits)
-        caller = FunctionCaller(http, provided_http, directory)
+        commands = CommandRunner()
+        stack.callback(commands.close)
+        caller = FunctionCaller(http, provided_http, commands, directory)
         intake = Intake(settings, self._queue, self._metrics)
         metrics = self._metrics
         # To connect to 0.0.0.0 or [::] reaches ourselves.
@@ -5586,10 +6043,7 @@ class Client:
         flags = {"user_file": args.user_file, "password_file": args.password_file}
         if any(flags.values()):
             auth = parse_config({"auth": flags}).auth
-        address = config.gateway.listen[0]  # To connect to 0.0.0.0 or [::] reaches this machine.
-        if not address.startswith("unix:"):
-            address = f"http://{address}"
-        self._url = args.url or address
+        self._url = client_url(args.url or config.gateway.listen[0])
         self._headers = {"User-Agent": USER_AGENT}
         userinfo, _, server = self._url.partition("://")[2].rstrip("/").rpartition("@")
         user, _, password = unquote(userinfo).partition(":")
@@ -5651,6 +6105,16 @@ class Client:
                 break
             cursor = {"cursor": page["next_cursor"]}
         return records
+
+
+def client_url(address: str) -> str:
+    """Where a client finds the daemon, in whatever form people write it."""
+    if address.startswith("unix:"):
+        return address
+    scheme, _, rest = address.rpartition("//")
+    if rest.startswith(":"):  # every address of this machine; to connect to 0.0.0.0 reaches it too
+        rest = f"127.0.0.1{rest}"
+    return f"{scheme or 'http:'}//{rest}"
 
 
 def write(content: bytes | str) -> None:
@@ -5806,6 +6270,21 @@ def invoke(args: Arguments) -> None:
         raise HttpError(500, reason)
 
 
+def open_standard_files() -> None:
+    """Have 0, 1 and 2 be something: they may be closed, and would become sockets or the store."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def serve(args: Arguments) -> int:
     """Run the daemon until a signal."""
     config = load_config(args.config)
@@ -5816,8 +6295,13 @@ def serve(args: Arguments) -> int:
     # libuv's own threads look names up: with its 4, a few that no one answers for stop all.
     os.environ.setdefault("UV_THREADPOOL_SIZE", "64")
     new_loop = uvloop.new_event_loop if uvloop else None
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(run_daemon(config, args.config))
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            return runner.run(run_daemon(config, args.config))
+    finally:
+        for handler in [*log.handlers]:
+            handler.close()
+            log.removeHandler(handler)
 
 
 def check(args: Arguments) -> None:
@@ -5894,6 +6378,10 @@ COMMANDS: Sequence[Command] = (
         *("calls retry", change_calls, "run finished calls again by id, or by filter"),
         *(f"ids {WHICH} {WHERE}", RETRY_ONE),
     ),
+    Command(
+        *("calls resend", send, "send a call's callback again"),
+        *(f"id {WHERE}", "POST /system/calls/{}/callback"),
+    ),
     Command("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
     Command("queues list", list_queues, "list queues", f"--json {WHERE}"),
     Command(
@@ -5948,7 +6436,7 @@ def exit_code(exc: Exception) -> int:
     """
     if isinstance(exc, ConfigError):
         return 78
-    if isinstance(exc, StoreLocked):
+    if isinstance(exc, StoreLocked | ListenError):
         return 75
     if isinstance(exc, HttpError):
         return {0: 69, 401: 77, 429: 75, 503: 75}.get(exc.status, 1)
@@ -5957,6 +6445,7 @@ def exit_code(exc: Exception) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Every fatal error ends here, as one line and an exit code."""
+    open_standard_files()
     args = make_parser().parse_args(argv)
     # At once: an exception could come up where Python ignores it. The daemon has a handler of its
     # own.
@@ -5966,7 +6455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         print(exc, file=sys.stderr)
         return exit_code(exc)
-    except (StoreError, HttpError) as exc:
+    except (StoreError, ListenError, HttpError) as exc:
         print(f"faasd-async: {exc}", file=sys.stderr)
         return exit_code(exc)
     except BrokenPipeError:  # Who reads our output has seen enough.

@@ -762,6 +762,10 @@ class Clock:
         """The same in nanoseconds."""
         return round(self.now * 1e9)
 
+    def clock_gettime(self, kind: int) -> float:
+        """The time since boot goes on as well: it is time that passes, and no clock that is set."""
+        return self.now
+
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
 

@@ -69,6 +69,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "min_wait": 10.0,
         "max_wait": 120.0,
         "backoff": "exponential",
+        "max_interruptions": 5,
     },
     "callback": {
         "timeout": 30.0,
@@ -79,6 +80,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "allow": (),
         "deny": (),
         "gateway_hosts": ("gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"),
+        "max_hops": 32,
         "signing_secret_file": None,
         "tls_ca_file": None,
     },
@@ -103,6 +105,8 @@ FUNCTION_DEFAULTS: dict[str, Any] = {
     "annotations": {},
     "labels": {},
     "env": {},
+    "cwd": None,
+    "content_type": None,
     "retry": RetryPolicy(),
 }
 

@@ -3,13 +3,25 @@
 import asyncio
 import os
 import re
+import resource
 import select
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, PIPE, SCRIPT, Server, StartDaemon, faasd, run, start_program
+from conftest import (
+    PATIENCE,
+    PIPE,
+    SCRIPT,
+    Server,
+    StartDaemon,
+    faasd,
+    fork_server,
+    run,
+    start_program,
+)
 from forkserver import READ_AT_IMPORT, ForkServer
 
 TESTS = Path(__file__).parent
@@ -30,7 +42,17 @@ def seen_from_outside(pid: int) -> dict[str, object]:
     }
 
 
-async def test_a_forked_daemon_is_what_an_executed_one_is(daemon: StartDaemon) -> None:
+@pytest.fixture
+def fewer_files() -> Iterator[None]:
+    """A limit that was not there when the fork server was started."""
+    fork_server()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_forked_daemon_is_what_an_executed_one_is(daemon: StartDaemon, fewer_files: None) -> None:
     """Signals, limits, rights, threads and open files are the same."""
     gateway = await daemon("")
     forked = seen_from_outside(gateway.pid)
@@ -98,12 +120,9 @@ async def test_what_is_read_from_the_environment_at_import_is_known() -> None:
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "PYTHONHASHSEED", "LD_PRELOAD", "LANG"])
 def test_who_sets_what_is_read_at_import_gets_an_interpreter(name: str) -> None:
     """While everything else can be set in a fork."""
-    server = ForkServer()
-    try:
-        assert server.can_start({**os.environ, "NOTIFY_SOCKET": "/run/notify"})
-        assert not server.can_start({**os.environ, name: "1"})
-    finally:
-        server.close()
+    server = fork_server()
+    assert server.can_start({**os.environ, "NOTIFY_SOCKET": "/run/notify"})
+    assert not server.can_start({**os.environ, name: "another value"})
 
 
 STARTS_A_DAEMON = """
@@ -129,12 +148,13 @@ async def test_a_server_that_ends_takes_its_forks_with_it(tmp_path: Path) -> Non
     assert pytest_like.stdout and pytest_like.stderr
     await asyncio.wait_for(pytest_like.stderr.readuntil(b"listening on"), PATIENCE)
     daemon = os.pidfd_open(int(await pytest_like.stdout.readline()))
-    try:
-        pytest_like.kill()
-        await pytest_like.wait()
-        assert select.select([daemon], [], [], PATIENCE)[0], "it still runs"
-    finally:
-        os.close(daemon)
+    pytest_like.kill()
+    ended, _, _ = select.select([daemon], [], [], PATIENCE)
+    if not ended:
+        signal.pidfd_send_signal(daemon, signal.SIGKILL)
+    os.close(daemon)
+    await pytest_like.wait()
+    assert ended, "it still ran"
 
 
 async def test_a_program_that_can_not_be_imported_is_told(

@@ -25,7 +25,8 @@ from conftest import (
     run,
 )
 
-pytestmark = pytest.mark.own_interpreter
+# Its start and its end are the subject, so nothing of them is left out.
+own_interpreter = pytest.mark.own_interpreter
 
 
 def settings(function: Server, more: str = "") -> str:
@@ -36,6 +37,7 @@ def settings(function: Server, more: str = "") -> str:
 # ---- stopping --------------------------------------------------------------------------------------------------
 
 
+@own_interpreter
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_an_idle_daemon_stops_at_once(daemon: StartDaemon, number: signal.Signals) -> None:
     """Exit code 0 for either signal."""
@@ -44,6 +46,7 @@ async def test_an_idle_daemon_stops_at_once(daemon: StartDaemon, number: signal.
     assert await gateway.ended() == 0
 
 
+@own_interpreter
 async def test_a_stop_waits_for_what_runs(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """The running call ends well and is known to have; no queued call is started meanwhile."""
     function.behaviour = gate = Gate()
@@ -62,6 +65,7 @@ async def test_a_stop_waits_for_what_runs(daemon: StartDaemon, function: Server,
     assert (await gateway.final(queued))["status"] == "success"
 
 
+@own_interpreter
 async def test_a_stop_waits_for_running_sync_calls(daemon: StartDaemon, function: Server) -> None:
     """The client gets its answer; new clients are refused meanwhile."""
     function.behaviour = gate = Gate()
@@ -79,6 +83,7 @@ async def test_a_stop_waits_for_running_sync_calls(daemon: StartDaemon, function
     assert await gateway.ended() == 0
 
 
+@own_interpreter
 async def test_what_runs_for_too_long_is_queued_again(daemon: StartDaemon, function: Server) -> None:
     """After `drain_timeout` the call is cancelled without charging the attempt, and runs after the restart."""
     function.behaviour = gate = Gate()
@@ -94,6 +99,7 @@ async def test_what_runs_for_too_long_is_queued_again(daemon: StartDaemon, funct
     assert [(request.call_id, request.body) for request in function.requests] == [(call_id, b"body")] * 2
 
 
+@own_interpreter
 async def test_a_drain_timeout_of_nothing_stops_at_once(daemon: StartDaemon, function: Server) -> None:
     """`0s` is no time, not endless time; neither kind of call holds up the end."""
     function.behaviour = gate = Gate()
@@ -108,6 +114,7 @@ async def test_a_drain_timeout_of_nothing_stops_at_once(daemon: StartDaemon, fun
     assert (await gateway.final(call_id))["status"] == "success"
 
 
+@own_interpreter
 async def test_a_second_signal_hurries(daemon: StartDaemon, function: Server) -> None:
     """Whoever asks twice does not want to wait for the drain; nothing is lost by it."""
     function.behaviour = gate = Gate()
@@ -123,6 +130,7 @@ async def test_a_second_signal_hurries(daemon: StartDaemon, function: Server) ->
     assert (record["status"], record["attempts"]) == ("success", 1)
 
 
+@own_interpreter
 async def test_a_stop_under_load_loses_nothing(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """Whatever was accepted before the end is run, by this process or the next."""
     gateway = await daemon(settings(function))
@@ -239,6 +247,7 @@ async def test_a_file_that_is_no_toml_is_refused_too(daemon: StartDaemon, functi
 # ---- systemd ---------------------------------------------------------------------------------------------------
 
 
+@own_interpreter
 async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """READY=1 once it listens, STATUS= with something to read, STOPPING=1 on the way out."""
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path)})
@@ -250,6 +259,7 @@ async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(daemon: StartD
     await systemd.wait_for("STOPPING=1")
 
 
+@own_interpreter
 async def test_ready_is_not_said_too_early(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """When READY=1 arrives, a client can connect."""
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path)}, start=False)
@@ -260,6 +270,7 @@ async def test_ready_is_not_said_too_early(daemon: StartDaemon, systemd: Service
     assert (await ask(f"http://{address}", "/healthz")).status == 200
 
 
+@own_interpreter
 async def test_the_watchdog_is_fed(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """More than once per WATCHDOG_USEC, for as long as it is well."""
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
@@ -267,6 +278,7 @@ async def test_the_watchdog_is_fed(daemon: StartDaemon, systemd: ServiceManager)
     assert await gateway.terminate() == 0
 
 
+@own_interpreter
 async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """A process that is stopped (as one in an endless loop would be) sends nothing, and goes on later."""
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
@@ -280,6 +292,7 @@ async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, s
     await systemd.wait_for("WATCHDOG=1", times=1 + len([line for line in systemd.told if line == "WATCHDOG=1"]))
 
 
+@own_interpreter
 async def test_an_abstract_notify_socket_works_too(daemon: StartDaemon) -> None:
     """A name that starts with @ is in the abstract namespace."""
     name = f"faasd-async-test-{os.getpid()}"
@@ -532,7 +545,7 @@ async def test_a_file_that_is_no_socket_is_not_replaced(daemon: StartDaemon, tmp
     path.write_text("precious")
     gateway = await daemon(f'[gateway]\nlisten = "unix:{path}"', start=False)
     await gateway.spawn()
-    assert (await gateway.ended(), path.read_text()) == (78, "precious")
+    assert (await gateway.ended(), path.read_text()) == (75, "precious")
     assert len([line for line in gateway.lines if str(path) in line]) == 1, gateway.log
 
 

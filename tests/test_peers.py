@@ -95,14 +95,14 @@ ODD: dict[str, tuple[Serve, int, str]] = {
 
 LIMITS = """
 [gateway]
-upstream_timeout = "500ms"
+upstream_timeout = "2s"
 [queues.faas-request]
-timeout = "500ms"
+timeout = "2s"
 max_inflight = 100
 [retry]
 attempts = 1
 [callback]
-timeout = "500ms"
+timeout = "2s"
 attempts = 1
 max_inflight = 100
 """

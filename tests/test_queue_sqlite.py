@@ -177,7 +177,9 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
     await sqlite.enqueue("a")
     await sqlite.queue.close()
     with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
-        db.executescript("ALTER TABLE calls DROP COLUMN app; PRAGMA user_version = 1;")
+        db.executescript(
+            "ALTER TABLE calls DROP COLUMN app; ALTER TABLE calls DROP COLUMN history; ALTER TABLE calls DROP COLUMN hops; PRAGMA user_version = 1;"
+        )
     await sqlite.open()
     await sqlite.enqueue("b", app="mine")
     assert await sqlite.claim() == ["a", "b"]
