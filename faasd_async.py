@@ -156,7 +156,7 @@ MAX_RETRY_AFTER_S = 86_400.0  # A function may ask for patience, not for eternit
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and ourselves
 PROVIDER_S = 10.0  # what a look-up at the provider may take
 COMMAND_GRACE_S = 0.5  # what a command has left behind gets to end by itself
-KILL_S = 2.0  # after which a command that was killed and is still there can't be killed
+KILL_S = 1.0  # after which a command that was killed and is still there can't be killed
 SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
@@ -176,6 +176,7 @@ BATCH = 500  # calls that one step of a bulk operation takes before others get t
 BULK_PERIOD_S = 0.04  # from one such step to the next: 12,500 calls a second
 SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 
+EARLIEST = 1e8  # 1973: what is less is no time that anybody means
 END_OF_TIME = 253_402_300_799.0  # 9999-12-31T23:59:59Z: what Python and RFC 3339 can write
 
 # RFC 9110 7.6.1, with the ones that RFC 9110 11.7 and 6.6.2 bind to one connection.
@@ -328,6 +329,7 @@ UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
 
 NAME = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
 NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
+MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
 UNIX_ADDRESS = re.compile(r"unix:/.+")
 TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
@@ -464,10 +466,15 @@ def parse_when(value: Any) -> float:
 
 @expects('a duration such as "1h" or ' + TIME_FORM)
 def parse_deadline(value: Any) -> float:
-    """Unix time, of a moment or of now and a duration more."""
+    """Unix time, of a moment or of now and a duration more.
+
+    A number that would be a time in the early seventies is meant as seconds from now.
+    """
     if value[-1:] in ("s", "m", "h", "d"):
         return time.time() + duration(value)
-    return parse_when(value)
+    at = parse_when(value)
+    bare = value.replace(".", "", 1).isdigit()
+    return time.time() + at if bare and at < EARLIEST else at
 
 
 @expects('an age such as "24h" or "7d", or ' + TIME_FORM)
@@ -552,7 +559,9 @@ def addresses(value: Any) -> tuple[str, ...]:
     require(listed)
     for address in listed:
         tcp = TCP_ADDRESS.fullmatch(address)
-        require(UNIX_ADDRESS.fullmatch(address) or (tcp and int(tcp[1]) < 65_536))
+        unix = UNIX_ADDRESS.fullmatch(address)
+        require(tcp or (unix and len(os.fsencode(address)) < MAX_UNIX_ADDRESS))
+        require(tcp is None or int(tcp[1]) < 65_536)
     return listed
 
 
@@ -902,6 +911,11 @@ class Config:
         """The settings of a queue; one that is only named somewhere has the defaults."""
         return self.queues.get(name) or QueueConfig()
 
+    def max_interruptions(self, function: str) -> int:
+        """After how many interruptions a call of this function is not run again."""
+        known = self.functions.get(function)
+        return (known.retry if known else self.retry).max_interruptions
+
     @functools.cached_property
     def function_limits(self) -> Mapping[str, int]:
         """max_inflight of the functions that have one, by key."""
@@ -1130,7 +1144,6 @@ class Claim(NamedTuple):
     target: str  # path and query for the function, or the callback's URL
     headers: bytes  # of the request, or of the function's answer
     body: bytes
-    interrupted: int = 0  # how often its process died while it ran
     redrives: int = 0  # how often it was queued again after its end
     hops: int = 0
 
@@ -1297,6 +1310,23 @@ def record_document(record: CallRecord) -> dict[str, Any]:
     callback = shown.pop("callback")
     shown["callback"] = callback._replace(url=show_url(callback.url))._asdict()
     return shown
+
+
+def past(record: CallRecord) -> dict[str, Any]:
+    """What a call's history keeps of it, when it is queued again."""
+    told = record.callback._asdict()
+    del told["url"]
+    return {
+        "status": record.status,
+        "attempts": record.attempts,
+        "http_status": record.http_status,
+        "error": record.error,
+        "started_at": record.started_at,
+        "completed_at": record.completed_at,
+        "duration_seconds": record.duration_s,
+        "interrupted": record.interrupted,
+        "callback": told,
+    }
 
 
 def fn_document(record: CallRecord) -> dict[str, Any]:
@@ -2115,7 +2145,7 @@ class Lanes:
         return self.later[0][0] if self.later else float("inf")
 
 
-# --- SQLite queue ---------------------------------------------------------------------------------
+# --- SQLite file ----------------------------------------------------------------------------------
 # -- what is kept in memory
 
 
@@ -2236,12 +2266,12 @@ PRAGMAS = (
 )
 REQUIRED_PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
 
-# What a dead process had claimed is interrupted. A call may have been what it died of: it goes
-# behind those that were due.
-INTERRUPT = """
-    UPDATE calls SET due_at = ?, deadline_at = NULL,
-        status = iif(status = 'running', 'queued', status), interrupted = interrupted + (work <> ?)
-    WHERE work IS NOT NULL AND due_at IS NULL
+SELECT_HEAD = """
+    SELECT min(due_at) FROM calls WHERE work = ? AND lane = ? AND due_at IS NOT NULL
+"""
+SELECT_DEADLINE = """
+    SELECT coalesce(min(deadline_at), 9e999) FROM calls
+    WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL
 """
 # What waits for a time that is ahead only because the clock was set back has been due before: calls
 # that nobody delayed, attempts and callbacks that follow what has been.
@@ -2269,11 +2299,14 @@ DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty
 
 
 def make_private(path: Path) -> None:
-    """Make a file, and its folder, that nobody else can read, whatever the umask. Raises OSError.
+    """Make a file, and the folders above it, that nobody else can read, whatever the umask.
 
-    What SQLite puts beside it has the same mode. A folder that is there already is somebody's.
+    What SQLite puts beside it has the same mode. A folder that is there is somebody's. OSError.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     for suffix in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -2287,9 +2320,12 @@ class SqliteFile:
     transaction; when that fails, both are `stale`, and the next one begins with a `rebuild`.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, recover: Callable[[SqliteFile], None]
+    ) -> None:
         self.path = path
         self.settings = settings
+        self._recover = recover  # what a dead process had claimed, before anything else
         self.db: sqlite3.Connection  # once open
         self.index = WorkIndex()
         self.damaged = False  # only a restart helps
@@ -2310,7 +2346,6 @@ class SqliteFile:
         Raises StoreError, StoreLocked.
         """
         try:
-            make_private(self.path)
             self._connect_or_set_aside()
         except (OSError, sqlite3.Error) as exc:
             if "locked" in str(exc):
@@ -2335,17 +2370,14 @@ class SqliteFile:
             self._connect()
 
     def _connect(self) -> None:
+        make_private(self.path)
         self.db = sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False
         )
         try:
             self._require_durability()
             self._migrate()
-            interrupted = self.db.execute(INTERRUPT, (time.time(), CALLBACKS)).rowcount
-            if interrupted:
-                log.warning(
-                    "%d interrupted attempts of the previous process are queued again", interrupted
-                )
+            self._recover(self)
             self.rebuild()
         except BaseException:
             self.db.close()
@@ -2462,14 +2494,25 @@ class SqliteFile:
         self.index.expect_deadline(self.db.execute(SELECT_DEADLINE).fetchone()[0])
 
 
+# --- SQLite queue ---------------------------------------------------------------------------------
 # -- statements
 
-SELECT_HEAD = """
-    SELECT min(due_at) FROM calls WHERE work = ? AND lane = ? AND due_at IS NOT NULL
+# What a dead process had claimed is interrupted. A call may have been what it died of: it goes
+# behind those that were due.
+INTERRUPT = """
+    UPDATE calls SET due_at = ?, deadline_at = NULL,
+        status = iif(status = 'running', 'queued', status), interrupted = interrupted + (work <> ?)
+    WHERE work IS NOT NULL AND due_at IS NULL
 """
-SELECT_DEADLINE = """
-    SELECT coalesce(min(deadline_at), 9e999) FROM calls
-    WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL
+FAIL_CALLBACKS = """
+    UPDATE calls SET callback_status = 'failed', work = NULL, lane = NULL,
+        callback_error = 'interrupted: the daemon died while it was sent'
+    WHERE work = '@callbacks' AND due_at IS NULL AND callback_attempts >= ?
+"""
+SELECT_INTERRUPTED = """
+    SELECT seq, claims, id, coalesce(call_id, id), function, attempts, interrupted, callback_url,
+        failure_url
+    FROM calls WHERE work IS NOT NULL AND interrupted > 0 AND status = 'queued'
 """
 SELECT_KEY = """
     SELECT coalesce(call_id, id), digest FROM calls
@@ -2491,7 +2534,7 @@ SELECT_NEWEST = "SELECT seq FROM calls WHERE call_id = ? ORDER BY seq DESC LIMIT
 SELECT_DUE_CALLS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         attempts + 1, attempts + 1, max_attempts, start_time, callback_url, failure_url,
-        http_status, duration, target, headers, body, interrupted,
+        http_status, duration, target, headers, body,
         coalesce(json_array_length(history), 0), hops
     FROM calls LEFT JOIN requests USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
@@ -2504,7 +2547,7 @@ CLAIM_CALL = """
 SELECT_DUE_CALLBACKS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         callback_attempts + 1, attempts, max_attempts, start_time, callback_url, failure_url,
-        http_status, duration, status, coalesce(headers, x''), coalesce(body, x''), interrupted,
+        http_status, duration, status, coalesce(headers, x''), coalesce(body, x''),
         coalesce(json_array_length(history), 0), hops
     FROM calls LEFT JOIN outputs USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
@@ -2583,8 +2626,11 @@ SELECT_RECORDS = f"""
     WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
 """
 SELECT_RECORDS_BY_CALL_ID = f"""
-    SELECT {RECORD_COLUMNS} FROM calls
-    WHERE (id = :call_id OR call_id = :call_id) AND seq < :before AND {MATCHES}
+    SELECT {RECORD_COLUMNS} FROM calls WHERE id = :call_id AND seq < :before AND {MATCHES}
+    UNION ALL SELECT * FROM (
+        SELECT {RECORD_COLUMNS} FROM calls
+        WHERE call_id = :call_id AND seq < :before AND {MATCHES} ORDER BY seq DESC LIMIT :limit
+    )
     ORDER BY seq DESC LIMIT :limit
 """
 SELECT_OUTPUT = "SELECT body, stderr FROM outputs WHERE seq = ?"
@@ -2606,21 +2652,15 @@ CANCEL_CALLBACK = """
         lane = NULL, due_at = NULL
     WHERE seq = ?
 """
-SELECT_FINISHED = """
-    SELECT seq, queue, function || '.' || namespace FROM calls JOIN requests USING (seq)
-    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL
+SELECT_FINISHED = f"""
+    SELECT {RECORD_COLUMNS} FROM calls JOIN requests USING (seq)
+    WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL
 """
 REDRIVE_CALL = """
     UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0,
         interrupted = 0, http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL,
         duration = NULL, response_bytes = NULL, callback_status = 'none', callback_attempts = 0,
-        callback_http_status = NULL, callback_error = NULL,
-        history = json_insert(coalesce(history, '[]'), '$[#]', json_object(
-            'status', status, 'attempts', attempts, 'http_status', http_status, 'error', error,
-            'started_at', started_at, 'completed_at', completed_at, 'duration_seconds', duration,
-            'interrupted', interrupted, 'callback', json_object(
-                'status', callback_status, 'attempts', callback_attempts,
-                'http_status', callback_http_status, 'error', callback_error)))
+        callback_http_status = NULL, callback_error = NULL, history = ?
     WHERE seq = ?
 """
 SELECT_ANSWER = """
@@ -2779,6 +2819,39 @@ def end_call(
         file.index.add(CALLBACKS, host, now)
     file.news.ended.append(ended)
     return True
+
+
+def recover(file: SqliteFile) -> None:
+    """Queue again what a dead process had claimed, but not what it seems to have died of."""
+    file.db.execute("BEGIN IMMEDIATE")
+    file.db.execute(FAIL_CALLBACKS, (file.settings().callback.attempts,))
+    interrupted = file.db.execute(INTERRUPT, (time.time(), CALLBACKS)).rowcount
+    if interrupted:
+        log.warning("%d interrupted attempts of the previous process are queued again", interrupted)
+    for row in file.db.execute(SELECT_INTERRUPTED).fetchall():
+        end_poisoned(file, *row)
+    file.db.execute("COMMIT")
+
+
+def end_poisoned(
+    file: SqliteFile,
+    seq: int,
+    claims: int,
+    own_id: str,
+    call_id: str,
+    function: str,
+    attempts: int,
+    interrupted: int,
+    callback_url: str | None,
+    failure_url: str | None,
+) -> None:
+    """End a call whose process has died too often while it ran."""
+    if interrupted < file.settings().max_interruptions(function):
+        return
+    error = f"interrupted {interrupted} times: the daemon died each time while it ran"
+    ended = Ended(own_id, call_id, function, "error", attempts, error=error)
+    target = callback_target("error", callback_url, failure_url)
+    end_call(file, Receipt(seq, claims), "queued", ended, None, target)
 
 
 def step_complete(file: SqliteFile, claim: Claim, outcome: Outcome, status: str) -> bool:
@@ -2967,11 +3040,16 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
 def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Queue those of these rows again, as if new, that are final and have their request."""
     now = time.time()
-    rows = file.db.execute(SELECT_FINISHED, (json.dumps(seqs),)).fetchall()
-    for seq, queue, lane in rows:
+    where = {"seqs": json.dumps(seqs), "now": now}
+    rows = file.db.execute(SELECT_FINISHED, where).fetchall()
+    for row in rows:
+        seq = row[-1]
+        record = read_record(row)
+        lane = f"{record.function}.{record.namespace}"
+        history = json.dumps([*record.history, past(record)])
         file.db.execute(DROP_OUTPUT, (seq,))
-        file.db.execute(REDRIVE_CALL, (lane, now, seq))
-        file.index.add(queue, lane, now)
+        file.db.execute(REDRIVE_CALL, (lane, now, history, seq))
+        file.index.add(record.queue, lane, now)
     return len(rows)
 
 
@@ -3284,7 +3362,7 @@ class SqliteQueue:
     """The embedded queue: WorkQueue and CallRecords on one file."""
 
     def __init__(self, path: Path, settings: Settings, observe_commit: Tell[float]) -> None:
-        self._file = SqliteFile(path, settings)
+        self._file = SqliteFile(path, settings, recover)
         self._observe_commit = observe_commit
         self._writer: Writer  # once open
 
@@ -3656,6 +3734,7 @@ class Program:
         os.set_blocking(self._stdin.fileno(), False)
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()  # its exit code
+        self._ending = False
         self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._reap)
 
@@ -3727,11 +3806,13 @@ class Program:
 
         False: it can't be killed. It is waited for no longer, and reaped when it ends.
         """
-        kill_group(self.pid)
-        self._stdin.close()
-        self.stdout.close()
-        self.stderr.close()
-        await asyncio.wait({self.exited}, timeout=KILL_S)
+        if not self._ending:
+            self._ending = True
+            kill_group(self.pid)
+            self._stdin.close()
+            self.stdout.close()
+            self.stderr.close()
+            await asyncio.wait({self.exited}, timeout=KILL_S)
         return self.exited.done()
 
 
@@ -4263,8 +4344,6 @@ class InvocationJob:
             function = await self.directory.find(claim.lane)
             if function is None:
                 raise HttpError(404, f"function {claim.function} does not exist any more")
-            if claim.interrupted >= function.retry.max_interruptions:
-                return poisoned(claim)
             await self.directory.awake(function)
             await self.limits.wait(claim.lane)
             outcome = await self._run(claim, function)
@@ -4335,12 +4414,6 @@ class InvocationJob:
             error=outcome.error,
             delay=decision.delay_s,
         )
-
-
-def poisoned(claim: Claim) -> Outcome:
-    """The end of a call that takes the daemon down with it again and again."""
-    error = f"interrupted {claim.interrupted} times: this process died each time while it ran"
-    return Outcome(500, False, 0.0, error=error, answered=False, final=True)
 
 
 @dataclass(frozen=True)
@@ -5180,14 +5253,14 @@ class Connection(web.RequestHandler):
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         super().__init__(server, loop=loop, **options)
         self._gone = server.front.gone
-        self._half_closed: asyncio.TimerHandle | None = (
-            None  # ends it, once the client sends no more
-        )
+        self._newest_body: aiohttp.StreamReader | None = None  # of the last request that has come
+        self._half_closed: asyncio.TimerHandle | None = None  # ends it: the client sends no more
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
         super().data_received(data)
-        for message, _ in self._messages:
+        for message, body in self._messages:
+            self._newest_body = body
             error = getattr(message, "exc", None)
             if error:
                 # It has `data`, and is part of a cycle: the memory would stay in use.
@@ -5198,10 +5271,8 @@ class Connection(web.RequestHandler):
 
         Whether it has gone altogether only the attempt to write would tell: so not for long.
         """
-        bodies = [payload for _, payload in self._messages]
-        if self._current_request is not None:
-            bodies.append(self._current_request.content)
-        if not bodies or not all(body.is_eof() for body in bodies):
+        idle = self._waiter is not None and not self._messages
+        if idle or self._newest_body is None or not self._newest_body.is_eof():
             return False
         self.close()  # after that answer
         self._half_closed = self._loop.call_later(HALF_CLOSED_S, self.force_close)
@@ -6202,6 +6273,8 @@ def change_by_id(args: Arguments) -> None:
 
     Raises HttpError at the end if some could not be, each told on standard error.
     """
+    if not args.ids:
+        raise HttpError(400, "which calls? Give call ids (- reads them from standard input)")
     client = Client(args)
     ids = sys.stdin.read().split() if args.ids == ["-"] else args.ids
     missed = 0
@@ -6379,8 +6452,8 @@ COMMANDS: Sequence[Command] = (
         *(f"ids {WHICH} {WHERE}", RETRY_ONE),
     ),
     Command(
-        *("calls resend", send, "send a call's callback again"),
-        *(f"id {WHERE}", "POST /system/calls/{}/callback"),
+        *("calls resend", change_by_id, "send callbacks again, without running the functions"),
+        *(f"ids {WHERE}", "POST /system/calls/{}/callback"),
     ),
     Command("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
     Command("queues list", list_queues, "list queues", f"--json {WHERE}"),
@@ -6459,6 +6532,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"faasd-async: {exc}", file=sys.stderr)
         return exit_code(exc)
     except BrokenPipeError:  # Who reads our output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as exc:  # such as a full disk behind our output
+        print(f"faasd-async: {exc.strerror or exc}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 

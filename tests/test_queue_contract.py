@@ -678,12 +678,13 @@ async def test_a_waiting_call_that_is_cancelled_stops_nobody(bench: Bench) -> No
 
 
 async def test_a_pending_callback_is_cancelled(bench: Bench) -> None:
-    """The call stays as it ended; the callback has failed."""
+    """The call stays as it ended; the callback has failed, and the record tells why."""
     await bench.enqueue("a", callback_url=SINK)
     await bench.run()
     assert await bench.queue.cancel("a") == 1
     record = await bench.record("a")
-    assert (record["status"], record["callback"]["status"]) == ("success", "failed")
+    assert record["status"] == "success"
+    assert (record["callback"]["status"], record["callback"]["error"]) == ("failed", "cancelled")
     assert (await bench.claim(queue=CALLBACKS), len(bench.ended)) == ([], 1)
 
 
@@ -796,15 +797,25 @@ async def test_a_stop_names_the_delivery_that_was_cancelled(bench: Bench) -> Non
     assert delivery.receipt != run.receipt
 
 
+async def is_void(bench: Bench, work: Claim) -> bool:
+    """Whether a claim can neither be given back nor ended."""
+    done = [
+        await bench.queue.retry(work, None, 0.0),
+        await bench.queue.retry(work, BAD, 0.0),
+        await bench.queue.complete(work, OK, "delivered" if work.queue == CALLBACKS else "success"),
+    ]
+    return not any(done)
+
+
 async def test_the_run_that_was_cancelled_can_not_end_a_later_one(bench: Bench) -> None:
     """Its outcome is refused, that of the later one is accepted."""
     await bench.enqueue("a")
     first = await bench.take()
     await bench.queue.cancel("a")
     await bench.queue.redrive("a")
+    assert await is_void(bench, first)
     second = await bench.take()
-    assert not await bench.queue.complete(first, BAD, "error")
-    assert not await bench.queue.retry(first, BAD, 0.0)
+    assert await is_void(bench, first)
     assert await bench.status("a") == "running"
     assert await bench.queue.complete(second, OK, "success")
     assert await bench.status("a") == "success"
@@ -816,38 +827,60 @@ async def test_the_delivery_that_was_cancelled_can_not_end_a_later_one(bench: Be
     await bench.run()
     first = await bench.take(CALLBACKS)
     await bench.queue.cancel("a")
+    assert await is_void(bench, first)
     await bench.queue.redrive("a")
     await bench.run()
+    assert await is_void(bench, first)
     second = await bench.take(CALLBACKS)
-    assert not await bench.queue.complete(first, BAD, "failed")
-    assert not await bench.queue.retry(first, BAD, 0.0)
+    assert await is_void(bench, first)
     assert await bench.queue.complete(second, OK, "delivered")
 
 
-async def test_a_run_that_was_given_back_can_not_end_a_later_one(bench: Bench) -> None:
+@pytest.mark.parametrize("outcome", [BAD, None])
+async def test_a_run_that_was_given_back_can_not_end_a_later_one(bench: Bench, outcome: Outcome | None) -> None:
     """Who has retried a call does not own it any more."""
     await bench.enqueue("a")
     first = await bench.take()
-    await bench.queue.retry(first, BAD, 0.0)
-    assert not await bench.queue.complete(first, OK, "success")
+    await bench.queue.retry(first, outcome, 0.0)
+    assert await is_void(bench, first)
+    assert await bench.waiting() == {"figlet.openfaas-fn": 1}
     second = await bench.take()
-    assert not await bench.queue.complete(first, OK, "success")
-    assert not await bench.queue.retry(first, BAD, 0.0)
+    assert await is_void(bench, first)
+    assert second.attempt == (2 if outcome else 1)
     assert await bench.queue.complete(second, OK, "success")
 
 
-async def test_a_delivery_that_was_given_back_can_not_end_a_later_one(bench: Bench) -> None:
-    """Not even before the later one begins: it stays on the list of what is to be done."""
+@pytest.mark.parametrize("outcome", [BAD, None])
+async def test_a_delivery_that_was_given_back_can_not_end_a_later_one(bench: Bench, outcome: Outcome | None) -> None:
+    """Not even before the later one begins: it is to be done still."""
     await bench.enqueue("a", callback_url=SINK)
     await bench.run()
     first = await bench.take(CALLBACKS)
-    await bench.queue.retry(first, BAD, 0.0)
-    assert not await bench.queue.complete(first, OK, "delivered")
+    await bench.queue.retry(first, outcome, 0.0)
+    assert await is_void(bench, first)
     assert await bench.waiting(CALLBACKS) == {"sink.example.org": 1}
     second = await bench.take(CALLBACKS)
-    assert not await bench.queue.complete(first, OK, "delivered")
-    assert not await bench.queue.retry(first, BAD, 0.0)
+    assert await is_void(bench, first)
+    assert second.attempt == (2 if outcome else 1)
     assert await bench.queue.complete(second, OK, "delivered")
+
+
+@pytest.mark.parametrize("outcome", [BAD, None])
+async def test_a_delivery_that_was_given_back_can_not_be_given_back_again(
+    bench: Bench, outcome: Outcome | None
+) -> None:
+    """It would count twice, and be charged twice or never."""
+    await bench.enqueue("a", callback_url=SINK)
+    await bench.run()
+    first = await bench.take(CALLBACKS)
+    await bench.queue.retry(first, outcome, 0.0)
+    for again in (None, BAD):
+        assert not await bench.queue.retry(first, again, 0.0)
+    assert await bench.waiting(CALLBACKS) == {"sink.example.org": 1}
+    second = await bench.take(CALLBACKS)
+    for again in (None, BAD):
+        assert not await bench.queue.retry(first, again, 0.0)
+    assert second.attempt == (2 if outcome else 1)
 
 
 async def test_a_delivery_that_a_power_cut_interrupted_can_not_end_a_later_one(
@@ -858,8 +891,7 @@ async def test_a_delivery_that_a_power_cut_interrupted_can_not_end_a_later_one(
     await bench.run()
     first = await bench.take(CALLBACKS)
     await bench.crash()
-    assert not await bench.queue.complete(first, OK, "delivered")
-    assert not await bench.queue.retry(first, BAD, 0.0)
+    assert await is_void(bench, first)
     second = await bench.take(CALLBACKS)
     assert await bench.queue.complete(second, OK, "delivered")
 
@@ -869,9 +901,9 @@ async def test_a_run_that_a_power_cut_interrupted_can_not_end_a_later_one(bench:
     await bench.enqueue("a")
     first = await bench.take()
     await bench.crash()
-    assert not await bench.queue.complete(first, BAD, "error")
+    assert await is_void(bench, first)
     second = await bench.take()
-    assert not await bench.queue.complete(first, BAD, "error")
+    assert await is_void(bench, first)
     assert await bench.queue.complete(second, OK, "success")
 
 
@@ -1096,6 +1128,20 @@ async def test_a_call_that_is_tried_again_after_its_deadline_is_not_ended_by_it(
     await bench.enqueue("b", deadline_at=deadline_at, due_at=deadline_at + 3600)
     await bench.until(lambda: bench.ended)
     assert (await bench.take()).attempt == 2
+
+
+async def test_an_attempt_that_never_happened_does_not_save_a_call_from_its_deadline(
+    bench: Bench,
+) -> None:
+    """It is given back when the time is over, and so has not started in time."""
+    deadline_at = time.time() + 0.3
+    await bench.enqueue("a", deadline_at=deadline_at)
+    work = await bench.take()
+    await bench.enqueue("b", deadline_at=deadline_at, due_at=deadline_at + 3600)
+    await bench.until(lambda: bench.ended)  # "b" tells that the deadline has passed
+    await bench.queue.retry(work, None, 3600.0)
+    await bench.until(lambda: len(bench.ended) == 2)
+    assert await bench.status("a") == "timeout"
 
 
 @pytest.mark.parametrize(("url", "failure_url"), [(SINK, None), (SINK, SINK + "/bad"), (None, SINK + "/bad")])
@@ -1582,7 +1628,7 @@ async def test_a_call_that_missed_its_deadline_runs_again(bench: Bench) -> None:
 
 
 async def test_a_call_that_is_queued_again_is_as_new(bench: Bench) -> None:
-    """Nothing of its earlier life is left in the record."""
+    """Of its earlier life nothing is left in the record but its history."""
     await bench.enqueue("a", callback_url=SINK)
     fresh = await bench.record("a")
     await bench.take()
@@ -1591,7 +1637,10 @@ async def test_a_call_that_is_queued_again_is_as_new(bench: Bench) -> None:
     await bench.deliver()
     await bench.queue.redrive("a")
     again = await bench.record("a")
+    (before,) = again.pop("history")
     assert {**again, "due_at": None} == {**fresh, "due_at": None}
+    assert (before["status"], before["attempts"], before["interrupted"]) == ("error", 2, 1)
+    assert before["callback"]["status"] == "delivered"
     assert await bench.queue.output("a") == (b"", b"")
 
 
@@ -2034,12 +2083,12 @@ async def test_an_interrupted_call_is_queued_again(bench: Bench) -> None:
     assert (await bench.take()).attempt == 2
 
 
-async def test_an_interrupted_call_goes_before_those_that_waited(bench: Bench) -> None:
-    """It was first, and has lost enough time already."""
+async def test_an_interrupted_call_goes_behind_those_that_waited(bench: Bench) -> None:
+    """It may be what the process died of, and the others are to run all the same."""
     await bench.enqueue_all("a", "b", "c")
     await bench.claim(1)
     await bench.crash()
-    assert await bench.claim() == ["a", "b", "c"]
+    assert await bench.claim() == ["b", "c", "a"]
 
 
 async def test_every_interruption_is_counted(bench: Bench) -> None:

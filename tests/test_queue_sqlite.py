@@ -177,9 +177,9 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
     await sqlite.enqueue("a")
     await sqlite.queue.close()
     with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
-        db.executescript(
-            "ALTER TABLE calls DROP COLUMN app; ALTER TABLE calls DROP COLUMN history; ALTER TABLE calls DROP COLUMN hops; PRAGMA user_version = 1;"
-        )
+        for column in ("app", "history", "hops"):
+            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
     await sqlite.open()
     await sqlite.enqueue("b", app="mine")
     assert await sqlite.claim() == ["a", "b"]
@@ -457,9 +457,9 @@ async def test_a_cancelled_call_does_not_change_the_order_of_a_queue_that_is_not
 
 
 async def few_among_many(sqlite: SqliteBench) -> None:
-    """Fifty calls, four of them of another function."""
+    """Fifty calls, five of them of another function."""
     for number in range(50):
-        function = "rare" if number in (0, 3, 20, 21) else "other"
+        function = "rare" if number in (0, 1, 3, 20, 21) else "other"
         await sqlite.enqueue(f"call-{number}", function=function)
 
 
@@ -467,10 +467,9 @@ async def test_a_rare_match_is_found_however_far_back(sqlite: SqliteBench, monke
     """A long history is read in steps, which nobody sees from outside."""
     monkeypatch.setattr(faasd_async, "SCAN_WINDOW", 7)
     await few_among_many(sqlite)
-    found = [page async for page in sqlite.pages(function="rare", limit=2)]
-    names = [call_id for page in found for call_id in page]
-    assert names == ["call-21", "call-20", "call-3", "call-0"]
-    assert found[0] == ["call-21", "call-20"]
+    found = [page async for page in sqlite.pages(function="rare", limit=3)]
+    assert found[:2] == [["call-21", "call-20", "call-3"], ["call-1", "call-0"]]
+    assert found[2:] in ([], [[]])
 
 
 async def test_a_bulk_reaches_a_rare_match_however_far_back(
@@ -480,6 +479,6 @@ async def test_a_bulk_reaches_a_rare_match_however_far_back(
     monkeypatch.setattr(faasd_async, "SCAN_WINDOW", 7)
     await few_among_many(sqlite)
     filters = CallFilter(function="rare")
-    assert await sqlite.queue.cancel_matching(filters) == BulkResult(4, 4)
-    assert await sqlite.queue.redrive_matching(filters) == BulkResult(4, 4)
+    assert await sqlite.queue.cancel_matching(filters) == BulkResult(5, 5)
+    assert await sqlite.queue.redrive_matching(filters) == BulkResult(5, 5)
     assert len(await sqlite.claim()) == 50
