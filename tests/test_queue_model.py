@@ -479,7 +479,7 @@ class QueueMachine(RuleBasedStateMachine):
         for _, row in self.held:
             if row.owner is not None:
                 row.owner = None
-                row.due_at = min(now, row.call.start_time / 1e9)  # before all that waited
+                row.due_at = now  # behind all that were due
                 if row.work != CALLBACKS:
                     row.status, row.interrupted = "queued", row.interrupted + 1
         self.held.clear()
