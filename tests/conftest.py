@@ -359,6 +359,18 @@ class Daemon:
             assert response.status == 202, await response.text()
             return response.headers["X-Call-Id"]
 
+    async def missed(self, path: str, body: bytes = b"", queue: str = "faas-request", **headers: str) -> str:
+        """A call that has ended in timeout without a run: its queue is held until its deadline has passed."""
+        held = f"{self.url}/system/queues/{queue}"
+        async with self.http.post(f"{held}/pause") as response:
+            assert response.status == 200, await response.text()
+        call_id = await self.submit(path, body, **headers, X_Deadline="50ms")
+        record = await self.until(call_id, lambda record: record["completed_at"] is not None)
+        assert (record["status"], record["attempts"]) == ("timeout", 0)
+        async with self.http.post(f"{held}/resume") as response:
+            assert response.status == 200, await response.text()
+        return call_id
+
 
 class StartDaemon(Protocol):
     """What the `daemon` fixture gives."""

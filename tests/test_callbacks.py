@@ -491,13 +491,14 @@ async def test_openssl_finds_the_signature_right(
     gateway = await daemon(
         f'[functions.echo]\nurl = "{function.url}"\n[callback]\nsigning_secret_file = "{tmp_path}/secret"'
     )
-    call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+    await gateway.submit("echo", X_Callback_Url=sink.url)
     (request,) = await sink.wait_for(1)
-    assert (request.body, request.headers["webhook-id"]) == (body, call_id)
+    assert request.body == body
+    webhook_id = request.headers["webhook-id"]
     for _ in range(2):  # receivers drop what has the id of something else
         await gateway.submit("echo", X_Callback_Url=sink.url, X_Call_Id="batch")
     assert len({request.headers["webhook-id"] for request in await sink.wait_for(3)}) == 3
-    signed = f"{call_id}.{request.headers['webhook-timestamp']}.".encode() + request.body
+    signed = f"{webhook_id}.{request.headers['webhook-timestamp']}.".encode() + request.body
     command = ("openssl", "dgst", "-sha256", "-mac", "HMAC", "-macopt", f"hexkey:{key.hex()}")
     result = await run(*command, stdin=signed)
     assert result.code == 0, result.err

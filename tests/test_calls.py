@@ -122,7 +122,7 @@ async def variety(daemon: StartDaemon, function: Server) -> AsyncIterator[tuple[
     calls = {
         "success": await gateway.submit("it"),
         "error": await gateway.submit("it/fail"),
-        "timeout": await gateway.submit("it", X_Delay="1h", X_Deadline="1ms"),
+        "timeout": await gateway.missed("it", queue="line"),
         "cancelled": await gateway.submit("it", X_Delay="1h"),
         "delayed": await gateway.submit("it", X_Delay="1h"),
     }
@@ -676,7 +676,7 @@ async def test_every_finished_call_can_be_run_again(gateway: Daemon, function: S
     """Whatever its end was; what kept it from running the first time does not do so again."""
     calls = {
         "success": await gateway.submit("it", b"1"),
-        "timeout": await gateway.submit("it", b"2", X_Delay="1h", X_Deadline="1ms"),
+        "timeout": await gateway.missed("it", b"2", queue="line"),
         "cancelled": await gateway.submit("it", b"3", X_Delay="1h"),
     }
     await stop(gateway, calls["cancelled"])

@@ -93,7 +93,7 @@ async def test_a_clock_that_is_set_back_holds_nothing_up(
     more = f'[functions.flaky]\nurl = "{sink.url}"\nqueue = "other"\n[retry]\n{waits}\n[callback]\n{waits}'
     gateway = await daemon(settings(function, more), env=clock.env)
     told = await gateway.submit("it", X_Callback_Url=sink.url)
-    late = await gateway.submit("it", X_Delay="30m", X_Deadline="1ms", X_Callback_Url=sink.url)
+    late = await gateway.missed("it", X_Callback_Url=sink.url)
     again = await gateway.submit("flaky")
     for call_id in (told, late):
         await gateway.until(call_id, lambda record: record["callback"]["http_status"] == 503)

@@ -2084,11 +2084,12 @@ async def test_an_interrupted_call_is_queued_again(bench: Bench) -> None:
 
 
 async def test_an_interrupted_call_goes_behind_those_that_waited(bench: Bench) -> None:
-    """It may be what the process died of, and the others are to run all the same."""
+    """It may be what took the process down, and they have done nothing."""
     await bench.enqueue_all("a", "b", "c")
     await bench.claim(1)
     await bench.crash()
-    assert await bench.claim() == ["b", "c", "a"]
+    await bench.enqueue("d")
+    assert await bench.claim() == ["b", "c", "a", "d"]
 
 
 async def test_every_interruption_is_counted(bench: Bench) -> None:

@@ -404,7 +404,7 @@ async def variety(gateway: Daemon, function: Server, functions: Functions, sink:
         "told": await submit(gateway, "it", X_Callback_Url=sink.url),
         "refused": await submit(gateway, "it", X_Callback_Url=f"{sink.url}/refuse"),
         "failed": await submit(gateway, "fail", X_Call_Id="batch"),
-        "late": await submit(gateway, "it", X_Delay="1h", X_Deadline="1ms"),
+        "late": await gateway.missed("it"),
         "cat": await submit(gateway, "cat", X_Call_Id="batch"),
     }
     for call in calls.values():
