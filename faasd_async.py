@@ -74,6 +74,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -97,7 +98,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -1086,6 +1086,31 @@ def load_config(path: str | None) -> Config:
     raise ConfigError([f"{path}: {problem}" for problem in problems])
 
 
+def config_warnings(config: Config) -> Iterator[str]:
+    """What is right by itself, and still looks wrong on this machine now."""
+    for name, function in config.functions.items():
+        if function.command and not find_program(function):
+            yield f"functions.{name}.command: there is no program {function.command[0]}"
+        others = set(config.queues) - {function.queue}
+        close = difflib.get_close_matches(function.queue, others, 1, 0.8)
+        if close and config.queues[function.queue] == QueueConfig():
+            yield f"functions.{name}.queue: {function.queue}: did you mean {close[0]}?"
+    if config.callback.tls_ca_file:
+        try:
+            ssl.create_default_context(cafile=config.callback.tls_ca_file)
+        except OSError as exc:
+            reason = exc.strerror or str(exc)
+            yield f"callback.tls_ca_file: {config.callback.tls_ca_file}: {reason}"
+
+
+def find_program(function: Function) -> str | None:
+    """The path of a command's program as it would be started; None: there is none."""
+    word = (function.command or ("",))[0]
+    if "/" in word:
+        return shutil.which(str(Path(function.cwd or ".") / word))
+    return shutil.which(word, path=function.env.get("PATH"))
+
+
 def store_path(config: Config) -> Path:
     """Where the queue's file is: the key, else systemd's state directory, else the user's."""
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -1685,6 +1710,11 @@ def command_content_type(function: Function, request: FunctionRequest, body: byt
     for name, value in request.headers:
         if name.lower() == b"content-type":
             return value
+    return looks_like(body)
+
+
+def looks_like(body: bytes) -> bytes:
+    """The Content-Type of text, or of anything."""
     try:
         body.decode()
     except UnicodeDecodeError:
@@ -2293,20 +2323,33 @@ CATCH_UP_ENDS = """
 CATCH_UP_DEADLINES = """
     UPDATE calls SET deadline_at = deadline_at + :ahead
     WHERE deadline_at IS NOT NULL AND start_time / 1e9 BETWEEN :since AND :until
-        AND deadline_at - start_time / 1e9 < :ahead
+        AND deadline_at - :until < :ahead
 """
 DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty queue"
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder outlive a power cut, where its file system and its mode allow."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def make_private(path: Path) -> None:
     """Make a file, and the folders above it, that nobody else can read, whatever the umask.
 
-    What SQLite puts beside it has the same mode. A folder that is there is somebody's. OSError.
+    What SQLite puts beside it has the same mode. A folder that is there is somebody's. SQLite syncs
+    the names of its files, but nobody those of the folders that lead there: a power cut could take
+    all of it. Raises OSError.
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)
+        sync_folder(folder.parent)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     for suffix in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -3201,7 +3244,7 @@ class WallClock:
 
     def accept(self, ahead: float) -> None:
         """What followed from that is done; and a clock that was set back, or drifts, is right."""
-        self.since += ahead
+        self.since = min(self.since + ahead, time.time())
         self._offset = self._now()
 
 
@@ -3727,6 +3770,7 @@ class Program:
     def __init__(self, process: subprocess.Popen[bytes], keep: int) -> None:
         assert process.stdin and process.stdout and process.stderr
         self.pid = process.pid
+        self._pidfd = os.pidfd_open(process.pid)  # first, because it can fail
         self.stdout = PipeReader(process.stdout, keep)
         self.stderr = PipeReader(process.stderr, MAX_STDERR_BYTES)
         self._process = process
@@ -3735,7 +3779,6 @@ class Program:
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()  # its exit code
         self._ending = False
-        self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._reap)
 
     def _reap(self) -> None:
@@ -3748,8 +3791,7 @@ class Program:
     async def talk(self, body: bytes | AsyncIterator[bytes]) -> None:
         """Feed it and take what it writes, until it has ended.
 
-        What it has left behind may go on writing for COMMAND_GRACE_S. Raises RequestFailed when it
-        writes more than can be held, and what `body` raises.
+        Raises RequestFailed when it writes more than can be held, and what `body` raises.
         """
         feeding = asyncio.create_task(self._feed(body), name=f"stdin of {self.pid}")
         waiting: set[asyncio.Future[Any]] = {self.exited, self.stdout.overflowed, feeding}
@@ -3762,6 +3804,9 @@ class Program:
         finally:
             feeding.cancel()
             await asyncio.wait({feeding})
+
+    async def take_rest(self) -> None:
+        """What it has left behind may go on writing for COMMAND_GRACE_S. RequestFailed as above."""
         outputs = {self.stdout.ended, self.stderr.ended}
         await asyncio.wait(outputs, timeout=COMMAND_GRACE_S)
         kill_group(self.pid)  # Those of its group that held the pipes let go of them now.
@@ -3820,14 +3865,8 @@ class CommandRunner:
     """Runs commands like the classic watchdog: a process for each request."""
 
     def __init__(self) -> None:
-        # Threads of its own, which no name that is looked up for ever can take.
-        self._starters = ThreadPoolExecutor(max_workers=4, thread_name_prefix="starter")
         self._pids: set[int] = set()  # of programs that run
         self._starting = 0
-
-    def close(self) -> None:
-        """Start no more."""
-        self._starters.shutdown(wait=False)
 
     async def run(
         self, function: Function, request: FunctionRequest, timeout_s: float, keep: int
@@ -3838,50 +3877,90 @@ class CommandRunner:
         long; Shortage; and what the request's body raises.
         """
         started = time.perf_counter()
-        program = Program(await self._start(function, request), keep)
-        self._pids.add(program.pid)
+        program: Program | None = None
         try:
             async with time_limit(min(timeout_s, function.exec_timeout or timeout_s)):
+                program = await self._start(function, request, keep)
                 await program.talk(request.body)
+            await program.take_rest()
         except RequestFailed as exc:
-            if await program.end():
+            if program is None or await program.end():
                 raise
             reason = f"{exc.text}, and its process {program.pid} can't be killed"
             raise RequestFailed(exc.kind, reason) from None
         finally:
-            if not await program.end():
-                told = {"function": function.name, "pid": program.pid}
-                log_with(logging.WARNING, "a program can't be killed", **told)
-            self._pids.discard(program.pid)
+            if program is not None:
+                await self._bury(program, function.name)
             self.reap_orphans()
         return command_outcome(function, request, program, time.perf_counter() - started)
 
-    async def _start(self, function: Function, request: FunctionRequest) -> subprocess.Popen[bytes]:
-        """The process. Raises RequestFailed, Shortage."""
-        environment = command_environment(function, request)
+    async def _start(self, function: Function, request: FunctionRequest, keep: int) -> Program:
+        """Raises RequestFailed, Shortage."""
         loop = asyncio.get_running_loop()
-        starting = loop.run_in_executor(self._starters, spawn, function, environment)
+        starting: asyncio.Future[subprocess.Popen[bytes]] = loop.create_future()
+        environment = command_environment(function, request)
         self._starting += 1
-        starting.add_done_callback(self._started)
         try:
-            return await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            starting.add_done_callback(kill_started)
-            raise
-        except (OSError, ValueError, subprocess.SubprocessError) as exc:
+            # A thread for each, because execve(2) hangs when the disk does, and nobody else should.
+            arguments = (function, environment, loop, starting)
+            threading.Thread(target=spawn_in_thread, args=arguments, daemon=True).start()
+            process = await starting
+            self._pids.add(process.pid)
+        except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as exc:
+            raise start_failure(function, exc) from exc
+        finally:
+            self._starting -= 1
+        try:
+            return Program(process, keep)
+        except OSError as exc:
+            discard(process)
             raise start_failure(function, exc) from exc
 
-    def _started(self, starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
-        self._starting -= 1
+    async def _bury(self, program: Program, function: str) -> None:
+        if not await program.end():
+            told = {"function": function, "pid": program.pid}
+            log_with(logging.WARNING, "a program can't be killed, and is left alone", **told)
+        self._pids.discard(program.pid)
+
+    def watch_orphans(self) -> None:
+        """As process 1, be told of them. (uvloop keeps SIGCHLD for itself, but does not use it.)"""
+        if os.getpid() == 1:
+            signal.signal(signal.SIGCHLD, lambda *_: self.reap_orphans())
 
     def reap_orphans(self) -> None:
         """As process 1 of a container: take care of what programs have left behind."""
         if os.getpid() != 1 or self._starting:
             return
-        children = Path("/proc/1/task/1/children").read_text().split()
-        for pid in {*map(int, children)} - self._pids:
-            with contextlib.suppress(ChildProcessError):
+        with contextlib.suppress(OSError):  # a kernel without this file, or a hidden /proc
+            children = Path("/proc/1/task/1/children").read_text().split()
+            for pid in {*map(int, children)} - self._pids:
                 os.waitpid(pid, os.WNOHANG)
+
+
+def spawn_in_thread(
+    function: Function,
+    environment: Mapping[str, str],
+    loop: asyncio.AbstractEventLoop,
+    starting: asyncio.Future[subprocess.Popen[bytes]],
+) -> None:
+    """Start a command and tell `starting`. If nobody waits any more it is killed."""
+
+    def settle(process: subprocess.Popen[bytes] | None, failure: Exception | None) -> None:
+        if not starting.done() and process is not None:
+            starting.set_result(process)
+        elif not starting.done() and failure is not None:
+            starting.set_exception(failure)
+        elif process is not None:
+            discard(process)
+
+    process = None
+    failure = None
+    try:
+        process = spawn(function, environment)
+    except Exception as exc:
+        failure = exc
+    with contextlib.suppress(RuntimeError):  # The loop is closed: the daemon has stopped.
+        loop.call_soon_threadsafe(settle, process, failure)
 
 
 def spawn(function: Function, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -3910,7 +3989,8 @@ def command_outcome(
         body = body or stderr
         how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
         error = f"function {function.name}: {how}"
-    headers = ((b"Content-Type", command_content_type(function, request, body)),)
+    content_type = looks_like(body) if error else command_content_type(function, request, body)
+    headers = ((b"Content-Type", content_type),)
     status = 500 if error else 200
     return Outcome(status, not error, duration_s, headers, body, len(body), stderr, error)
 
@@ -3919,7 +3999,7 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     """Why a program could not be started: RequestFailed, or Shortage where it is our own."""
     number = getattr(exc, "errno", None)
     reason = getattr(exc, "strerror", None) or str(exc)
-    if number in Shortage.ERRORS:
+    if number in Shortage.ERRORS or isinstance(exc, RuntimeError):  # no thread could be started
         return Shortage(f"function {function.name} can't be started for now: {reason}")
     path = str(getattr(exc, "filename", None) or (function.command or ("",))[0])
     hint = ""
@@ -3930,11 +4010,8 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
 
 
-def kill_started(starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+def discard(process: subprocess.Popen[bytes]) -> None:
     """Kill a command that was started for a call which has gone meanwhile."""
-    if starting.cancelled() or starting.exception():
-        return
-    process = starting.result()
     kill_group(process.pid)
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe:
@@ -5965,7 +6042,7 @@ class Daemon:
         provider = Provider(settings, provided_http)
         directory = FunctionDirectory(settings, provider, self._limits)
         commands = CommandRunner()
-        stack.callback(commands.close)
+        commands.watch_orphans()
         caller = FunctionCaller(http, provided_http, commands, directory)
         intake = Intake(settings, self._queue, self._metrics)
         metrics = self._metrics
@@ -6365,6 +6442,8 @@ def serve(args: Arguments) -> int:
         listen = parse_config({"gateway": {"listen": args.listen}}).gateway.listen
         config = replace(config, gateway=replace(config.gateway, listen=listen))
     setup_logging(config.log)
+    for line in config_warnings(config):
+        log.warning("%s", line)
     # libuv's own threads look names up: with its 4, a few that no one answers for stop all.
     os.environ.setdefault("UV_THREADPOOL_SIZE", "64")
     new_loop = uvloop.new_event_loop if uvloop else None
@@ -6380,6 +6459,8 @@ def serve(args: Arguments) -> int:
 def check(args: Arguments) -> None:
     """Check a configuration file."""
     config = load_config(args.config)
+    for line in config_warnings(config):
+        print(f"{args.config or 'defaults'}: {line}", file=sys.stderr)
     counts = f"{len(config.functions)} functions, {len(config.queues)} queues"
     print(f"{args.config or 'defaults'}: ok, {counts}")
 
@@ -6399,12 +6480,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--wait": {"action": "store_true", "help": "until the call has ended"},
     "--async": {"action": "store_true", "dest": "queued", "help": "queue it and print its id"},
     "--data": {"metavar": "TEXT", "help": "the body; @FILE: a file's; - or a pipe: standard input"},
-    "-H": {
-        "metavar": "'NAME: VALUE'",
-        "action": "append",
-        "dest": "header",
-        "help": "a header, repeatable",
-    },
+    "-H": {"metavar": "'NAME: VALUE'", "action": "append", "dest": "header", "help": "a header"},
     "id": {"metavar": "ID", "help": "a call's id, or the name of the queue or function"},
     "ids": {"metavar": "ID", "nargs": "*", "help": "call ids; - reads them from standard input"},
 }

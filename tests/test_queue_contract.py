@@ -168,7 +168,7 @@ async def test_a_call_that_comes_while_the_queue_closes_is_answered(bench: Bench
     first = asyncio.ensure_future(bench.enqueue("first", body=bytes(30_000_000)))
     closing = asyncio.create_task(bench.queue.close())
     await asyncio.wait([closing], timeout=0)
-    async with asyncio.timeout(PATIENCE / 4):
+    async with asyncio.timeout(PATIENCE):
         with contextlib.suppress(StoreError):
             await bench.enqueue("second")
         await asyncio.gather(first, closing)
