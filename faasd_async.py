@@ -1295,7 +1295,7 @@ class Output(NamedTuple):
         body = self.body
         if body.startswith(b"\x1f\x8b"):  # gzip (RFC 1952 2.3.1); it may be cut
             with contextlib.suppress(zlib.error):
-                body = zlib.decompressobj(wbits=31).decompress(body, MAX_RESPONSE_BYTES)
+                body = zlib.decompressobj(wbits=31).decompress(body, MIB)
         gap = b"\n" if body and self.stderr and not body.endswith(b"\n") else b""
         return body + gap + self.stderr
 
@@ -1335,23 +1335,6 @@ def record_document(record: CallRecord) -> dict[str, Any]:
     callback = shown.pop("callback")
     shown["callback"] = callback._replace(url=show_url(callback.url))._asdict()
     return shown
-
-
-def past(record: CallRecord) -> dict[str, Any]:
-    """What a call's history keeps of it, when it is queued again."""
-    told = record.callback._asdict()
-    del told["url"]
-    return {
-        "status": record.status,
-        "attempts": record.attempts,
-        "http_status": record.http_status,
-        "error": record.error,
-        "started_at": record.started_at,
-        "completed_at": record.completed_at,
-        "duration_seconds": record.duration_s,
-        "interrupted": record.interrupted,
-        "callback": told,
-    }
 
 
 def fn_document(record: CallRecord) -> dict[str, Any]:
@@ -2547,6 +2530,16 @@ INTERRUPT = """
         status = iif(status = 'running', 'queued', status), interrupted = interrupted + (work <> ?)
     WHERE work IS NOT NULL AND due_at IS NULL
 """
+# Those that were interrupted together more than once come back one after the other, further apart
+# each time: so it is less and less likely that one of them takes the others with it.
+SPREAD_INTERRUPTED = """
+    UPDATE calls SET due_at = due_at + place.number * ((1 << (interrupted - 1)) - 1)
+    FROM (
+        SELECT seq AS row, row_number() OVER (PARTITION BY work ORDER BY seq) - 1 AS number
+        FROM calls WHERE work IS NOT NULL AND work <> ? AND due_at = ? AND interrupted > 0
+    ) AS place
+    WHERE seq = place.row
+"""
 FAIL_CALLBACKS = """
     UPDATE calls SET callback_status = 'failed', work = NULL, lane = NULL,
         callback_error = 'interrupted: the daemon died while it was sent'
@@ -2668,6 +2661,18 @@ SELECT_RECORDS = f"""
     SELECT {RECORD_COLUMNS} FROM calls
     WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
 """
+SELECT_MATCHING = f"""
+    SELECT seq FROM calls
+    WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
+"""
+SELECT_MATCHING_BY_CALL_ID = f"""
+    SELECT seq FROM calls WHERE id = :call_id AND seq < :before AND {MATCHES}
+    UNION ALL SELECT * FROM (
+        SELECT seq FROM calls
+        WHERE call_id = :call_id AND seq < :before AND {MATCHES} ORDER BY seq DESC LIMIT :limit
+    )
+    ORDER BY seq DESC LIMIT :limit
+"""
 SELECT_RECORDS_BY_CALL_ID = f"""
     SELECT {RECORD_COLUMNS} FROM calls WHERE id = :call_id AND seq < :before AND {MATCHES}
     UNION ALL SELECT * FROM (
@@ -2695,16 +2700,24 @@ CANCEL_CALLBACK = """
         lane = NULL, due_at = NULL
     WHERE seq = ?
 """
-SELECT_FINISHED = f"""
-    SELECT {RECORD_COLUMNS} FROM calls JOIN requests USING (seq)
+# Times in the history are whole microseconds: SQLite would write 15 digits of a float.
+REDRIVE_CALLS = """
+    UPDATE calls SET status = 'queued', work = queue, lane = function || '.' || namespace,
+        due_at = :now, attempts = 0, interrupted = 0, http_status = NULL, error = NULL,
+        started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
+        callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
+        callback_error = NULL,
+        history = json_insert(coalesce(history, '[]'), '$[#]', json_object(
+            'status', status, 'attempts', attempts, 'http_status', http_status, 'error', error,
+            'started_at', CAST(round(started_at * 1e6) AS INTEGER),
+            'completed_at', CAST(round(completed_at * 1e6) AS INTEGER),
+            'duration_seconds', duration, 'interrupted', interrupted,
+            'callback', json_object(
+                'status', callback_status, 'attempts', callback_attempts,
+                'http_status', callback_http_status, 'error', callback_error)))
     WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL
-"""
-REDRIVE_CALL = """
-    UPDATE calls SET status = 'queued', work = queue, lane = ?, due_at = ?, attempts = 0,
-        interrupted = 0, http_status = NULL, error = NULL, started_at = NULL, completed_at = NULL,
-        duration = NULL, response_bytes = NULL, callback_status = 'none', callback_attempts = 0,
-        callback_http_status = NULL, callback_error = NULL, history = ?
-    WHERE seq = ?
+        AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
+    RETURNING seq, work, lane
 """
 SELECT_ANSWER = """
     SELECT status, work, callback_url, failure_url, callback_status, response_bytes,
@@ -2868,11 +2881,13 @@ def recover(file: SqliteFile) -> None:
     """Queue again what a dead process had claimed, but not what it seems to have died of."""
     file.db.execute("BEGIN IMMEDIATE")
     file.db.execute(FAIL_CALLBACKS, (file.settings().callback.attempts,))
-    interrupted = file.db.execute(INTERRUPT, (time.time(), CALLBACKS)).rowcount
+    now = time.time()
+    interrupted = file.db.execute(INTERRUPT, (now, CALLBACKS)).rowcount
     if interrupted:
         log.warning("%d interrupted attempts of the previous process are queued again", interrupted)
     for row in file.db.execute(SELECT_INTERRUPTED).fetchall():
         end_poisoned(file, *row)
+    file.db.execute(SPREAD_INTERRUPTED, (CALLBACKS, now))
     file.db.execute("COMMIT")
 
 
@@ -3008,8 +3023,15 @@ def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
     *told, history, callback_url, failure_url, _ = row[19:]
     url = callback_target(row[5], callback_url, failure_url)
-    earlier = tuple(json.loads(history)) if history else ()
+    earlier = tuple(map(read_past, json.loads(history))) if history else ()
     return CallRecord._make([*row[:19], CallbackRecord(url, *told), earlier])
+
+
+def read_past(past: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a call's history, with its times in seconds."""
+    for name in ("started_at", "completed_at"):
+        past[name] = past[name] and past[name] / 1e6
+    return past
 
 
 def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
@@ -3018,19 +3040,21 @@ def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
     return read_record(file.db.execute(SELECT_RECORD, where).fetchone())
 
 
-def select_matching(
-    file: SqliteFile, filters: CallFilter, before: int | None, limit: int
+def select_window(
+    file: SqliteFile,
+    statements: tuple[str, str],
+    filters: CallFilter,
+    before: int | None,
+    limit: int,
 ) -> tuple[list[Sequence[Any]], int]:
     """One window of matching rows older than `before`, and where the next window begins.
 
     In windows, so that a rare match in a large file doesn't keep the writer. 0: that was the last.
+    The second of the statements is for calls with one call id, of which there is an index.
     """
     start = file.last_seq + 1 if before is None else before
-    floor = max(0, start - SCAN_WINDOW)
-    statement = SELECT_RECORDS
-    if filters.call_id is not None:
-        floor = 0
-        statement = SELECT_RECORDS_BY_CALL_ID
+    by_call_id = filters.call_id is not None
+    floor = 0 if by_call_id else max(0, start - SCAN_WINDOW)
     where = filters._asdict() | {
         "statuses": json.dumps(filters.statuses),
         "callbacks": json.dumps(filters.callbacks),
@@ -3039,7 +3063,7 @@ def select_matching(
         "limit": limit,
         "now": time.time(),
     }
-    rows = file.db.execute(statement, where).fetchall()
+    rows = file.db.execute(statements[by_call_id], where).fetchall()
     after = rows[-1][-1] if len(rows) == limit else floor
     return rows, after if after > 1 else 0
 
@@ -3048,7 +3072,8 @@ def step_list(
     file: SqliteFile, filters: CallFilter, before: int | None, limit: int
 ) -> tuple[list[CallRecord], int]:
     """One window of records; 0: that was the last."""
-    rows, after = select_matching(file, filters, before, limit)
+    statements = (SELECT_RECORDS, SELECT_RECORDS_BY_CALL_ID)
+    rows, after = select_window(file, statements, filters, before, limit)
     return [read_record(row) for row in rows], after
 
 
@@ -3084,15 +3109,11 @@ def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Queue those of these rows again, as if new, that are final and have their request."""
     now = time.time()
     where = {"seqs": json.dumps(seqs), "now": now}
-    rows = file.db.execute(SELECT_FINISHED, where).fetchall()
-    for row in rows:
-        seq = row[-1]
-        record = read_record(row)
-        lane = f"{record.function}.{record.namespace}"
-        history = json.dumps([*record.history, past(record)])
-        file.db.execute(DROP_OUTPUT, (seq,))
-        file.db.execute(REDRIVE_CALL, (lane, now, history, seq))
-        file.index.add(record.queue, lane, now)
+    rows = file.db.execute(REDRIVE_CALLS, where).fetchall()
+    file.db.executemany(DROP_OUTPUT, [(seq,) for seq, _, _ in rows])
+    waiting = Counter((queue, lane) for _, queue, lane in rows)
+    for (queue, lane), number in waiting.items():
+        file.index.add(queue, lane, now, number)
     return len(rows)
 
 
@@ -3141,8 +3162,9 @@ def step_bulk(
     change: Callable[[SqliteFile, Sequence[int]], int],
 ) -> tuple[int, int, int]:
     """Change one batch of matching rows: how many matched, were changed, and where to go on."""
-    rows, after = select_matching(file, filters, before, BATCH)
-    seqs = [row[-1] for row in rows]
+    statements = (SELECT_MATCHING, SELECT_MATCHING_BY_CALL_ID)
+    rows, after = select_window(file, statements, filters, before, BATCH)
+    seqs = [seq for (seq,) in rows]
     return len(rows), change(file, seqs) if seqs else 0, after
 
 
@@ -4016,6 +4038,7 @@ def discard(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe:
             pipe.close()
+    threading.Thread(target=process.wait, daemon=True).start()  # or it would stay a zombie
 
 
 def kill_group(pid: int) -> None:
@@ -5938,7 +5961,10 @@ def bound_sockets(address: str) -> Iterator[socket.socket]:
 
 
 def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
-    """The sockets that systemd passed, else those of gateway.listen. Raises ListenError."""
+    """The sockets that systemd passed, else those of gateway.listen.
+
+    Raises ListenError, or ConfigError where no restart would help.
+    """
     sockets = passed_sockets()
     if sockets:
         return sockets
@@ -5946,8 +5972,10 @@ def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
         try:
             sockets += bound_sockets(address)
         except OSError as exc:
-            reason = exc.strerror or str(exc)
-            raise ListenError(f"gateway.listen: {address}: {reason}") from exc
+            line = f"gateway.listen: {address}: {exc.strerror or exc}"
+            if isinstance(exc, PermissionError):  # such as a port below 1024: it will not be right
+                raise ConfigError([line]) from exc
+            raise ListenError(line) from exc
     return sockets
 
 

@@ -57,6 +57,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -70,7 +71,7 @@ from aiohttp import web
 BODY = b"x" * 256
 STOCK_BARE = 20_000.0  # requests/s of the bare handler where the stock figures were measured
 IN_FLIGHT = {"one": 1, "many": 64, "parked": 1, "backlog": 64}  # queues, each with a function of the same name
-GROUPS = ("start", "idle", "drain", "mixed", "callback", "sync", "enqueue", "fair", "million")
+GROUPS = ("start", "idle", "drain", "mixed", "callback", "sync", "enqueue", "fair", "bulk", "command", "million")
 ENDING = (signal.SIGINT, signal.SIGTERM)
 HEADER = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 CONFIG = """
@@ -83,6 +84,8 @@ path = "{store}"
 level = "warning"
 [functions.sink]
 url = "http://127.0.0.1:{sink}"
+[functions.true]
+command = ["true"]
 """
 SPREAD_CONFIG = """
 [functions.spread-{number}]
@@ -393,9 +396,9 @@ class Generator:
     wrk_script: str  # empty: the own generator
 
     def run(self, port: int, path: str, connections: int, secs: float = 1e9, count: int = 0, headers: str = "") -> Load:
-        """Load for some seconds; or with exactly `count` requests, which only the own generator can do."""
+        """Load for some seconds; or with `count` requests or with headers, which only the own generator can do."""
         status = "200" if path.startswith("/function/") else "202"
-        if count or not self.wrk_script:
+        if count or headers or not self.wrk_script:
             load = json.dumps([port, path, headers, status, connections, count, secs])
             command = [sys.executable, __file__, "--role", "load", "--load", load]
         else:
@@ -664,6 +667,41 @@ class Bench:
             title = f"drain, {functions:,} function{'s' if functions > 1 else ''} taking turns"
             self.add(title, "/s", median(found), beside=median(rates[1]), ratio=ratio, goal="ratio >= 0.9")
 
+    def bulk(self) -> None:
+        """Cancel 100,000 calls by filter and run them again, beside enqueues of others; all of them wait."""
+        count, delay = 20 * self.calls, "X-Delay: 1h\r\n"
+        with self.daemon("bulk") as daemon:
+
+            def others(secs: float) -> float:
+                return self.generator.run(daemon.port, daemon.route("one"), 32, secs, headers=delay).rate
+
+            self.sink.tell("hold", daemon.station("parked"))  # or what is run again would run
+            self.generator.run(daemon.port, daemon.route("parked"), 32, count=count, headers=delay)
+            for action in ("cancel", "retry"):
+                alone = others(self.seconds)
+                path = f"/system/calls/{action}?function=parked"
+                with ThreadPoolExecutor() as pool:
+                    begun = time.monotonic()
+                    done = pool.submit(post, daemon.port, path)
+                    beside = others(self.seconds)
+                    status, answer = done.result()
+                    spent = time.monotonic() - begun
+                if json.loads(answer) != {"matched": count, "done": count}:
+                    raise BenchError(f"{path}: {status} {answer!r}")
+                self.add(f"{action} {count:,} calls by filter, beside enqueues", "s", spent, goal="<= 10")
+                title = f"  enqueue meanwhile, the first {self.seconds:g} s"
+                self.add(title, "/s", beside, beside=alone, ratio=beside / alone, goal="ratio >= 0.8")
+
+    def command(self) -> None:
+        """What it takes to start a program, one after the other and 32 at once."""
+        with self.daemon("command") as daemon:
+            before = daemon.memory_mib()["RSS"]
+            for connections in (1, 32):
+                load = self.generator.run(daemon.port, "/function/true", connections, self.seconds)
+                title = f"a program's start and end, {connections} at once"
+                self.add(title, "ms", 1e3 / load.rate, goal="<= 3" if connections == 1 else "")
+            self.add("  memory that this took", "MiB", daemon.memory_mib()["RSS"] - before)
+
     def backlog(self, count: int) -> None:
         """The figures with `count` calls waiting, beside those of an empty store."""
         waiting = f"{count:,} waiting"
@@ -769,7 +807,7 @@ def busy_s() -> tuple[float, float]:
 def measure(bench: Bench, groups: set[str], million: int) -> None:
     if "start" in groups:
         bench.start()
-    if of_one_daemon := groups - {"start", "fair", "million"}:
+    if of_one_daemon := groups - {"start", "fair", "bulk", "command", "million"}:
         with bench.daemon("main") as daemon:
             for name in GROUPS:
                 if name in of_one_daemon:
@@ -777,8 +815,9 @@ def measure(bench: Bench, groups: set[str], million: int) -> None:
             if of_one_daemon - {"idle"}:
                 time.sleep(2)
                 bench.memory(daemon, "memory, after the load", "<= 60")
-    if "fair" in groups:
-        bench.fair()
+    for name in ("fair", "bulk", "command"):
+        if name in groups:
+            getattr(bench, name)()
     if million:
         bench.backlog(million)
     elif "million" in groups:

@@ -446,7 +446,7 @@ async def test_an_answer_that_breaks_off_does_not_look_whole(daemon: StartDaemon
 async def test_a_function_that_takes_too_long_is_a_gateway_timeout(daemon: StartDaemon, function: Server) -> None:
     """504 after `upstream_timeout`, and the function's connection is closed."""
     function.behaviour = never
-    gateway = await daemon(f'[gateway]\nupstream_timeout = "100ms"\n[functions.slow]\nurl = "{function.url}"')
+    gateway = await daemon(f'[gateway]\nupstream_timeout = "1s"\n[functions.slow]\nurl = "{function.url}"')
     reply = await ask(gateway.url, "/function/slow", method="POST", body=SECRET)
     assert reply.status == 504
     assert_one_line(reply, "slow")

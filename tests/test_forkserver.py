@@ -163,6 +163,7 @@ async def test_a_program_that_can_not_be_imported_is_told(
     """By the error of the test that wants to start it, instead of a test that hangs."""
     (tmp_path / SCRIPT.name).write_text("raise RuntimeError('it is being written')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # it is not this file that is measured
     server = ForkServer()
     try:
         with pytest.raises(RuntimeError, match="can't be imported"):

@@ -448,12 +448,15 @@ class QueueMachine(RuleBasedStateMachine):
         """The process ends, in order or not, and the next one takes over."""
         now = self.tick()
         self.run(self.bench.reopen() if orderly else self.bench.crash())
-        for _, row in self.held:
-            if row.owner is not None:
+        together: Counter[str] = Counter()
+        for row in self.rows:
+            if row.owner is not None and row.work is not None:
                 row.owner = None
                 row.due_at = now  # behind all that waited
                 if row.work != CALLBACKS:
                     row.status, row.interrupted = "queued", row.interrupted + 1
+                    row.due_at += together[row.work] * (2 ** (row.interrupted - 1) - 1)
+                    together[row.work] += 1
         self.held.clear()
 
     # -- invariants
