@@ -2300,8 +2300,8 @@ SELECT_LANES = """
 # The clock was set forward by :ahead; it had been wrong since :since, as that of a Raspberry Pi is,
 # which has no battery. What was stamped meanwhile has ended as lately as before, and waits as long.
 CATCH_UP_ENDS = """
-    UPDATE calls SET completed_at = completed_at + :ahead
-    WHERE completed_at IS NOT NULL AND completed_at BETWEEN :since AND :until
+    UPDATE calls SET completed_at = max(completed_at, min(completed_at, :until) + :ahead)
+    WHERE completed_at IS NOT NULL AND completed_at BETWEEN :since AND :latest
 """
 CATCH_UP_DEADLINES = """
     UPDATE calls SET deadline_at = deadline_at + :ahead
@@ -2475,9 +2475,10 @@ class SqliteFile:
         if result != "ok" and "unable to get" not in result:
             self._mark.touch()
 
-    def catch_up(self, since: float, until: float, ahead: float) -> None:
-        """The clock was set forward by `ahead` at `until`, and had been wrong since `since`."""
-        stamps = {"since": since, "until": until, "ahead": ahead}
+    def catch_up(self, since: float, latest: float, ahead: float) -> None:
+        """The clock was set forward by `ahead`; what it showed was from `since` to `latest`."""
+        until = time.time() - ahead
+        stamps = {"since": since, "until": until, "latest": latest, "ahead": ahead}
         self.db.execute(CATCH_UP_ENDS, stamps)
         self.db.execute(CATCH_UP_DEADLINES, stamps)
         self.find_deadline()
@@ -2785,7 +2786,7 @@ def step_claim(
     file: SqliteFile, queue: str, limit: int, room: Mapping[str, int]
 ) -> Sequence[Claim]:
     """Hand out due work of one queue, and have it told when more becomes due."""
-    now = time.time()
+    now = stamp()
     index = file.index
     if index.deadline_at <= now:
         step_expire(file)
@@ -2865,10 +2866,11 @@ def end_call(
 
     False, and nothing done: it is not in that status any more.
     """
-    now = time.time()
+    now = stamp()
     host = callback_lane(target) if target else None
     follow = ("pending", CALLBACKS, host, now) if host else ("none", None, None, None)
-    result = (ended.status, ended.http_status, ended.error, now, ended.duration_s, size)
+    duration = None if ended.duration_s is None else round(ended.duration_s, 6)
+    result = (ended.status, ended.http_status, ended.error, now, duration, size)
     if file.db.execute(END_CALL, (*result, *follow, *receipt, was)).rowcount == 0:
         return False
     if host:
@@ -2907,6 +2909,7 @@ def end_poisoned(
     if interrupted < file.settings().max_interruptions(function):
         return
     error = f"interrupted {interrupted} times: the daemon died each time while it ran"
+    file.db.execute(DROP_OUTPUT, (seq,))  # of an earlier attempt
     ended = Ended(own_id, call_id, function, "error", attempts, error=error)
     target = callback_target("error", callback_url, failure_url)
     end_call(file, Receipt(seq, claims), "queued", ended, None, target)
@@ -2940,6 +2943,11 @@ def step_deliver(file: SqliteFile, claim: Claim, outcome: Outcome, status: str) 
         return False
     cut_output(file, receipt.seq)
     return True
+
+
+def stamp() -> float:
+    """Now, in whole microseconds: as records show it, and as their history keeps it."""
+    return round(time.time(), 6)
 
 
 def requeue(file: SqliteFile, claim: Claim, statement: str, delay_s: float, *told: object) -> bool:
@@ -3089,7 +3097,7 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
 
     Claimed work is stopped after the commit.
     """
-    now = time.time()
+    now = stamp()
     rows = file.db.execute(SELECT_WORK, (json.dumps(seqs),)).fetchall()
     for seq, claims, own_id, call_id, function, attempts, work, lane, due_at in rows:
         if work == CALLBACKS:
@@ -3253,7 +3261,8 @@ class WallClock:
     """Notices that the wall clock was set forward: the time since boot was not."""
 
     def __init__(self) -> None:
-        self.since = time.time()  # since when what it shows can be compared
+        self.since = time.time()  # the earliest and the latest that it has shown, as of now
+        self.latest = self.since
         self._offset = self._now()
 
     def _now(self) -> float:
@@ -3266,7 +3275,9 @@ class WallClock:
 
     def accept(self, ahead: float) -> None:
         """What followed from that is done; and a clock that was set back, or drifts, is right."""
-        self.since = min(self.since + ahead, time.time())
+        now = time.time()
+        self.since = min(self.since + ahead, now)
+        self.latest = max(self.latest, now)
         self._offset = self._now()
 
 
@@ -3363,7 +3374,7 @@ class Writer:
             if self._file.stale:
                 self._file.rebuild()
             if ahead := self._clock.ahead():
-                self._file.catch_up(self._clock.since, time.time() - ahead, ahead)
+                self._file.catch_up(self._clock.since, self._clock.latest, ahead)
             answers = [(entry.future, self._answer(entry)) for entry in batch]
             db.execute("COMMIT")
         except Exception as exc:

@@ -4,12 +4,31 @@ A preloaded library gives the daemon, and nobody else, another wall clock; its m
 """
 
 import asyncio
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Gate, Server, StartDaemon, answer, ask, preloaded
+from conftest import PATIENCE, SCRIPT, Daemon, Gate, Server, StartDaemon, answer, ask, preloaded
 
 HOUR = 3600
+YEAR = 365 * 24 * HOUR
+
+# Runs the daemon in this process (the rest of the command line is the command that would do it). It cleans up all the
+# time, and says so.
+TIDY = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import faasd_async
+faasd_async.HOUSEKEEPING_S = 0.05
+prune = faasd_async.SqliteQueue.prune
+async def told(self):
+    number = await prune(self)
+    print("pruned", number, file=sys.stderr, flush=True)
+    return number
+faasd_async.SqliteQueue.prune = told
+sys.exit(faasd_async.main(sys.argv[4:]))
+"""
 
 
 class WallClock:
@@ -25,6 +44,12 @@ class WallClock:
         new = self._control.with_suffix(".new")
         new.write_text(f"{offset_s:+d}\n")
         new.replace(self._control)
+
+
+async def tidied(gateway: Daemon) -> None:
+    """Wait until a daemon that runs in TIDY has cleaned up once more, from beginning to end."""
+    for _ in range(2):  # the first may have begun before
+        await gateway.wait_for_log("pruned", len(gateway.lines))
 
 
 @pytest.fixture
@@ -130,7 +155,7 @@ async def test_a_clock_that_is_set_back_deletes_no_fresh_record(
 ) -> None:
     """Records from the future are kept, old ones go."""
     clock.set(-3 * HOUR)
-    gateway = await daemon(settings(function, '[calls]\nkeep = "30m"'), env=clock.env)
+    gateway = await daemon(settings(function), env=clock.env)
     old = await gateway.submit("it")
     await gateway.final(old)
     await gateway.terminate()
@@ -140,8 +165,76 @@ async def test_a_clock_that_is_set_back_deletes_no_fresh_record(
     await gateway.final(fresh)
     await gateway.terminate()
     clock.set(-HOUR)
+    gateway.configure(settings(function, '[calls]\nkeep = "30m"'))
     await gateway.start()
     async with asyncio.timeout(PATIENCE):
         while (await ask(gateway.url, f"/system/calls/{old}")).status != 404:  # noqa: ASYNC110 — as a client does it
             await asyncio.sleep(0.01)
     assert (await gateway.record(fresh))["status"] == "success"
+
+
+async def test_a_clock_that_is_set_forward_forgets_nothing(
+    daemon: StartDaemon, function: Server, clock: WallClock
+) -> None:
+    """Minutes after a start without a battery: no record goes, no key, and no time to start that somebody gave."""
+    clock.set(-YEAR)
+    gateway = await daemon(
+        settings(function, '[calls]\nkeep = "30m"'), env=clock.env, prefix=(sys.executable, "-c", TIDY)
+    )
+    done = await gateway.submit("it", b"body", Idempotency_Key="key")
+    before = await gateway.final(done)
+    function.behaviour = gate = Gate()
+    running = await gateway.submit("it")
+    await function.wait_for(2)
+    lasting = await gateway.submit("it", X_Deadline="1h")
+    dated = await gateway.submit("it", X_Deadline=str(int(time.time()) + HOUR))  # of somebody who knows the time
+    clock.set(0)
+    await tidied(gateway)
+    assert (await gateway.record(done))["status"] == before["status"] == "success"
+    assert await gateway.submit("it", b"body", Idempotency_Key="key") == done
+    assert [(await gateway.record(call_id))["status"] for call_id in (lasting, dated)] == ["queued"] * 2
+    gate.open()
+    for call_id in (running, lasting, dated):
+        assert (await gateway.final(call_id))["status"] == "success"
+    assert function.call_ids == [done, running, lasting, dated]
+    await gateway.terminate()
+    await gateway.start()
+    await tidied(gateway)
+    for call_id in (done, running, lasting, dated):
+        assert (await gateway.record(call_id))["status"] == "success"
+
+
+async def test_a_clock_that_is_set_back_and_forth_forgets_nothing(
+    daemon: StartDaemon, function: Server, clock: WallClock
+) -> None:
+    """What ended by the clock that was wrong is as young as it is."""
+    gateway = await daemon(
+        settings(function, '[calls]\nkeep = "30m"'), env=clock.env, prefix=(sys.executable, "-c", TIDY)
+    )
+    calls = []
+    for offset in (0, -HOUR, 0, -2 * HOUR, HOUR):
+        clock.set(offset)
+        await tidied(gateway)
+        calls.append(await gateway.submit("it"))
+        await gateway.final(calls[-1])
+    await tidied(gateway)
+    for call_id in calls:
+        assert (await gateway.record(call_id))["status"] == "success"
+
+
+async def test_a_clock_that_is_set_forward_takes_nothing_from_a_deadline_that_has_run_already(
+    daemon: StartDaemon, function: Server, clock: WallClock
+) -> None:
+    """Of 100 s some have passed, and then the clock is set forward by more than is left, and less than there was."""
+    gateway = await daemon(settings(function), env=clock.env, prefix=(sys.executable, "-c", TIDY))
+    function.behaviour = gate = Gate()
+    await gateway.submit("it")
+    await function.wait_for(1)
+    call_id = await gateway.submit("it", X_Deadline="100s")
+    clock.set(50)  # such a small step is as good as time that has passed
+    await tidied(gateway)
+    clock.set(120)
+    await tidied(gateway)
+    assert (await gateway.record(call_id))["status"] == "queued"
+    gate.open()
+    assert (await gateway.final(call_id))["status"] == "success"

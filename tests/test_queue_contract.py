@@ -1588,12 +1588,12 @@ async def test_a_long_output_is_cut_after_its_callback(bench: Bench, end: str) -
     """The callback needs all of it, people do not."""
     bench.config.set({"keep_output": 4})
     await bench.enqueue("a", callback_url=SINK)
-    await bench.run(OK._replace(body=b"0123456789", size=10))
+    await bench.run(OK._replace(body=b"0123456789", size=10, stderr=b"abcdefghij"))
     if end == "cancelled":
         await bench.queue.cancel("a")
     else:
         await bench.deliver(OK, end)
-    assert (await bench.queue.output("a"))[0] == b"0123"
+    assert await bench.queue.output("a") == (b"0123", b"abcd")
 
 
 # ---- redrive -------------------------------------------------------------------------------------

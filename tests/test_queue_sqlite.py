@@ -273,6 +273,17 @@ async def test_a_disk_with_room_for_little_takes_little(sqlite: SqliteBench) -> 
     assert await sqlite.claim() == ["small"]
 
 
+async def test_a_full_disk_is_told_also_after_a_wait(sqlite: SqliteBench) -> None:
+    """That a call became due meanwhile does not mean that another one could be stored."""
+    await sqlite.enqueue("later", due_at=time.time() + 0.5)
+    await fill_disk(sqlite)
+    with pytest.raises(StoreError):
+        await sqlite.enqueue("big", body=bytes(100_000))
+    sqlite.woken.clear()
+    await sqlite.until(lambda: REQUESTS in sqlite.woken)
+    assert "full" in (await sqlite.queue.failing() or "")
+
+
 async def test_a_full_disk_leaves_what_was_stored(sqlite: SqliteBench) -> None:
     """Counts, order and limits are as they were before the call that found no place."""
     sqlite.config.set(max_pending=3)
