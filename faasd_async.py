@@ -133,6 +133,7 @@ except (
 
 VERSION = "0.1.0"
 USER_AGENT = f"faasd-async/{VERSION}"
+SERVER = "faasd-async"  # No versions: who asks need not know what to look for.
 OWN_VERSION = {"sha": "", "release": VERSION}  # as faas-cli shows it
 DEFAULT_QUEUE = "faas-request"
 CALLBACKS = (
@@ -5250,6 +5251,7 @@ class Front:
             response = error_reply(target, exc)
         if not response.prepared:
             allow_origin(response.headers, origin)
+            response.headers.setdefault("Server", SERVER)
         return response
 
     def _find(
@@ -5405,7 +5407,8 @@ class Connection(web.RequestHandler):
             log.error("request failed in this program itself", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
-        return reply(line, status)  # What was not HTTP has no keep-alive either.
+        # What was not HTTP has no keep-alive either.
+        return reply(line, status, {"Server": SERVER})
 
 
 class Server(web.Server):

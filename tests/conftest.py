@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import tomllib
@@ -406,6 +407,16 @@ async def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
             return one
 
         yield start_daemon
+
+
+@functools.cache
+def namespaces(*kinds: str) -> tuple[str, ...]:
+    """A prefix that gives a process namespaces of its own (unshare(1)), in which it may do as root may."""
+    users = () if os.geteuid() == 0 else ("--map-root-user",)
+    prefix = ("unshare", *users, *(f"--{kind}" for kind in kinds))
+    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("namespaces need root, or a kernel that lets users have them")
+    return prefix
 
 
 async def preloaded(source: str, folder: Path) -> Path:

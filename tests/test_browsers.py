@@ -7,7 +7,6 @@ is gone.
 
 import asyncio
 import json
-import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from conftest import (
     answer,
     ask,
     faasd,
+    namespaces,
     raw,
     run,
 )
@@ -502,9 +502,7 @@ async def test_names_that_no_stranger_can_have_are_answered(gateway: Daemon) -> 
 
 async def test_a_machine_that_knows_its_domain_has_a_short_name_too(daemon: StartDaemon, function: Server) -> None:
     """As it was called at the prompt, as DNS calls it, and as its neighbours find it."""
-    users = () if os.geteuid() == 0 else ("--map-root-user",)
-    script = 'hostname Pi.example.lan && exec "$@"'
-    prefix = ["unshare", "--uts", *users, "sh", "-c", script, "sh"]
+    prefix = [*namespaces("uts"), "sh", "-c", 'hostname Pi.example.lan && exec "$@"', "sh"]
     gateway = await daemon(functions(function), prefix=prefix)
     for host in ("pi.example.lan:8080", "pi", "PI:8080", "pi.local", "Pi.Local.:8080"):
         assert (await send(gateway, "GET /system/queues", host=host)).status == 200, host

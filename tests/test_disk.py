@@ -21,6 +21,7 @@ from conftest import (
     StartDaemon,
     answer,
     ask,
+    namespaces,
     ok,
     run,
 )
@@ -126,19 +127,16 @@ async def disk(tmp_path: Path) -> AsyncIterator[Disk]:
     folder.mkdir()
     script = f"mount -t tmpfs -o size=4M tmpfs '{folder}' && echo mounted && exec cat"
     holder = await asyncio.create_subprocess_exec(
-        *("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)), "sh", "-c", script),
+        *(*namespaces("mount"), "sh", "-c", script),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     stdout, stdin = holder.stdout, holder.stdin
     assert stdout and stdin
-    mounted = await asyncio.wait_for(stdout.readline(), PATIENCE)
-    if mounted:
-        yield Disk(folder, holder.pid)
+    assert await asyncio.wait_for(stdout.readline(), PATIENCE) == b"mounted\n"
+    yield Disk(folder, holder.pid)
     stdin.close()
     await asyncio.wait_for(holder.wait(), PATIENCE)
-    if not mounted:
-        pytest.skip("mounting a file system needs root, or a kernel that lets users have namespaces")
 
 
 async def test_a_full_disk_refuses_calls_and_loses_none(

@@ -38,6 +38,7 @@ from conftest import (
     faasd,
     finish,
     free_address,
+    namespaces,
     never,
     start_program,
 )
@@ -372,7 +373,7 @@ async def test_a_hundred_thousand_calls_are_cancelled_without_room_for_temporary
     daemon: StartDaemon, function: Server, tmp_path: Path, way: str, told: dict[str, int]
 ) -> None:
     """The root, and every place where SQLite would put such a file, is read-only, as in a locked-down container."""
-    prefix = ["unshare", "--mount", "sh", "-c", READ_ONLY, str(tmp_path)]
+    prefix = [*namespaces("mount"), "sh", "-c", READ_ONLY, str(tmp_path)]
     gateway = await daemon(settings(function), prefix=prefix, start=False)
     await with_many_calls(gateway, 100_000)
     method, target = WAYS[way]

@@ -36,8 +36,8 @@ import asyncio, signal, sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import faasd_async
 faasd_async.HOUSEKEEPING_S = faasd_async.POOL_IDLE_S = 1.0
-faasd_async.sd_notify = lambda state: print(state, file=sys.stderr, flush=True)
-tell = lambda *_: print(f"tasks {{len(asyncio.all_tasks())}}.", file=sys.stderr, flush=True)
+faasd_async.sd_notify = lambda state: sys.stderr.write(f"{{state}}\\n")
+tell = lambda *_: sys.stderr.write(f"tasks {{len(asyncio.all_tasks())}}.\\n")
 start = faasd_async.Daemon.run
 async def run(self):
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
