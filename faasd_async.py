@@ -58,6 +58,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import codecs
 import contextlib
 import difflib
 import email.utils
@@ -612,6 +613,7 @@ def secret(path: Any) -> bytes:
     name = text(path)
     try:
         content = Path(os.path.expandvars(name)).read_bytes().rstrip(b"\r\n")
+        content = content.removeprefix(codecs.BOM_UTF8)  # which Notepad writes
     except OSError as exc:
         raise ValueError(f"{name}: {exc.strerror}") from None
     if not content:
@@ -2432,6 +2434,7 @@ class SqliteFile:
             steps = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)]
             copy = self.path.with_name(f"{self.path.name}.schema-{version}")
             copy.unlink(missing_ok=True)
+            make_private(copy)  # SQLite takes a file that is there, when it is empty.
             self.db.execute("VACUUM INTO ?", (str(copy),))
             log.warning(
                 "%s: schema %d becomes %d; the old file is %s",
@@ -2883,7 +2886,10 @@ def end_call(
 def recover(file: SqliteFile) -> None:
     """Queue again what a dead process had claimed, but not what it seems to have died of."""
     file.db.execute("BEGIN IMMEDIATE")
-    file.db.execute(FAIL_CALLBACKS, (file.settings().callback.attempts,))
+    config = file.settings()
+    # One power cut is no reason to give a callback up that gets one delivery only.
+    most = max(config.callback.attempts, config.retry.max_interruptions)
+    file.db.execute(FAIL_CALLBACKS, (most,))
     now = time.time()
     interrupted = file.db.execute(INTERRUPT, (now, CALLBACKS)).rowcount
     if interrupted:
@@ -4040,6 +4046,9 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     if path.startswith(("/home/", "/root/", "/run/user/")):
         hint = " (a systemd service with ProtectHome does not see it)"
     missing = number == errno.ENOENT and path != function.cwd
+    if missing and "/" in path and Path(path).exists():
+        missing = False
+        hint = " (its interpreter, in the first line, is missing)"
     kind = FailureKind.MISSING if missing else FailureKind.LOCAL
     return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
 
@@ -6301,7 +6310,8 @@ def client_url(address: str) -> str:
     """Where a client finds the daemon, in whatever form people write it."""
     if address.startswith("unix:"):
         return address
-    scheme, _, rest = address.rpartition("//")
+    scheme, _, rest = address.partition("//") if "//" in address else ("", "", address)
+    rest = rest.partition("/")[0]  # a page's address, as a browser shows it
     if rest.startswith(":"):  # every address of this machine; to connect to 0.0.0.0 reaches it too
         rest = f"127.0.0.1{rest}"
     return f"{scheme or 'http:'}//{rest}"

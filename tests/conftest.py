@@ -122,6 +122,7 @@ def pytest_sessionfinish() -> None:
 
 async def start_program(
     *arguments: str | Path,
+    before: str = "",
     fork: bool = True,
     prefix: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
@@ -133,16 +134,21 @@ async def start_program(
 ) -> Process:
     """Start the program; the rest is as for `asyncio.create_subprocess_exec`.
 
-    It is forked where that makes no difference. It gets an interpreter of its own if something
-    execs it, if its environment is another one from the start, or if `fork` is false.
+    `before` is Python that comes first, with the program imported as `faasd_async`. It is forked
+    where that makes no difference. It gets an interpreter of its own if something execs it, if its
+    environment is another one from the start, or if `fork` is false.
     """
     words = [str(argument) for argument in arguments]
     streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
     common = {"env": env or os.environ, "cwd": cwd or Path.cwd(), "limit": LONGEST_LINE, **streams}
     if FORK and fork and not prefix and not pass_fds and fork_server().can_start(common["env"]):
-        return await fork_server().start(*words, **common)
-    command = (*prefix, *PROGRAM, *words)
-    return await asyncio.create_subprocess_exec(*command, pass_fds=pass_fds, **common)
+        return await fork_server().start(*words, before=before, **common)
+    if before:
+        script = f"import sys, faasd_async\n{before}\nsys.exit(faasd_async.main(sys.argv[1:]))"
+        program: tuple[str, ...] = (sys.executable, "-c", script)
+    else:
+        program = PROGRAM
+    return await asyncio.create_subprocess_exec(*prefix, *program, *words, pass_fds=pass_fds, **common)
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,7 @@ class Daemon:
         self.env = dict(env or {})  # what the process gets beside our own environment
         self.prefix = prefix  # a command that execs it, e.g. a shell that sets something up first
         self.arguments: list[str] = []  # more of them for `serve`
+        self.before = ""  # Python that comes first, with `faasd_async` imported
         self.fork = True  # False: it gets an interpreter of its own
         self.pass_fds: Sequence[int] = ()  # open files that it inherits under the same numbers
         self.lines: list[str] = []  # the log of all processes so far
@@ -252,6 +259,7 @@ class Daemon:
             "--config",
             self.config,
             *self.arguments,
+            before=self.before,
             fork=self.fork,
             prefix=self.prefix,
             env=env,
@@ -382,6 +390,7 @@ class StartDaemon(Protocol):
         *,
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        before: str = "",
         start: bool = True,
     ) -> Daemon: ...
 
@@ -397,10 +406,11 @@ async def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
             *,
             env: Mapping[str, str] | None = None,
             prefix: Sequence[str] = (),
+            before: str = "",
             start: bool = True,
         ) -> Daemon:
             one = Daemon(tmp_path, settings, env=env, prefix=prefix)
-            one.fork = fork
+            one.before, one.fork = before, fork
             all_daemons.push_async_callback(one.close)
             if start:
                 await one.start()

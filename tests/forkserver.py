@@ -160,13 +160,18 @@ class ForkServer:
         stdout: int | None = None,
         stderr: int | None = None,
         limit: int = 2**16,
+        before: str = "",
     ) -> Forked:
-        """`faasd_async.main(arguments)`; the rest as for `asyncio.create_subprocess_exec`."""
+        """`before`, which is Python with `faasd_async`, then `faasd_async.main(arguments)`.
+
+        The rest is as for `asyncio.create_subprocess_exec`.
+        """
         request = {
             "arguments": arguments,
             "env": dict(env),
             "cwd": str(cwd),
             "limits": [resource.getrlimit(number) for number in LIMITS],
+            "before": before,
         }
         forked = Forked()
         with contextlib.ExitStack() as after:
@@ -316,8 +321,10 @@ def main() -> None:
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # pytest handles Ctrl-C
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
+        arguments = become(request, signals)
+        exec(request["before"], {"faasd_async": faasd_async})
         try:
-            code = faasd_async.main(become(request, signals))
+            code = faasd_async.main(arguments)
         except SystemExit as exc:  # of argparse
             code = int(exc.code or 0)
         end(code)

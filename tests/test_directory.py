@@ -1,27 +1,21 @@
 """What the daemon remembers of the provider's functions, and what it says when one stays down."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 from aiohttp import web
-from conftest import SCRIPT, Behaviour, Daemon, Request, StartDaemon, ask, assert_refused
+from conftest import Behaviour, Daemon, Request, StartDaemon, ask, assert_refused
 from provider import Deployed, Provider, credential_files, running_provider
 
 REMEMBERED = 50  # names, in these tests; the daemon itself remembers 10,000
 
-# Runs the daemon in this process, with a shorter memory. What follows on the command line is the
-# command that would do it: an interpreter, -m and the module come before its arguments.
+# What comes before the start of a daemon with a shorter memory.
 FORGETFUL = f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import faasd_async
 assert faasd_async.MAX_SEEN == 10_000
 faasd_async.MAX_SEEN = {REMEMBERED}
-sys.exit(faasd_async.main(sys.argv[4:]))
 """
 
 ONE_HOUR = 'cache = "1h"'  # a look-up that is made once stays good for the rest of the test
@@ -54,8 +48,8 @@ def start(daemon: StartDaemon, provider: Provider, tmp_path: Path) -> StartGatew
     files = credential_files(tmp_path, "provider", provider.user, provider.password)
 
     async def start_gateway(keys: str, more: str = "", *, forgetful: bool = False) -> Daemon:
-        prefix = (sys.executable, "-c", FORGETFUL) if forgetful else ()
-        return await daemon(f'[provider]\nurl = "{provider.url}"\n{files}{keys}\n{more}', prefix=prefix)
+        before = FORGETFUL if forgetful else ""
+        return await daemon(f'[provider]\nurl = "{provider.url}"\n{files}{keys}\n{more}', before=before)
 
     return start_gateway
 

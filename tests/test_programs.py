@@ -38,14 +38,8 @@ from conftest import (
 
 KIB, MIB = 2**10, 2**20
 PYTHON = (sys.executable, "-IS", "-c")
-OWN_LOOP = """
-import sys, faasd_async
-assert hasattr(faasd_async, "uvloop")
-faasd_async.uvloop = None
-sys.exit(faasd_async.main(sys.argv[sys.argv.index("faasd_async") + 1 :]))
-"""
-# What runs the daemon's command line in the place of the interpreter that it names.
-LOOPS: dict[str, Sequence[str]] = {"uvloop": (), "asyncio": (sys.executable, "-c", OWN_LOOP)}
+# What comes before the daemon's start.
+LOOPS = {"uvloop": "", "asyncio": 'assert hasattr(faasd_async, "uvloop"); faasd_async.uvloop = None'}
 
 
 @pytest.fixture(params=LOOPS)
@@ -57,9 +51,11 @@ def start(request: pytest.FixtureRequest, daemon: StartDaemon) -> StartDaemon:
         *,
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        before: str = "",
         start: bool = True,
     ) -> Daemon:
-        return await daemon(settings, env=env, prefix=(*prefix, *LOOPS[request.param]), start=start)
+        before = f"{LOOPS[request.param]}\n{before}".strip()
+        return await daemon(settings, env=env, prefix=prefix, before=before, start=start)
 
     return start_daemon
 
@@ -171,7 +167,7 @@ class User:
     Nobody else has this user's id, so a limit on its processes is a limit on the daemon's.
     """
 
-    def __init__(self, folder: Path, daemon: StartDaemon, loop: Sequence[str]) -> None:
+    def __init__(self, folder: Path, daemon: StartDaemon, loop: str) -> None:
         self.id = 100_000 + os.getpid()
         self.become_root = folder / "become-root"  # setpriv(1), for everybody
         self._daemon = daemon
@@ -184,7 +180,7 @@ class User:
         """A daemon as this user."""
         caps = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
         ids = (f"--reuid={self.id}", f"--regid={self.id}", "--clear-groups")
-        return await self._daemon(settings, prefix=("setpriv", *ids, *caps, *self._loop))
+        return await self._daemon(settings, prefix=("setpriv", *ids, *caps), before=self._loop)
 
 
 @pytest.fixture(params=LOOPS)

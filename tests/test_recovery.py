@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -109,6 +110,29 @@ async def test_a_call_that_takes_the_daemon_down_ends_in_error_and_the_others_ru
     assert (told.headers["X-Function-Status"][0], told.body) == ("5", b"")
     assert function.call_ids == [pill, *others, *[pill] * 4]
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+@pytest.mark.parametrize("paths", [["it/pill", "it", "it", "it"], ["it", "it", "it", "it/pill"]])
+async def test_a_poison_call_takes_nobody_with_it(
+    daemon: StartDaemon, function: Server, sink: Server, paths: list[str]
+) -> None:
+    """Those that ran beside it, and died with it more than once, come to run without it in the end, and do well."""
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"')
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        if seen.target == "/pill":
+            await asyncio.sleep(0.1)  # so that the others are there
+            gateway.signal(signal.SIGKILL)
+        await asyncio.sleep(0.3)  # longer than the pill takes
+        return web.Response()
+
+    function.behaviour = behaviour
+    calls = await submit_together(gateway, sink.url, *paths)
+    await live_and_die(gateway, 5)
+    for call_id, path in zip(calls, paths, strict=True):
+        record = await gateway.final(call_id)
+        assert record["status"] == ("error" if path == "it/pill" else "success"), record
+        assert record["interrupted"] >= 2
 
 
 async def test_what_a_poison_call_has_come_to_is_told_where_failures_are(
@@ -420,17 +444,27 @@ async def test_nobody_else_reads_the_store(daemon: StartDaemon, function: Server
         assert mode(path) == expected, path
 
 
-@pytest.mark.parametrize("left", ["by a clean stop", "by a crash", "damaged"])
+def as_an_older_version(store: Path) -> None:
+    """Make the file what version 1 of the schema was."""
+    with contextlib.closing(sqlite3.connect(store)) as db:
+        for column in ("app", "history", "hops"):
+            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+
+
+@pytest.mark.parametrize("left", ["by a clean stop", "by a crash", "damaged", "by an older version"])
 async def test_a_store_that_others_could_read_is_closed_to_them(
     daemon: StartDaemon, function: Server, left: str
 ) -> None:
-    """As it was left by an older version, with its WAL, and as it is set aside when it is damaged."""
+    """With its WAL, and what is kept of it: set aside when it is damaged, copied before it is changed."""
     gateway = await daemon(settings(function), prefix=(*UMASK, "000"))
     call_id = await gateway.submit("it", SECRET)
     await gateway.final(call_id)
     await (gateway.kill() if left == "by a crash" else gateway.terminate())
     if left == "damaged":
         gateway.store.write_bytes(b"This is no database." * 1000)
+    if left == "by an older version":
+        as_an_older_version(gateway.store)
     for path in gateway.folder.glob("calls.db*"):
         path.chmod(0o644)
     await gateway.start()
@@ -478,6 +512,28 @@ async def test_the_daemon_works_with_any_standard_streams(
     assert (await ask(gateway.url, f"/system/calls/{call_id}/log")).body == b"queued\ntold\n"
     streams = standard_streams(gateway.pid)
     assert not [name for name in streams if re.search(r"socket|anon_inode|calls\.db", name)], streams
+
+
+async def test_the_daemon_goes_on_when_the_reader_of_its_log_has_gone(
+    daemon: StartDaemon, systemd: ServiceManager, tmp_path: Path
+) -> None:
+    """As `faasd-async serve 2>&1 | head`: what it would have written is lost, and nothing else."""
+    address, log = free_address(), tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    gateway = await daemon(
+        f'{CAT}[gateway]\nlisten = "{address}"\n[log]\nlevel = "debug"',
+        prefix=with_streams(f"2>{log}"),
+        env={"NOTIFY_SOCKET": str(systemd.path)},
+        start=False,
+    )
+    gateway.url = f"http://{address}"
+    await gateway.spawn()
+    await systemd.wait_for("READY=1")
+    assert await asyncio.to_thread(select.select, [reader], [], [], PATIENCE) == ([reader], [], [])  # the log is there
+    os.close(reader)
+    for _ in range(3):
+        assert (await gateway.final(await gateway.submit("cat", b"x")))["status"] == "success"
 
 
 async def client(gateway: Daemon, redirect: str, *words: str, stdin: bytes = b"") -> Finished:
@@ -897,7 +953,9 @@ HISTORY_KEYS = {
 def as_history(record: dict[str, Any]) -> dict[str, Any]:
     """What stays of an outcome once the call is run again."""
     told = {name: record["callback"][name] for name in ("status", "attempts", "http_status", "error")}
-    return {**{name: record[name] for name in HISTORY_KEYS}, "callback": told}
+    duration_s = record["duration_seconds"]
+    nanoseconds = duration_s if duration_s is None else round(duration_s * 1e9)
+    return {**{name: record[name] for name in HISTORY_KEYS}, "callback": told, "duration_seconds": nanoseconds}
 
 
 async def test_a_retry_by_hand_keeps_what_happened_before(daemon: StartDaemon, function: Server, sink: Server) -> None:
