@@ -3946,6 +3946,10 @@ class CommandRunner:
             threading.Thread(target=spawn_in_thread, args=arguments, daemon=True).start()
             process = await starting
             self._pids.add(process.pid)
+        except asyncio.CancelledError:
+            if not starting.cancelled() and not starting.exception():
+                discard(starting.result())  # It came at the same moment.
+            raise
         except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as exc:
             raise start_failure(function, exc) from exc
         finally:
@@ -3953,6 +3957,7 @@ class CommandRunner:
         try:
             return Program(process, keep)
         except OSError as exc:
+            self._pids.discard(process.pid)
             discard(process)
             raise start_failure(function, exc) from exc
 
@@ -4059,7 +4064,9 @@ def discard(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe:
             pipe.close()
-    threading.Thread(target=process.wait, daemon=True).start()  # or it would stay a zombie
+    # Or it would stay a zombie until the next start, as it does if there may be no more threads.
+    with contextlib.suppress(RuntimeError):
+        threading.Thread(target=process.wait, daemon=True).start()
 
 
 def kill_group(pid: int) -> None:

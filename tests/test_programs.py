@@ -36,6 +36,8 @@ from conftest import (
     to_toml,
 )
 
+from faasd_async import CommandRunner, FunctionRequest, parse_config
+
 KIB, MIB = 2**10, 2**20
 PYTHON = (sys.executable, "-IS", "-c")
 # What comes before the daemon's start.
@@ -862,6 +864,30 @@ async def test_a_client_that_leaves_a_start_that_hangs_leaves_nothing_behind(sta
         await under_way(gateway)
     hung.release()
     await without_children(gateway.pid)
+
+
+async def test_a_call_that_is_cancelled_as_its_program_starts_leaves_nothing_behind(
+    kin: Kin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in one turn of the loop: the program is there, and nobody has got it yet."""
+    function = parse_config({"functions": {"it": {"command": ["sh", "-c", STAY], "env": kin.env}}}).functions["it"]
+    loop = asyncio.get_running_loop()
+    call_soon_threadsafe = loop.call_soon_threadsafe
+
+    def then_cancel(callback: Callable[..., object], *arguments: Any, context: Any = None) -> asyncio.Handle:
+        def both() -> None:
+            callback(*arguments)
+            call.cancel()
+
+        return call_soon_threadsafe(both)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", then_cancel)
+    request = FunctionRequest("POST", "/", [], b"")
+    before = {*children(os.getpid())}
+    call = asyncio.create_task(CommandRunner().run(function, request, PATIENCE, KIB))
+    await asyncio.wait({call})
+    assert call.cancelled()
+    await until(lambda: before.issuperset(children(os.getpid())), "the end of the program")
 
 
 async def test_programs_whose_start_hangs_do_not_keep_others(start: StartDaemon, hung: Hung) -> None:
