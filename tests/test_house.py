@@ -26,7 +26,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SECTIONS = (
     "Constants", "Errors", "Values", "Configuration", "Domain data", "Rules",
     "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite queue",
-    "NATS queue", "HTTP client", "Commands",
+    "NATS queue", "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs and consumer", "Intake", "HTTP front", "Routes", "Operator's page",
     "Schedules", "Daemon", "Command line",
 )  # fmt: skip
