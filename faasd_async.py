@@ -1001,6 +1001,10 @@ class Config:
 Settings = Callable[[], Config]  # as they stand now: a reload changes them
 
 
+# --- Configuration file ---------------------------------------------------------------------------
+# From TOML to these tables, with a line for each thing that is wrong.
+
+
 def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
     """`base` with a table of the file laid over it, and with the tables in that over its own.
 

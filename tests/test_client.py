@@ -981,7 +981,13 @@ def tls_server(context: ssl.SSLContext) -> Iterator[yarl.URL]:
     """A server, in threads, that answers OK to every request on a connection."""
 
     def serve(sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock, context.wrap_socket(sock, server_side=True) as wrapped:
+        wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        with contextlib.suppress(OSError), wrapped:
+            try:
+                wrapped.do_handshake()
+            except ssl.SSLError:  # The alert has been sent: a reset must not overtake it.
+                while os.read(wrapped.fileno(), 2**16):
+                    pass
             received = b""
             while data := wrapped.recv(2**16):
                 received += data
