@@ -3786,8 +3786,8 @@ class TcpInfo(NamedTuple):
 
 def tcp_info(sock: socket.socket) -> TcpInfo:
     """The first 160 bytes of Linux's struct tcp_info."""
-    if sys.platform == "linux" and sock.family != socket.AF_UNIX:
-        with contextlib.suppress(OSError):
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a Unix socket has none
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
             if len(info) == 160:
                 return TcpInfo(info[0], *TCP_COUNTERS.unpack_from(info, 120))
@@ -4224,6 +4224,11 @@ class HttpResponse:
         """Have the connection released in this way."""
         self._release = release
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of a small body has come: the next chunk is the rest of it."""
+        return self._body.is_eof() and self._body.total_bytes <= SMALL_BODY_BYTES
 
     async def read_chunk(self) -> bytes:
         """What came in since; nothing: that was the end. Raises RequestFailed."""
@@ -5778,6 +5783,10 @@ class Request(NamedTuple):
 class PassedResponse(web.StreamResponse):
     """A function's answer passed on, without the headers that aiohttp would add to it."""
 
+    def __init__(self, whole: bool, status: int, reason: str, headers: CIMultiDict[str]) -> None:
+        super().__init__(status=status, reason=re.sub("[^ -~]", "?", reason), headers=headers)
+        self._send_headers_immediately = not whole  # else they go out with the body
+
     async def _prepare_headers(self) -> None:
         added = {name for name in ("Content-Type", "Server") if name not in self.headers}
         await super()._prepare_headers()
@@ -5879,8 +5888,7 @@ async def stream_answer(
             allow_origin(headers, request.trusted_origin)
             # A status below 200 would lead to another protocol: not through us.
             status = answer.status if answer.status >= 200 else 502
-            reason = re.sub("[^ -~]", "?", answer.reason)
-            response = PassedResponse(status=status, reason=reason, headers=headers)
+            response = PassedResponse(answer.whole, status, answer.reason, headers)
             await response.prepare(request.http)
             await copy_body(answer, response, transport, write_timeout_s)
     except RequestFailed as exc:
@@ -5906,13 +5914,13 @@ async def copy_body(
 ) -> None:
     """Write what comes in. A client that takes nothing for too long is cut off."""
     loop = asyncio.get_running_loop()
-    while chunk := await answer.read_chunk():
+    while (chunk := await answer.read_chunk()) and not answer.whole:
         timer = loop.call_later(write_timeout_s, transport.abort)
         try:
             await response.write(chunk)
         finally:
             timer.cancel()
-    await response.write_eof()
+    await response.write_eof(chunk)
 
 
 # -- routes and guards

@@ -21,7 +21,7 @@ import uvloop
 import yarl
 from aiohttp.http_parser import HttpResponseParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from conftest import PATIENCE
+from conftest import PATIENCE, StartDaemon
 
 import faasd_async
 from faasd_async import (
@@ -1251,7 +1251,7 @@ def test_the_parser_is_what_it_was(run: Scenario, kind: str) -> None:
         assert (body.is_eof(), body.exception(), await body.readany()) == (False, None, bytes(4096))
         assert listener.told == ["pause", "resume"]
         parser.feed_eof()
-        assert (body.is_eof(), body.read_nowait()) == (True, b"")
+        assert (body.is_eof(), body.read_nowait(), body.total_bytes) == (True, b"", 4096)
 
     run(scenario())
 
@@ -1293,3 +1293,31 @@ def test_linux_tells_what_a_peer_has_taken(run: Scenario) -> None:
                 assert faasd_async.tcp_info(sock).state != faasd_async.ESTABLISHED
 
     run(scenario())
+
+
+async def test_a_head_goes_out_with_its_body(daemon: StartDaemon) -> None:
+    """`StreamResponse._send_headers_immediately`: off where a small answer has come as a whole, on where it has not."""
+    held = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]
+        writer.write(OK if path == b"/whole" else OK[:-1])
+        await held.wait()
+        writer.write(b"" if path == b"/whole" else OK[-1:])
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    gateway = await daemon(f'[functions.f]\nurl = "http://127.0.0.1:{server.sockets[0].getsockname()[1]}"')
+    for path, first_piece in (("whole", b"ok"), ("half", b"o")):
+        with socket.create_connection(("127.0.0.1", yarl.URL(gateway.url).port or 0)) as client:
+            client.setblocking(False)
+            connection = Connection(client)
+            await connection.send(f"GET /function/f/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            received = await connection.read()
+            if path == "half":
+                while not received.endswith(first_piece):
+                    received += await connection.read()
+                held.set()
+                received += await connection.read()
+            assert received.endswith(b"\r\n\r\nok")
+    server.close()
