@@ -46,6 +46,8 @@ Who owns which task or thread
                        that fails stops the daemon, as a dispatcher does
     Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
+    HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
+                       `exchange`, where no answer came
     aiohttp            one for each HTTP request; Front.drain and `runner.cleanup` await them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it
 
@@ -80,6 +82,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -87,7 +90,7 @@ import time
 import tomllib
 import weakref
 import zlib
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -103,6 +106,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import TracebackType
 from typing import (
     IO,
     Any,
@@ -119,8 +123,11 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 import aiohttp
 import prometheus_client
 import yarl
+from aiohappyeyeballs import start_connection
 from aiohttp import web
-from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from multidict import CIMultiDict
 
 try:
@@ -533,10 +540,10 @@ def http_codes(value: Any) -> frozenset[int]:
 
 @expects('a URL such as "http://127.0.0.1:9001"')
 def server_url(value: Any) -> yarl.URL:
-    """The URL of an HTTP server, to which path and query are added."""
+    """The URL of an HTTP server, to which path and query are added. It may carry credentials."""
     url = http_url(value)
     require("?" not in value)
-    return url.with_user(None)
+    return url
 
 
 @expects("an absolute http:// or https:// URL, in ASCII and with no spaces")
@@ -636,6 +643,44 @@ def signing_key(secret: bytes) -> bytes:
     if secret.startswith(b"whsec_"):
         return base64.b64decode(secret.removeprefix(b"whsec_"))
     return secret
+
+
+def pem_file(path: Any) -> str:
+    """The name of a file with certificates or a key, which can be read. Raises ValueError."""
+    name = os.path.expandvars(text(path))
+    try:
+        content = Path(name).read_bytes()
+    except OSError as exc:
+        raise ValueError(f"{name}: {exc.strerror}") from None
+    if b"-----BEGIN " not in content:
+        raise ValueError(f"{name} holds nothing in PEM format")
+    return name
+
+
+def tls_context(
+    ca_file: str | None, cert_file: str | None, key_file: str | None
+) -> ssl.SSLContext | None:
+    """Whom to trust in TLS, and who we are; None: the system's CAs, and nobody. Raises OSError."""
+    if ca_file is None and cert_file is None:
+        return None
+    context = ssl.create_default_context(cafile=ca_file)
+    if cert_file is not None:
+        # A password would be asked for at the terminal.
+        context.load_cert_chain(cert_file, key_file, password="")
+    return context
+
+
+def tls_conflicts(*files: str | None) -> Iterator[str]:
+    """What is wrong with the files of `tls_context`."""
+    _, cert_file, key_file = files
+    if key_file and not cert_file:
+        yield "tls_key_file needs tls_cert_file"
+        return
+    try:
+        tls_context(*files)
+    except OSError as exc:
+        reason = getattr(exc, "reason", None) or exc.strerror or str(exc)
+        yield f"{', '.join(filter(None, files))}: {reason.replace('_', ' ').lower()}"
 
 
 def basic_auth(user: bytes | None, password: bytes | None) -> str | None:
@@ -754,6 +799,14 @@ class ProviderConfig:
     cache: float = key(duration, "1s")
     scale_from_zero: bool = key(boolean, True)
     scale_timeout: float = key(positive, "60s")
+    tls_ca_file: str | None = key(pem_file)
+    tls_cert_file: str | None = key(pem_file)
+    tls_key_file: str | None = key(pem_file)
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """See `tls_context`."""
+        return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
     @property
     def login(self) -> str | None:
@@ -763,6 +816,7 @@ class ProviderConfig:
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
         yield from login_conflicts(self.user_file, self.password_file)
+        yield from tls_conflicts(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -819,7 +873,14 @@ class CallbackConfig:
     )
     max_hops: int = key(count, 32)
     signing_secret_file: bytes | None = key(signing_secret)
-    tls_ca_file: str | None = key(text)
+    tls_ca_file: str | None = key(pem_file)
+    tls_cert_file: str | None = key(pem_file)
+    tls_key_file: str | None = key(pem_file)
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """See `tls_context`."""
+        return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
     @property
     def policy(self) -> RetryPolicy:
@@ -834,6 +895,7 @@ class CallbackConfig:
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
         yield from self.policy.conflicts()
+        yield from tls_conflicts(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -875,7 +937,16 @@ class Function:
     env: Mapping[str, str] = key(string_table, {})
     cwd: str | None = key(text)
     content_type: str | None = key(text)
+    keepalive: bool = key(boolean, True)
+    tls_ca_file: str | None = key(pem_file)
+    tls_cert_file: str | None = key(pem_file)
+    tls_key_file: str | None = key(pem_file)
     retry: RetryPolicy = RetryPolicy()
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """See `tls_context`."""
+        return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
     @functools.cached_property
     def key(self) -> str:
@@ -893,6 +964,9 @@ class Function:
             yield "set either url or command"
         if self.url and (self.exec_timeout or self.env or self.cwd or self.content_type):
             yield "exec_timeout, env, cwd and content_type are for a command"
+        if self.command and (self.tls_ca_file or self.tls_cert_file or not self.keepalive):
+            yield "keepalive and the tls_ files are for a url"
+        yield from tls_conflicts(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -927,6 +1001,10 @@ class Config:
 
 
 Settings = Callable[[], Config]  # as they stand now: a reload changes them
+
+
+# --- Configuration file ---------------------------------------------------------------------------
+# From TOML to these tables, with a line for each thing that is wrong.
 
 
 def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
@@ -3566,72 +3644,619 @@ class SqliteQueue:
         return self._writer.submit(step_prune)
 
 
-# --- HTTP client ----------------------------------------------------------------------------------
-# The one way out to functions, the provider and receivers. Nothing else knows which library it is.
+# --- HTTP connections -----------------------------------------------------------------------------
+# To functions, the provider and receivers. This section and the next know which library is behind
+# them, and no other does: aiohttp's parser, which is C, and its streams of bytes. What a
+# ClientSession does beside that costs three times as much as all that is done here.
+
+READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
+MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
+DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
+STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
+DNS_CACHE_S = 10.0
+PROOF_S = 1.0  # idle for so long, a connection shows that its peer does keep connections
+MAX_UNPROVEN = 2  # connections that are kept to find that out
+MAX_ORIGINS = 1_000  # of which is known that they do
+LATE_S = 0.1  # A timer that is so late was held up, and so was what it limits.
+MAX_GRACE_S = 1.0
+IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
+BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
+FRAMING = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection"))
+PROXY_VARIABLES = {
+    "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
+    "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
+}
+NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
+ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
+TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
+CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
+
+AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
+Head = tuple[RawResponseMessage, StreamReader]
 
 
-class Wire(ResponseHandler):
-    """A connection to a peer.
+# -- what goes wrong
+
+
+def unreachable(exc: OSError, host: str) -> Exception:
+    """Why no connection could be made: RequestFailed, or Shortage where it is our own."""
+    is_lookup = isinstance(exc, socket.gaierror)
+    if out_of_descriptors() if is_lookup else exc.errno in Shortage.ERRORS:
+        return Shortage("this machine has no descriptors or memory left for a connection")
+    if isinstance(exc, ssl.SSLError):
+        reason = tls_reason(exc)
+    elif isinstance(exc, socket.gaierror):
+        reason = f"{host}: {exc.strerror}"
+        if re.fullmatch(r"[0-9.]+", host):
+            reason = f"{host} is no address"
+    elif isinstance(exc, ConnectionError) and exc.errno is None:
+        reason = "it broke off the TLS handshake"
+    elif exc.errno is not None and exc.errno > 0:
+        reason = os.strerror(exc.errno)
+    else:
+        reason = str(exc)
+    return RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: {reason}")
+
+
+def out_of_descriptors() -> bool:
+    """Whether none can be had: resolvers tell that as a name that is not found."""
+    try:
+        socket.socket().close()
+    except OSError as exc:
+        return exc.errno in Shortage.ERRORS
+    return False
+
+
+def tls_reason(exc: ssl.SSLError) -> str:
+    """What is wrong with a peer's TLS."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {exc.verify_message.rstrip('.')}"
+    if exc.reason in NO_TLS or "record layer failure" in str(exc):
+        return "it does not speak TLS"
+    return (exc.reason or exc.strerror or "TLS failed").replace("_", " ").lower()
+
+
+def broken(exc: Exception | None) -> RequestFailed:
+    """Why a connection ended before the answer did; None: the peer closed it."""
+    text = "broke off the connection"
+    if isinstance(exc, ConnectionResetError):
+        text = "reset the connection"
+    elif isinstance(exc, ssl.SSLError):
+        text += f": {tls_reason(exc)}"
+    elif isinstance(exc, OSError) and exc.errno:
+        text += f": {os.strerror(exc.errno)}"
+    return RequestFailed(FailureKind.BROKEN, text)
+
+
+class Limit(NamedTuple):
+    """How long something may take."""
+
+    seconds: float | None  # None: as long as it likes
+    key: str = ""  # of the configuration, where it comes from there
+
+
+class TimeLimit:
+    """RequestFailed when a block takes longer.
+
+    What is there already when the time is over wins: a timer that fires late was held up with all
+    the rest (a machine that slept), and what has come in meanwhile gets some time to be read.
+    """
+
+    def __init__(self, limit: Limit) -> None:
+        self._limit = limit
+        self._timeout = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        if self._limit.seconds is not None:
+            loop = asyncio.get_running_loop()
+            until = loop.time() + self._limit.seconds
+            self._timer = loop.call_at(until, self._expire, until, MAX_GRACE_S)
+
+    def _expire(self, until: float, grace_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        late_s = loop.time() - until
+        if late_s > LATE_S and grace_s:
+            self._timer = loop.call_later(min(late_s, grace_s), self._expire, loop.time(), 0.0)
+        else:
+            self._timeout.reschedule(loop.time())
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self._timeout.__aexit__(kind, exc, trace)
+        except TimeoutError:
+            limit = "in time"
+            if self._limit.key:
+                limit = f"within {self._limit.key} ({self._limit.seconds:g}s)"
+            raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}") from None
+
+
+# -- a connection
+
+
+class TcpInfo(NamedTuple):
+    """What the kernel knows of a connection; -1: nothing."""
+
+    state: int
+    acked: int = -1  # bytes that the peer's kernel has taken
+    sent: int = -1  # segments with data that have left
+
+
+def tcp_info(sock: socket.socket) -> TcpInfo:
+    """The first 160 bytes of Linux's struct tcp_info."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a Unix socket has none
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+            if len(info) == 160:
+                return TcpInfo(info[0], *TCP_COUNTERS.unpack_from(info, 120))
+    return TcpInfo(ESTABLISHED)
+
+
+class Wire(asyncio.Protocol):
+    """A connection to a peer, and the exchange that is under way on it.
 
     One on which something came that nobody asked for (servers tell idle clients "408 Request
     Timeout") is not used again: the next caller would take that for its answer.
     """
 
-    def is_connected(self) -> bool:
-        """Whether the pool may hand it out."""
-        return super().is_connected() and not self.should_close
+    def __init__(self, sock: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._transport: asyncio.Transport | None = None
+        self._parser: HttpResponseParser | None = None
+        self._headless = False  # whether the parser expects answers without a body (HEAD)
+        self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
+        self._head_bytes = 0  # that came in while the head was missing
+        self._room: asyncio.Future[None] | None = None  # while the peer takes nothing
+        self._keep = True  # whether another request may follow
+        self._before = TcpInfo(ESTABLISHED)  # when it was used again
+        self._farewell = False  # whether the peer has closed it in good order
+        self._reading_paused = False  # StreamReader looks at this
+        self.idle_since = 0.0
+        self.silent = True  # whether nothing of an answer has come
+        self.unseen = False  # whether the peer can't have seen anything of the request
+
+    # What the caller does.
+
+    def begin(self, method: str) -> asyncio.Future[Head]:
+        """Expect an answer; the future has its head and its body, or RequestFailed."""
+        headless = method == "HEAD"
+        if self._parser is None or headless != self._headless:
+            self._headless = headless
+            self._parser = HttpResponseParser(
+                cast(Any, self),  # It only hands it on to its streams.
+                self._loop,
+                READ_BYTES,
+                max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
+                response_with_body=not headless,
+                read_until_eof=True,
+                auto_decompress=False,
+            )
+        self._head_bytes = 0
+        self.silent = True
+        self.unseen = False
+        answer: asyncio.Future[Head] = self._loop.create_future()
+        if self.closed:
+            answer.set_exception(broken(None))
+        else:
+            self._answer = answer
+        return answer
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of a request, unless the connection has ended."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the peer takes more, or the connection ends."""
+        if self._room is not None:
+            await self._room
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self._transport is None or self._transport.is_closing()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole answer has come and another request may follow."""
+        return self._answer is None and self._body.is_eof() and self._keep and not self.closed
+
+    def rest(self) -> None:
+        """Take note that it is idle from now on."""
+        self.idle_since = time.monotonic()
+
+    def renew(self) -> bool:
+        """Whether an idle connection is still open, as far as this end can know."""
+        if self.closed or not self._keep:
+            return False
+        self._before = tcp_info(self._sock)
+        return self._before.state == ESTABLISHED
+
+    def fail(self, exc: Exception) -> None:
+        """End the exchange with an error."""
+        self._keep = False
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(exc)
+        self._answer = None
+        if not self._body.is_eof() and self._body.exception() is None:
+            self._body.set_exception(exc)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close it at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _was_unseen(self) -> bool:
+        """Whether the peer can't have seen anything of the request on a connection used again.
+
+        Nothing has left; or the peer's farewell, which says how much its kernel had taken until
+        then, says nothing. (A reset may have crossed with that.)
+        """
+        now = tcp_info(self._sock)
+        if self._before.acked <= 0:
+            return False
+        taken = now.acked > self._before.acked or not self._farewell
+        return now.sent == self._before.sent or not taken
+
+    # What the event loop and the parser's streams tell.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of an answer."""
+        if self._parser is None or (self._answer is None and self._body.is_eof()):
+            self._keep = False
+            self.abort()  # Nobody asked for this.
+            return
+        self.silent = False
+        try:
+            messages, _, _ = self._parser.feed_data(data)
+        except HttpProcessingError:
+            said = "did not answer in valid HTTP"
+            if data.startswith(b"\x15\x03"):  # the alert of a TLS server
+                said = "speaks TLS: its URL begins with https://"
+            self.fail(RequestFailed(FailureKind.INVALID, said))
+            return
+        for message, body in messages:
+            self._answered(message, body)
+        if self._answer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.fail(RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP"))
+
+    def _answered(self, message: RawResponseMessage, body: StreamReader) -> None:
+        if 100 <= message.code < 200 and message.code != 101:
+            return  # An interim answer (RFC 9110 15.2).
+        self._keep = self._keep and not message.should_close and self._answer is not None
+        if self._answer is None:
+            return  # a second answer to one request
+        if message.code == 408 and message.should_close:
+            self._farewell = True
+            self.unseen = self._was_unseen()
+        if self.unseen:  # It was said to the idle connection, when the request was on its way.
+            self.fail(broken(None))
+            return
+        answer, self._answer = self._answer, None
+        self._body = body
+        if not answer.done():
+            answer.set_result((message, body))
+
+    def eof_received(self) -> None:
+        """The transport closes itself."""
+        self._farewell = True
+        self._keep = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has ended, and with it the exchange."""
+        self.unseen = self.unseen or (self.silent and self._was_unseen())
+        unfinished = not self._body.is_eof() and self._body.exception() is None
+        if exc is None and self._parser is not None and unfinished:
+            # The end of an answer that has no other end. It raises where there is one.
+            with contextlib.suppress(HttpProcessingError):
+                self._parser.feed_eof()
+        self._transport = None
+        self.fail(broken(exc))
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        """Too much is waiting to be sent."""
+        self._room = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+
+    @property
+    def connected(self) -> bool:
+        """StreamReader asks this before it waits."""
+        return self._transport is not None
+
+    def pause_reading(self) -> None:
+        """StreamReader: enough is waiting to be read."""
+        if not self._reading_paused and not self.closed:
+            assert self._transport is not None
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """StreamReader: there is room again."""
+        if self._reading_paused and not self.closed:
+            assert self._transport is not None
+            self._reading_paused = False
+            self._transport.resume_reading()
 
 
-class CheckedResolver(aiohttp.abc.AbstractResolver):
+# -- the pool
+
+
+class Origin(NamedTuple):
+    """Where a connection leads to."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+    proxy: yarl.URL | None
+
+
+class Pool:
+    """Idle connections by origin.
+
+    They are used again once their peer has shown that it keeps them. Small servers answer in
+    HTTP/1.1 and close all the same, without saying so: what was sent meanwhile would be lost.
+    """
+
+    def __init__(self, keepalive_s: float) -> None:
+        self._keepalive_s = keepalive_s
+        self._idle: dict[Origin, deque[Wire]] = {}  # the one that was used last at the end
+        self._proven: OrderedDict[Origin, None] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def take(self, origin: Origin) -> Wire | None:
+        """A connection that can be used."""
+        wires = self._idle.get(origin)
+        while wires:
+            if origin not in self._proven:
+                if time.monotonic() - wires[0].idle_since < PROOF_S:
+                    return None
+                wires.rotate(-1)
+            wire = wires.pop()
+            if wire.renew():
+                self._proven[origin] = None
+                if len(self._proven) > MAX_ORIGINS:
+                    self._proven.popitem(last=False)
+                return wire
+            wire.abort()
+        return None
+
+    def put(self, origin: Origin, wire: Wire) -> None:
+        """Keep a connection whose exchange has ended, or close it."""
+        wires = self._idle.setdefault(origin, deque())
+        if not wire.finished or (origin not in self._proven and len(wires) >= MAX_UNPROVEN):
+            wire.abort()
+            return
+        wire.rest()
+        wires.append(wire)
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
+
+    def doubt(self, origin: Origin) -> None:
+        """A connection that was used again has failed."""
+        self._proven.pop(origin, None)
+
+    def _sweep(self) -> None:
+        """Close what has been idle for too long."""
+        self._timer = None
+        oldest = time.monotonic() - self._keepalive_s
+        for origin, wires in list(self._idle.items()):
+            for wire in [wire for wire in wires if wire.closed or wire.idle_since < oldest]:
+                wires.remove(wire)
+                wire.abort()
+            if not wires:
+                del self._idle[origin]
+        if self._idle:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
+
+    def close(self) -> None:
+        """Close all of them."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for wires in self._idle.values():
+            for wire in wires:
+                wire.abort()
+        self._idle.clear()
+
+
+# --- HTTP client ----------------------------------------------------------------------------------
+# The one way out.
+# -- connecting
+
+
+class CheckedResolver:
     """Looks names up in threads, and hands out only addresses that may be called.
 
     The address that is checked is the one that is connected to (DNS rebinding).
     """
 
-    def __init__(self, allowed: Callable[[str, str], bool]) -> None:
+    def __init__(self, allowed: Callable[[str, str], bool], keep_s: float = 0.0) -> None:
         self._allowed = allowed  # host, address
-        self._resolver = aiohttp.ThreadedResolver()
+        self._keep_s = keep_s  # for how long an answer counts
+        self._known: dict[tuple[str, int], tuple[float, Sequence[AddressInfo]]] = {}
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[aiohttp.abc.ResolveResult]:
+    async def resolve(self, host: str, port: int) -> Sequence[AddressInfo]:
         """The addresses of a host. Raises RequestFailed, OSError."""
-        results = await self._resolver.resolve(host, port, family)
-        allowed = [item for item in results if self._allowed(host, item["host"])]
+        infos = literal_address(host, port) or await self._look_up(host, port)
+        allowed = [info for info in infos if self._allowed(host, info[4][0])]
         if not allowed:
-            reason = f"to {host} at {results[0]['host']} are not allowed"
+            reason = f"to {host} at {infos[0][4][0]} are not allowed"
             raise RequestFailed(FailureKind.FORBIDDEN, reason)
         return allowed
 
-    async def close(self) -> None:
-        """Nothing is held."""
+    async def _look_up(self, host: str, port: int) -> Sequence[AddressInfo]:
+        now = time.monotonic()
+        until, infos = self._known.get((host, port), (0.0, ()))
+        if until > now:
+            return infos
+        loop = asyncio.get_running_loop()
+        try:
+            infos = await loop.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+            )
+        except UnicodeError:
+            raise socket.gaierror(socket.EAI_NONAME, "not a name") from None
+        if len(self._known) >= MAX_ORIGINS:
+            self._known.clear()
+        if self._keep_s:
+            self._known[host, port] = (now + self._keep_s, infos)
+        return infos
+
+
+@functools.lru_cache(256)
+def literal_address(host: str, port: int) -> Sequence[AddressInfo]:
+    """The address that a host already is; nothing: it is a name."""
+    with contextlib.suppress(ValueError):
+        version = ipaddress.ip_address(host).version
+        if version == 4:
+            return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))]
+        if "%" not in host:
+            name = (host, port, 0, 0)
+            return [(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", name)]
+    return []
+
+
+def proxies_of(environment: Mapping[str, str]) -> Mapping[str, yarl.URL]:
+    """The proxies by scheme; what is no URL is ignored."""
+    found: dict[str, yarl.URL] = {}
+    for scheme, names in PROXY_VARIABLES.items():
+        for value in filter(None, map(environment.get, names)):
+            with contextlib.suppress(ValueError):
+                found.setdefault(scheme, http_url(value if "://" in value else f"http://{value}"))
+    return found
+
+
+def bypasses_proxy(host: str, environment: Mapping[str, str]) -> bool:
+    """Whether NO_PROXY has a host or its address, or the host is this machine."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name in machine_names():
+        return True
+    if is_address(name) and ipaddress.ip_address(name).is_loopback:
+        return True
+    listed = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    patterns = [pattern.strip().lower() for pattern in listed.split(",") if pattern.strip()]
+    suffixes = [f"*.{pattern.lstrip('.')}" for pattern in patterns]
+    return "*" in patterns or is_listed([name], [*patterns, *suffixes])
+
+
+async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
+    """Have the proxy connect us to the origin (RFC 9110 9.3.6). Raises RequestFailed, OSError."""
+    assert origin.proxy
+    loop = asyncio.get_running_loop()
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    where = f"{host}:{origin.port}"
+    login = b"".join(b"%b: %b\r\n" % header for header in proxy_login(origin.proxy))
+    head = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n".encode() + login + b"\r\n"
+    await loop.sock_sendall(sock, head)
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        # Byte by byte near the end would be exact; no server speaks first in TLS.
+        data = await loop.sock_recv(sock, 4 * KIB)
+        answer += data
+        if not data or len(answer) > MAX_HEADER_BYTES:
+            break
+    status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", answer)
+    if status is None or status[1][:1] != b"2":
+        said = f"answered {status[1].decode()}" if status else "did not answer"
+        raise RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: the proxy {said}")
+
+
+def proxy_login(proxy: yarl.URL) -> Sequence[Header]:
+    """The header with the credentials in a proxy's URL."""
+    login = url_login(proxy)
+    return [(b"Proxy-Authorization", login)] if login else []
+
+
+def url_login(url: yarl.URL) -> bytes | None:
+    """The Authorization header for the credentials in a URL."""
+    if url.raw_user is None:
+        return None
+    login = basic_auth((url.user or "").encode(), (url.password or "").encode())
+    return login.encode() if login else None
+
+
+# -- requests
 
 
 class HttpResponse:
     """The head of an answer, and its body as it comes in. Closed at the end of its block."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        self.reason = response.reason or ""
-        self.headers: Headers = tuple(response.raw_headers)
+    def __init__(self, head: Head, wire: Wire, sending: asyncio.Task[None] | None) -> None:
+        message, body = head
+        self._wire = wire
+        self._sending = sending  # the request's body, where it is streamed
+        self._body = EMPTY_PAYLOAD if message.code in (204, 304) else body
+        self._release: Tell[Wire] = Wire.abort
+        self.status = message.code
+        self.reason: str = message.reason or ""
+        self.headers: Headers = message.raw_headers
 
     async def __aenter__(self) -> HttpResponse:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._response.release()  # for the next request, if the body was read to its end
+        if self._sending is not None:
+            if not self._sending.done():
+                self._wire.abort()
+            await ended(self._sending)
+        self._release(self._wire)  # for the next request, if the answer has come to its end
+
+    def keep(self, release: Tell[Wire]) -> HttpResponse:
+        """Have the connection released in this way."""
+        self._release = release
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of a small body has come: the next chunk is the rest of it."""
+        return self._body.is_eof() and self._body.total_bytes <= SMALL_BODY_BYTES
 
     async def read_chunk(self) -> bytes:
         """What came in since; nothing: that was the end. Raises RequestFailed."""
-        try:
-            return await self._response.content.readany()
-        except (aiohttp.ClientError, OSError) as exc:
-            raise request_failed(exc) from exc
+        return await self._body.readany()
 
     async def read(self, keep: int, whole: bool) -> tuple[bytes, int]:
         """Read to the end; see `gather`. Raises RequestFailed."""
+        if self._body.is_eof():
+            body = self._body.read_nowait()
+            if len(body) <= keep:
+                return body, len(body)
+            if not whole:
+                return body[:keep], len(body)
+            raise too_long(keep)
         return await gather(self.read_chunk, keep, whole)
+
+    async def discard(self) -> None:
+        """Let a short rest come in, so that the connection can be used again."""
+        if not self._body.is_eof():
+            with contextlib.suppress(RequestFailed):
+                async with TimeLimit(Limit(DISCARD_S)):
+                    await self.read(READ_BYTES, whole=True)
 
 
 async def gather(read: Callable[[], Awaitable[bytes]], keep: int, whole: bool) -> tuple[bytes, int]:
@@ -3646,14 +4271,42 @@ async def gather(read: Callable[[], Awaitable[bytes]], keep: int, whole: bool) -
             parts.append(chunk[: keep - length])
         length += len(chunk)
         if whole and length > keep:
-            raise RequestFailed(FailureKind.TOO_LONG, f"answered more than {keep} bytes")
+            raise too_long(keep)
     return b"".join(parts), length
 
 
-class HttpClient:
-    """A pool of connections that passes requests on as they are.
+def too_long(keep: int) -> RequestFailed:
+    """An answer that can't be held."""
+    return RequestFailed(FailureKind.TOO_LONG, f"answered more than {keep} bytes")
 
-    No cookies, no decompression, no redirects, no headers of its own, and no second attempt.
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def send_body(wire: Wire, body: AsyncIterator[bytes], chunked: bool) -> None:
+    """Send a body as it comes, at the pace of the peer. What it raises ends the exchange."""
+    try:
+        async for data in body:
+            if data:
+                wire.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+                await wire.drain()
+            if wire.closed:
+                return
+        if chunked:
+            wire.write(b"0\r\n\r\n")
+    except HttpError as exc:
+        wire.fail(exc)
+
+
+class HttpClient:
+    """Passes requests on as they are, on connections that it keeps.
+
+    No cookies, no decompression, no redirects, no headers of its own. A request that went out on
+    a connection which its peer had closed meanwhile is sent once more, on a new one, if the peer
+    can't have seen it, or may see it twice by its method.
     """
 
     def __init__(
@@ -3661,37 +4314,23 @@ class HttpClient:
         *,
         keepalive_s: float = POOL_IDLE_S,
         unix_path: str | None = None,
-        tls: ssl.SSLContext | bool = True,
+        tls: ssl.SSLContext | None = None,
         resolver: CheckedResolver | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        connector: aiohttp.BaseConnector
-        if unix_path is not None:
-            connector = aiohttp.UnixConnector(unix_path, limit=0, keepalive_timeout=keepalive_s)
-        else:
-            connector = aiohttp.TCPConnector(
-                limit=0,
-                keepalive_timeout=keepalive_s,
-                ssl=tls,
-                resolver=resolver,
-                use_dns_cache=resolver is None,
-            )
-        loop = asyncio.get_running_loop()
-        connector._factory = functools.partial(Wire, loop=loop)  # type: ignore[assignment]
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(),
-            max_line_size=MAX_HEADER_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        )
-        # Or a GET that is broken off would make two calls of the function. There is no public way.
-        self._session._retry_connection = False
+        self._unix_path = unix_path
+        self._resolver = resolver or CheckedResolver(lambda host, address: True, DNS_CACHE_S)
+        # Of a proxy the address is not checked: whoever starts the daemon has chosen it.
+        self._proxy_resolver = CheckedResolver(lambda host, address: True, DNS_CACHE_S)
+        self._environment = environment or {}  # which may name proxies
+        self._proxies = proxies_of(self._environment)
+        self._pool = Pool(keepalive_s)
+        self._tls = tls  # None: with the system's CAs, made when it is needed
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self._session.close()
+        """Close the connections that are idle."""
+        self._pool.close()
+        await asyncio.sleep(0)  # until their transports have noticed
 
     async def request(
         self,
@@ -3699,45 +4338,146 @@ class HttpClient:
         url: yarl.URL,
         headers: Iterable[Header],
         body: bytes | AsyncIterator[bytes],
+        *,
+        tls: ssl.SSLContext | None = None,
+        keepalive: bool = True,
     ) -> HttpResponse:
         """Send a request, and return when the head of the answer has come. No time limit.
 
-        Raises RequestFailed; and what `body` raises, if that is an HttpError.
+        `tls` says whom to trust, other than the system's CAs, and who we are. Without `keepalive`
+        the connection is used for this request alone. Raises RequestFailed; and what `body` raises,
+        if that is an HttpError.
         """
+        origin = self._origin(url, tls)
+        head = request_head(method, url, headers, body, origin, keepalive)
+        release = functools.partial(self._pool.put, origin) if keepalive else Wire.abort
+        # What is streamed can't be sent again: it gets a connection that nobody has closed.
+        wire = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
+        if wire is not None:
+            try:
+                return (await exchange(wire, method, head, body)).keep(release)
+            except RequestFailed:
+                self._pool.doubt(origin)
+                if not wire.unseen and not (wire.silent and method in IDEMPOTENT):
+                    raise
+        wire = await self._connect(origin)
+        return (await exchange(wire, method, head, body)).keep(release)
+
+    def _origin(self, url: yarl.URL, tls: ssl.SSLContext | None) -> Origin:
+        host = url.raw_host or ""
+        secure = url.scheme == "https"
+        if secure and tls is None:
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
+            tls = self._tls
+        proxy = self._proxies.get(url.scheme) if self._proxies else None
+        if proxy is not None and bypasses_proxy(host, self._environment):
+            proxy = None
+        return Origin(host, url.port or 80, tls if secure else None, proxy)
+
+    async def _connect(self, origin: Origin) -> Wire:
+        """A new connection. Raises RequestFailed."""
+        loop = asyncio.get_running_loop()
+        sock: socket.socket | None = None
         try:
-            response = await self._session.request(
-                method, url, headers=as_multidict(headers), data=body or None, allow_redirects=False
-            )
-        except (aiohttp.ClientError, OSError) as exc:
-            if isinstance(exc.__cause__, HttpError):
-                raise exc.__cause__ from None
-            raise request_failed(exc) from exc
-        return HttpResponse(response)
+            sock = await self._open(origin)
+            make = functools.partial(Wire, sock)
+            if sock.family == socket.AF_UNIX:
+                return (await loop.create_unix_connection(make, sock=sock))[1]
+            if origin.tls is None:
+                return (await loop.create_connection(make, sock=sock))[1]
+            if origin.proxy is not None:
+                await open_tunnel(sock, origin)
+            name = origin.host
+            secured = loop.create_connection(make, sock=sock, ssl=origin.tls, server_hostname=name)
+            return (await secured)[1]
+        except BaseException as exc:
+            if sock is not None:
+                sock.close()
+            if isinstance(exc, OSError):
+                raise unreachable(exc, origin.host) from exc
+            raise
+
+    async def _open(self, origin: Origin) -> socket.socket:
+        """A connected socket. Raises RequestFailed, OSError."""
+        loop = asyncio.get_running_loop()
+        if self._unix_path is not None:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            try:
+                await loop.sock_connect(sock, self._unix_path)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        if origin.proxy is not None:
+            host, port = origin.proxy.raw_host or "", origin.proxy.port or 80
+            infos = await self._proxy_resolver.resolve(host, port)
+        else:
+            infos = await self._resolver.resolve(origin.host, origin.port)
+        return await start_connection(infos, happy_eyeballs_delay=STAGGER_S, loop=loop)
 
 
-def request_failed(exc: Exception) -> RequestFailed:
-    """What an exception of the library, or of the system, means."""
-    if isinstance(exc, aiohttp.ClientConnectorError):
-        number = getattr(exc.os_error, "errno", None)
-        reason = os.strerror(number) if number and number > 0 else str(exc.os_error)
-        return RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: {reason}")
-    if isinstance(exc, TimeoutError):
-        return RequestFailed(FailureKind.TIMEOUT, "did not answer in time")
-    if isinstance(exc, aiohttp.ClientResponseError):
-        return RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP")
-    if isinstance(exc, aiohttp.ClientError | ConnectionError):
-        return RequestFailed(FailureKind.BROKEN, "broke off the connection")
-    return RequestFailed(FailureKind.LOCAL, str(getattr(exc, "strerror", None) or exc))
-
-
-@contextlib.asynccontextmanager
-async def time_limit(limit_s: float | None) -> AsyncIterator[None]:
-    """RequestFailed when the block takes longer."""
+async def exchange(
+    wire: Wire, method: str, head: bytes, body: bytes | AsyncIterator[bytes]
+) -> HttpResponse:
+    """Send a request and wait for the head of its answer. Raises RequestFailed, HttpError."""
+    answer = wire.begin(method)
+    sending = None
+    if isinstance(body, bytes):
+        wire.write(head + body)
+    else:
+        wire.write(head)
+        chunked = b"\r\nTransfer-Encoding: chunked\r\n" in head
+        sending = asyncio.create_task(send_body(wire, body, chunked), name="body of a request")
     try:
-        async with asyncio.timeout(limit_s):
-            yield
-    except TimeoutError as exc:
-        raise request_failed(exc) from None
+        return HttpResponse(await answer, wire, sending)
+    except BaseException:
+        wire.abort()
+        if answer.done() and not answer.cancelled():
+            answer.exception()  # that is known now, also where a cancellation came first
+        if sending is not None:
+            await ended(sending)
+        raise
+
+
+def request_head(
+    method: str,
+    url: yarl.URL,
+    headers: Iterable[Header],
+    body: bytes | AsyncIterator[bytes],
+    origin: Origin,
+    keepalive: bool,
+) -> bytes:
+    """The first line and the headers of a request. Raises RequestFailed.
+
+    Bytes pass as they are but for those that would end a line. The length of the body is told as it
+    is; of one that is streamed, as `headers` say it.
+    """
+    target = url.raw_path_qs
+    if origin.proxy is not None and origin.tls is None:
+        target = f"{url.scheme}://{url.host_port_subcomponent}{target}"
+        headers = [*headers, *proxy_login(origin.proxy)]
+    start = f"{method} {target} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n"
+    lines = [start.encode("utf-8", "surrogateescape")]
+    dropped = FRAMING
+    if login := url_login(url):
+        lines.append(b"Authorization: %b\r\n" % login)
+        dropped |= {b"authorization"}
+    told = None
+    for name, value in headers:
+        lower = name.lower()
+        if lower not in dropped:
+            lines.append(b"%b: %b\r\n" % (name, value.translate(CLEAN)))
+        elif lower == b"content-length":
+            told = value
+    if not isinstance(body, bytes):
+        framing = b"Transfer-Encoding: chunked\r\n"
+        lines.append(framing if told is None else b"Content-Length: %b\r\n" % told)
+    elif body or method not in BODILESS:
+        lines.append(b"Content-Length: %d\r\n" % len(body))
+    lines.append(b"\r\n" if keepalive else b"Connection: close\r\n\r\n")
+    return b"".join(lines)
 
 
 def with_target(base: yarl.URL, target: str) -> yarl.URL:
@@ -3758,7 +4498,7 @@ def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
     names: dict[bytes, str] = {}
     for name, value in headers:
         shown = names.setdefault(name.lower(), name.decode("latin-1"))
-        clean = re.sub(rb"[\0-\x08\n-\x1f\x7f]", b" ", value)
+        clean = value.translate(CLEAN)
         try:
             fields.add(shown, clean.decode())
         except UnicodeDecodeError:
@@ -3909,7 +4649,7 @@ class CommandRunner:
         self._starting = 0
 
     async def run(
-        self, function: Function, request: FunctionRequest, timeout_s: float, keep: int
+        self, function: Function, request: FunctionRequest, limit: Limit, keep: int
     ) -> Outcome:
         """Start a command for one request. Its process group never outlives the call.
 
@@ -3919,7 +4659,7 @@ class CommandRunner:
         started = time.perf_counter()
         program: Program | None = None
         try:
-            async with time_limit(min(timeout_s, function.exec_timeout or timeout_s)):
+            async with TimeLimit(command_limit(function, limit)):
                 program = await self._start(function, request, keep)
                 await program.talk(request.body)
             await program.take_rest()
@@ -3980,6 +4720,14 @@ class CommandRunner:
             children = Path("/proc/1/task/1/children").read_text().split()
             for pid in {*map(int, children)} - self._pids:
                 os.waitpid(pid, os.WNOHANG)
+
+
+def command_limit(function: Function, limit: Limit) -> Limit:
+    """The shorter of a caller's limit and the function's own."""
+    own_s = function.exec_timeout
+    if own_s is None or (limit.seconds is not None and limit.seconds <= own_s):
+        return limit
+    return Limit(own_s, f"functions.{function.name}.exec_timeout")
 
 
 def spawn_in_thread(
@@ -4211,7 +4959,7 @@ class Provider:
         headers = [(b"Content-Type", b"application/json")]
         try:
             async with (
-                time_limit(limit_s),
+                TimeLimit(Limit(limit_s)),
                 await self.request(method, target, headers, body) as response,
             ):
                 answer, _ = await response.read(MAX_RESPONSE_BYTES, whole=True)
@@ -4236,7 +4984,8 @@ class Provider:
             raise ProviderAway(reason) from None
         return replace(
             annotated(name, namespace, annotations, self.settings().retry),
-            url=yarl.URL(str(self.url)).joinpath("function", key),
+            # What the provider gets, functions don't: no credentials.
+            url=yarl.URL(str(self.url)).with_user(None).joinpath("function", key),
             labels=labels,
             replicas=document.get("availableReplicas", 0),
         )
@@ -4376,6 +5125,12 @@ class FunctionDirectory:
 # -- call
 
 
+def unanswered(exc: RequestFailed, who: str, duration_s: float) -> Outcome:
+    """The outcome of an attempt that got no answer."""
+    error = f"{who} {exc.text}"
+    return Outcome(exc.status, False, duration_s, error=error, answered=False, final=exc.final)
+
+
 @dataclass(frozen=True)
 class FunctionCaller:
     """Calls functions, whichever kind they are."""
@@ -4390,31 +5145,36 @@ class FunctionCaller:
         assert function.url
         url = with_target(function.url, request.target)
         if not function.provided:
-            return await self.http.request(request.method, url, request.headers, request.body)
+            return await self.http.request(
+                request.method,
+                url,
+                request.headers,
+                request.body,
+                tls=function.tls,
+                keepalive=function.keepalive,
+            )
         headers = [*request.headers, (b"Via", via(request.target).encode())]
         with provider_reached():
             return await self.provided.request(request.method, url, headers, request.body)
 
     async def call(
-        self, function: Function, request: FunctionRequest, timeout_s: float, keep: int, whole: bool
+        self, function: Function, request: FunctionRequest, limit: Limit, keep: int, whole: bool
     ) -> Outcome:
         """Call a function and read its answer: the first `keep` bytes.
 
         With `whole`, a longer answer is a failure. Never raises for what the function does; raises
-        ProviderAway.
+        NotNow.
         """
         started = time.perf_counter()
         try:
             if function.command:
                 most = max(keep, MAX_RESPONSE_BYTES)
-                return await self.commands.run(function, request, timeout_s, most)
-            async with time_limit(timeout_s), await self.request(function, request) as response:
+                return await self.commands.run(function, request, limit, most)
+            async with TimeLimit(limit), await self.request(function, request) as response:
                 body, size = await response.read(keep, whole)
         except RequestFailed as exc:
-            duration_s = time.perf_counter() - started
-            reason = f"function {function.name} {exc.text}"
-            lost = Outcome(exc.status, False, duration_s, error=reason, answered=False)
-            return lost._replace(final=exc.final)
+            who = f"function {function.name}"
+            return unanswered(exc, who, time.perf_counter() - started)
         if any(name.lower() == b"x-openfaas-internal" for name, _ in response.headers):
             self.directory.expire()  # The function may have no replicas any more.
         status = response.status
@@ -4499,6 +5259,7 @@ class InvocationJob:
         retries = (b"X-Retry", b"%d" % (claim.attempt - 1))
         headers = [*unpack_headers(claim.headers), retries]
         request = FunctionRequest("POST", claim.target, headers, claim.body)
+        limit = Limit(queue.timeout, f"queues.{claim.queue}.timeout")
         started = time.monotonic()
         running = self.metrics.running(claim.queue, claim.lane)
         with (
@@ -4506,7 +5267,7 @@ class InvocationJob:
             self.metrics.counted(claim.lane) as tell_status,
             running.track_inprogress(),
         ):
-            outcome = await self.caller.call(function, request, queue.timeout, keep, whole)
+            outcome = await self.caller.call(function, request, limit, keep, whole)
             tell_status(outcome.status)
         if queue.adaptive:
             self.limits.learn(claim.lane, outcome.status, started)
@@ -4575,23 +5336,25 @@ class CallbackJob:
         config = self.settings()
         started = time.perf_counter()
         log_bodies(config.log, claim.call_id, callback=claim.body)
+        limit = Limit(config.callback.timeout, "callback.timeout")
         try:
-            async with time_limit(config.callback.timeout), await self._send(claim) as response:
-                await response.read(0, whole=False)
+            async with TimeLimit(limit), await self._send(claim) as response:
+                await response.discard()  # The status line has decided.
+        except Shortage:  # of this machine: it is charged to nobody
+            await asyncio.sleep(RETRY_STORE_S)
+            return None
         except RequestFailed as exc:
-            duration_s = time.perf_counter() - started
             forbidden = exc.kind is FailureKind.FORBIDDEN
-            error = f"callbacks {exc.text}" if forbidden else f"the callback URL {exc.text}"
-            outcome = Outcome(exc.status, False, duration_s, error=error, answered=False)
+            who = "callbacks" if forbidden else "the callback URL"
+            outcome = unanswered(exc, who, time.perf_counter() - started)
         else:
-            status = response.status
-            ok = 200 <= status < 300
+            ok = 200 <= response.status < 300
             outcome = Outcome(
-                status=status,
+                status=response.status,
                 ok=ok,
                 duration_s=time.perf_counter() - started,
                 headers=response.headers,
-                error=None if ok else f"the callback URL answered {status}",
+                error=None if ok else f"the callback URL answered {response.status}",
             )
         if outcome.answered:
             self.failing.discard(claim.lane)
@@ -4618,7 +5381,7 @@ class CallbackJob:
             return await self.own.request("POST", url, headers, claim.body)
         if not callback_allowed(host, None, config.callback):
             raise RequestFailed(FailureKind.FORBIDDEN, f"to {host} are not allowed")
-        return await self.http.request("POST", url, headers, claim.body)
+        return await self.http.request("POST", url, headers, claim.body, tls=config.callback.tls)
 
     def _headers(self, claim: Claim) -> list[Header]:
         """The function's own end-to-end headers, and ours in place of those of the same name."""
@@ -5036,6 +5799,10 @@ class Request(NamedTuple):
 class PassedResponse(web.StreamResponse):
     """A function's answer passed on, without the headers that aiohttp would add to it."""
 
+    def __init__(self, whole: bool, status: int, reason: str, headers: CIMultiDict[str]) -> None:
+        super().__init__(status=status, reason=re.sub("[^ -~]", "?", reason), headers=headers)
+        self._send_headers_immediately = not whole  # else they go out with the body
+
     async def _prepare_headers(self) -> None:
         added = {name for name in ("Content-Type", "Server") if name not in self.headers}
         await super()._prepare_headers()
@@ -5116,29 +5883,28 @@ async def stream_answer(
     request: Request,
     asked: Awaitable[HttpResponse],
     ours: Mapping[str, str],
-    limits: tuple[float | None, float],
+    limits: tuple[Limit, float],
     who: str,
 ) -> web.StreamResponse:
     """Pass on the answer of `who` as it comes, with our headers in place of its own.
 
-    `limits` are the seconds for all of it, and for the client to take a piece. Raises HttpError
+    `limits` are what all of it may take, and the seconds for the client to take a piece. HttpError
     when there is no answer; one that breaks off breaks the client's connection off.
     """
-    limit_s, write_timeout_s = limits
+    limit, write_timeout_s = limits
     response: PassedResponse | None = None
     started = time.perf_counter()
     transport = request.http.transport
     assert transport
     try:
-        async with time_limit(limit_s), await asked as answer:
+        async with TimeLimit(limit), await asked as answer:
             headers = as_multidict(forward_headers(answer.headers, frozenset()))
             headers.update(ours)
             headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
             allow_origin(headers, request.trusted_origin)
             # A status below 200 would lead to another protocol: not through us.
             status = answer.status if answer.status >= 200 else 502
-            reason = re.sub("[^ -~]", "?", answer.reason)
-            response = PassedResponse(status=status, reason=reason, headers=headers)
+            response = PassedResponse(answer.whole, status, answer.reason, headers)
             await response.prepare(request.http)
             await copy_body(answer, response, transport, write_timeout_s)
     except RequestFailed as exc:
@@ -5164,13 +5930,13 @@ async def copy_body(
 ) -> None:
     """Write what comes in. A client that takes nothing for too long is cut off."""
     loop = asyncio.get_running_loop()
-    while chunk := await answer.read_chunk():
+    while (chunk := await answer.read_chunk()) and not answer.whole:
         timer = loop.call_later(write_timeout_s, transport.abort)
         try:
             await response.write(chunk)
         finally:
             timer.cancel()
-    await response.write_eof()
+    await response.write_eof(chunk)
 
 
 # -- routes and guards
@@ -5535,13 +6301,13 @@ class FunctionRoutes:
         """A client that goes away cancels this, and so ends the call."""
         config = self.settings().gateway
         who = f"function {function.name}"
+        limit = Limit(config.upstream_timeout, "gateway.upstream_timeout")
         if not function.command:
-            limits = (config.upstream_timeout, config.write_timeout)
             answering = self.caller.request(function, asked)
+            limits = (limit, config.write_timeout)
             return await stream_answer(request, answering, ours, limits, who)
         try:
-            limit_s = config.upstream_timeout
-            outcome = await self.caller.commands.run(function, asked, limit_s, MAX_RESPONSE_BYTES)
+            outcome = await self.caller.commands.run(function, asked, limit, MAX_RESPONSE_BYTES)
         except RequestFailed as exc:
             error = f"{who} {exc.text}"
             call_id = ours["X-Call-Id"]
@@ -5824,7 +6590,7 @@ class RestRoutes:
         """What is streamed: logs, for as long as somebody follows them."""
         headers = forward_headers(request.http.raw_headers, COMPUTED)
         asked = self.provider.request(request.http.method, request.target, headers)
-        limits = (None, self.settings().gateway.write_timeout)
+        limits = (Limit(None), self.settings().gateway.write_timeout)
         return await stream_answer(request, asked, {}, limits, "the provider")
 
     def _own_documents(self) -> dict[str, Any]:
@@ -6018,17 +6784,6 @@ def socket_url(sock: socket.socket) -> str:
     return f"http://{host}:{name[1]}"
 
 
-def callback_tls(config: CallbackConfig) -> ssl.SSLContext | bool:
-    """How receivers are verified. Raises ConfigError."""
-    if config.tls_ca_file is None:
-        return True
-    try:
-        return ssl.create_default_context(cafile=config.tls_ca_file)
-    except OSError as exc:
-        reason = f"{config.tls_ca_file}: {exc.strerror or exc}"
-        raise ConfigError([f"callback.tls_ca_file: {reason}"]) from exc
-
-
 class Daemon:
     """The composition root. Made inside a running event loop; `run()` returns the exit code."""
 
@@ -6083,14 +6838,12 @@ class Daemon:
     ) -> tuple[Front, Mapping[str, Job]]:
         """Make the parts, on the addresses where this daemon is reached itself."""
         settings = self.settings
-        http = HttpClient()
-        # faasd closes connections that idle; a call that finds one closed may not be sent twice.
-        # So none is kept.
-        provided_http = HttpClient(keepalive_s=0)
+        http = HttpClient(environment=os.environ)
+        provided_http = HttpClient(tls=self.config.provider.tls)
         resolver = CheckedResolver(self._callback_allowed)
-        callback_http = HttpClient(tls=callback_tls(self.config.callback), resolver=resolver)
+        callback_http = HttpClient(resolver=resolver, environment=os.environ)
         own_address = min(urls)  # http before unix
-        own_http = callback_http
+        own_http = HttpClient(resolver=resolver)
         if own_address.startswith("unix:"):
             own_http = HttpClient(unix_path=own_address.removeprefix("unix:"))
             own_address = "http://localhost"

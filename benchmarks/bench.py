@@ -25,6 +25,7 @@ How each group is measured:
   mixed    a backlog is released and new calls come in over 32 connections meanwhile
   callback one call at a time: from sending the POST until its callback has arrived
   sync     /function through to the function, a small HTTP server made for this (stock: through a provider)
+  provider as sync and drain, with the function behind a provider: a small HTTP server made for this
   enqueue  /async-function, every call on disk before its 202, while the function holds its only call open
   fair     as drain with 64 in flight, with the calls spread over so many functions of one queue, which take turns
   memory   of the daemon that has been through all of the above
@@ -71,7 +72,21 @@ from aiohttp import web
 BODY = b"x" * 256
 STOCK_BARE = 20_000.0  # requests/s of the bare handler where the stock figures were measured
 IN_FLIGHT = {"one": 1, "many": 64, "parked": 1, "backlog": 64}  # queues, each with a function of the same name
-GROUPS = ("start", "idle", "drain", "mixed", "callback", "sync", "enqueue", "fair", "bulk", "command", "million")
+ALL_IN_FLIGHT = {**IN_FLIGHT, "provided": 64}
+GROUPS = (
+    "start",
+    "idle",
+    "drain",
+    "mixed",
+    "callback",
+    "sync",
+    "provider",
+    "enqueue",
+    "fair",
+    "bulk",
+    "command",
+    "million",
+)
 ENDING = (signal.SIGINT, signal.SIGTERM)
 HEADER = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 CONFIG = """
@@ -101,6 +116,21 @@ timeout = "2h"
 url = "http://127.0.0.1:{sink}"
 queue = "{name}"
 """
+PROVIDER_CONFIG = """
+[provider]
+url = "http://127.0.0.1:{provider}"
+[queues.provided]
+max_inflight = 64
+max_pending = 100000000
+timeout = "2h"
+"""
+PROVIDED_FUNCTION = {
+    "name": "provided",
+    "namespace": "openfaas-fn",
+    "replicas": 1,
+    "availableReplicas": 1,
+    "annotations": {"com.openfaas.queue": "provided"},
+}
 WRK_SCRIPT = """
 wrk.method = "POST"
 wrk.body = string.rep("x", 256)
@@ -215,6 +245,56 @@ class SinkConnection(asyncio.Protocol):
         self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
 
 
+class ProviderConnection(asyncio.Protocol):
+    """A provider: it knows every function, and passes calls on to the sink over a connection of their own."""
+
+    def __init__(self, sink_port: int) -> None:
+        self.sink_port = sink_port
+        self.buffer = bytearray()
+        self.behind: asyncio.Task[asyncio.Transport] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.behind is not None and self.behind.done():
+            self.behind.result().close()
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while length := message_length(self.buffer):
+            message = bytes(self.buffer[:length])
+            del self.buffer[:length]
+            method, path, rest = message.split(b" ", 2)
+            if path.startswith(b"/system/"):
+                body = json.dumps(PROVIDED_FUNCTION).encode()
+                self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            else:
+                self.pass_on(b"%b /%b %b" % (method, path.split(b"/", 3)[3], rest))
+
+    def pass_on(self, message: bytes) -> None:
+        if self.behind is None:
+            self.behind = asyncio.create_task(self.connect())
+        if self.behind.done():
+            self.behind.result().write(message)
+        else:
+            self.behind.add_done_callback(lambda behind: behind.result().write(message))
+
+    async def connect(self) -> asyncio.Transport:
+        loop = asyncio.get_running_loop()
+        return (await loop.create_connection(lambda: Behind(self.transport), "127.0.0.1", self.sink_port))[0]
+
+
+class Behind(asyncio.Protocol):
+    """Passes on what the sink answers."""
+
+    def __init__(self, front: asyncio.Transport) -> None:
+        self.front = front
+
+    def data_received(self, data: bytes) -> None:
+        self.front.write(data)
+
+
 async def bare_handler(request: web.BaseRequest) -> web.Response:
     await request.read()
     return web.Response(status=202)
@@ -223,8 +303,13 @@ async def bare_handler(request: web.BaseRequest) -> web.Response:
 async def serve_role(role: str) -> None:
     """Be the sink or the bare handler: print the port, serve until stdin closes (the parent has gone)."""
     loop = asyncio.get_running_loop()
-    sink, bare = partial(SinkConnection, defaultdict(Station), {}), web.Server(bare_handler, access_log=None)
-    server = await loop.create_server(sink if role == "sink" else bare, "127.0.0.1", 0, backlog=1024)
+    kind, _, sink_port = role.partition(":")
+    protocols: dict[str, Any] = {
+        "sink": partial(SinkConnection, defaultdict(Station), {}),
+        "bare": web.Server(bare_handler, access_log=None),
+        "provider": lambda: ProviderConnection(int(sink_port)),
+    }
+    server = await loop.create_server(protocols[kind], "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
     server.close()
@@ -449,14 +534,16 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running_daemon(script: str, directory: Path, sink: Sink, spread: int) -> Iterator[Daemon]:
-    """A daemon on the store in `directory`, which is named after it, with `spread` more functions."""
+def running_daemon(script: str, directory: Path, sink: Sink, spread: int = 0, provider: int = 0) -> Iterator[Daemon]:
+    """A daemon on the store in `directory`, which is named after it, with `spread` more functions; and with those of
+    the provider on that port."""
     directory.mkdir(exist_ok=True)
     port, config, log = free_port(), directory / "config.toml", directory / "stderr.log"
+    provided = PROVIDER_CONFIG.format(provider=provider) if provider else ""
     text = CONFIG.format(port=port, store=directory / "queue.db", sink=sink.port)
     queues = (QUEUE_CONFIG.format(name=name, in_flight=n, sink=sink.port) for name, n in IN_FLIGHT.items())
     others = (SPREAD_CONFIG.format(number=number, sink=sink.port) for number in range(spread))
-    config.write_text(text + "".join(queues) + "".join(others))
+    config.write_text(text + "".join(queues) + "".join(others) + provided)
     # As the installed command does it: imported, so that its compiled form comes from the cache.
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faasd_async; sys.exit(faasd_async.main())"
     command = [sys.executable, "-c", start, str(Path(script).parent), "serve", "--config", str(config)]
@@ -559,7 +646,7 @@ class Bench:
 
     def fill(self, daemon: Daemon, queue: str, count: int, connections: int = 32, headers: str = "") -> Load:
         """Have the function hold its calls, and queue `count` calls behind those."""
-        station, held = daemon.station(queue), IN_FLIGHT[queue]
+        station, held = daemon.station(queue), ALL_IN_FLIGHT[queue]
         self.sink.tell("hold", station)
         total = count + held
         load = self.generator.run(daemon.port, daemon.route(queue), connections, count=total, headers=headers)
@@ -648,6 +735,18 @@ class Bench:
         target = (daemon.port, f"/function/sink/{daemon.station('sync')}")
         self.against_bare("sync", target, 1, rate=1100 / STOCK_BARE)
         self.against_bare("sync", target, 32, rate=5050 / STOCK_BARE)
+
+    def provider(self) -> None:
+        """The same with an HTTP hop in between."""
+        with (
+            helper(f"provider:{self.sink.port}") as port,
+            running_daemon(self.script, self.directory / "provided", self.sink, provider=port) as daemon,
+        ):
+            target = (daemon.port, f"/function/provided/{daemon.station('sync')}")
+            self.against_bare("sync, through a provider", target, 1)
+            self.against_bare("sync, through a provider", target, 32, "ratio >= 0.25", rate=5050 / STOCK_BARE)
+            rates = [self.drain_once(daemon, "provided", self.calls) for _ in range(self.rounds)]
+            self.against_bare_32("drain, 64 in flight, through a provider", median(rates), 2940, "ratio >= 0.25")
 
     def enqueue(self, daemon: Daemon) -> None:
         self.fill(daemon, "parked", 0)
@@ -807,7 +906,7 @@ def busy_s() -> tuple[float, float]:
 def measure(bench: Bench, groups: set[str], million: int) -> None:
     if "start" in groups:
         bench.start()
-    if of_one_daemon := groups - {"start", "fair", "bulk", "command", "million"}:
+    if of_one_daemon := groups - {"start", "provider", "fair", "bulk", "command", "million"}:
         with bench.daemon("main") as daemon:
             for name in GROUPS:
                 if name in of_one_daemon:
@@ -815,7 +914,7 @@ def measure(bench: Bench, groups: set[str], million: int) -> None:
             if of_one_daemon - {"idle"}:
                 time.sleep(2)
                 bench.memory(daemon, "memory, after the load", "<= 60")
-    for name in ("fair", "bulk", "command"):
+    for name in ("provider", "fair", "bulk", "command"):
         if name in groups:
             getattr(bench, name)()
     if million:
@@ -834,7 +933,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--daemon", default=str(beside), metavar="FILE", help="default: faasd_async.py of this tree")
     parser.add_argument("--dir", help="where the store is put (a temporary directory in it)")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
-    parser.add_argument("--role", choices=("sink", "bare", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DETERMINISTIC = settings(derandomize=True, deadline=None)
 TABLES = {name: type(table) for name, table in vars(Config()).items() if name not in ("queues", "functions")}
 
+TLS_DEFAULTS = {"tls_ca_file": None, "tls_cert_file": None, "tls_key_file": None}
+
 # The defaults that the manual promises, as the program holds them: seconds, bytes, tuples.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gateway": {
@@ -50,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "cache": 1.0,
         "scale_from_zero": True,
         "scale_timeout": 60.0,
+        **TLS_DEFAULTS,
     },
     "store": {"backend": "sqlite", "path": None},
     "nats": {
@@ -82,7 +85,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gateway_hosts": ("gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"),
         "max_hops": 32,
         "signing_secret_file": None,
-        "tls_ca_file": None,
+        **TLS_DEFAULTS,
     },
     "calls": {"keep": 86_400.0, "keep_output": 64 * 1024},
     "log": {"level": "info", "format": "text", "write_debug": False},
@@ -107,6 +110,8 @@ FUNCTION_DEFAULTS: dict[str, Any] = {
     "env": {},
     "cwd": None,
     "content_type": None,
+    "keepalive": True,
+    **TLS_DEFAULTS,
     "retry": RetryPolicy(),
 }
 
@@ -659,6 +664,32 @@ def test_the_key_may_have_variables_and_a_home_directory(folder: Path, environme
     """As in a shell."""
     environment.setenv("NAME", "calls")
     assert store_path(load("[store]\npath = '~/${NAME}.db'")) == folder / "calls.db"
+
+
+# ---- certificates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["provider", "callback", "functions.it"])
+def test_a_certificate_that_cannot_be_used_is_told_before_it_is_needed(folder: Path, table: str) -> None:
+    """A file that is not there, one that holds none, a key without a certificate."""
+    url = 'url = "https://127.0.0.1"\n' if table != "callback" else ""
+    (folder / "text.pem").write_text("no certificate")
+    (folder / "empty.pem").write_text("-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n")
+    for keys, said in {
+        'tls_ca_file = "none.pem"': f"{table}.tls_ca_file: none.pem: No such file or directory",
+        'tls_cert_file = "text.pem"': f"{table}.tls_cert_file: text.pem holds nothing in PEM format",
+        'tls_key_file = "empty.pem"': f"{table}: tls_key_file needs tls_cert_file",
+    }.items():
+        assert problems(f"[{table}]\n{url}{keys}") == [f"config.toml: {said}"]
+    for key in ("tls_ca_file", "tls_cert_file"):
+        (line,) = problems(f'[{table}]\n{url}{key} = "empty.pem"')
+        assert line.startswith(f"config.toml: {table}: empty.pem: ")
+
+
+def test_keys_of_a_url_are_not_for_a_command(folder: Path) -> None:
+    """They would have no effect."""
+    (line,) = problems('[functions.it]\ncommand = ["cat"]\nkeepalive = false')
+    assert line == "config.toml: functions.it: keepalive and the tls_ files are for a url"
 
 
 # ---- the example -----------------------------------------------------------------------------------------------

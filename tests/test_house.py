@@ -24,13 +24,13 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
-    "Constants", "Errors", "Values", "Configuration", "Domain data", "Rules",
+    "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules",
     "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite queue",
-    "NATS queue", "HTTP client", "Commands",
+    "NATS queue", "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs and consumer", "Intake", "HTTP front", "Routes", "Operator's page",
     "Schedules", "Daemon", "Command line",
 )  # fmt: skip
-PARSERS = ("Values", "Configuration")  # what they read can be anything, so they may return Any
+PARSERS = ("Values", "Configuration", "Configuration file")  # what they read can be anything, so they may return Any
 COLUMNS = 100
 NAME = r"(?<![\w.])[A-Za-z_]\w*"  # in an annotation; of `web.Request` only `web`
 

@@ -1,0 +1,1323 @@
+"""The HTTP client against real servers that are odd: every byte on the wire is the test's, on both event loops."""
+
+import asyncio
+import base64
+import contextlib
+import os
+import resource
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import aiohttp.http_parser
+import pytest
+import uvloop
+import yarl
+from aiohttp.http_parser import HttpResponseParser
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from conftest import PATIENCE, StartDaemon
+
+import faasd_async
+from faasd_async import (
+    AddressInfo,
+    CheckedResolver,
+    FailureKind,
+    Header,
+    HttpClient,
+    HttpError,
+    HttpResponse,
+    Limit,
+    Pool,
+    RequestFailed,
+    Shortage,
+    TimeLimit,
+    Wire,
+    proxies_of,
+    with_target,
+)
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+Scenario = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def run(request: pytest.FixtureRequest) -> Scenario:
+    """Runs a scenario on an event loop of its own, of either kind; nothing may go wrong behind its back."""
+    factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+
+    def scenario(work: Coroutine[Any, Any, None]) -> None:
+        told: list[Any] = []
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.get_loop().set_exception_handler(lambda loop, context: told.append(context))
+            runner.run(asyncio.wait_for(work, PATIENCE))
+        assert told == []
+
+    return scenario
+
+
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are used again at once: nobody has to show first that they last."""
+    monkeypatch.setattr(faasd_async, "PROOF_S", 0.0)
+
+
+class Connection:
+    """The peer's end of a connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.loop = asyncio.get_running_loop()
+        self.received = b""
+
+    async def read(self, size: int = 2**16) -> bytes:
+        """What comes next; nothing: the client has closed it."""
+        with contextlib.suppress(ConnectionError):
+            return await self.loop.sock_recv(self.sock, size)
+        return b""
+
+    async def request(self) -> bytes:
+        """A request without a streamed body, as it was sent."""
+        while b"\r\n\r\n" not in self.received:
+            data = await self.read()
+            assert data, self.received
+            self.received += data
+        head, _, rest = self.received.partition(b"\r\n\r\n")
+        length = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:")]
+        while len(rest) < sum(length):
+            rest += await self.read()
+        self.received = rest[sum(length) :]
+        return head + b"\r\n\r\n" + rest[: sum(length)]
+
+    async def send(self, data: bytes) -> None:
+        """Send a piece of an answer."""
+        await self.loop.sock_sendall(self.sock, data)
+
+    async def answer(self, data: bytes) -> bytes:
+        """Read a request and answer it."""
+        request = await self.request()
+        await self.send(data)
+        return request
+
+    async def ended(self) -> None:
+        """Wait until the client has closed it."""
+        while await self.read():
+            pass
+
+    def close(self, reset: bool = False) -> None:
+        """Close it, with a FIN or with a RST."""
+        if reset:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class Peer:
+    """A listening socket, and a client of its own."""
+
+    def __init__(self, address: str = "127.0.0.1", **options: Any) -> None:
+        self.listener = socket.create_server((address, 0))
+        self.listener.setblocking(False)
+        self.port: int = self.listener.getsockname()[1]
+        self.url = yarl.URL(f"http://{address}:{self.port}")
+        self.client = HttpClient(**options)
+        self.connections: list[Connection] = []
+
+    async def __aenter__(self) -> "Peer":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.client.close()
+        for connection in self.connections:
+            connection.close()
+        self.listener.close()
+
+    async def accept(self) -> Connection:
+        """The next connection."""
+        sock, _ = await asyncio.get_running_loop().sock_accept(self.listener)
+        sock.setblocking(False)
+        self.connections.append(Connection(sock))
+        return self.connections[-1]
+
+    def ask(self, method: str = "POST", body: Any = b"x", headers: Iterable[Header] = (), **more: Any) -> Any:
+        """A task that sends a request; its result is status and body."""
+        return asyncio.ensure_future(fetch(self.client, method, self.url, body, headers, **more))
+
+
+async def fetch(
+    client: HttpClient, method: str, url: yarl.URL, body: Any = b"", headers: Iterable[Header] = (), **more: Any
+) -> tuple[int, bytes]:
+    """Status and body of an answer."""
+    async with await client.request(method, url, headers, body, **more) as response:
+        return response.status, (await response.read(2**20, whole=True))[0]
+
+
+async def failure(work: Any) -> tuple[FailureKind, str]:
+    """Why a request failed."""
+    with pytest.raises(RequestFailed) as caught:
+        await work
+    return caught.value.kind, caught.value.text
+
+
+# ---- what is sent --------------------------------------------------------------------------------
+
+HEAD = b"HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\n"
+SENT: dict[str, tuple[str, str, list[Header], bytes, dict[str, Any], bytes]] = {
+    "POST": (
+        "POST",
+        "/a//b/../c?d=%20&e",
+        [],
+        b"xy",
+        {},
+        b"POST /a//b/../c?d=%20&e " + HEAD + b"Content-Length: 2\r\n",
+    ),
+    "GET": ("GET", "/", [(b"X-A", b"1"), (b"x-a", b"2")], b"", {}, b"GET / " + HEAD + b"X-A: 1\r\nx-a: 2\r\n"),
+    "DELETE": ("DELETE", "", [], b"", {}, b"DELETE / " + HEAD + b"Content-Length: 0\r\n"),
+    "empty query": ("GET", "/?", [], b"", {}, b"GET /? " + HEAD),
+    "bytes": ("GET", "/\udcff?\udcfe", [(b"X", b"\xe4")], b"", {}, b"GET /\xff?\xfe " + HEAD + b"X: \xe4\r\n"),
+    "injection": ("GET", "/", [(b"X", b"a\r\nY: b\0\tc")], b"", {}, b"GET / " + HEAD + b"X: a  Y: b \tc\r\n"),
+    "framing": ("POST", "/", [(b"content-length", b"9")], b"x", {}, b"POST / " + HEAD + b"Content-Length: 1\r\n"),
+    "no reuse": ("GET", "/", [], b"", {"keepalive": False}, b"GET / " + HEAD + b"Connection: close\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_a_request_is_sent_as_it_is(run: Scenario, name: str) -> None:
+    """Target, headers and body byte for byte, nothing added but Host and what frames the body."""
+    method, target, headers, body, options, expected = SENT[name]
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            request = peer.client.request(method, with_target(peer.url, target), headers, body, **options)
+            asking = asyncio.ensure_future(request)
+            connection = await peer.accept()
+            head = expected.replace(b"PORT", b"%d" % peer.port)
+            assert await connection.answer(OK) == head + b"\r\n" + body
+            async with await asking as response:
+                assert response.status == 200
+
+    run(scenario())
+
+
+def test_the_credentials_of_a_url_win(run: Scenario) -> None:
+    """They are sent as basic authentication, in place of what the caller has sent."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            peer.url = peer.url.with_user("us%65r").with_password("p:w")
+            asking = peer.ask("GET", b"", [(b"authorization", b"Bearer x")])
+            request = await (await peer.accept()).answer(OK)
+            assert await asking == (200, b"ok")
+            sent = [line for line in request.split(b"\r\n") if line.lower().startswith(b"authorization")]
+            assert sent == [b"Authorization: Basic " + base64.b64encode(b"us%65r:p:w")]
+
+    run(scenario())
+
+
+async def pieces(*parts: bytes | Exception) -> AsyncIterator[bytes]:
+    """A body that comes in pieces, and may fail."""
+    for part in parts:
+        if isinstance(part, Exception):
+            raise part
+        yield part
+
+
+@pytest.mark.parametrize("length", [None, b"5"])
+def test_a_body_is_streamed(run: Scenario, length: bytes | None) -> None:
+    """In chunks, or in the length that the headers say."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            headers = [(b"Content-Length", length)] if length else []
+            asking = peer.ask(body=pieces(b"ab", b"", b"cde"), headers=headers)
+            connection = await peer.accept()
+            expected = b"\r\n\r\nabcde" if length else b"\r\n\r\n2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n"
+            received = b""
+            while expected not in received:
+                received += await connection.read()
+            assert (b"Transfer-Encoding: chunked" in received) == (length is None)
+            await connection.send(OK)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+def test_a_body_is_sent_at_the_pace_of_the_peer(run: Scenario) -> None:
+    """What it does not take is not fetched."""
+    fetched = 0
+
+    async def flood() -> AsyncIterator[bytes]:
+        nonlocal fetched
+        while fetched < 100:
+            fetched += 1
+            yield bytes(2**20)
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask(body=flood())
+            connection = await peer.accept()
+            received = len(await connection.read())
+            before = -1
+            while before != fetched:  # until it stands still
+                before = fetched
+                await asyncio.sleep(0.1)
+            assert fetched < 50
+            while received < 100 * 2**20:
+                received += len(await connection.read(2**22))
+            await connection.send(OK)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+def test_an_answer_is_taken_at_the_pace_of_the_reader(run: Scenario) -> None:
+    """What nobody reads stays with the peer; nothing is lost on the way."""
+    size = 64 * 2**20
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = asyncio.ensure_future(peer.client.request("GET", peer.url, [], b""))
+            connection = await peer.accept()
+            await connection.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            response: HttpResponse = await asking
+            sent = 0
+            blocked = 0
+            while blocked < 20:  # until it stands still
+                try:
+                    sent += connection.sock.send(bytes(2**20))
+                    blocked = 0
+                except BlockingIOError:
+                    blocked += 1
+                    await asyncio.sleep(0.01)
+            assert sent < size / 2
+            rest = asyncio.ensure_future(connection.send(bytes(size - sent)))
+            async with response:
+                assert (await response.read(10, whole=False)) == (bytes(10), size)
+            await rest
+
+    run(scenario())
+
+
+def test_what_the_body_raises_ends_the_request(run: Scenario) -> None:
+    """It reaches the caller, and the peer sees that the request is not whole."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask(body=pieces(b"half", HttpError(408, "no body")))
+            connection = await peer.accept()
+            with pytest.raises(HttpError) as caught:
+                await asking
+            assert caught.value.status == 408
+            received = b""
+            while data := await connection.read():
+                received += data
+            assert not received.endswith(b"0\r\n\r\n")
+
+    run(scenario())
+
+
+# ---- what comes back -----------------------------------------------------------------------------
+
+ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
+    "with a length": ("POST", OK, 200, b"ok"),
+    "in chunks": (
+        "POST",
+        b"HTTP/1.1 201 X\r\nTransfer-Encoding: chunked\r\n\r\n1;a=b\r\no\r\n1\r\nk\r\n0\r\n\r\n",
+        201,
+        b"ok",
+    ),
+    "with trailers": (
+        "POST",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n2\r\nok\r\n0\r\nX: y\r\n\r\n",
+        200,
+        b"ok",
+    ),
+    "after interim answers": (
+        "POST",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 E\r\nLink: x\r\n\r\n" + OK,
+        200,
+        b"ok",
+    ),
+    "without a reason": ("POST", b"HTTP/1.1 404\r\nContent-Length: 0\r\n\r\n", 404, b""),
+    "with bare line feeds": ("POST", b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok", 200, b"ok"),
+    "to HEAD": ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", 200, b""),
+    "204 with a length": ("POST", b"HTTP/1.1 204 No\r\nContent-Length: 0\r\n\r\n", 204, b""),
+    "304 with a length": ("GET", b"HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n", 304, b""),
+    "in HTTP/1.0, kept": (
+        "POST",
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok",
+        200,
+        b"ok",
+    ),
+    "compressed": ("GET", b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nok", 200, b"ok"),
+}
+LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connection is closed
+    "until the end": (b"HTTP/1.1 200 OK\r\n\r\nok", 200, b"ok"),
+    "in HTTP/1.0": (b"HTTP/1.0 200 OK\r\n\r\nok", 200, b"ok"),
+    "with Connection: close": (b"HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", 500, b"ok"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "byte by byte"])
+def test_an_answer_is_understood(run: Scenario, name: str, split: bool) -> None:
+    """Whatever its form, however it is cut; the connection is free for the next request, which gets its own."""
+    method, data, status, body = ANSWERS[name]
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask(method, b"")
+            connection = await peer.accept()
+            await connection.request()
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for piece in [data[at : at + 1] for at in range(len(data))] if split else [data]:
+                await connection.send(piece)
+                await asyncio.sleep(0)
+            assert await asking == (status, body)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("name", LAST_ANSWERS)
+def test_an_answer_that_ends_with_its_connection_is_understood(run: Scenario, name: str) -> None:
+    """And the connection is not used again."""
+    data, status, body = LAST_ANSWERS[name]
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            connection = await peer.accept()
+            await connection.answer(data)
+            if b"Length" not in data:
+                connection.close()
+            assert await asking == (status, body)
+            if b"Length" in data:
+                await connection.ended()
+
+    run(scenario())
+
+
+def test_an_answer_may_come_before_the_request_is_whole(run: Scenario) -> None:
+    """A peer that refuses a body need not read it; who called has the answer, and the connection is closed."""
+    endless = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"the beginning"
+        await endless.wait()
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask(body=body())
+            connection = await peer.accept()
+            while b"the beginning" not in connection.received:
+                connection.received += await connection.read()
+            await connection.send(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno")
+            assert await asking == (413, b"no")
+            await connection.ended()
+
+    run(scenario())
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+NO_HTTP, BROKEN = (
+    (FailureKind.INVALID, "did not answer in valid HTTP"),
+    (FailureKind.BROKEN, "broke off the connection"),
+)
+BAD: dict[str, tuple[bytes, tuple[FailureKind, str]]] = {
+    "nothing": (b"", BROKEN),
+    "half a head": (b"HTTP/1.1 200 OK\r\nContent-", BROKEN),
+    "half a body": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", BROKEN),
+    "half a chunk": (CHUNKED + b"9\r\nhalf", BROKEN),
+    "no last chunk": (CHUNKED + b"2\r\nok\r\n", BROKEN),
+    "only interim answers": (b"HTTP/1.1 100 Continue\r\n\r\n", BROKEN),
+    "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", NO_HTTP),
+    "a bad chunk": (CHUNKED + b"zz\r\n", NO_HTTP),
+    "two lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 5\r\n\r\n", NO_HTTP),
+    "a long header": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**16, NO_HTTP),
+    "many headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, NO_HTTP),
+    "a long head": (b"HTTP/1.1 200 OK\r\n" + (b"X: " + b"x" * 30_000 + b"\r\n") * 20, NO_HTTP),
+    "interim answers without end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000, NO_HTTP),
+    "an alert of TLS": (
+        b"\x15\x03\x01\x00\x02\x02\x46",
+        (FailureKind.INVALID, "speaks TLS: its URL begins with https://"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_answer_is_told(run: Scenario, name: str) -> None:
+    """Each has its reason, and the connection is closed."""
+    data, expected = BAD[name]
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            connection = await peer.accept()
+            await connection.request()
+            with contextlib.suppress(ConnectionError):
+                await connection.send(data)
+            if expected == BROKEN:
+                connection.close()
+            assert await failure(asking) == expected
+            if expected != BROKEN:
+                await connection.ended()
+
+    run(scenario())
+
+
+def test_a_reset_is_told(run: Scenario) -> None:
+    """It is not the same as a connection that was closed; nor is it the end of an answer without length."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            connection = await peer.accept()
+            await connection.request()
+            connection.close(reset=True)
+            assert await failure(asking) == (FailureKind.BROKEN, "reset the connection")
+            request = asyncio.ensure_future(peer.client.request("GET", peer.url, [], b""))
+            connection = await peer.accept()
+            await connection.answer(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+            async with await request as response:
+                assert await response.read_chunk() == b"half"
+                connection.close(reset=True)
+                assert await failure(response.read_chunk()) == (FailureKind.BROKEN, "reset the connection")
+
+    run(scenario())
+
+
+def test_an_answer_that_cannot_be_held_is_given_up_at_once(run: Scenario) -> None:
+    """However much of it is still to come."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            connection = await peer.accept()
+            await connection.answer(b"HTTP/1.1 200 OK\r\n\r\n")
+            sending = asyncio.ensure_future(connection.send(bytes(2**21)))
+            assert await failure(asking) == (FailureKind.TOO_LONG, f"answered more than {2**20} bytes")
+            await asyncio.wait({sending})
+            sending.exception()
+
+    run(scenario())
+
+
+def test_the_rest_of_an_answer_is_waited_for_only_briefly(run: Scenario, trusting: None) -> None:
+    """Where the status line decides: a short rest frees the connection, an endless one costs it."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+
+            async def deliver() -> int:
+                async with await peer.client.request("POST", peer.url, [], b"x") as response:
+                    await response.discard()
+                    return response.status
+
+            delivering = asyncio.ensure_future(deliver())
+            connection = await peer.accept()
+            await connection.answer(OK[:-2])
+            await connection.send(OK[-2:])
+            assert await delivering == 200
+            delivering = asyncio.ensure_future(deliver())
+            await connection.answer(OK[:-1])
+            assert await delivering == 200
+            await connection.ended()
+
+    run(scenario())
+
+
+# ---- connections that are kept -------------------------------------------------------------------
+
+
+async def first(peer: Peer, data: bytes = OK) -> Connection:
+    """A connection that has been used once."""
+    asking = peer.ask()
+    connection = await peer.accept()
+    await connection.answer(data)
+    await asking
+    return connection
+
+
+def test_a_connection_is_used_again(run: Scenario, trusting: None) -> None:
+    """Ten requests, one connection."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            for method in ("HEAD", "GET", "HEAD", "POST"):
+                asking = peer.ask(method, b"")
+                await connection.answer(OK[:-2] if method == "HEAD" else OK)
+                assert await asking == (200, b"" if method == "HEAD" else b"ok")
+            assert len(peer.connections) == 1
+
+    run(scenario())
+
+
+def test_a_peer_has_to_show_that_it_keeps_connections(run: Scenario) -> None:
+    """Until one of them has lasted for a while, each request has its own: small servers close without saying so."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connections = [await first(peer) for _ in range(3)]
+            await connections[2].ended()  # two are enough to find out
+            pool = peer.client._pool
+            (wires,) = pool._idle.values()
+            for wire in wires:
+                wire.idle_since -= faasd_async.PROOF_S  # as if so much time had passed
+            for _ in range(3):
+                asking = peer.ask()
+                await connections[0].answer(OK)
+                assert await asking == (200, b"ok")
+            assert len(peer.connections) == 3
+
+    run(scenario())
+
+
+NOT_AGAIN: dict[str, bytes] = {
+    "that was to be closed": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+    "of HTTP/1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "with a second answer": OK + b"HTTP/1.1 408 Late\r\nContent-Length: 0\r\n\r\n",
+    "with bytes that are none": OK + b"what",
+}
+
+
+@pytest.mark.parametrize("name", NOT_AGAIN)
+def test_a_connection_is_not_used_again(run: Scenario, trusting: None, name: str) -> None:
+    """Where the next answer could not come, or would be another's."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            connection = await peer.accept()
+            await connection.answer(NOT_AGAIN[name])
+            with contextlib.suppress(RequestFailed):  # of the bytes that are none
+                assert await asking == (200, b"ok")
+            await connection.ended()
+            await first(peer)
+            assert len(peer.connections) == 2
+
+    run(scenario())
+
+
+def test_a_function_may_have_a_connection_for_each_call(run: Scenario, trusting: None) -> None:
+    """With `keepalive = false`."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            for _ in range(3):
+                asking = peer.ask(keepalive=False)
+                connection = await peer.accept()
+                assert b"\r\nConnection: close\r\n" in await connection.answer(OK)
+                assert await asking == (200, b"ok")
+                await connection.ended()
+
+    run(scenario())
+
+
+def test_an_idle_connection_is_closed_in_time(run: Scenario, trusting: None) -> None:
+    """Before the peer would do so."""
+
+    async def scenario() -> None:
+        async with Peer(keepalive_s=0.1) as peer:
+            await (await first(peer)).ended()
+            assert peer.client._pool._idle == {}
+
+    run(scenario())
+
+
+def test_what_comes_to_an_idle_connection_closes_it(run: Scenario, trusting: None) -> None:
+    """Servers tell idle clients "408 Request Timeout"."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            await connection.send(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+            await connection.ended()
+            await first(peer)
+            assert len(peer.connections) == 2
+
+    run(scenario())
+
+
+def test_a_connection_that_the_peer_has_just_closed_is_not_used(run: Scenario, trusting: None) -> None:
+    """The kernel knows before the event loop does."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            connection.close()
+            second = await first(peer)
+            assert len(peer.connections) == 2
+            second.close(reset=True)
+            await first(peer)
+            assert len(peer.connections) == 3
+
+    run(scenario())
+
+
+@pytest.fixture
+def race(monkeypatch: pytest.MonkeyPatch, trusting: None) -> Callable[[Callable[[], None]], None]:
+    """Has something happen once, after the client has looked at an idle connection and before it uses that."""
+    todo: list[Callable[[], None]] = []
+    take = Pool.take
+
+    def take_late(pool: Pool, origin: Any) -> Wire | None:
+        wire = take(pool, origin)
+        if wire is not None and todo:
+            todo.pop()()
+        return wire
+
+    monkeypatch.setattr(Pool, "take", take_late)
+    return todo.append
+
+
+Race = Callable[[Callable[[], None]], None]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+def test_a_request_that_the_peer_cannot_have_seen_is_sent_again(run: Scenario, race: Race, reset: bool) -> None:
+    """A POST too: the connection was closed before the peer's kernel had taken a byte of it."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            race(lambda: connection.close(reset))
+            asking = peer.ask()
+            assert (await (await peer.accept()).answer(OK)).endswith(b"\r\n\r\nx")
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+def test_a_request_that_met_a_farewell_is_sent_again(run: Scenario, race: Race) -> None:
+    """A "408 Request Timeout" to the idle connection is no answer to it."""
+    farewell = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+
+            def leave() -> None:
+                connection.sock.send(farewell)
+                connection.close()
+
+            race(leave)
+            asking = peer.ask()
+            await (await peer.accept()).answer(OK)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_a_kept_connection_that_ends_with_the_next_request_is_no_success(
+    run: Scenario, trusting: None, method: str, reset: bool
+) -> None:
+    """The peer may have done what was asked: only who called knows whether to ask again."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            asking = peer.ask(method)
+            await connection.request()
+            connection.close(reset)
+            kind, _ = await failure(asking)
+            assert kind is FailureKind.BROKEN
+            assert len(peer.connections) == 1
+            await first(peer)  # on a new one
+
+    run(scenario())
+
+
+def test_a_408_of_the_function_is_its_answer(run: Scenario, trusting: None) -> None:
+    """It has read the request."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            asking = peer.ask()
+            await connection.answer(b"HTTP/1.1 408 Late\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            assert await asking == (408, b"")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_what_may_be_done_twice_is_sent_again(run: Scenario, trusting: None, method: str) -> None:
+    """Once, by its method, where a connection that was used again ends without a byte of an answer."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            asking = peer.ask(method)
+            await connection.request()
+            connection.close()
+            second = await peer.accept()
+            await second.request()
+            second.close()
+            assert await failure(asking) == BROKEN
+
+    run(scenario())
+
+
+def test_an_answer_that_has_begun_is_not_asked_for_again(run: Scenario, trusting: None) -> None:
+    """Whatever the method."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            asking = peer.ask("GET", b"")
+            await connection.answer(b"HTTP/1.1 2")
+            connection.close()
+            assert await failure(asking) == BROKEN
+            assert len(peer.connections) == 1
+
+    run(scenario())
+
+
+def test_a_streamed_body_gets_a_connection_that_nobody_has_closed(run: Scenario, trusting: None) -> None:
+    """It could not be sent again."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            await first(peer)
+            asking = peer.ask(body=pieces(b"x"), headers=[(b"Content-Length", b"1")])
+            await (await peer.accept()).answer(OK)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+def test_a_request_that_is_cancelled_takes_its_connection_along(run: Scenario, trusting: None) -> None:
+    """The peer sees that nobody waits any more."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            asking = peer.ask()
+            await connection.request()
+            asking.cancel()
+            await connection.ended()
+            await first(peer)
+
+    run(scenario())
+
+
+# ---- connections that are not made ---------------------------------------------------------------
+
+
+def addresses(*ports: tuple[str, int]) -> CheckedResolver:
+    """A name with these addresses."""
+    infos: list[AddressInfo] = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in ports]
+
+    class Resolver:
+        async def resolve(self, host: str, port: int) -> list[AddressInfo]:
+            return infos
+
+    return cast(CheckedResolver, Resolver())
+
+
+def test_a_refusal_is_told(run: Scenario, refused: str) -> None:
+    """In the system's words."""
+
+    async def scenario() -> None:
+        client = HttpClient()
+        expected = (FailureKind.UNREACHABLE, "can't be reached: Connection refused")
+        assert await failure(fetch(client, "GET", yarl.URL(refused))) == expected
+        await client.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("host", ["no-such-name.invalid", "300.1.2.3", "1.2.3.4.5"])
+def test_a_name_without_an_address_is_told(run: Scenario, host: str) -> None:
+    """And so is what looks like an address and is none."""
+
+    async def scenario() -> None:
+        client = HttpClient()
+        kind, text = await failure(fetch(client, "GET", yarl.URL(f"http://{host}/", encoded=True)))
+        assert kind is FailureKind.UNREACHABLE
+        assert text.startswith(f"can't be reached: {host}")
+        assert host[0] == "n" or text.endswith(" is no address")
+        await client.close()
+
+    run(scenario())
+
+
+def test_all_addresses_of_a_name_are_tried(run: Scenario, refused: str) -> None:
+    """Also where the first is refused, or never answered."""
+    port = yarl.URL(refused).port or 0
+
+    async def scenario() -> None:
+        with socket.socket() as deaf, contextlib.ExitStack() as stack:
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(0)
+            for _ in range(2):
+                client = stack.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(deaf.getsockname())
+            async with Peer() as peer:
+                known = [("127.0.0.1", port), deaf.getsockname(), ("127.0.0.1", peer.port)]
+                peer.client = HttpClient(resolver=addresses(*known))
+                peer.url = yarl.URL("http://three.example")
+                await first(peer)
+
+    run(scenario())
+
+
+def test_an_address_that_may_not_be_called_is_not_connected_to(run: Scenario) -> None:
+    """What is checked is what would be connected to, whatever the name says."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            client = HttpClient(resolver=CheckedResolver(lambda host, address: not address.startswith("127.")))
+            for host in ("localhost", "127.0.0.1"):
+                url = peer.url.with_host(host)
+                kind, text = await failure(fetch(client, "GET", url))
+                assert (kind, text) == (FailureKind.FORBIDDEN, f"to {host} at 127.0.0.1 are not allowed")
+            await client.close()
+
+    run(scenario())
+
+
+def highest_descriptor() -> int:
+    """The highest one that this process has open."""
+    return max(int(item.name) for item in Path("/proc/self/fd").iterdir())
+
+
+def test_our_own_shortage_is_no_failure_of_the_peer(run: Scenario) -> None:
+    """No descriptor is left here: that passes."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            most = highest_descriptor() + 1
+            taken: list[int] = []
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(os.dup(0))
+                for url in (peer.url, peer.url.with_host("localhost")):
+                    with pytest.raises(Shortage):
+                        await fetch(peer.client, "POST", url, b"x")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for fd in taken:
+                    os.close(fd)
+            await first(peer)
+
+    run(scenario())
+
+
+def test_a_unix_socket_is_called(run: Scenario, trusting: None, tmp_path: Path) -> None:
+    """As often as one likes."""
+
+    async def scenario() -> None:
+        async with Peer(unix_path=str(tmp_path / "socket")) as peer:
+            peer.listener.close()
+            peer.listener = socket.socket(socket.AF_UNIX)
+            peer.listener.bind(str(tmp_path / "socket"))
+            peer.listener.listen()
+            peer.listener.setblocking(False)
+            peer.url = yarl.URL("http://localhost/")
+            connection = await first(peer)
+            asking = peer.ask()
+            assert b"\r\nHost: localhost\r\n" in await connection.answer(OK)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+# ---- TLS -----------------------------------------------------------------------------------------
+
+
+class Pki:
+    """Certificates in a folder, made with openssl: NAME.pem and the one key, and ca.pem."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.key = str(folder / "key.pem")
+        self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
+        self._openssl(*("req", "-x509", "-new", "-key", "key.pem", "-subj", "/CN=ca", "-days", "9", "-out", "ca.pem"))
+        own = ("-addext", "subjectAltName=DNS:localhost", "-days", "9", "-out", "self-signed.pem")
+        self._openssl("req", "-x509", "-new", "-key", "key.pem", "-subj", "/CN=localhost", *own)
+        for name, host, days in (
+            ("good", "localhost", "9"),
+            ("other", "other.example", "9"),
+            ("expired", "localhost", "-1"),
+        ):
+            (folder / "extensions").write_text(f"subjectAltName=DNS:{host}")
+            self._openssl("req", "-new", "-key", "key.pem", "-subj", f"/CN={host}", "-out", "request.pem")
+            signed = ("-CA", "ca.pem", "-CAkey", "key.pem", "-CAcreateserial", "-extfile", "extensions", "-days", days)
+            self._openssl("x509", "-req", "-in", "request.pem", *signed, "-out", f"{name}.pem")
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(("openssl", *arguments), cwd=self.folder, check=True, capture_output=True)
+
+    def server(self, name: str, *, wants_client: bool = False) -> ssl.SSLContext:
+        """A server with this certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.folder / f"{name}.pem", self.key)
+        if wants_client:
+            context.load_verify_locations(self.folder / "ca.pem")
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """The certificates of this module."""
+    return Pki(tmp_path_factory.mktemp("pki"))
+
+
+@contextlib.contextmanager
+def tls_server(context: ssl.SSLContext) -> Iterator[yarl.URL]:
+    """A server, in threads, that answers OK to every request on a connection."""
+
+    def serve(sock: socket.socket) -> None:
+        wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        with contextlib.suppress(OSError), wrapped:
+            try:
+                wrapped.do_handshake()
+            except ssl.SSLError:  # The alert has been sent: a reset must not overtake it.
+                while os.read(wrapped.fileno(), 2**16):
+                    pass
+            received = b""
+            while data := wrapped.recv(2**16):
+                received += data
+                if received.endswith(b"\r\n\r\nx"):
+                    wrapped.sendall(OK)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threads.append(threading.Thread(target=serve, args=(listener.accept()[0],)))
+                threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads = [threading.Thread(target=accept)]
+        threads[0].start()
+        yield yarl.URL(f"https://localhost:{listener.getsockname()[1]}")
+        listener.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+
+
+CERTIFICATES = {
+    "good": None,
+    "expired": "its certificate is not accepted: certificate has expired",
+    "other": "its certificate is not accepted: Hostname mismatch, certificate is not valid for 'localhost'",
+    "self-signed": "its certificate is not accepted: self-signed certificate",
+}
+
+
+@pytest.mark.parametrize("name", CERTIFICATES)
+def test_a_certificate_is_verified(run: Scenario, trusting: None, pki: Pki, name: str) -> None:
+    """Against the CAs that are given; the reason says what is wrong with it."""
+    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    reason = CERTIFICATES[name]
+
+    async def scenario() -> None:
+        client = HttpClient()
+        for _ in range(3):
+            asking = fetch(client, "POST", url, b"x", tls=trusted)
+            if reason is None:
+                assert await asking == (200, b"ok")
+            else:
+                kind, text = await failure(asking)
+                assert (kind, text) == (FailureKind.UNREACHABLE, f"can't be reached: {reason}")
+        await client.close()
+
+    with tls_server(pki.server(name)) as url:
+        run(scenario())
+
+
+def test_a_private_ca_is_not_trusted_by_default(run: Scenario, pki: Pki) -> None:
+    """The system's are."""
+
+    async def scenario() -> None:
+        client = HttpClient()
+        kind, text = await failure(fetch(client, "POST", url, b"x"))
+        assert kind is FailureKind.UNREACHABLE
+        assert text.startswith("can't be reached: its certificate is not accepted: ")
+        await client.close()
+
+    with tls_server(pki.server("good")) as url:
+        run(scenario())
+
+
+def test_a_peer_without_tls_is_told(run: Scenario) -> None:
+    """The URL says https, and there is none."""
+
+    async def scenario() -> None:
+        client = HttpClient()
+        async with Peer() as peer:
+            asking = asyncio.ensure_future(fetch(client, "POST", peer.url.with_scheme("https"), b"x"))
+            connection = await peer.accept()
+            await connection.read()
+            await connection.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+            assert await failure(asking) == (FailureKind.UNREACHABLE, "can't be reached: it does not speak TLS")
+        await client.close()
+
+    run(scenario())
+
+
+def test_a_client_certificate_is_shown(run: Scenario, pki: Pki) -> None:
+    """To peers that ask for one; who has none is told that."""
+    known = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    known.load_cert_chain(pki.folder / "good.pem", pki.key)
+    unknown = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+
+    async def scenario() -> None:
+        client = HttpClient()
+        assert await fetch(client, "POST", url, b"x", tls=known) == (200, b"ok")
+        kind, text = await failure(fetch(client, "POST", url, b"x", tls=unknown))
+        assert kind in (FailureKind.BROKEN, FailureKind.UNREACHABLE)
+        assert "certificate required" in text
+        await client.close()
+
+    with tls_server(pki.server("good", wants_client=True)) as url:
+        run(scenario())
+
+
+# ---- proxies -------------------------------------------------------------------------------------
+
+
+def test_a_proxy_is_asked_for_what_is_elsewhere(run: Scenario) -> None:
+    """In the absolute form, with the credentials of its URL; but not for this machine, nor for NO_PROXY."""
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            environment = {"http_proxy": f"http://us:pw@127.0.0.1:{proxy.port}", "no_proxy": "near.example,10.0.0.0/8"}
+            proxy.client = HttpClient(environment=environment)
+            proxy.url = yarl.URL("http://far.example:81/a?b")
+            asking = proxy.ask()
+            request = await (await proxy.accept()).answer(OK)
+            assert await asking == (200, b"ok")
+            assert request.startswith(b"POST http://far.example:81/a?b HTTP/1.1\r\nHost: far.example:81\r\n")
+            assert b"\r\nProxy-Authorization: Basic " + base64.b64encode(b"us:pw") + b"\r\n" in request
+            async with Peer(environment=environment) as near:
+                for host in ("127.0.0.1", "localhost"):
+                    near.url = near.url.with_host(host)
+                    await first(near)
+                direct = HttpClient(environment=environment, resolver=addresses(("127.0.0.1", near.port)))
+                for host in ("near.example", "a.near.example", "10.1.2.3"):
+                    asked = asyncio.ensure_future(fetch(direct, "POST", yarl.URL(f"http://{host}"), b"x"))
+                    await (await near.accept()).answer(OK)
+                    assert await asked == (200, b"ok")
+                await direct.close()
+
+    run(scenario())
+
+
+def test_a_tunnel_is_asked_for_what_is_secret(run: Scenario, pki: Pki) -> None:
+    """CONNECT, and TLS with the peer itself behind that; a proxy that refuses is told."""
+    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+
+    async def forward(one: socket.socket, other: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            while data := await loop.sock_recv(one, 2**16):
+                await loop.sock_sendall(other, data)
+            other.shutdown(socket.SHUT_WR)
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.client = HttpClient(environment={"https_proxy": f"127.0.0.1:{proxy.port}"})
+            proxy.url = yarl.URL("https://other.example:444/")
+            asking = proxy.ask(tls=trusted)
+            connection = await proxy.accept()
+            assert (await connection.request()).startswith(b"CONNECT other.example:444 HTTP/1.1\r\n")
+            await connection.send(b"HTTP/1.1 200 Connected\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", url.port or 0)) as behind:
+                behind.setblocking(False)
+                both = asyncio.gather(forward(behind, connection.sock), forward(connection.sock, behind))
+                assert await asking == (200, b"ok")
+                await proxy.client.close()
+                await both
+            asking = proxy.ask(tls=trusted)
+            await (await proxy.accept()).answer(b"HTTP/1.1 407 Who\r\n\r\n")
+            assert await failure(asking) == (FailureKind.UNREACHABLE, "can't be reached: the proxy answered 407")
+
+    with tls_server(pki.server("other")) as url:
+        run(scenario())
+
+
+def test_a_proxy_that_is_no_url_is_ignored() -> None:
+    """The environment is not the daemon's own."""
+    assert proxies_of({"http_proxy": "http://", "https_proxy": "", "ALL_PROXY": "proxy:3128"}) == {
+        "http": yarl.URL("http://proxy:3128"),
+        "https": yarl.URL("http://proxy:3128"),
+    }
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def test_a_limit_is_named(run: Scenario) -> None:
+    """Which one it was, and how long it is."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            await peer.accept()
+
+            async def limited() -> None:
+                async with TimeLimit(Limit(0.05, "callback.timeout")):
+                    await asking
+
+            assert await failure(limited()) == (FailureKind.TIMEOUT, "did not answer within callback.timeout (0.05s)")
+
+    run(scenario())
+
+
+def test_input_that_is_there_wins_over_a_timer_that_was_late(run: Scenario) -> None:
+    """A machine that slept wakes up with the answer and the end of the time limit both there."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+
+            async def limited() -> tuple[int, bytes]:
+                async with TimeLimit(Limit(0.3)):
+                    return cast(tuple[int, bytes], await peer.ask())
+
+            asking = asyncio.ensure_future(limited())
+            connection = await peer.accept()
+            await connection.request()
+            connection.sock.send(OK)
+            time.sleep(0.6)  # noqa: ASYNC251 (as a machine that sleeps)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+# ---- what is private to aiohttp ------------------------------------------------------------------
+
+
+class Listener(asyncio.Protocol):
+    """What the parser's streams want of a protocol."""
+
+    connected = True
+    _reading_paused = False
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def pause_reading(self) -> None:
+        """Note that."""
+        self._reading_paused = True
+        self.told.append("pause")
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Note that."""
+        if self._reading_paused:
+            self.told.append("resume")
+        self._reading_paused = False
+
+
+PARSERS = {"C": HttpResponseParser, "Python": aiohttp.http_parser.HttpResponseParserPy}
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_the_parser_is_what_it_was(run: Scenario, kind: str) -> None:
+    """`HttpResponseParser`, in C and where there is no wheel: arguments, and what `feed_data` and `feed_eof` give."""
+
+    async def scenario() -> None:
+        listener = Listener()
+        parser = PARSERS[kind](
+            cast(Any, listener),
+            asyncio.get_running_loop(),
+            1024,
+            max_line_size=100,
+            max_field_size=100,
+            response_with_body=True,
+            read_until_eof=True,
+            auto_decompress=False,
+        )
+        messages, upgraded, tail = parser.feed_data(b"HTTP/1.1 200 Fine\r\nX-A: b\r\n\r\n")
+        ((message, body),) = messages
+        assert (upgraded, tail) == (False, b"")
+        assert (message.code, message.reason, message.raw_headers) == (200, "Fine", ((b"X-A", b"b"),))
+        assert message.should_close
+        assert isinstance(body, StreamReader)
+        parser.feed_data(bytes(4096))
+        assert listener.told == ["pause"]
+        assert (body.is_eof(), body.exception(), await body.readany()) == (False, None, bytes(4096))
+        assert listener.told == ["pause", "resume"]
+        parser.feed_eof()
+        assert (body.is_eof(), body.read_nowait(), body.total_bytes) == (True, b"", 4096)
+
+    run(scenario())
+
+
+def test_the_parser_is_the_one_in_c() -> None:
+    """The other one is several times slower."""
+    assert HttpResponseParser.__module__ == "aiohttp._http_parser"
+
+
+def test_a_stream_is_what_it_was(run: Scenario) -> None:
+    """`StreamReader`: an error that is set reaches who reads; `EMPTY_PAYLOAD` is at its end from the beginning."""
+
+    async def scenario() -> None:
+        stream = StreamReader(cast(Any, Listener()), 1024, loop=asyncio.get_running_loop())
+        reading = asyncio.ensure_future(stream.readany())
+        await asyncio.sleep(0)
+        stream.set_exception(RequestFailed(FailureKind.BROKEN, "broke"))
+        assert await failure(reading) == (FailureKind.BROKEN, "broke")
+        assert await failure(stream.readany()) == (FailureKind.BROKEN, "broke")
+        assert (EMPTY_PAYLOAD.is_eof(), EMPTY_PAYLOAD.read_nowait(), await EMPTY_PAYLOAD.readany()) == (True, b"", b"")
+
+    run(scenario())
+
+
+def test_linux_tells_what_a_peer_has_taken(run: Scenario) -> None:
+    """`tcp_info`: the state, and a count that grows by what was acknowledged."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            with socket.create_connection(("127.0.0.1", peer.port)) as sock:
+                connection = await peer.accept()
+                before = faasd_async.tcp_info(sock)
+                assert (before.state, before.acked > 0, before.sent) == (faasd_async.ESTABLISHED, True, 0)
+                sock.sendall(b"12345")
+                assert await connection.read() == b"12345"
+                await connection.send(b"x")  # with that the kernel says what it has taken
+                assert faasd_async.tcp_info(sock) == (faasd_async.ESTABLISHED, before.acked + 5, 1)
+                connection.close()
+                assert faasd_async.tcp_info(sock).state != faasd_async.ESTABLISHED
+
+    run(scenario())
+
+
+async def test_a_head_goes_out_with_its_body(daemon: StartDaemon) -> None:
+    """`StreamResponse._send_headers_immediately`: off where a small answer has come as a whole, on where it has not."""
+    held = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]
+        writer.write(OK if path == b"/whole" else OK[:-1])
+        await held.wait()
+        writer.write(b"" if path == b"/whole" else OK[-1:])
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    gateway = await daemon(f'[functions.f]\nurl = "http://127.0.0.1:{server.sockets[0].getsockname()[1]}"')
+    for path, first_piece in (("whole", b"ok"), ("half", b"o")):
+        with socket.create_connection(("127.0.0.1", yarl.URL(gateway.url).port or 0)) as client:
+            client.setblocking(False)
+            connection = Connection(client)
+            await connection.send(f"GET /function/f/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            received = await connection.read()
+            if path == "half":
+                while not received.endswith(first_piece):
+                    received += await connection.read()
+                held.set()
+                received += await connection.read()
+            assert received.endswith(b"\r\n\r\nok")
+    server.close()
