@@ -36,7 +36,7 @@ from conftest import (
     to_toml,
 )
 
-from faasd_async import CommandRunner, FunctionRequest, parse_config
+from faasd_async import CommandRunner, FunctionRequest, Limit, parse_config
 
 KIB, MIB = 2**10, 2**20
 PYTHON = (sys.executable, "-IS", "-c")
@@ -884,7 +884,7 @@ async def test_a_call_that_is_cancelled_as_its_program_starts_leaves_nothing_beh
     monkeypatch.setattr(loop, "call_soon_threadsafe", then_cancel)
     request = FunctionRequest("POST", "/", [], b"")
     before = {*children(os.getpid())}
-    call = asyncio.create_task(CommandRunner().run(function, request, PATIENCE, KIB))
+    call = asyncio.create_task(CommandRunner().run(function, request, Limit(PATIENCE), KIB))
     await asyncio.wait({call})
     assert call.cancelled()
     await until(lambda: before.issuperset(children(os.getpid())), "the end of the program")
