@@ -4024,20 +4024,20 @@ class Pool:
     def __init__(self, keepalive_s: float) -> None:
         self._keepalive_s = keepalive_s
         self._idle: dict[Origin, deque[Wire]] = {}  # the one that was used last at the end
-        self._proven: OrderedDict[Origin, None] = OrderedDict()
+        self._proven: OrderedDict[tuple[str, int], None] = OrderedDict()  # hosts and ports
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, origin: Origin) -> Wire | None:
         """A connection that can be used."""
         wires = self._idle.get(origin)
         while wires:
-            if origin not in self._proven:
+            if origin[:2] not in self._proven:
                 if time.monotonic() - wires[0].idle_since < PROOF_S:
                     return None
                 wires.rotate(-1)
             wire = wires.pop()
             if wire.renew():
-                self._proven[origin] = None
+                self._proven[origin[:2]] = None
                 if len(self._proven) > MAX_ORIGINS:
                     self._proven.popitem(last=False)
                 return wire
@@ -4046,19 +4046,19 @@ class Pool:
 
     def put(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose exchange has ended, or close it."""
-        wires = self._idle.setdefault(origin, deque())
-        if not wire.finished or (origin not in self._proven and len(wires) >= MAX_UNPROVEN):
+        count = len(self._idle.get(origin, ()))
+        if not wire.finished or (origin[:2] not in self._proven and count >= MAX_UNPROVEN):
             wire.abort()
             return
         wire.rest()
-        wires.append(wire)
+        self._idle.setdefault(origin, deque()).append(wire)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
 
     def doubt(self, origin: Origin) -> None:
         """A connection that was used again has failed."""
-        self._proven.pop(origin, None)
+        self._proven.pop(origin[:2], None)
 
     def _sweep(self) -> None:
         """Close what has been idle for too long."""
@@ -5338,7 +5338,9 @@ class CallbackJob:
         log_bodies(config.log, claim.call_id, callback=claim.body)
         limit = Limit(config.callback.timeout, "callback.timeout")
         try:
-            async with TimeLimit(limit), await self._send(claim) as response:
+            async with TimeLimit(limit):
+                response = await self._send(claim)
+            async with response:
                 await response.discard()  # The status line has decided.
         except Shortage:  # of this machine: it is charged to nobody
             await asyncio.sleep(RETRY_STORE_S)

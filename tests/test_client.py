@@ -5,6 +5,7 @@ import base64
 import contextlib
 import os
 import resource
+import signal
 import socket
 import ssl
 import struct
@@ -21,7 +22,7 @@ import uvloop
 import yarl
 from aiohttp.http_parser import HttpResponseParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from conftest import PATIENCE, StartDaemon
+from conftest import PATIENCE, Server, StartDaemon, ask
 
 import faasd_async
 from faasd_async import (
@@ -1321,3 +1322,51 @@ async def test_a_head_goes_out_with_its_body(daemon: StartDaemon) -> None:
                 received += await connection.read()
             assert received.endswith(b"\r\n\r\nok")
     server.close()
+
+
+# ---- as the daemon has it ------------------------------------------------------------------------
+
+
+async def test_the_credentials_in_a_functions_url_are_used_and_not_shown(
+    daemon: StartDaemon, function: Server, refused: str
+) -> None:
+    """They are for the function alone: no caller, record or log line has them."""
+    known, lost = (url.replace("http://", "http://user:s3cret@") for url in (function.url, refused))
+    gateway = await daemon(
+        f'[functions.known]\nurl = "{known}"\n[functions.lost]\nurl = "{lost}"\n[retry]\nattempts = 1'
+    )
+    assert (await ask(gateway.url, "/function/known", "Authorization: Bearer x")).status == 200
+    expected = "Basic " + base64.b64encode(b"user:s3cret").decode()
+    assert function.requests[0].headers.getall("Authorization") == [expected]
+    reply = await ask(gateway.url, "/function/lost")
+    record = await gateway.final(await gateway.submit("lost"))
+    assert "s3cret" not in reply.body.decode() + str(record) + gateway.log
+
+
+async def test_a_ca_is_taken_over_on_reload(daemon: StartDaemon, pki: Pki) -> None:
+    """`callback.tls_ca_file`: before that, nobody is trusted whom the system does not trust."""
+    base = '[functions.f]\ncommand = ["cat"]\n[callback]\nattempts = 1\n'
+    with tls_server(pki.server("good")) as url:
+        gateway = await daemon(base)
+        for status in ("failed", "delivered"):
+            record = await gateway.final(await gateway.submit("f", b"x", X_Callback_Url=str(url)))
+            assert record["callback"]["status"] == status, record
+            line = len(gateway.log.splitlines())
+            gateway.configure(f'{base}tls_ca_file = "{pki.folder}/ca.pem"')
+            gateway.signal(signal.SIGHUP)
+            await gateway.wait_for_log("configuration reloaded", line)
+        await gateway.terminate()
+
+
+async def test_a_call_waits_for_a_descriptor_and_is_not_charged(daemon: StartDaemon, function: Server) -> None:
+    """The shortage is ours."""
+    gateway = await daemon(f'[functions.f]\nurl = "{function.url}"\n[retry]\nattempts = 1')
+    await gateway.final(await gateway.submit("f"))  # over a connection that stays open
+    before = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    call_id = await gateway.submit("f")
+    await gateway.wait_for_log("no descriptors")
+    resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, before)
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"]) == ("success", 1)
+    assert len(function.requests) == 2
