@@ -204,7 +204,7 @@ async def test_random_kills_under_a_mixed_load_break_no_promise(
             if found["completed_at"] is None and stories[call_id].path in ("", *CANCELLED):
                 await witness.cancel(call_id, stories[call_id])
 
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + 10 * PATIENCE  # what was interrupted together comes back further apart each time
     while not all(map(is_done, (await witness.records()).values())):
         assert time.monotonic() < deadline, gateway.log
         await asyncio.sleep(0.05)
