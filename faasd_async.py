@@ -2616,7 +2616,8 @@ INTERRUPT = """
 # Those that were interrupted together more than once come back one after the other, further apart
 # each time: so it is less and less likely that one of them takes the others with it.
 SPREAD_INTERRUPTED = """
-    UPDATE calls SET due_at = due_at + place.number * ((1 << (interrupted - 1)) - 1)
+    UPDATE calls SET
+        due_at = due_at + min(60, place.number * ((1 << min(interrupted - 1, 6)) - 1))
     FROM (
         SELECT seq AS row, row_number() OVER (PARTITION BY work ORDER BY seq) - 1 AS number
         FROM calls WHERE work IS NOT NULL AND work <> ? AND due_at = ? AND interrupted > 0

@@ -455,7 +455,7 @@ class QueueMachine(RuleBasedStateMachine):
                 row.due_at = now  # behind all that waited
                 if row.work != CALLBACKS:
                     row.status, row.interrupted = "queued", row.interrupted + 1
-                    row.due_at += together[row.work] * (2 ** (row.interrupted - 1) - 1)
+                    row.due_at += min(60, together[row.work] * (2 ** min(row.interrupted - 1, 6) - 1))
                     together[row.work] += 1
         self.held.clear()
 
