@@ -385,7 +385,7 @@ async def test_nobody_waits_while_many_calls_are_cancelled(daemon: StartDaemon, 
 READ_ONLY = """
 mount --make-rprivate / && mount --bind "$0" "$0" || exit
 for place in / /tmp /var/tmp /usr/tmp; do mount -o remount,bind,ro "$place" 2>/dev/null; done
-unset TMPDIR SQLITE_TMPDIR
+unset TMPDIR SQLITE_TMPDIR COVERAGE_PROCESS_CONFIG
 cd /
 for place in / /tmp /var/tmp; do ! touch "$place/x" 2>/dev/null || exit; done
 exec "$@"
