@@ -3705,7 +3705,7 @@ NATS_REQUIRED = (2, 12)  # schedules and message TTLs
 PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
 NATS_LATE_S = 0.01  # what a message that is stored takes to become known to its consumer
 PROBE_BYTES = 64 * KIB  # that are stored to see whether there is room
-FENCE_S = 120.0  # for which a record is there beyond its time, and not shown
+FENCE_S = 10.0  # and two leases: how long a record is there beyond its time, and not shown
 YOUNG_S = 15.0  # since a connection was made: what a server has forgotten shows by then
 SETTLED_S = 3.0  # after which all daemons that are there have connected to a server again
 CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
@@ -4979,7 +4979,8 @@ class NatsCalls:
         """
         headers: dict[str, object] = {"Nats_Expected_Last_Subject_Sequence": seq}
         if keep_s is not None:
-            headers["Nats_TTL"] = f"{max(1, round(keep_s + FENCE_S))}s"
+            fence_s = 2 * self._settings().queue(call.queue).ack_wait + FENCE_S
+            headers["Nats_TTL"] = f"{round(keep_s + fence_s)}s"
         payload = pack_call(call, parts)
         return await self._link.publish(self._subjects.record(call), payload, **headers)
 
