@@ -9515,13 +9515,13 @@ class HealthRoutes:
     async def healthz(self, request: Request) -> web.StreamResponse:
         """200 while the queue's writer answers."""
         reason = self.queue.stalled()
-        return reply(reason or self.queue.notice() or "ok", 503 if reason else 200)
+        return reply(reason or "ok", 503 if reason else 200)
 
     async def readyz(self, request: Request) -> web.StreamResponse:
         """200 when work can be accepted."""
         reason = "shutting down" if self.waiters.closed else self.queue.stalled()
         reason = reason or await self.queue.failing()
-        return reply(reason or "ok", 503 if reason else 200)
+        return reply(reason or self.queue.notice() or "ok", 503 if reason else 200)
 
 
 @dataclass(frozen=True)
