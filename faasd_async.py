@@ -50,6 +50,8 @@ Who owns which task or thread
                        `exchange`, where no answer came
     aiohttp            one for each HTTP request; Front.drain and `runner.cleanup` await them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it
+    NatsKeeper         lanes, leases and deadlines; its `stop` awaits all three
+    nats-py            its own, one for each subscription among them; NatsLink.close ends them
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_deadline` and `until` monotonic,
 `*_bytes` sizes, `start_time` Unix time in nanoseconds. A section uses no name of a later one.
