@@ -6,8 +6,9 @@ event loop that note what they are sent, byte for byte, and do what the test tel
 waits for what happens ("the function has seen two requests", "this line is in the log"), never
 for time.
 
-Variables that change a run: CI (a test that is skipped has failed) and FAASD_ASYNC_NO_FORK (each
-process gets an interpreter of its own, see forkserver.py).
+Variables that change a run: CI (a test that is skipped has failed), FAASD_ASYNC_NO_FORK (each
+process gets an interpreter of its own, see forkserver.py) and FAASD_ASYNC_STORE=nats (the daemons
+of tests that do not say where their queue is have it on a NATS server, see jetstream.py).
 """
 
 import asyncio
@@ -41,6 +42,8 @@ import pytest
 from aiohttp import web
 from forkserver import Forked, ForkServer
 from multidict import CIMultiDict
+
+pytest_plugins = ["jetstream"]  # fixtures of the queue that hosts share
 
 SCRIPT = Path(__file__).resolve().parent.parent / "faasd_async.py"
 PROGRAM = (sys.executable, "-m", "faasd_async")
@@ -225,7 +228,8 @@ class Daemon:
 
     def configure(self, settings: str) -> None:
         """Write the configuration file; a running daemon does not read it before SIGHUP."""
-        self.settings = merge({**DEFAULTS, "store": {"path": str(self.store)}}, tomllib.loads(settings))
+        ours = merge(DEFAULTS, {"store": {"path": str(self.store)}})
+        self.settings = merge(ours, tomllib.loads(settings))
         self.config.write_text(to_toml(self.settings))
 
     @property
