@@ -3696,7 +3696,7 @@ class SqliteQueue:
         return self._writer.submit(step_prune)
 
 
-# --- NATS queue -----------------------------------------------------------------------------------
+# --- NATS messages --------------------------------------------------------------------------------
 # Several daemons on one JetStream stream. The work message is the intent: it stays un-acked until
 # all that follows from an attempt is stored. A record is written by compare-and-set on its
 # sequence, so whoever loses a race has done nothing. A crash between two steps is a redelivery.
@@ -3975,6 +3975,11 @@ def id_number(own_id: str) -> int:
     return int(digits[:12] + digits[13:16], 16)
 
 
+def with_request(parts: Parts, request: Parts) -> Parts:
+    """What the last attempt gave, with the request."""
+    return parts._replace(headers=request.headers, body=request.body)
+
+
 # -- subjects
 
 
@@ -4046,6 +4051,7 @@ class NatsSubjects:
         return f"{self._prefix}.owner.{owner}"
 
 
+# --- NATS connection ------------------------------------------------------------------------------
 # -- connection
 
 
@@ -4296,6 +4302,7 @@ def nats_login(config: NatsConfig) -> dict[str, Any]:
     return login
 
 
+# --- NATS stream and lanes ------------------------------------------------------------------------
 # -- stream
 
 
@@ -4582,6 +4589,7 @@ class NatsPulls:
         await self._link.send(subject, json.dumps(body).encode(), reply)
 
 
+# --- NATS turns -----------------------------------------------------------------------------------
 # -- whose turn it is
 
 
@@ -4871,6 +4879,7 @@ class NatsConsumers:
         self._lanes.queues[queue].lanes[name].count_later(info["num_pending"])
 
 
+# --- NATS records ---------------------------------------------------------------------------------
 # -- records
 
 
@@ -5146,6 +5155,7 @@ class NatsWaiting:
         return min((unpack_call(data).call.due_at for data in found), default=float("inf"))
 
 
+# --- NATS work ------------------------------------------------------------------------------------
 # -- work
 
 
@@ -5183,11 +5193,6 @@ class NatsNews:
 def nats_schedule(at: float, target: str) -> dict[str, str]:
     """The headers of a message that the server publishes to `target` at this time."""
     return {"Nats_Schedule": f"@at {rfc3339(at)}", "Nats_Schedule_Target": target}
-
-
-def with_request(parts: Parts, request: Parts) -> Parts:
-    """What the last attempt gave, with the request."""
-    return parts._replace(headers=request.headers, body=request.body)
 
 
 def cut_answer(parts: Parts, keep: int) -> Parts:
@@ -5522,6 +5527,7 @@ async def is_gone(link: NatsLink, place: str, own_id: str, lease_over: bool) -> 
     return lease_over and link.age_s > SETTLED_S
 
 
+# --- NATS claims ----------------------------------------------------------------------------------
 # -- slots
 
 
@@ -5895,6 +5901,7 @@ class NatsTaker:
         await self._lanes.settle(queue, len(made) < limit, left)
 
 
+# --- NATS operators -------------------------------------------------------------------------------
 # -- steps of operators and people
 
 
@@ -6119,6 +6126,7 @@ class NatsDeadlines:
         await self._messages.ack(delivery)
 
 
+# --- NATS intake ----------------------------------------------------------------------------------
 # -- the way in
 
 
@@ -6347,6 +6355,7 @@ class NatsRecovery:
         return await self._claims.interrupted(record, None if queue == CALLBACKS else message.parts)
 
 
+# --- NATS upkeep ----------------------------------------------------------------------------------
 # -- what goes on by itself
 
 
@@ -6609,6 +6618,7 @@ class NatsParts(NamedTuple):
     takeover: NatsTakeover
 
 
+# --- NATS queue -----------------------------------------------------------------------------------
 # -- the seam in front of them
 
 

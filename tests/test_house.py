@@ -26,13 +26,14 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SECTIONS = (
     "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules",
     "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite queue",
-    "NATS queue", "HTTP connections", "HTTP client", "Commands",
+    "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
+    "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
+    "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs and consumer", "Intake", "HTTP front", "Routes", "Operator's page",
     "Schedules", "Daemon", "Command line",
 )  # fmt: skip
-# A store is one section, divided by sub-banners: a fifth of SQLite's is statements, which are text, a
-# clause a line; NATS's has consumers, leases and races, which SQLite's has not.
-LONG_SECTIONS = {"SQLite queue": 1050, "NATS queue": 3200}
+# A fifth of SQLite's is statements, which are text, a clause a line.
+LONG_SECTIONS = {"SQLite queue": 1050}
 PARSERS = ("Values", "Configuration", "Configuration file")  # what they read can be anything, so they may return Any
 COLUMNS = 100
 NAME = r"(?<![\w.])[A-Za-z_]\w*"  # in an annotation; of `web.Request` only `web`
