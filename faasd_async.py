@@ -2917,7 +2917,7 @@ def step_claim(
     file: SqliteFile, queue: str, limit: int, room: Mapping[str, int]
 ) -> Sequence[Claim]:
     """Hand out due work of one queue, and have it told when more becomes due."""
-    now = stamp()
+    now = time.time()
     index = file.index
     if index.deadline_at <= now:
         step_expire(file)
@@ -2974,7 +2974,8 @@ def claim_lane(
         file.db.executemany(CLAIM_CALLBACK, [{"seq": row[0]} for row in rows])
         return [callback_claim(*row) for row in rows]
     rows = file.db.execute(SELECT_DUE_CALLS, (queue, lane, until, limit)).fetchall()
-    file.db.executemany(CLAIM_CALL, [{"now": now, "seq": row[0]} for row in rows])
+    started_at = round(now, 6)
+    file.db.executemany(CLAIM_CALL, [{"now": started_at, "seq": row[0]} for row in rows])
     return [Claim(Receipt(row[0], row[1]), *row[2:]) for row in rows]
 
 

@@ -83,6 +83,8 @@ class Backend(WorkQueue, CallRecords, Protocol):
 class Store(Protocol):
     """One backend's place for calls, made on a folder: an empty one, or one with calls in it."""
 
+    counts_age_s: float  # how old what it says of its counts may be
+
     def __init__(self, folder: Path, config: Callable[[], Config]) -> None: ...
 
     def queue(self) -> Backend:
@@ -94,6 +96,8 @@ class Store(Protocol):
 
 class SqliteStore:
     """A file in a folder."""
+
+    counts_age_s = 0.0
 
     def __init__(self, folder: Path, config: Callable[[], Config]) -> None:
         self.path = folder / "calls.db"
@@ -145,6 +149,8 @@ def nats_server() -> str:
 
 class NatsStore:
     """A stream of its own on a server; the folder says where."""
+
+    counts_age_s = 1.2  # it is asked once a second
 
     def __init__(self, folder: Path, config: Callable[[], Config]) -> None:
         place = folder / "nats"
@@ -281,6 +287,7 @@ class Bench:
 
     async def waiting(self, queue: str = REQUESTS) -> dict[str, int]:
         """How many calls wait, by lane."""
+        await asyncio.sleep(self.store.counts_age_s)
         stats = await self.queue.stats()
         return dict(stats[queue].waiting) if queue in stats else {}
 
