@@ -4198,7 +4198,8 @@ class NatsLink:
             await self._open_client.publish(subject, payload, reply, headers)
         except nats.errors.MaxPayloadError:
             raise StoreError("the NATS server takes no message of this size") from None
-        except nats.errors.Error as exc:
+        # RuntimeError is uvloop's, of a connection that has just ended.
+        except (nats.errors.Error, OSError, RuntimeError) as exc:
             raise StoreError(f"NATS is away: {exc}") from None
 
     async def request(
