@@ -50,6 +50,8 @@ Who owns which task or thread
                        `exchange`, where no answer came
     aiohttp            one for each HTTP request; Front.drain and `runner.cleanup` await them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it
+    NatsKeeper         lanes, leases and deadlines; its `stop` awaits all three
+    nats-py            its own, one for each subscription among them; NatsLink.close ends them
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_deadline` and `until` monotonic,
 `*_bytes` sizes, `start_time` Unix time in nanoseconds. A section uses no name of a later one.
@@ -109,6 +111,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import (
     IO,
+    TYPE_CHECKING,
     Any,
     NamedTuple,
     Protocol,
@@ -136,6 +139,10 @@ except (
     ImportError
 ):  # There is no wheel for this platform (armv7l): asyncio's own loop does the job.
     uvloop = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:  # imported when the queue is on NATS: it costs memory
+    import nats.aio.client
+    import nats.aio.msg
 
 # --- Constants ------------------------------------------------------------------------------------
 
@@ -601,6 +608,17 @@ def origins(value: Any) -> tuple[str, ...]:
     return listed
 
 
+@expects('a list of servers such as "nats://127.0.0.1:4222" or "tls://nats.example.org:4222"')
+def nats_servers(value: Any) -> tuple[str, ...]:
+    """Where a NATS cluster is reached."""
+    listed = list_of(text)(value)
+    require(listed)
+    for server in listed:
+        url = urlsplit(server)
+        require(url.scheme in ("nats", "tls") and url.hostname and url.port != 0)
+    return listed
+
+
 @expects("a table")
 def table(value: Any) -> Mapping[str, Any]:
     """A TOML table."""
@@ -706,13 +724,14 @@ def show_url(value: str | None) -> str | None:
 def new_id() -> str:
     """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them grows at its end.
 
-    It names a call and is no secret: the random module's generator will do, which costs no system
-    call and starts anew in a forked process.
+    Twelve of its bits are the fraction of the millisecond (6.2, method 3). It names a call and is
+    no secret: the random module's generator will do, which costs no system call and starts anew in
+    a forked process.
     """
-    stamp = time.time_ns() // 1_000_000
-    noise = random.getrandbits(74)
-    low = 0b10 << 62 | noise & ((1 << 62) - 1)
-    digits = f"{stamp << 80 | 7 << 76 | (noise >> 62) << 64 | low:032x}"
+    stamp, rest_ns = divmod(time.time_ns(), 1_000_000)
+    fraction = (rest_ns << 12) // 1_000_000
+    low = 0b10 << 62 | random.getrandbits(62)
+    digits = f"{stamp << 80 | 7 << 76 | fraction << 64 | low:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
@@ -823,8 +842,31 @@ class ProviderConfig:
 class StoreConfig:
     """[store]: where the queue lives."""
 
-    backend: str = key(one_of("sqlite"), "sqlite")
+    backend: str = key(one_of("sqlite", "nats"), "sqlite")
     path: str | None = key(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NatsConfig:
+    """[nats]: the JetStream servers that keep the queue where `store.backend` is "nats"."""
+
+    servers: tuple[str, ...] = key(nats_servers, ["nats://127.0.0.1:4222"])
+    stream: str = key(queue_name, DEFAULT_QUEUE)
+    replicas: int = key(count, 1)
+    prefix: str = key(queue_name, "faas")
+    user_file: bytes | None = key(secret)
+    password_file: bytes | None = key(secret)
+    token_file: bytes | None = key(secret)
+    creds_file: str | None = key(text)
+    tls_ca_file: str | None = key(text)
+    tls_cert_file: str | None = key(text)
+    tls_key_file: str | None = key(text)
+    publish_timeout: float = key(positive, "5s")
+    require_sync: bool = key(boolean, False)
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        yield from login_conflicts(self.user_file, self.password_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -832,6 +874,7 @@ class QueueConfig:
     """[queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next."""
 
     max_inflight: int = key(count, 1)
+    max_inflight_global: int | None = key(count)  # of all daemons on one NATS together
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
     fair: bool = key(boolean, True)
@@ -977,6 +1020,7 @@ class Config:
     auth: AuthConfig = AuthConfig()
     provider: ProviderConfig = ProviderConfig()
     store: StoreConfig = StoreConfig()
+    nats: NatsConfig = NatsConfig()
     retry: RetryPolicy = RetryPolicy()
     callback: CallbackConfig = CallbackConfig()
     calls: CallsConfig = CallsConfig()
@@ -1303,6 +1347,7 @@ class Ended(NamedTuple):
     duration_s: float | None = None
     http_status: int | None = None
     error: str | None = None
+    elsewhere: bool = False  # another daemon on the same queue has told of it, too
 
 
 class CallbackRecord(NamedTuple):
@@ -2095,6 +2140,9 @@ class WorkQueue(Protocol):
     def stalled(self) -> str | None:
         """Why the queue does not answer, or needs a restart; or None. Never waits."""
 
+    def notice(self) -> str | None:
+        """What an operator has to know of a queue that works, or None."""
+
     async def failing(self) -> str | None:
         """Why nothing can be stored, or None. After a failure it makes another attempt."""
 
@@ -2869,7 +2917,7 @@ def step_claim(
     file: SqliteFile, queue: str, limit: int, room: Mapping[str, int]
 ) -> Sequence[Claim]:
     """Hand out due work of one queue, and have it told when more becomes due."""
-    now = stamp()
+    now = time.time()
     index = file.index
     if index.deadline_at <= now:
         step_expire(file)
@@ -2926,7 +2974,8 @@ def claim_lane(
         file.db.executemany(CLAIM_CALLBACK, [{"seq": row[0]} for row in rows])
         return [callback_claim(*row) for row in rows]
     rows = file.db.execute(SELECT_DUE_CALLS, (queue, lane, until, limit)).fetchall()
-    file.db.executemany(CLAIM_CALL, [{"now": now, "seq": row[0]} for row in rows])
+    started_at = round(now, 6)
+    file.db.executemany(CLAIM_CALL, [{"now": started_at, "seq": row[0]} for row in rows])
     return [Claim(Receipt(row[0], row[1]), *row[2:]) for row in rows]
 
 
@@ -3558,6 +3607,9 @@ class SqliteQueue:
         busy_s = self._writer.busy_s()
         return f"the disk has not answered for {busy_s:.0f} s" if busy_s >= STALLED_S else None
 
+    def notice(self) -> str | None:
+        return None
+
     async def failing(self) -> str | None:
         if self._writer.failure is not None:
             with contextlib.suppress(StoreError):
@@ -3643,6 +3695,3124 @@ class SqliteQueue:
 
     def prune(self) -> Awaitable[int]:
         return self._writer.submit(step_prune)
+
+
+# --- NATS messages --------------------------------------------------------------------------------
+# Several daemons on one JetStream stream. The work message is the intent: it stays un-acked until
+# all that follows from an attempt is stored. A record is written by compare-and-set on its
+# sequence, so whoever loses a race has done nothing. A crash between two steps is a redelivery.
+
+# -- messages
+
+NATS_REQUIRED = (2, 12)  # schedules and message TTLs
+PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
+NATS_LATE_S = 0.01  # what a message that is stored takes to become known to its consumer
+PROBE_BYTES = 64 * KIB  # that are stored to see whether there is room
+FENCE_S = 10.0  # and two leases: how long a record is there beyond its time, and not shown
+YOUNG_S = 15.0  # since a connection was made: what a server has forgotten shows by then
+SETTLED_S = 3.0  # after which all daemons that are there have connected to a server again
+CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
+POLL_S = 1.0  # between looks at all lanes, and what other daemons have said since
+DEADLINES = "@deadlines"  # the queue of deadlines that pass
+WRONG_SEQUENCE = (10071, 10164)
+NO_REPLICAS = 10074  # the server is alone
+NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
+MANY_NATS_REQUESTS = 64  # under way at once for an operator
+NAMED_SUBJECTS = 1000  # that one request for records may name: the server takes 1,024
+
+
+def nats_token(name: str) -> str:
+    """A name as one token of a subject: what is no letter, digit, `_`, `-` or `@` is =XX."""
+    return quote(name, safe="@").replace(".", "%2E").replace("~", "%7E").replace("%", "=") or "="
+
+
+def nats_name(token: str) -> str:
+    """The inverse of `nats_token`."""
+    return unquote(token.removesuffix("=").replace("=", "%"))
+
+
+class NatsCall(NamedTuple):
+    """A call as work messages and records have it, apart from its bytes."""
+
+    id: str
+    call_id: str
+    function: str
+    namespace: str
+    queue: str
+    start_time: int
+    due_at: float
+    max_attempts: int
+    target: str
+    request_bytes: int
+    deadline_at: float | None = None
+    callback_url: str | None = None
+    failure_url: str | None = None
+    idempotency_key: str | None = None
+    app: str | None = None
+    status: str = "queued"
+    attempts: int = 0
+    interrupted: int = 0
+    http_status: int | None = None
+    error: str | None = None
+    started_at: float | None = None
+    completed_at: float | None = None
+    duration_s: float | None = None
+    response_bytes: int | None = None
+    callback_status: str = "none"
+    callback_attempts: int = 0
+    callback_http_status: int | None = None
+    callback_error: str | None = None
+    hops: int = 0
+    history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again
+    owner: str | None = None  # the process that has claimed the call or its callback
+
+    @property
+    def lane(self) -> str:
+        """The calls of one function share a lane."""
+        return f"{self.function}.{self.namespace}"
+
+    @property
+    def callback_target(self) -> str | None:
+        """Where its outcome is told."""
+        return callback_target(self.status, self.callback_url, self.failure_url)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to be done, not even a callback."""
+        return self.status in FINAL and self.callback_status != "pending"
+
+
+class Parts(NamedTuple):
+    """The bytes of a call: its request while it may be needed, and what the last attempt gave."""
+
+    headers: bytes = b""
+    body: bytes = b""
+    answer_headers: bytes = b""
+    output: bytes = b""
+    stderr: bytes = b""
+
+    @property
+    def has_request(self) -> bool:
+        """Whether the request is there: its headers have the call id at least."""
+        return bool(self.headers)
+
+
+class Stored(NamedTuple):
+    """A call as it was read. `seq` is that of its record, by which it may be written; 0: none."""
+
+    seq: int
+    call: NatsCall
+    parts: Parts
+
+
+class NatsReceipt(NamedTuple):
+    """A claim: the sequence of the record that says so."""
+
+    id: str
+    seq: int
+
+
+class Delivery(NamedTuple):
+    """A work message as a consumer of the server has sent it to us."""
+
+    subject: str
+    reply: str  # where it is acked
+    data: bytes
+    seq: int
+    again: bool  # another daemon, or we, had it before
+    pending: int  # how many of the lane are behind it
+
+    @property
+    def id(self) -> str:
+        """The call's."""
+        return self.subject.rpartition(".")[2]
+
+
+class Held(NamedTuple):
+    """A claim of this daemon."""
+
+    delivery: Delivery
+    stored: Stored
+    queue: str
+    lane: str
+
+
+def pack_call(call: NatsCall, parts: Parts, seq: int = 0) -> bytes:
+    """A message: the length of its head, the head as JSON, then raw bytes.
+
+    `seq` is that of the record from which a work message follows.
+    """
+    told = {
+        name: value for name, value in zip(call._fields, call, strict=True) if value is not None
+    }
+    head = json.dumps({"record": seq, "parts": list(map(len, parts)), "call": told}).encode()
+    return len(head).to_bytes(4, "big") + head + b"".join(parts)
+
+
+def unpack_call(data: bytes, seq: int | None = None) -> Stored:
+    """The inverse; `seq` of a record is its own. Raises ValueError, TypeError, KeyError."""
+    start = 4 + int.from_bytes(data[:4], "big")
+    head = json.loads(data[4:start])
+    known = {name: value for name, value in head["call"].items() if name in NatsCall._fields}
+    parts = []
+    for length in head["parts"]:
+        parts.append(data[start : start + length])
+        start += length
+    return Stored(head["record"] if seq is None else seq, NatsCall(**known), Parts(*parts))
+
+
+def nats_record(call: NatsCall, now: float) -> CallRecord:
+    """A call as people see it."""
+    waits = call.status == "queued"
+    delayed = waits and call.due_at > now
+    return CallRecord(
+        id=call.id,
+        call_id=call.call_id,
+        function=call.function,
+        namespace=call.namespace,
+        queue=call.queue,
+        status="delayed" if delayed else call.status,
+        attempts=call.attempts,
+        max_attempts=call.max_attempts,
+        http_status=call.http_status,
+        error=call.error,
+        created_at=call.start_time / 1e9,
+        started_at=call.started_at,
+        completed_at=call.completed_at,
+        due_at=call.due_at if waits else None,
+        duration_s=call.duration_s,
+        interrupted=call.interrupted,
+        request_bytes=call.request_bytes,
+        response_bytes=call.response_bytes,
+        app=call.app,
+        callback=CallbackRecord(
+            url=call.callback_target,
+            status=call.callback_status,
+            attempts=call.callback_attempts,
+            http_status=call.callback_http_status,
+            error=call.callback_error,
+        ),
+        history=tuple(call.history),
+    )
+
+
+def matches(record: CallRecord, filters: CallFilter) -> bool:
+    """Whether a record has all that a filter asks for, apart from its call id."""
+    return (
+        (not filters.statuses or record.status in filters.statuses)
+        and (not filters.callbacks or record.callback.status in filters.callbacks)
+        and filters.function in (None, record.function)
+        and filters.queue in (None, record.queue)
+        and filters.app in (None, record.app)
+        and (filters.since is None or record.created_at >= filters.since)
+        and (filters.until is None or record.created_at < filters.until)
+    )
+
+
+def nats_claim(held: Held) -> Claim:
+    """A claim as its consumer sees it."""
+    call = held.stored.call
+    parts = held.stored.parts
+    is_callback = held.queue == CALLBACKS
+    return Claim(
+        receipt=NatsReceipt(call.id, held.stored.seq),
+        id=call.id,
+        call_id=call.call_id,
+        function=call.function,
+        queue=held.queue,
+        lane=held.lane,
+        attempt=call.callback_attempts if is_callback else call.attempts,
+        runs=call.attempts,
+        max_attempts=call.max_attempts,
+        start_time=call.start_time,
+        callback_url=call.callback_url,
+        failure_url=call.failure_url,
+        http_status=call.http_status,
+        duration_s=call.duration_s,
+        target=(call.callback_target or "") if is_callback else call.target,
+        headers=parts.answer_headers if is_callback else parts.headers,
+        body=parts.output if is_callback else parts.body,
+        redrives=len(call.history),
+        hops=call.hops,
+    )
+
+
+def nats_past(call: NatsCall) -> dict[str, Any]:
+    """What a call's history keeps of it, when it is queued again."""
+    return {
+        "status": call.status,
+        "attempts": call.attempts,
+        "http_status": call.http_status,
+        "error": call.error,
+        "started_at": call.started_at,
+        "completed_at": call.completed_at,
+        "duration_seconds": call.duration_s,
+        "interrupted": call.interrupted,
+        "callback": {
+            "status": call.callback_status,
+            "attempts": call.callback_attempts,
+            "http_status": call.callback_http_status,
+            "error": call.callback_error,
+        },
+    }
+
+
+def nats_ended(call: NatsCall) -> Ended:
+    """What is told of a call that has reached its end."""
+    return Ended(
+        *(call.id, call.call_id, call.function, call.status, call.attempts),
+        *(call.duration_s, call.http_status, call.error),
+    )
+
+
+def is_own_id(call_id: str) -> bool:
+    """Whether this may be a call's own id: other tokens than these are not looked up."""
+    return re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", call_id) is not None
+
+
+def id_number(own_id: str) -> int:
+    """The time in an id, in 4096ths of a millisecond: newer ids have larger ones."""
+    digits = own_id.replace("-", "")
+    return int(digits[:12] + digits[13:16], 16)
+
+
+def with_request(parts: Parts, request: Parts) -> Parts:
+    """What the last attempt gave, with the request."""
+    return parts._replace(headers=request.headers, body=request.body)
+
+
+# -- subjects
+
+
+class NatsSubjects:
+    """Where everything is, after `nats.prefix`."""
+
+    def __init__(self, config: NatsConfig) -> None:
+        self._prefix = config.prefix
+        self.taken_over = config.stream  # where OpenFaaS's own gateway publishes; not stored
+        self.news = f"{config.prefix}.news"  # not stored: what daemons tell each other
+
+    @property
+    def stored(self) -> Sequence[str]:
+        """What the stream has to keep."""
+        roots = ("work.>", "later.>", "call.>", "key.>", "cid.>", "slot.>", "queue.>")
+        return [f"{self._prefix}.{root}" for root in roots]
+
+    def place(self, root: str, queue: str, lane: str, name: str) -> str:
+        """A work message (root "work"), or one that becomes it when it is due ("later")."""
+        return f"{self._prefix}.{root}.{nats_token(queue)}.{nats_token(lane)}.{name}"
+
+    def record(self, call: NatsCall) -> str:
+        """The record of a call: its time first, so that a look-up needs no search."""
+        place = f"{nats_token(call.queue)}.{nats_token(call.lane)}"
+        return f"{self._prefix}.call.{call.id[:8]}.{call.id[9]}.{place}.{call.id}"
+
+    def find(self, own_id: str) -> Sequence[str]:
+        """Where a call may be of which only the id is known. The first that is there counts."""
+        return (
+            f"{self._prefix}.call.{own_id[:8]}.{own_id[9]}.*.*.{own_id}",
+            f"{self._prefix}.later.*.*.{own_id}",
+            f"{self._prefix}.work.*.*.{own_id}",
+        )
+
+    def every(self, root: str) -> str:
+        """All with this root."""
+        return f"{self._prefix}.{root}.>"
+
+    def call_id(self, call_id: str, own_id: str) -> str:
+        """A note that a call has this foreign call id."""
+        digest = hashlib.blake2b(call_id.encode(), digest_size=16).hexdigest()
+        return f"{self._prefix}.cid.{digest}.{own_id}"
+
+    def key(self, call: NatsCall) -> str:
+        """The note of an idempotency key."""
+        digest = hashlib.blake2b((call.idempotency_key or "").encode(), digest_size=16).hexdigest()
+        return f"{self._prefix}.key.{nats_token(call.lane)}.{digest}"
+
+    def notes(self, call: NatsCall) -> Sequence[str]:
+        """All that is noted of a call beside its record."""
+        notes = [self.call_id(call.call_id, call.id)] if call.call_id != call.id else []
+        return notes if call.idempotency_key is None else [*notes, self.key(call)]
+
+    @property
+    def pauses(self) -> str:
+        """All queues that were paused once."""
+        return f"{self._prefix}.queue.*"
+
+    def pause(self, queue: str) -> str:
+        """Whether a queue is paused."""
+        return f"{self._prefix}.queue.{nats_token(queue)}"
+
+    def slot(self, queue: str, number: object) -> str:
+        """One of the slots that all daemons share."""
+        return f"{self._prefix}.slot.{nats_token(queue)}.{number}"
+
+    def owner(self, owner: str) -> str:
+        """Where a daemon answers whether it holds a claim."""
+        return f"{self._prefix}.owner.{owner}"
+
+
+# --- NATS connection ------------------------------------------------------------------------------
+# -- connection
+
+
+class NatsRefused(StoreError):
+    """The server has answered with an error of this code. Nothing was done."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"NATS: {text}")
+        self.code = code
+
+
+class Answers(NamedTuple):
+    """Who waits for one answer (`many` is None), or for all up to the one that ends them."""
+
+    future: asyncio.Future[nats.aio.msg.Msg]
+    many: list[nats.aio.msg.Msg] | None
+
+
+class NatsLink:
+    """The connection. A request ends with an answer, or with StoreError within publish_timeout.
+
+    Nothing is kept to be sent later: what failed has not been and will not be published by us. But
+    a request whose answer got lost may have been done.
+    """
+
+    def __init__(self, config: NatsConfig) -> None:
+        self._config = config
+        self._client: nats.aio.client.Client | None = None
+        self._inbox = f"_INBOX.{new_id()}"
+        self.clock_offset_s = 0.0  # that the servers' clock is ahead; 0: it is right enough
+        self.failure: str | None = None  # why the last message could not be stored
+        self._error: str | None = None  # what the client said last
+        self._since = float("inf")  # monotonic; since when there is a connection
+        self._answers: dict[str, Answers] = {}  # by the last token of the reply's subject
+        self._sent = 0
+
+    async def open(self, reconnected: Callable[[], Awaitable[None]]) -> None:
+        """Connect. Raises StoreError."""
+        import nats
+
+        async def report(exc: Exception) -> None:
+            self._error = str(exc) or type(exc).__name__
+            log.debug("NATS: %s", self._error)
+
+        async def again() -> None:
+            self._since = time.monotonic()
+            self._error = None
+            await reconnected()
+
+        try:
+            async with asyncio.timeout(self._config.publish_timeout):
+                self._client = await nats.connect(
+                    servers=list(self._config.servers),
+                    name=f"{USER_AGENT} {socket.gethostname()}",
+                    error_cb=report,
+                    disconnected_cb=self._lost,
+                    reconnected_cb=again,
+                    connect_timeout=2,
+                    reconnect_time_wait=cast(int, 0.2),
+                    max_reconnect_attempts=-1,
+                    ping_interval=10,
+                    no_echo=True,
+                    pending_size=-1,
+                    **nats_login(self._config),
+                )
+                await self.subscribe(f"{self._inbox}.*", self._answered)
+                self._since = time.monotonic()
+        except (OSError, TimeoutError, nats.errors.Error) as exc:
+            servers = " ".join(self._config.servers)
+            reason = str(exc) or type(exc).__name__
+            raise StoreError(f"NATS at {show_url(servers)} can't be reached: {reason}") from None
+
+    async def close(self) -> None:
+        """Send what was begun, and end the connection."""
+        await self._lost()
+        if self._client is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._client.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no connection unless it is opened again."""
+        return self._client is None or self._client.is_closed
+
+    @property
+    def away(self) -> str | None:
+        """Why there is no connection now."""
+        if self._client is not None and self._client.is_connected:
+            return None
+        return f"NATS is away: {self._error or 'it can not be reached'}"
+
+    @property
+    def age_s(self) -> float:
+        """For how long there has been a connection."""
+        return time.monotonic() - self._since
+
+    def set_clock(self, server_time: str) -> None:
+        """What the servers' clock has shown just now."""
+        offset_s = datetime.fromisoformat(server_time[:23] + "+00:00").timestamp() - time.time()
+        self.clock_offset_s = offset_s if abs(offset_s) > CLOCKS_DIFFER_S else 0.0
+
+    @property
+    def _open_client(self) -> nats.aio.client.Client:
+        """Raises StoreError."""
+        if self._client is None:
+            raise StoreError("NATS is away")
+        return self._client
+
+    @property
+    def version(self) -> str:
+        """The server's."""
+        return str(self._open_client.connected_server_version)
+
+    @property
+    def has_jetstream(self) -> bool:
+        """Whether the server can store anything. One of a cluster may have others do it."""
+        info = self._open_client._server_info
+        return bool(info.get("jetstream") or info.get("cluster"))
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that the server takes in one message, less the headers that ours have."""
+        return int(self._open_client.max_payload) - KIB
+
+    async def subscribe(
+        self, subject: str, heard: Callable[[nats.aio.msg.Msg], Awaitable[None]], group: str = ""
+    ) -> None:
+        """Have messages told, one after the other; of a group each to one daemon."""
+        await self._open_client.subscribe(subject, group, cb=heard, pending_bytes_limit=-1)
+
+    async def send(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        reply: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Publish, with no answer. Raises StoreError."""
+        import nats.errors
+
+        try:
+            await self._open_client.publish(subject, payload, reply, headers)
+        except nats.errors.MaxPayloadError:
+            raise StoreError("the NATS server takes no message of this size") from None
+        # RuntimeError is uvloop's, of a connection that has just ended.
+        except (nats.errors.Error, OSError, RuntimeError) as exc:
+            raise StoreError(f"NATS is away: {exc}") from None
+
+    async def request(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        headers: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> nats.aio.msg.Msg:
+        """Publish, and wait for an answer."""
+        return await self._ask(subject, payload, headers, None, timeout_s)
+
+    async def gather(self, subject: str, payload: bytes) -> list[nats.aio.msg.Msg]:
+        """Publish, and wait for all answers up to one with a status."""
+        many: list[nats.aio.msg.Msg] = []
+        await self._ask(subject, payload, None, many, None)
+        return many
+
+    async def _ask(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: dict[str, str] | None,
+        many: list[nats.aio.msg.Msg] | None,
+        timeout_s: float | None,
+    ) -> nats.aio.msg.Msg:
+        self._sent += 1
+        number = str(self._sent)
+        future: asyncio.Future[nats.aio.msg.Msg] = asyncio.get_running_loop().create_future()
+        self._answers[number] = Answers(future, many)
+        try:
+            async with asyncio.timeout(timeout_s or self._config.publish_timeout):
+                await self.send(subject, payload, f"{self._inbox}.{number}", headers)
+                return await future
+        except TimeoutError:
+            raise StoreError("NATS did not answer in time") from None
+        finally:
+            del self._answers[number]
+
+    async def _answered(self, message: nats.aio.msg.Msg) -> None:
+        waiting = self._answers.get(message.subject.rpartition(".")[2])
+        if waiting is None or waiting.future.done():
+            return
+        if waiting.many is None or (message.headers and "Status" in message.headers):
+            waiting.future.set_result(message)
+        else:
+            waiting.many.append(message)
+
+    async def _lost(self) -> None:
+        """What was asked on a connection that is gone is not answered any more."""
+        for waiting in self._answers.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(StoreError("the connection to NATS was lost"))
+
+    async def api(self, verb: str, body: object = None) -> dict[str, Any]:
+        """A request of JetStream's API, and its answer. Raises NatsRefused, StoreError."""
+        payload = b"" if body is None else json.dumps(body).encode()
+        message = await self.request(f"$JS.API.{verb}", payload)
+        return nats_answer(message)
+
+    async def publish(self, subject: str, payload: bytes, **headers: object) -> int:
+        """Store a message; its sequence. Raises NatsRefused, StoreError."""
+        lines = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+        try:
+            answer = nats_answer(await self.request(subject, payload, lines or None))
+        except StoreError as exc:
+            if not (isinstance(exc, NatsRefused) and exc.code in WRONG_SEQUENCE):
+                self.failure = str(exc)
+            raise
+        self.failure = None
+        return int(answer["seq"])
+
+
+def nats_answer(message: nats.aio.msg.Msg) -> dict[str, Any]:
+    """What JetStream has answered. Raises NatsRefused, StoreError."""
+    if message.headers and message.headers.get("Status") == "503":
+        raise NatsRefused(0, "nobody answers: is JetStream on, and has the stream a leader?")
+    answer = dict(json.loads(message.data))
+    if error := answer.get("error"):
+        raise NatsRefused(error.get("err_code", 0), error.get("description", "an error"))
+    return answer
+
+
+def nats_login(config: NatsConfig) -> dict[str, Any]:
+    """How we come in. Raises StoreError."""
+    login: dict[str, Any] = {}
+    if config.user_file and config.password_file:
+        login = {"user": config.user_file.decode(), "password": config.password_file.decode()}
+    if config.token_file:
+        login["token"] = config.token_file.decode()
+    if config.creds_file:
+        login["user_credentials"] = os.path.expandvars(config.creds_file)
+    files = (config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
+    if not any(files) and not any(server.startswith("tls:") for server in config.servers):
+        return login
+    try:
+        login["tls"] = ssl.create_default_context(cafile=config.tls_ca_file)
+        if config.tls_cert_file:
+            login["tls"].load_cert_chain(config.tls_cert_file, config.tls_key_file)
+    except OSError as exc:
+        raise StoreError(f"[nats] tls files: {exc.strerror or exc}") from None
+    return login
+
+
+# --- NATS stream and lanes ------------------------------------------------------------------------
+# -- stream
+
+
+def stream_config(config: NatsConfig) -> dict[str, Any]:
+    """The stream as it has to be."""
+    return {
+        "name": config.stream,
+        "subjects": list(NatsSubjects(config).stored),
+        "retention": "workqueue",
+        "storage": "file",
+        "discard": "old",
+        "max_msgs": -1,
+        "max_bytes": -1,
+        "max_age": 0,
+        "max_msg_size": -1,
+        "max_msgs_per_subject": 1,
+        "num_replicas": config.replicas,
+        "allow_msg_ttl": True,
+        "allow_msg_schedules": True,
+        "allow_direct": True,
+    }
+
+
+async def make_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
+    """Make the stream; its configuration. Raises StoreError, ConfigError."""
+    try:
+        answer = await link.api(f"STREAM.CREATE.{config.stream}", stream_config(config))
+    except NatsRefused as exc:
+        if exc.code == NO_REPLICAS:
+            raise ConfigError([f"nats.replicas: {exc}"]) from None
+        raise
+    log.info("NATS: stream %s was made", config.stream)
+    return dict(answer["config"])
+
+
+async def ensure_stream(link: NatsLink, config: NatsConfig) -> None:
+    """Make the stream, or check the one that is there, and change nothing.
+
+    Raises StoreError, ConfigError.
+    """
+    if not link.has_jetstream:
+        raise ConfigError(["nats.servers: the server has no JetStream"])
+    version = tuple(map(int, re.findall(r"\d+", link.version)[:2]))
+    if version < NATS_REQUIRED:
+        raise ConfigError([f"nats: the server is {link.version}: the queue needs 2.12 or later"])
+    wanted = stream_config(config)
+    try:
+        there = (await link.api(f"STREAM.INFO.{config.stream}"))["config"]
+    except NatsRefused as exc:
+        if exc.code not in NOT_THERE:
+            raise
+        there = await make_stream(link, config)
+    there["subjects"] = sorted(there.get("subjects", ()))
+    wanted["subjects"] = sorted(wanted["subjects"])
+    differences = [
+        f"{name} is {json.dumps(there.get(name))}, not {json.dumps(value)}"
+        for name, value in wanted.items()
+        if there.get(name) != value
+    ]
+    if differences:
+        place = f"nats.stream: {config.stream}"
+        raise ConfigError([f"{place} is another one: {'; '.join(differences)}"])
+
+
+async def sync_promise(link: NatsLink, config: NatsConfig) -> tuple[bool, str]:
+    """Whether what was accepted survives a power cut, as far as can be known, and why.
+
+    Servers tell it to the system account only.
+    """
+    interval = None
+    with contextlib.suppress(StoreError, ValueError, KeyError):
+        body = json.dumps({"config": True}).encode()
+        message = await link.request("$SYS.REQ.SERVER.PING.JSZ", body, timeout_s=1.0)
+        server = json.loads(message.data)["data"]["config"]
+        interval = 0.0 if server.get("sync_always") else server["sync_interval"] / 1e9
+    if interval == 0.0:
+        return True, "sync_interval is always: a call is on disk when it is accepted"
+    if config.replicas > 1:
+        return True, f"{config.replicas} servers have a call when it is accepted"
+    if interval is None:
+        known = "whether the server syncs always is not told to this account"
+    else:
+        known = f"the server syncs every {interval:.0f} s"
+    return False, f"{known}: a power cut may lose calls that were accepted on its one replica"
+
+
+async def check_promise(link: NatsLink, config: NatsConfig) -> str | None:
+    """What has to be known of what the servers promise; None: they promise all.
+
+    Raises ConfigError if that is not what is required.
+    """
+    safe, why = await sync_promise(link, config)
+    if not safe and config.require_sync:
+        raise ConfigError([f"nats.require_sync: {why}"])
+    log.log(logging.INFO if safe else logging.WARNING, "NATS: %s", why)
+    return None if safe else why
+
+
+# -- lanes
+
+
+class NatsLane:
+    """One lane: what its consumer on the server has, and what that has sent us unasked."""
+
+    def __init__(self, queue: str, name: str, consumer: str) -> None:
+        self.queue = queue
+        self.name = name
+        self.consumer = consumer
+        self.buffer: deque[Delivery] = deque()  # sent to us, and not claimed yet
+        self.pending = 0  # not sent to anybody yet
+        self.later = 0  # not due yet
+        self._newest = 0  # the last sequence that was sent to us
+        self._expected = 0  # the last one that we have stored ourselves
+        self._arrived = asyncio.Event()  # something has
+        self._awaited = False
+        self._sent = 0  # the last one that was sent to anybody
+        self._released: set[int] = set()  # what we gave back, and nobody has had since
+        self._parked: str | None = None  # the number of a pull that waits for one message
+        self._pull: tuple[str, int] | None = None  # number of a pull, how many it still gets
+        self._pulled: asyncio.Future[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Calls that nobody has claimed."""
+        return self.pending + self.later + len(self.buffer) + len(self._released)
+
+    @property
+    def promising(self) -> bool:
+        """Whether there is something to claim."""
+        return bool(self.buffer or self.pending or self._released)
+
+    @property
+    def first_seq(self) -> int:
+        """From where on messages are that nobody has."""
+        return min(self._released, default=self._sent + 1)
+
+    @property
+    def parked(self) -> bool:
+        """Whether the server sends us the next message by itself."""
+        return self._parked is not None
+
+    def arrive(self, delivery: Delivery) -> bool:
+        """The server has sent a message. Whether a claim waits for it."""
+        self.buffer.append(delivery)
+        self.pending = delivery.pending
+        self._newest = max(self._newest, delivery.seq)
+        self._released.discard(delivery.seq)
+        self._arrived.set()
+        pulling = self._awaited or self._pull is not None
+        if self._parked is not None:  # It was asked before a pull was, and is served first.
+            self._parked = None
+        elif self._pull is not None:
+            number, left = self._pull
+            self._pull = (number, left - 1)
+            if left == 1:
+                self._end_pull()
+        return pulling
+
+    def status(self, number: str) -> None:
+        """The server has no more for this pull."""
+        if number == self._parked:
+            self._parked = None
+        elif self._pull is not None and number == self._pull[0]:
+            self.pending = 0
+            self._released.clear()
+            self._end_pull()
+
+    def lost(self) -> None:
+        """The connection is another one: nobody waits at the server for us."""
+        self._parked = None
+        self.buffer.clear()
+        self._end_pull()
+
+    def park(self, number: str) -> None:
+        """The next message will be sent to us."""
+        self._parked = number
+
+    def pull(self, number: str, count: int) -> asyncio.Future[None]:
+        """Up to this many messages will arrive at once; done when all have."""
+        self._pull = (number, count)
+        self._pulled = asyncio.get_running_loop().create_future()
+        return self._pulled
+
+    def _end_pull(self) -> None:
+        self._pull = None
+        if self._pulled is not None and not self._pulled.done():
+            self._pulled.set_result(None)
+
+    @property
+    def late(self) -> bool:
+        """Whether a message that we have stored was not sent to us, perhaps to somebody else."""
+        return self._expected > self._newest
+
+    async def arrival(self) -> None:
+        """Wait a moment for a message that is late."""
+        self._arrived.clear()
+        self._awaited = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NATS_LATE_S):
+                await self._arrived.wait()
+        self._awaited = False
+        if not self._arrived.is_set():
+            self._expected = 0
+
+    def expect(self, seq: int) -> bool:
+        """A message was stored: whether it has still to be sent to somebody."""
+        self._expected = max(self._expected, seq)
+        if seq <= self._newest:
+            return False
+        self.pending += 1
+        return True
+
+    def release(self, seq: int) -> None:
+        """A message was given back."""
+        self._released.add(seq)
+
+    def drop(self, own_id: str) -> Delivery | None:
+        """Take a message out that is not to be claimed any more."""
+        for delivery in self.buffer:
+            if delivery.id == own_id:
+                self.buffer.remove(delivery)
+                return delivery
+        return None
+
+    def count(self, info: Mapping[str, Any]) -> None:
+        """What the server has said of the lane's consumer."""
+        self.pending = info["num_pending"]
+        self._sent = info["delivered"]["stream_seq"]
+        if info["num_ack_pending"] <= len(self.buffer):
+            self._released.clear()
+
+    def count_later(self, number: int) -> None:
+        """What the server has said of what is not due yet."""
+        self.later = number
+
+
+class NatsTurns:
+    """The lanes of one queue, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[str, NatsLane] = {}
+        self.ready: OrderedDict[str, NatsLane] = OrderedDict()  # may have something to claim
+        self.wanted = True  # more work than there is could be claimed
+        self.reserved = 0  # calls that are being stored
+        self._room: Mapping[str, int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Calls of all lanes, and those that are being stored."""
+        return self.reserved + sum(lane.waiting for lane in self.lanes.values())
+
+    def room(self, lane: str) -> int:
+        """How many of a lane could be claimed when the queue was asked last."""
+        return self._room.get(lane, self._room.get("", 1))
+
+    def want(self, wanted: bool, room: Mapping[str, int]) -> None:
+        """Whether the last claim could have been more."""
+        self.wanted = wanted
+        self._room = room
+
+    def reserve(self, number: int) -> None:
+        """A call is being stored, or not any more."""
+        self.reserved += number
+
+
+class NatsPulls:
+    """Asks consumers for messages."""
+
+    def __init__(self, link: NatsLink, stream: str) -> None:
+        self.inbox = f"_INBOX.{new_id()}"  # consumer and number follow
+        self._link = link
+        self._stream = stream
+        self._count = 0
+
+    def number(self) -> str:
+        """By which the answer will be known that there is no more."""
+        self._count += 1
+        return str(self._count)
+
+    async def ask(self, lane: NatsLane, number: str, body: object) -> None:
+        """Ask the consumer of a lane."""
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{lane.consumer}"
+        reply = f"{self.inbox}.{lane.consumer}.{number}"
+        await self._link.send(subject, json.dumps(body).encode(), reply)
+
+
+# --- NATS turns -----------------------------------------------------------------------------------
+# -- whose turn it is
+
+
+class NatsLanes:
+    """Who is served next, and what is sent to us.
+
+    While a queue wants work, the server sends the next message of each of its lanes by itself. What
+    comes when none is wanted is given back at once: other daemons may have room.
+    """
+
+    def __init__(self, link: NatsLink, settings: Settings, wake: Tell[str]) -> None:
+        self.queues: defaultdict[str, NatsTurns] = defaultdict(NatsTurns)
+        self.paused: set[str] = set()
+        self.by_consumer: dict[str, NatsLane] = {}
+        self._link = link
+        self._settings = settings
+        self._wake = wake
+        self.stream = settings().nats.stream
+        self._pulls = NatsPulls(link, self.stream)
+        self._started = False
+
+    async def start(self) -> None:
+        """Listen to what consumers send, and have the first messages sent."""
+        await self._link.subscribe(f"{self._pulls.inbox}.*.*", self._arrived)
+        self._started = True
+        for lane in self.by_consumer.values():
+            await self._park(self.queues[lane.queue], lane)
+
+    async def know(self, queue: str, name: str, consumer: str) -> NatsLane:
+        """The lane that a consumer has."""
+        if consumer not in self.by_consumer:
+            turns = self.queues[queue]
+            lane = NatsLane(queue, name, consumer)
+            self.by_consumer[consumer] = lane
+            turns.lanes[name] = lane
+            await self._park(turns, lane)
+        return self.by_consumer[consumer]
+
+    async def count(self, lane: NatsLane, info: Mapping[str, Any]) -> None:
+        """What the server has said of a lane's consumer."""
+        turns = self.queues[lane.queue]
+        lane.count(info)
+        if lane.promising and lane.name not in turns.ready:
+            turns.ready[lane.name] = lane
+            self._wake(lane.queue)
+        await self._park(turns, lane)
+
+    def wake(self, queue: str) -> None:
+        """Have a queue look."""
+        self._wake(queue)
+
+    def pause(self, queue: str, paused: bool) -> None:
+        """Hold a queue, or let it go on."""
+        if paused:
+            self.paused.add(queue)
+        else:
+            self.paused.discard(queue)
+        self._wake(queue)
+
+    def expect(self, queue: str, name: str, seq: int) -> None:
+        """A message was stored: have its queue look, if it was not sent to somebody already."""
+        turns = self.queues[queue]
+        lane = turns.lanes[name]
+        if lane.expect(seq):
+            turns.ready[name] = lane
+        self._wake(queue)
+
+    def expect_later(self, queue: str, name: str) -> None:
+        """A message was stored that is not due yet."""
+        if lane := self.queues[queue].lanes.get(name):
+            lane.count_later(lane.later + 1)
+
+    async def take(
+        self, queue: str, limit: int, left: dict[str, int]
+    ) -> list[tuple[NatsLane, Delivery]]:
+        """Messages of lanes that take turns, up to what is `left` of each; that is counted down."""
+        turns = self.queues[queue]
+        taken: list[tuple[NatsLane, Delivery]] = []
+        held: list[NatsLane] = []
+        while len(taken) < limit and turns.ready:
+            name, lane = turns.ready.popitem(last=False)
+            share = max(1, (limit - len(taken)) // (len(turns.ready) + 1))
+            free = left.get(name, left.get("", limit))
+            if not lane.promising:
+                continue
+            if free <= 0:
+                held.append(lane)
+                continue
+            found = await self._fetch(lane, min(share, free))
+            taken += [(lane, delivery) for delivery in found]
+            left[name] = free - len(found)
+            if lane.promising:
+                turns.ready[name] = lane
+        for lane in held:
+            turns.ready[lane.name] = lane
+        return taken
+
+    async def _fetch(self, lane: NatsLane, number: int) -> list[Delivery]:
+        """Up to this many messages of a lane, those that are here already first."""
+        for _ in range(3):
+            missing = number - len(lane.buffer)
+            if missing > 0:
+                pull = self._pulls.number()
+                arrived = lane.pull(pull, missing)
+                await self._pulls.ask(lane, pull, {"batch": missing, "no_wait": True})
+                await asyncio.wait([arrived], timeout=self._settings().nats.publish_timeout)
+                lane.status(pull)
+            if len(lane.buffer) >= number or not lane.late:
+                break
+            # A consumer hears of a message a little later than who has stored it.
+            await lane.arrival()
+        return [lane.buffer.popleft() for _ in range(min(number, len(lane.buffer)))]
+
+    async def settle(self, queue: str, wanted: bool, left: Mapping[str, int]) -> None:
+        """After a claim: have the next messages sent to us, or let others have them."""
+        turns = self.queues[queue]
+        turns.want(wanted, left)
+        for lane in list(turns.lanes.values()):
+            if self._wants(turns, lane):
+                await self._park(turns, lane)
+            else:
+                await self.release(lane)
+
+    def _wants(self, turns: NatsTurns, lane: NatsLane) -> bool:
+        open_ = self._started and lane.queue not in self.paused
+        return open_ and turns.wanted and turns.room(lane.name) > 0
+
+    async def _park(self, turns: NatsTurns, lane: NatsLane) -> None:
+        """Have the next message of a lane sent to us, if there is room for it."""
+        if not lane.parked and not lane.buffer and self._wants(turns, lane):
+            number = self._pulls.number()
+            lane.park(number)
+            await self._pulls.ask(lane, number, {"batch": 1, "expires": round(PARKED_S * 1e9)})
+
+    async def release(self, lane: NatsLane) -> None:
+        """Give back what was sent to us and is not claimed."""
+        while lane.buffer:
+            delivery = lane.buffer.popleft()
+            await self.give_back(lane, delivery)
+
+    async def give_back(self, lane: NatsLane, delivery: Delivery) -> None:
+        """Have a message delivered again, to us or another daemon, before all that wait."""
+        lane.release(delivery.seq)
+        self.queues[lane.queue].ready[lane.name] = lane
+        with contextlib.suppress(StoreError):  # Then its lease runs out.
+            await self._link.request(delivery.reply, b"-NAK")
+
+    async def _arrived(self, message: nats.aio.msg.Msg) -> None:
+        """A message of a lane, or that there is none for a pull."""
+        if not message.reply:
+            consumer, number = message.subject.split(".")[-2:]
+            if lane := self.by_consumer.get(consumer):
+                lane.status(number)
+                if message.headers and message.headers.get("Status") == "408":
+                    with contextlib.suppress(StoreError):  # Then `poll` does it.
+                        await self._park(self.queues[lane.queue], lane)
+            return
+        tokens = message.reply.split(".")  # with or without domain and account
+        consumer, count, seq, _, _, pending = tokens[3:9] if len(tokens) < 11 else tokens[5:11]
+        arrived = self.by_consumer.get(consumer)
+        if arrived is None:
+            return
+        lane = arrived
+        pulled = lane.arrive(
+            Delivery(
+                *(message.subject, message.reply, message.data),
+                *(int(seq), int(count) > 1, int(pending)),
+            )
+        )
+        turns = self.queues[lane.queue]
+        turns.ready[lane.name] = lane
+        if self._wants(turns, lane):
+            self._wake(lane.queue)
+        elif not pulled:
+            await self.release(lane)
+
+    def drop(self, queue: str, name: str, own_id: str) -> None:
+        """Forget a message that was sent to us and is not to be claimed."""
+        if lane := self.queues[queue].lanes.get(name):
+            lane.drop(own_id)
+
+    async def renew(self, extend: Callable[[Delivery], Awaitable[None]]) -> None:
+        """Extend the leases of what is here and not claimed."""
+        for lane in list(self.by_consumer.values()):
+            for delivery in list(lane.buffer):
+                await extend(delivery)
+
+    def reconnected(self) -> None:
+        """What was sent on the old connection may be sent again to others."""
+        for lane in self.by_consumer.values():
+            lane.lost()
+            self.queues[lane.queue].ready[lane.name] = lane
+            self._wake(lane.queue)
+
+    async def close(self) -> None:
+        """Give all back that is not claimed."""
+        for turns in self.queues.values():
+            turns.want(False, {})
+        for lane in list(self.by_consumer.values()):
+            await self.release(lane)
+
+
+class NatsConsumers:
+    """The consumers on the server: one that hands a lane's messages out, one that only counts what
+    is not due yet.
+    """
+
+    def __init__(
+        self, link: NatsLink, subjects: NatsSubjects, settings: Settings, lanes: NatsLanes
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._lanes = lanes
+        self._stream = settings().nats.stream
+        self._known: set[str] = set()
+        self._making = asyncio.Lock()  # one consumer at a time
+        self._lined_up = 0  # for that
+
+    async def ensure(self, root: str, queue: str, name: str) -> None:
+        """Make the consumer of a lane unless it is there."""
+        consumer = f"{root}+{nats_token(queue)}+{nats_token(name)}"
+        if consumer in self._known and not self._lined_up:
+            return
+        self._lined_up += 1  # Who comes later does not overtake.
+        try:
+            async with self._making:
+                if consumer not in self._known:
+                    await self._make(root, queue, name, consumer)
+        finally:
+            self._lined_up -= 1
+
+    async def _make(self, root: str, queue: str, name: str, consumer: str) -> None:
+        ack_wait_s = self._settings().queue(queue).ack_wait
+        config = {
+            "durable_name": consumer,
+            "ack_policy": "explicit",
+            "ack_wait": round(ack_wait_s * 1e9),
+            "max_deliver": -1,
+            "max_ack_pending": -1,
+            "filter_subject": self._subjects.place(root, queue, name, ">"),
+        }
+        body = {"stream_name": self._stream, "config": config}
+        await self._link.api(f"CONSUMER.DURABLE.CREATE.{self._stream}.{consumer}", body)
+        self._known.add(consumer)
+        if root == "work":
+            await self._lanes.know(queue, name, consumer)
+
+    async def poll(self) -> Mapping[str, Mapping[str, Any]]:
+        """Ask for all consumers: count what waits, get to know lanes. What is known, by consumer.
+
+        Consumers that somebody has deleted are made again.
+        """
+        consumers: dict[str, dict[str, Any]] = {}
+        while True:
+            body = {"offset": len(consumers)}
+            answer = await self._link.api(f"CONSUMER.LIST.{self._stream}", body)
+            consumers |= {info["name"]: info for info in answer["consumers"] or ()}
+            if len(consumers) >= answer["total"] or not answer["consumers"]:
+                break
+        for info in consumers.values():
+            self._link.set_clock(info["ts"])
+            break
+        gone = self._known - consumers.keys()
+        for name in sorted(consumers.keys() | gone, reverse=True):  # work before later
+            root, *names = name.split("+")
+            queue, lane = map(nats_name, names)
+            if name in gone:
+                await self._make_again(root, queue, lane, name)
+            else:
+                await self._count(root, queue, lane, consumers[name])
+        return consumers
+
+    async def _make_again(self, root: str, queue: str, name: str, consumer: str) -> None:
+        log.warning("NATS: consumer %s is gone, and made again", consumer)
+        if lane := self._lanes.by_consumer.get(consumer):
+            lane.lost()
+        await self._make(root, queue, name, consumer)
+
+    async def _count(self, root: str, queue: str, name: str, info: Mapping[str, Any]) -> None:
+        self._known.add(info["name"])
+        if root == "work":
+            lane = await self._lanes.know(queue, name, info["name"])
+            await self._lanes.count(lane, info)
+            return
+        await self.ensure("work", queue, name)
+        self._lanes.queues[queue].lanes[name].count_later(info["num_pending"])
+
+
+# --- NATS records ---------------------------------------------------------------------------------
+# -- records
+
+
+class Note(NamedTuple):
+    """A small document, and by which sequence it may be written."""
+
+    seq: int
+    document: dict[str, Any]
+
+
+async def last_message(
+    link: NatsLink, stream: str, subject: str, direct: bool
+) -> tuple[str, int, bytes] | None:
+    """The last message of a subject: its own subject, sequence and bytes.
+
+    Not `direct`: the leader answers, which knows of all that was stored.
+    """
+    body = json.dumps({"last_by_subj": subject}).encode()
+    if direct:
+        message = await link.request(f"$JS.API.DIRECT.GET.{stream}", body)
+        headers = message.headers or {}
+        if status := headers.get("Status"):
+            if status == "404":
+                return None
+            raise StoreError(f"NATS: {headers.get('Description', status)}")
+        return headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data
+    try:
+        answer = await link.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject})
+    except NatsRefused as exc:
+        if exc.code in NOT_THERE:
+            return None
+        raise
+    found = answer["message"]
+    return found["subject"], found["seq"], base64.b64decode(found.get("data", ""))
+
+
+class NatsCalls:
+    """Reads and writes calls. A record is written if it is still the one that was read."""
+
+    def __init__(self, link: NatsLink, subjects: NatsSubjects, settings: Settings) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        config = settings().nats
+        self._stream = config.stream
+        self._direct = config.replicas == 1  # a follower may be behind
+
+    def now(self) -> float:
+        """The time by the servers' clock, by which deadlines and delays are."""
+        return time.time() + self._link.clock_offset_s
+
+    async def read(self, subject: str) -> Stored | None:
+        """The last message of a subject, which may have wildcards."""
+        found = await last_message(self._link, self._stream, subject, self._direct)
+        if found is None:
+            return None
+        name, seq, data = found
+        is_record = name.startswith(self._subjects.every("call")[:-1])
+        return unpack_call(data, seq if is_record else None)
+
+    async def noted(self, subject: str) -> Note | None:
+        """A small document, if it is there."""
+        found = await last_message(self._link, self._stream, subject, self._direct)
+        return Note(found[1], json.loads(found[2])) if found else None
+
+    async def note(self, subject: str) -> dict[str, Any] | None:
+        """The same without its sequence."""
+        noted = await self.noted(subject)
+        return noted.document if noted else None
+
+    def is_past(self, call: NatsCall) -> bool:
+        """Whether a record has been kept for calls.keep. It still fences what is left of its call.
+
+        A work message that was not acked in time would run again otherwise.
+        """
+        before = self.now() - self._settings().calls.keep
+        return call.finished and (call.completed_at or before) < before
+
+    async def current(self, own_id: str) -> Stored | None:
+        """A call by its own id, unless it is past its time."""
+        found = await self.anywhere(own_id)
+        return None if found is not None and self.is_past(found.call) else found
+
+    async def anywhere(self, own_id: str) -> Stored | None:
+        """A call by its own id: its record, else the message that waits."""
+        if not is_own_id(own_id):
+            return None
+        places = self._subjects.find(own_id)
+        for found in await asyncio.gather(*map(self.read, places)):
+            if found is not None:
+                return found
+        return await self.read(places[0])  # It may have been on its way from one to the other.
+
+    async def request_of(self, call: NatsCall) -> Parts:
+        """The request of a call that has not finished: its work message has it."""
+        for root in ("later", "work"):
+            place = self._subjects.place(root, call.queue, call.lane, call.id)
+            if found := await self.read(place):
+                return found.parts
+        return Parts()
+
+    async def write(
+        self, call: NatsCall, parts: Parts, seq: int, keep_s: float | None = None
+    ) -> int:
+        """Write a record over the one with this sequence; its own. NatsRefused: there is another.
+
+        With `keep_s` the server deletes it then.
+        """
+        headers: dict[str, object] = {"Nats_Expected_Last_Subject_Sequence": seq}
+        if keep_s is not None:
+            fence_s = 2 * self._settings().queue(call.queue).ack_wait + FENCE_S
+            headers["Nats_TTL"] = f"{round(keep_s + fence_s)}s"
+        payload = pack_call(call, parts)
+        return await self._link.publish(self._subjects.record(call), payload, **headers)
+
+    def fit(self, call: NatsCall, parts: Parts) -> tuple[NatsCall, Parts]:
+        """A final call as one message can hold it: what is missed least goes first."""
+        most = self._link.max_payload
+        if len(pack_call(call, parts)) > most:
+            parts = with_request(parts, Parts())
+        over = len(pack_call(call, parts)) - most
+        if over > 0:
+            parts = parts._replace(answer_headers=b"", stderr=b"")
+            parts = parts._replace(output=parts.output[: max(0, len(parts.output) - over)])
+            if call.callback_status == "pending":
+                error = "the answer is larger than a message of the NATS server may be"
+                call = call._replace(callback_status="failed", callback_error=error)
+        return call, parts
+
+    async def keep_notes(self, call: NatsCall) -> None:
+        """A call is final: its key and its foreign id last as long as its record."""
+        ttl = f"{max(1, round(self._settings().calls.keep))}s"
+        for subject in self._subjects.notes(call):
+            if note := await self.note(subject):
+                await self._link.publish(subject, json.dumps(note).encode(), Nats_TTL=ttl)
+
+    async def forget(self, call: NatsCall) -> None:
+        """Delete a call's record and notes."""
+        subjects = [self._subjects.record(call), *self._subjects.notes(call)]
+        await asyncio.gather(*map(self.purge, subjects))
+
+    async def purge(self, subject: str) -> None:
+        """Delete the messages of a subject."""
+        await self._link.api(f"STREAM.PURGE.{self._stream}", {"filter": subject})
+
+    async def subjects(self, pattern: str) -> list[str]:
+        """The subjects that there are."""
+        found: list[str] = []
+        while True:
+            body = {"subjects_filter": pattern, "offset": len(found)}
+            answer = await self._link.api(f"STREAM.INFO.{self._stream}", body)
+            found.extend(answer["state"].get("subjects", ()))
+            if len(found) >= answer.get("total", 0):
+                return found
+
+    async def own_ids(self, call_id: str) -> list[str]:
+        """The ids of the calls with this id or call id, newest first."""
+        pattern = self._subjects.call_id(call_id, "*")
+        found = {subject.rpartition(".")[2] for subject in await self.subjects(pattern)}
+        if is_own_id(call_id):
+            found.add(call_id)
+        return sorted(found, reverse=True)
+
+    async def find(self, call_id: str) -> Stored:
+        """The call with this id, else the newest with this call id. HttpError: 404."""
+        if found := await self.current(call_id):
+            return found
+        for own_id in await self.own_ids(call_id):
+            if found := await self.current(own_id):
+                return found
+        raise HttpError(404, UNKNOWN_CALL)
+
+    async def candidates(self, filters: CallFilter) -> dict[str, str]:
+        """Where calls are that may match, by id, newest first."""
+        if filters.call_id is not None:
+            return dict.fromkeys(await self.own_ids(filters.call_id), "")
+        places: dict[str, str] = {}
+        for root in ("work", "later", "call"):
+            for subject in await self.subjects(self._subjects.every(root)):
+                *_, queue, lane, own_id = subject.split(".")
+                name = nats_name(lane).rpartition(".")[0]
+                fits = filters.queue in (None, nats_name(queue)) and queue[0] != "@"
+                if fits and filters.function in (None, name):
+                    places[own_id] = subject
+        return dict(sorted(places.items(), reverse=True))
+
+    async def matching(
+        self, filters: CallFilter, before: int | None, limit: int
+    ) -> AsyncIterator[list[Stored]]:
+        """Calls that match and are older than `before`, newest first, in batches.
+
+        Also those that are past their time: `is_past` tells.
+        """
+        places = await self.candidates(filters)
+        if before is not None:
+            places = {name: at for name, at in places.items() if id_number(name) < before}
+        rest = list(places.items())
+        while rest:
+            batch = rest[:limit]
+            rest = rest[limit:]
+            yield [
+                stored
+                for stored in await self._read_all(dict(batch))
+                if matches(nats_record(stored.call, self.now()), filters)
+            ]
+
+    async def shown(
+        self, filters: CallFilter, before: int | None, limit: int
+    ) -> AsyncIterator[list[Stored]]:
+        """The same without those."""
+        async for batch in self.matching(filters, before, limit):
+            yield [stored for stored in batch if not self.is_past(stored.call)]
+
+    async def _read_all(self, places: Mapping[str, str]) -> list[Stored]:
+        """The calls at these places, or wherever they have gone since."""
+        found: dict[str, Stored] = {}
+        subjects = [subject for subject in places.values() if subject]
+        prefix = self._subjects.every("call")[:-1]
+        if subjects:
+            body = json.dumps({"multi_last": subjects}).encode()
+            for message in await self._link.gather(f"$JS.API.DIRECT.GET.{self._stream}", body):
+                headers = message.headers or {}
+                seq = None
+                if headers["Nats-Subject"].startswith(prefix):
+                    seq = int(headers["Nats-Sequence"])
+                stored = unpack_call(message.data, seq)
+                found[stored.call.id] = stored
+        for own_id in places.keys() - found.keys():
+            if stored_now := await self.current(own_id):
+                found[own_id] = stored_now
+        return [found[own_id] for own_id in places if own_id in found]
+
+
+class NatsWaiting:
+    """Reads work messages where they wait."""
+
+    def __init__(self, link: NatsLink, subjects: NatsSubjects, stream: str) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._stream = stream
+
+    async def first_seq(self, pattern: str) -> float:
+        """The sequence of the first message of a subject with wildcards. Infinity: none."""
+        body = json.dumps({"next_by_subj": pattern, "seq": 1}).encode()
+        message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
+        return float((message.headers or {}).get("Nats-Sequence", "inf"))
+
+    async def between(self, pattern: str, first: int, last: int) -> list[tuple[int, bytes, str]]:
+        """The messages of a subject with wildcards from one sequence to another."""
+        found: list[tuple[int, bytes, str]] = []
+        while first <= last:
+            body = json.dumps({"next_by_subj": pattern, "seq": first, "batch": BATCH}).encode()
+            for message in await self._link.gather(f"$JS.API.DIRECT.GET.{self._stream}", body):
+                headers = message.headers or {}
+                seq = int(headers["Nats-Sequence"])
+                if seq > last:
+                    return found
+                found.append((seq, message.data, headers["Nats-Subject"]))
+                first = seq + 1
+            if len(found) % BATCH or not found:
+                break
+        return found
+
+    async def head(self, lane: NatsLane) -> float:
+        """When the first waiting call of a lane was due."""
+        found = [delivery.data for delivery in list(lane.buffer)[:1]]
+        for root, seq in (("work", lane.first_seq), ("later", 1)):
+            place = self._subjects.place(root, lane.queue, lane.name, ">")
+            body = json.dumps({"next_by_subj": place, "seq": seq}).encode()
+            message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
+            if "Status" not in (message.headers or {}):
+                found.append(message.data)
+        return min((unpack_call(data).call.due_at for data in found), default=float("inf"))
+
+
+# --- NATS work ------------------------------------------------------------------------------------
+# -- work
+
+
+class NatsNews:
+    """Tells our own daemon what has happened, and all others on the same stream."""
+
+    def __init__(self, link: NatsLink, subjects: NatsSubjects, listener: Listener) -> None:
+        self._link = link
+        self._subject = subjects.news
+        self._listener = listener
+
+    def wake(self, queue: str) -> None:
+        """There may be something to claim."""
+        self._listener.wake(queue)
+
+    def stopped(self, receipt: NatsReceipt) -> None:
+        """One of our own claims was cancelled."""
+        self._listener.stop(receipt)
+
+    async def ended(self, ended: Ended) -> None:
+        """A call has reached its end."""
+        self._listener.final(ended)
+        await self.tell(ended=ended)
+
+    def ended_elsewhere(self, ended: Sequence[Any]) -> None:
+        """Another daemon has said so."""
+        self._listener.final(Ended(*ended)._replace(elsewhere=True))
+
+    async def tell(self, **news: object) -> None:
+        """Tell the other daemons, if they are there."""
+        with contextlib.suppress(StoreError):
+            await self._link.send(self._subject, json.dumps(news).encode())
+
+
+def nats_schedule(at: float, target: str) -> dict[str, str]:
+    """The headers of a message that the server publishes to `target` at this time."""
+    return {"Nats_Schedule": f"@at {rfc3339(at)}", "Nats_Schedule_Target": target}
+
+
+def cut_answer(parts: Parts, keep: int) -> Parts:
+    """What is left of an answer once no callback needs it: all of a short one, to be sent again."""
+    if len(parts.output) <= keep:
+        return parts
+    return parts._replace(answer_headers=b"", output=parts.output[:keep])
+
+
+def same_end(record: NatsCall, call: NatsCall) -> bool:
+    """Whether a record is what we have written ourselves, though its answer got lost."""
+    return record._replace(owner=None) == call._replace(owner=None)
+
+
+def retried_call(call: NatsCall, outcome: Outcome | None) -> NatsCall:
+    """A call that is queued again; without an outcome, as if it had not been claimed."""
+    if outcome is None:
+        return call._replace(status="queued", attempts=call.attempts - 1)
+    return call._replace(
+        status="queued", deadline_at=None, http_status=outcome.status, error=outcome.error
+    )
+
+
+def retried_callback(call: NatsCall, outcome: Outcome | None) -> NatsCall:
+    """A callback that is queued again; without an outcome, as if it had not been claimed."""
+    if outcome is None:
+        return call._replace(callback_attempts=call.callback_attempts - 1)
+    return call._replace(
+        callback_http_status=outcome.status if outcome.answered else None,
+        callback_error=outcome.error,
+    )
+
+
+class NatsMessages:
+    """Work messages: stored, acked, given back."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        consumers: NatsConsumers,
+        lanes: NatsLanes,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._consumers = consumers
+        self._lanes = lanes
+
+    async def store(self, root: str, stored: Stored, queue: str, lane: str, dedup: str) -> None:
+        """Publish a work message ("work"), or one that becomes it when it is due ("later")."""
+        call = stored.call
+        await self._consumers.ensure("work", queue, lane)
+        subject = self._subjects.place(root, queue, lane, call.id)
+        payload = pack_call(call, stored.parts, stored.seq)
+        headers = {"Nats_Msg_Id": dedup}
+        if root == "later":
+            await self._consumers.ensure("later", queue, lane)
+            headers |= nats_schedule(
+                call.due_at, self._subjects.place("work", queue, lane, call.id)
+            )
+        seq = await self._link.publish(subject, payload, **headers)
+        if root == "later":
+            self._lanes.expect_later(queue, lane)
+        else:
+            self._lanes.expect(queue, lane, seq)
+
+    async def later(self, stored: Stored, queue: str, lane: str) -> None:
+        """Have a call or callback delivered again when it is due."""
+        await self.store("later", stored, queue, lane, f"{stored.call.id}-{stored.seq}")
+
+    async def ack(self, delivery: Delivery) -> None:
+        """The work is done: its message is deleted. If that gets lost, it is delivered again."""
+        with contextlib.suppress(StoreError):
+            await self._link.send(delivery.reply, b"+ACK")
+
+    async def callback(self, stored: Stored) -> None:
+        """Have the outcome of a call delivered, whose record says that this is to be done."""
+        lane = callback_lane(stored.call.callback_target or "")
+        bare = stored._replace(parts=Parts())
+        await self.store("work", bare, CALLBACKS, lane, f"{stored.call.id}-{stored.seq}")
+
+    async def deadline(self, call: NatsCall) -> None:
+        """Have it told when a call has to have started."""
+        if call.deadline_at is not None:
+            name = f"{call.id}-deadline"
+            place = self._subjects.place("later", DEADLINES, "all", name)
+            target = self._subjects.place("work", DEADLINES, "all", name)
+            schedule = nats_schedule(call.deadline_at, target)
+            await self._link.publish(place, b"{}", **schedule)
+
+    async def answer_unacked(
+        self, queue: str, name: str, seq: int, count: int, verb: bytes
+    ) -> None:
+        """Ack a message that a dead daemon has, or have it delivered again before all that wait.
+
+        `count` is how many messages its consumer has sent.
+        """
+        turns = self._lanes.queues[queue]
+        lane = turns.lanes[name]
+        if verb == b"-NAK":
+            lane.release(seq)
+            turns.ready[name] = lane
+        place = f"{self._lanes.stream}.{lane.consumer}"
+        await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
+
+    def forget(self, queue: str, name: str, own_id: str) -> None:
+        """A message that was sent to us is not to be claimed."""
+        self._lanes.drop(queue, name, own_id)
+
+    async def answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
+        """Ack a message, or have it delivered again."""
+        if verb == b"-NAK":
+            await self._lanes.give_back(lane, delivery)
+        elif verb is not None:
+            await self.ack(delivery)
+
+    async def give_back(self, queue: str, name: str, delivery: Delivery) -> None:
+        """Have a message delivered again, to us or another daemon."""
+        await self._lanes.give_back(self._lanes.queues[queue].lanes[name], delivery)
+
+
+# -- outcomes
+
+
+class NatsEnds:
+    """What becomes of a claim. Each step may be repeated: a crash before the ack leads to another
+    delivery, which finds in the record how far it was.
+    """
+
+    def __init__(
+        self,
+        subjects: NatsSubjects,
+        settings: Settings,
+        calls: NatsCalls,
+        messages: NatsMessages,
+        news: NatsNews,
+    ) -> None:
+        self._subjects = subjects
+        self._settings = settings
+        self._calls = calls
+        self._messages = messages
+        self._news = news
+
+    async def _write(
+        self, held: Held, call: NatsCall, parts: Parts, keep_s: float | None = None
+    ) -> int | None:
+        """Write what became of a claim; the record's sequence. None: it was not ours any more."""
+        try:
+            return await self._calls.write(call, parts, held.stored.seq, keep_s)
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+        record = await self._calls.read(self._subjects.record(call))
+        same = record is not None and same_end(record.call, call)
+        return record.seq if record is not None and same else None
+
+    async def complete(self, held: Held, outcome: Outcome, status: str) -> bool:
+        """Make a call final."""
+        keep = self._settings().calls.keep_output
+        now = self._calls.now()
+        call = held.stored.call._replace(
+            status=status,
+            http_status=outcome.status,
+            error=outcome.error,
+            completed_at=now,
+            due_at=now,
+            duration_s=outcome.duration_s,
+            response_bytes=outcome.size,
+            deadline_at=None,
+            owner=None,
+        )
+        parts = Parts(*held.stored.parts[:2], b"", outcome.body[:keep], outcome.stderr[:keep])
+        if call.callback_target:
+            call = call._replace(callback_status="pending")
+            headers = pack_headers(outcome.headers)
+            parts = parts._replace(answer_headers=headers, output=outcome.body)
+        if status == "success" and len(parts.body) > keep:
+            parts = parts._replace(headers=b"", body=b"")
+        call, parts = self._calls.fit(call, parts)
+        seq = await self._write(held, call, parts, self._keep_s(call))
+        if seq is None:
+            return False
+        await self.finish(Stored(seq, call, parts), held.delivery)
+        await self._news.ended(nats_ended(call))
+        return True
+
+    def _keep_s(self, call: NatsCall) -> float | None:
+        """How long a record is kept; None while its callback is pending."""
+        return self._settings().calls.keep if call.finished else None
+
+    async def finish(self, stored: Stored, delivery: Delivery | None) -> None:
+        """What follows from a final record, also when a crash came between."""
+        call = stored.call
+        if call.callback_status == "pending":
+            await self._messages.callback(stored)
+        await self._calls.keep_notes(call)
+        if delivery is not None:
+            await self._messages.ack(delivery)
+
+    async def deliver(self, held: Held, outcome: Outcome, status: str) -> bool:
+        """Make a callback final."""
+        call = held.stored.call._replace(
+            callback_status=status,
+            callback_http_status=outcome.status if outcome.answered else None,
+            callback_error=outcome.error,
+            owner=None,
+        )
+        parts = cut_answer(held.stored.parts, self._settings().calls.keep_output)
+        if await self._write(held, call, parts, self._keep_s(call)) is None:
+            return False
+        await self._messages.ack(held.delivery)
+        return True
+
+    async def retry(self, held: Held, outcome: Outcome | None, delay_s: float) -> bool:
+        """Queue a call or a callback again."""
+        call, parts = held.stored.call, held.stored.parts
+        call = call._replace(due_at=self._calls.now() + delay_s, owner=None)
+        if held.queue == CALLBACKS:
+            call = retried_callback(call, outcome)
+        else:
+            call = retried_call(call, outcome)
+            keep = self._settings().calls.keep_output
+            if outcome is not None:
+                told = (b"", outcome.body[:keep], outcome.stderr[:keep])
+                if not self._calls.fit(call, Parts(*parts[:2], *told))[1].has_request:
+                    told = (b"", b"", b"")
+                parts = Parts(*parts[:2], *told)
+        is_call = held.queue != CALLBACKS
+        kept = parts._replace(headers=b"", body=b"") if is_call else parts
+        seq = await self._write(held, call, kept)
+        if seq is None:
+            return False
+        if delay_s <= 0 and outcome is None:
+            await self._messages.give_back(held.queue, held.lane, held.delivery)
+            await self._messages.deadline(call)
+            self._news.wake(held.queue)
+            return True
+        if outcome is None:
+            await self._messages.deadline(call)
+        again = Stored(seq, call, parts if is_call else Parts())
+        if delay_s <= 0:
+            await self._messages.store("work", again, held.queue, held.lane, f"{call.id}-{seq}")
+        else:
+            await self._messages.later(again, held.queue, held.lane)
+        await self._messages.ack(held.delivery)
+        return True
+
+    async def callback_interrupted(self, record: Stored) -> bytes:
+        """A daemon died while it sent a callback. How to answer its message. NatsRefused."""
+        call = record.call._replace(owner=None)
+        if call.callback_attempts < self._settings().callback.attempts:
+            await self._calls.write(call, record.parts, record.seq)
+            return b"-NAK"
+        call = call._replace(
+            callback_status="failed",
+            callback_error="interrupted: the daemon died while it was sent",
+        )
+        await self._calls.write(call, record.parts, record.seq, self._keep_s(call))
+        return b"+ACK"
+
+    async def expire(self, stored: Stored) -> bool:
+        """End a call that has not started before its deadline."""
+        return await self.give_up(stored, "timeout", "not started before its X-Deadline")
+
+    async def give_up(self, stored: Stored, status: str, error: str) -> bool:
+        """End a call that does not run. False: it has changed."""
+        call = stored.call._replace(
+            status=status,
+            http_status=None,
+            error=error,
+            completed_at=self._calls.now(),
+            due_at=self._calls.now(),
+            deadline_at=None,
+            owner=None,
+        )
+        if call.callback_target:
+            call = call._replace(callback_status="pending")
+        try:
+            seq = await self._calls.write(call, stored.parts, stored.seq, self._keep_s(call))
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+            return False
+        await self.finish(Stored(seq, call, stored.parts), None)
+        await self._news.ended(nats_ended(call))
+        return True
+
+
+# -- claims
+
+
+def process_id() -> str:
+    """A name of this process: boot, namespace, number and start time, then what makes it unique."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # no Linux
+        boot = space = new_id()
+    machine = hashlib.blake2b(f"{boot} {space}".encode(), digest_size=8).hexdigest()
+    return f"{machine}-{os.getpid()}-{process_start(os.getpid())}-{new_id()[-12:]}"
+
+
+def process_start(pid: int) -> str:
+    """When a process has started (proc(5): field 22 of stat); "": there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def has_died(owner: str, own: str) -> bool:
+    """Whether the process of this name was on our machine, and is not there any more."""
+    machine, pid, start, _ = f"{owner}---".split("-", 3)
+    if machine != own.partition("-")[0]:
+        return False
+    former = int(pid) == os.getpid()  # A queue of this process that is not open any more.
+    return former or process_start(int(pid)) != start
+
+
+async def is_gone(link: NatsLink, place: str, own_id: str, lease_over: bool) -> bool:
+    """Whether the daemon that had claimed a call does not have it any more.
+
+    One that does not answer may be frozen, or cut off for a moment: it has lost the call when its
+    lease is over, and others have had the time to connect again.
+    """
+    try:
+        answer = await link.request(place, own_id.encode(), timeout_s=1.0)
+    except StoreError:
+        return lease_over and link.age_s > SETTLED_S
+    if answer.data:
+        return bool(answer.data != b"1")
+    return lease_over and link.age_s > SETTLED_S
+
+
+# --- NATS claims ----------------------------------------------------------------------------------
+# -- slots
+
+
+class NatsSlots:
+    """What daemons share of a queue that has `max_inflight_global`: each call that runs has a slot.
+
+    A slot is a message; the server deletes it when its owner has not renewed it for a lease.
+    """
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        settings: Settings,
+        calls: NatsCalls,
+        news: NatsNews,
+        owner: str,
+    ) -> None:
+        self.waiting: set[str] = set()  # queues that have work and no slot
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._calls = calls
+        self._news = news
+        self._owner = owner
+        self._seqs: dict[tuple[str, int], int] = {}  # ours
+        self._used: dict[str, tuple[str, int]] = {}  # by the id of the call
+
+    async def take(self, queue: str, wanted: int) -> list[int]:
+        """Up to this many slots of a queue."""
+        most = self._settings().queue(queue).max_inflight_global or 0
+        pattern = self._subjects.slot(queue, "*")
+        subjects = await self._calls.subjects(pattern)
+        taken = {int(subject.rpartition(".")[2]) for subject in subjects}
+        found: list[int] = []
+        for number in range(most):
+            if len(found) == wanted:
+                break
+            seq = 0
+            if number in taken:
+                if (queue, number) in self._seqs:
+                    continue
+                seq = await self._left_behind(queue, number)
+            if seq >= 0 and await self._put(queue, number, seq):
+                found.append(number)
+        self.waiting.discard(queue)
+        if not found:
+            self.waiting.add(queue)
+        return found
+
+    async def _left_behind(self, queue: str, number: int) -> int:
+        """The sequence of a slot whose owner is gone; -1: it is not."""
+        note = await self._calls.noted(self._subjects.slot(queue, number))
+        if note is None:
+            return 0
+        return note.seq if has_died(note.document["owner"], self._owner) else -1
+
+    async def _put(self, queue: str, number: int, seq: int) -> bool:
+        place = self._subjects.slot(queue, number)
+        body = json.dumps({"owner": self._owner}).encode()
+        ttl = f"{max(1, round(self._settings().queue(queue).ack_wait))}s"
+        try:
+            new = await self._link.publish(
+                place, body, Nats_Expected_Last_Subject_Sequence=seq, Nats_TTL=ttl
+            )
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+            return False
+        self._seqs[queue, number] = new
+        return True
+
+    def use(self, queue: str, number: int, own_id: str) -> None:
+        """A call runs in a slot."""
+        self._used[own_id] = (queue, number)
+
+    async def free(self, own_id: str) -> None:
+        """A call has ended."""
+        if slot := self._used.pop(own_id, None):
+            await self.give_back(*slot)
+
+    async def give_back(self, queue: str, number: int) -> None:
+        """A slot is not needed any more: whoever waits for one hears of it."""
+        seq = self._seqs.pop((queue, number), None)
+        stream = self._settings().nats.stream
+        with contextlib.suppress(StoreError):  # Then its lease runs out.
+            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+            await self._news.tell(wake=queue)
+
+    async def renew(self) -> None:
+        """Extend the leases of our slots."""
+        for (queue, number), seq in list(self._seqs.items()):
+            if not await self._put(queue, number, seq):
+                self._seqs.pop((queue, number), None)
+
+
+# -- what this daemon has claimed
+
+
+class NatsClaims:
+    """What this daemon has claimed, and how it came to that."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        settings: Settings,
+        calls: NatsCalls,
+        messages: NatsMessages,
+        ends: NatsEnds,
+    ) -> None:
+        self.owner = process_id()
+        self.held: dict[str, Held] = {}  # by id
+        self.busy: set[str] = set()  # ids of claims whose end is being stored
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._calls = calls
+        self._messages = messages
+        self._ends = ends
+
+    async def begin(self, lane: NatsLane, delivery: Delivery) -> Claim | None:
+        """Write that a call runs. None: somebody else has it, or it has nothing to do any more."""
+        try:
+            stored = unpack_call(delivery.data)
+        except (ValueError, TypeError, KeyError) as exc:
+            log.error(
+                "NATS: a message on %s is none of ours (%s): set aside", delivery.subject, exc
+            )
+            await self._link.send(delivery.reply, b"+TERM")
+            return None
+        request = stored.parts
+        fresh = lane.queue != CALLBACKS
+        while True:
+            if fresh:
+                fresh = False
+                claimed = await self._started(stored, delivery, None)
+            else:
+                record = await self._calls.read(self._subjects.record(stored.call))
+                if record is not None:
+                    stored = record
+                    claimed = await self._follow(lane, record, delivery, request)
+                else:
+                    stored = stored._replace(seq=0)
+                    claimed = await self._started(stored, delivery, None)
+            if claimed is None:
+                return None
+            is_call = lane.queue != CALLBACKS
+            kept = stored.parts._replace(headers=b"", body=b"") if is_call else stored.parts
+            try:
+                seq = await self._calls.write(claimed, kept, stored.seq)
+            except NatsRefused as exc:
+                if exc.code not in WRONG_SEQUENCE:
+                    raise
+                continue
+            parts = stored.parts
+            if is_call:
+                parts = parts._replace(headers=request.headers, body=request.body)
+            held = Held(delivery, Stored(seq, claimed, parts), lane.queue, lane.name)
+            self.held[claimed.id] = held
+            return nats_claim(held)
+
+    async def _follow(
+        self, lane: NatsLane, record: Stored, delivery: Delivery, request: Parts
+    ) -> NatsCall | None:
+        """What a delivery leads to, after what its record says. None: nothing."""
+        call = record.call
+        if lane.queue == CALLBACKS:
+            return await self._follow_callback(lane, record, delivery)
+        if call.status in FINAL:
+            await self._ends.finish(record, delivery)
+            return None
+        if call.status == "queued":
+            if call.due_at > self._calls.now():
+                again = Stored(record.seq, call, with_request(record.parts, request))
+                await self._messages.later(again, call.queue, call.lane)
+                await self._messages.ack(delivery)
+                return None
+            return await self._started(record, delivery, request)
+        if await self._is_gone(call, delivery):
+            if call.owner == self.owner:  # The answer got lost: it never ran.
+                return call
+            await self._messages.answer(lane, delivery, await self.interrupted(record, request))
+        return None
+
+    async def _follow_callback(
+        self, lane: NatsLane, record: Stored, delivery: Delivery
+    ) -> NatsCall | None:
+        call = record.call
+        if call.callback_status != "pending":
+            await self._messages.ack(delivery)
+            return None
+        if call.owner == self.owner and await self._is_gone(call, delivery):
+            return call  # The answer got lost: it was never sent.
+        if call.owner is not None:
+            if await self._is_gone(call, delivery):
+                await self._messages.answer(lane, delivery, await self.interrupted(record, None))
+            return None
+        return call._replace(callback_attempts=call.callback_attempts + 1, owner=self.owner)
+
+    async def _answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
+        if verb == b"-NAK":
+            await self._messages.give_back(lane.queue, lane.name, delivery)
+        elif verb is not None:
+            await self._messages.ack(delivery)
+
+    async def _started(
+        self, stored: Stored, delivery: Delivery, request: Parts | None
+    ) -> NatsCall | None:
+        """A call that was queued, as it runs. None: it has missed its deadline."""
+        call = stored.call
+        now = self._calls.now()
+        if call.deadline_at is not None and call.deadline_at <= now:
+            parts = stored.parts if request is None else with_request(stored.parts, request)
+            await self._ends.expire(stored._replace(parts=parts))
+            await self._messages.ack(delivery)
+            return None
+        return call._replace(
+            status="running", attempts=call.attempts + 1, started_at=now, owner=self.owner
+        )
+
+    async def _is_gone(self, call: NatsCall, delivery: Delivery) -> bool:
+        """Whether who has claimed a call does not have it any more. If not, ask again later."""
+        owner = call.owner or ""
+        if owner == self.owner:
+            return call.id not in self.held and call.id not in self.busy
+        gone = has_died(owner, self.owner)
+        if not gone:
+            place = self._subjects.owner(owner)
+            gone = await is_gone(self._link, place, call.id, delivery.again)
+        if not gone:
+            wait_s = self._settings().queue(call.queue).ack_wait
+            wait_s = wait_s if self._link.age_s > SETTLED_S else min(wait_s, SETTLED_S)
+            await self._link.send(delivery.reply, b'-NAK {"delay": %d}' % round(wait_s * 1e9))
+        return gone
+
+    async def interrupted(self, record: Stored, request: Parts | None) -> bytes | None:
+        """Queue again what a dead daemon had claimed; how to answer its message.
+
+        A call (`request`) may be what it died of: it goes behind those that wait, or ends. None:
+        somebody else was first.
+        """
+        call = record.call
+        try:
+            if request is None:
+                return await self._ends.callback_interrupted(record)
+            call = call._replace(
+                status="queued",
+                interrupted=call.interrupted + 1,
+                deadline_at=None,
+                due_at=self._calls.now(),
+                owner=None,
+            )
+            parts = with_request(record.parts, request)
+            if call.interrupted >= self._settings().max_interruptions(call.function):
+                error = f"interrupted {call.interrupted} times: the daemon died each time"
+                again = Stored(record.seq, call, parts)
+                await self._ends.give_up(again, "error", f"{error} while it ran")
+                return b"+ACK"
+            seq = await self._calls.write(call, record.parts, record.seq)
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+            return None
+        again = Stored(seq, call, parts)
+        await self._messages.store("work", again, call.queue, call.lane, f"{call.id}-{seq}")
+        return b"+ACK"
+
+    def release(self, receipt: Hashable) -> Held | None:
+        """Take a claim out, if it is still valid."""
+        if isinstance(receipt, NatsReceipt):
+            held = self.held.get(receipt.id)
+            if held is not None and held.stored.seq == receipt.seq:
+                return self.held.pop(receipt.id)
+        return None
+
+    async def complete(self, claim: Claim, outcome: Outcome, status: str) -> bool:
+        """See WorkQueue."""
+        end = self._ends.deliver if claim.queue == CALLBACKS else self._ends.complete
+        return await self._settle(claim, lambda held: end(held, outcome, status))
+
+    async def retry(self, claim: Claim, outcome: Outcome | None, delay_s: float) -> bool:
+        """See WorkQueue."""
+        return await self._settle(claim, lambda held: self._ends.retry(held, outcome, delay_s))
+
+    async def _settle(self, claim: Claim, end: Callable[[Held], Awaitable[bool]]) -> bool:
+        """End a claim in one of the ways below. False: it is not valid any more."""
+        held = self.release(claim.receipt)
+        if held is None:
+            return False
+        self.busy.add(claim.id)
+        try:
+            return await end(held)
+        except BaseException:  # It may be tried again.
+            self.held.setdefault(claim.id, held)
+            raise
+        finally:
+            self.busy.discard(claim.id)
+
+
+class NatsTaker:
+    """Claims the work of queues, lane by lane."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        settings: Settings,
+        lanes: NatsLanes,
+        claims: NatsClaims,
+        slots: NatsSlots,
+    ) -> None:
+        self._link = link
+        self._settings = settings
+        self._lanes = lanes
+        self._claims = claims
+        self._slots = slots
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by queue
+
+    async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
+        """See WorkQueue. Nothing is due while the servers are away; a reconnect wakes the queue."""
+        made: list[Claim] = []
+        async with self._locks[queue]:
+            try:
+                if queue in self._lanes.paused:
+                    await self._lanes.settle(queue, True, room)
+                elif self._settings().queue(queue).max_inflight_global:
+                    await self._claim_with_slots(queue, limit, dict(room), made)
+                elif not self._link.away:
+                    await self._claim(queue, limit, dict(room), made)
+            except StoreError as exc:
+                log.warning("queue %s: no more work can be claimed for now: %s", queue, exc)
+        return made
+
+    async def _claim_with_slots(
+        self, queue: str, limit: int, left: dict[str, int], made: list[Claim]
+    ) -> None:
+        """Claim no more than there are slots for."""
+        if not self._lanes.queues[queue].ready:
+            await self._lanes.settle(queue, True, left)
+            return
+        numbers = await self._slots.take(queue, limit)
+        try:
+            if numbers:
+                await self._claim(queue, len(numbers), left, made)
+            else:
+                await self._lanes.settle(queue, False, left)
+        finally:
+            for claim in made:
+                self._slots.use(queue, numbers.pop(), claim.id)
+            for number in numbers:
+                await self._slots.give_back(queue, number)
+
+    async def _claim(self, queue: str, limit: int, left: dict[str, int], made: list[Claim]) -> None:
+        while len(made) < limit:
+            taken = await self._lanes.take(queue, limit - len(made), left)
+            if not taken:
+                break
+            begun = await asyncio.gather(
+                *(self._claims.begin(*item) for item in taken), return_exceptions=True
+            )
+            for (lane, _), claim in zip(taken, begun, strict=True):
+                if isinstance(claim, StoreError):
+                    log.warning("queue %s: a call could not be claimed: %s", queue, claim)
+                elif isinstance(claim, BaseException):
+                    raise claim
+                elif claim is not None:
+                    made.append(claim)
+                    continue
+                if lane.name in left:
+                    left[lane.name] += 1
+        await self._lanes.settle(queue, len(made) < limit, left)
+
+
+# --- NATS operators -------------------------------------------------------------------------------
+# -- steps of operators and people
+
+
+# What a call is apart from what has happened to it.
+KEPT_FIELDS = (
+    *NatsCall._fields[: NatsCall._fields.index("deadline_at")],
+    *("callback_url", "failure_url", "idempotency_key", "app", "hops"),
+)
+
+
+class NatsOperator:
+    """Cancels, queues again and deletes calls."""
+
+    def __init__(
+        self,
+        subjects: NatsSubjects,
+        settings: Settings,
+        calls: NatsCalls,
+        claims: NatsClaims,
+        messages: NatsMessages,
+        news: NatsNews,
+    ) -> None:
+        self._subjects = subjects
+        self._settings = settings
+        self._calls = calls
+        self._claims = claims
+        self._messages = messages
+        self._news = news
+
+    async def cancel(self, stored: Stored, *, waiting_only: bool = False) -> bool:
+        """Take away what is to be done for a call. False: there is nothing."""
+        current: Stored | None = stored
+        while current is not None:
+            call = current.call
+            claimed = call.owner is not None
+            if call.finished or (waiting_only and claimed):
+                return False
+            try:
+                if call.status in FINAL:
+                    await self._cancel_callback(current)
+                else:
+                    await self._cancel_call(current)
+                return True
+            except NatsRefused as exc:
+                if exc.code not in WRONG_SEQUENCE:
+                    raise
+            current = await self._calls.current(call.id)
+        return False
+
+    async def _cancel_call(self, stored: Stored) -> None:
+        parts = stored.parts
+        if not parts.has_request:
+            request = await self._calls.request_of(stored.call)
+            parts = parts._replace(headers=request.headers, body=request.body)
+        call = stored.call._replace(
+            status="cancelled", completed_at=self._calls.now(), deadline_at=None, owner=None
+        )
+        call, parts = self._calls.fit(call, parts)
+        # A crash may come before its message is taken away, which then comes when it is due.
+        keep_s = max(self._settings().calls.keep, call.due_at - self._calls.now())
+        await self._calls.write(call, parts, stored.seq, keep_s)
+        await self._calls.keep_notes(call)
+        await self.take_away(call.queue, call.lane, stored)
+        await self._news.ended(nats_ended(call))
+
+    async def _cancel_callback(self, stored: Stored) -> None:
+        config = self._settings().calls
+        call = stored.call._replace(
+            callback_status="failed", callback_error="cancelled", owner=None
+        )
+        parts = cut_answer(stored.parts, config.keep_output)
+        await self._calls.write(call, parts, stored.seq, config.keep)
+        await self.take_away(CALLBACKS, callback_lane(call.callback_target or ""), stored)
+
+    async def take_away(self, queue: str, lane: str, stored: Stored) -> None:
+        """Delete the work messages of a call, and have who runs it stop."""
+        own_id = stored.call.id
+        self._messages.forget(queue, lane, own_id)
+        if stored.call.owner is not None:
+            await self.stop(NatsReceipt(own_id, stored.seq))
+            await self._news.tell(stop=(own_id, stored.seq))
+        places = [self._subjects.place(root, queue, lane, own_id) for root in ("work", "later")]
+        await asyncio.gather(*map(self._calls.purge, places))
+
+    async def stop(self, receipt: NatsReceipt) -> None:
+        """A claim was cancelled: if it is ours, who runs it has to end."""
+        held = self._claims.release(receipt)
+        if held is not None:
+            await self._messages.ack(held.delivery)
+            self._news.stopped(receipt)
+
+    async def redrive(self, stored: Stored) -> bool:
+        """Queue a final call again, as if new. False: its request is not stored any more."""
+        if not stored.parts.has_request:
+            return False
+        old = stored.call
+        call = NatsCall(**{name: getattr(old, name) for name in KEPT_FIELDS})
+        history = (*old.history, nats_past(old))
+        call = call._replace(due_at=self._calls.now(), history=history)
+        fresh = Stored(stored.seq, call, with_request(Parts(), stored.parts))
+        dedup = f"{call.id}-{stored.seq}"
+        await self._messages.store("work", fresh, call.queue, call.lane, dedup)
+        with contextlib.suppress(NatsRefused):  # Then it runs already.
+            await self._calls.write(call, Parts(), stored.seq)
+        return True
+
+    async def redrive_one(self, call_id: str) -> None:
+        """See CallRecords."""
+        stored = await self._calls.find(call_id)
+        if not stored.call.finished:
+            raise HttpError(409, "the call, or its callback, has not finished yet")
+        if not await self.redrive(stored):
+            raise HttpError(410, "the request of this call is not stored any more")
+
+    async def resend(self, call_id: str) -> None:
+        """See CallRecords."""
+        stored = await self._calls.find(call_id)
+        call, parts = stored.call, stored.parts
+        if not call.finished:
+            raise HttpError(409, "the call, or its callback, has not finished yet")
+        if call.callback_target is None or call.callback_status == "none":
+            raise HttpError(409, "this call has no callback")
+        whole = parts.answer_headers and len(parts.output) == call.response_bytes
+        if call.response_bytes and not whole:
+            raise HttpError(410, "the answer of this call is not stored as a whole any more")
+        fresh = call._replace(
+            callback_status="pending",
+            callback_attempts=0,
+            callback_http_status=None,
+            callback_error=None,
+            due_at=self._calls.now(),
+        )
+        seq = await self._calls.write(fresh, parts, stored.seq)
+        await self._messages.callback(Stored(seq, fresh, parts))
+
+    async def cancel_all(self, call_id: str) -> int:
+        """See CallRecords."""
+        own = await self._calls.current(call_id)
+        if own is not None:
+            if not await self.cancel(own):
+                raise HttpError(409, "the call has finished already")
+            return 1
+        result = await self.bulk(CallFilter(call_id=call_id), self.cancel)
+        if not result.matched:
+            raise HttpError(404, UNKNOWN_CALL)
+        if not result.done:
+            raise HttpError(409, "the call has finished already")
+        return result.done
+
+    async def redrive_finished(self, stored: Stored) -> bool:
+        """Queue a call again if it is final."""
+        return stored.call.finished and await self.redrive(stored)
+
+    async def bulk(
+        self, filters: CallFilter, change: Callable[[Stored], Awaitable[bool]]
+    ) -> BulkResult:
+        """Change all calls that match, in batches, so that nobody waits for it."""
+        matched = 0
+        done = 0
+        async for batch in self._calls.shown(filters, None, MANY_NATS_REQUESTS):
+            matched += len(batch)
+            changed = await asyncio.gather(*map(change, batch))
+            done += changed.count(True)
+        return BulkResult(matched, done)
+
+    async def purge(self, queue: str) -> int:
+        """See CallRecords."""
+        ids: set[str] = set()
+        for root in ("work", "later"):
+            pattern = self._subjects.place(root, queue, "@", "@").removesuffix("@.@") + ">"
+            found = await self._calls.subjects(pattern)
+            ids.update(subject.rpartition(".")[2] for subject in found)
+        rest = sorted(ids)
+        done = 0
+        while rest:
+            batch = rest[:MANY_NATS_REQUESTS]
+            rest = rest[MANY_NATS_REQUESTS:]
+            done += sum(await asyncio.gather(*map(self._purge_one, batch)))
+        return done
+
+    async def _purge_one(self, own_id: str) -> bool:
+        stored = await self._calls.current(own_id)
+        return stored is not None and await self.cancel(stored, waiting_only=True)
+
+    async def prune(self, kept_s: float) -> int:
+        """Delete a batch of final records that were to be kept for `kept_s`, and now are not."""
+        keep = self._settings().calls.keep
+        if keep >= kept_s:  # The server does it.
+            return 0
+        gone: list[NatsCall] = []
+        async for batch in self._calls.matching(CallFilter(statuses=FINAL), None, BATCH):
+            gone += [stored.call for stored in batch if self._calls.is_past(stored.call)]
+            if len(gone) >= BATCH:
+                break
+        gone = gone[:BATCH]
+        await asyncio.gather(*map(self._calls.forget, gone))
+        return len(gone)
+
+
+class NatsDeadlines:
+    """Ends calls that do not start in time."""
+
+    def __init__(
+        self, calls: NatsCalls, ends: NatsEnds, messages: NatsMessages, operator: NatsOperator
+    ) -> None:
+        self._calls = calls
+        self._ends = ends
+        self._messages = messages
+        self._operator = operator
+
+    async def expire(self, delivery: Delivery) -> None:
+        """End a call whose deadline is now, unless it has started."""
+        own_id = delivery.id.removesuffix("-deadline")
+        stored = await self._calls.current(own_id)
+        call = stored.call if stored else None
+        if stored and call and call.status == "queued" and call.deadline_at is not None:
+            request = stored.parts
+            if not request.has_request:
+                request = await self._calls.request_of(call)
+            await self._ends.expire(stored._replace(parts=with_request(stored.parts, request)))
+            await self._operator.take_away(call.queue, call.lane, stored)
+        await self._messages.ack(delivery)
+
+
+# --- NATS intake ----------------------------------------------------------------------------------
+# -- the way in
+
+
+def nats_call(call: Invocation, offset_s: float) -> NatsCall:
+    """A call as it begins; its delay and deadline by a clock that differs from ours."""
+    if offset_s:
+        call = call._replace(due_at=call.due_at + offset_s)
+        if call.deadline_at is not None:
+            call = call._replace(deadline_at=call.deadline_at + offset_s)
+    kept = {name: value for name, value in call._asdict().items() if name in NatsCall._fields}
+    return NatsCall(**kept, request_bytes=len(call.body))
+
+
+def openfaas_call(data: bytes, config: Config) -> Invocation:
+    """A call as OpenFaaS's gateway queues it: Go's JSON of its QueueRequest.
+
+    Raises ValueError, TypeError, KeyError, AttributeError.
+    """
+    message = json.loads(data)
+    name, _, namespace = message["Function"].partition(".")
+    namespace = namespace or config.gateway.namespace
+    require(NAME.fullmatch(name))
+    function = config.functions.get(name)
+    headers: list[Header] = [
+        (key.encode("latin-1"), value.encode("latin-1"))
+        for key, values in (message.get("Header") or {}).items()
+        for value in values
+    ]
+    own_id = new_id()
+    given = {key.lower(): value.decode("latin-1") for key, value in headers}
+    call_id = visible(given.get(b"x-call-id", own_id))
+    start_time = int(given.get(b"x-start-time", time.time_ns()))
+    ours = [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time)]
+    query = message.get("QueryString")
+    return Invocation(
+        id=own_id,
+        call_id=call_id,
+        function=name,
+        namespace=namespace,
+        queue=function.queue if function else DEFAULT_QUEUE,
+        start_time=start_time,
+        due_at=time.time(),
+        deadline_at=None,
+        max_attempts=(function.retry if function else config.retry).attempts,
+        callback_url=go_url(message.get("CallbackUrl")),
+        failure_url=None,
+        idempotency_key=None,
+        app=None,
+        target=(message.get("Path") or "") + (f"?{query}" if query else ""),
+        headers=pack_headers([*forward_headers(headers, COMPUTED), *ours]),
+        body=base64.b64decode(message.get("Body") or "", validate=True),
+    )
+
+
+def go_url(parts: Mapping[str, str] | None) -> str | None:
+    """A URL from the JSON of Go's url.URL. Raises ValueError."""
+    if not parts:
+        return None
+    query = parts.get("RawQuery")
+    path = parts.get("RawPath") or quote(parts.get("Path") or "")
+    url = f"{parts['Scheme']}://{parts['Host']}{path}" + (f"?{query}" if query else "")
+    callback_host(url)
+    return url
+
+
+def body_digest(parts: Parts) -> str:
+    """What tells one body from another."""
+    return hashlib.blake2b(parts.body, digest_size=16).hexdigest()
+
+
+class NatsIntake:
+    """The way in."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        settings: Settings,
+        calls: NatsCalls,
+        messages: NatsMessages,
+        lanes: NatsLanes,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._calls = calls
+        self._messages = messages
+        self._lanes = lanes
+
+    async def enqueue(self, call: Invocation) -> str:
+        """See WorkQueue."""
+        request = Parts(call.headers, call.body)
+        stored = Stored(0, nats_call(call, self._link.clock_offset_s), request)
+        most = self._link.max_payload
+        size = len(call.body) + len(call.headers) + len(call.target)
+        if size > most // 2 and len(pack_call(*stored[1:])) > most:
+            text = f"the NATS server takes no messages over {most} bytes"
+            raise HttpError(413, text)
+        if call.idempotency_key is not None:
+            key = await self._calls.note(self._subjects.key(stored.call))
+            if key is not None:
+                return await self._known(key, stored)
+        turns = self._lanes.queues[call.queue]
+        if turns.waiting >= self._settings().queue(call.queue).max_pending:
+            if await self._calls.current(call.id):
+                return call.call_id
+            raise HttpError(429, f"queue {call.queue} is full, try again later", LATER)
+        turns.reserve(1)
+        try:
+            call_id = await self._store(stored)
+        finally:
+            turns.reserve(-1)
+        return call_id
+
+    async def _store(self, stored: Stored) -> str:
+        """Store a call with its notes: its key first, the call itself last."""
+        call = stored.call
+        if call.idempotency_key is not None:
+            note = {"id": call.id, "call_id": call.call_id, "digest": body_digest(stored.parts)}
+            place = self._subjects.key(call)
+            body = json.dumps(note).encode()
+            try:
+                await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=0)
+            except NatsRefused as exc:
+                key = await self._calls.note(place)
+                if exc.code not in WRONG_SEQUENCE or key is None:
+                    raise
+                return await self._known(key, stored)
+        await self._store_call(stored)
+        return call.call_id
+
+    async def _store_call(self, stored: Stored) -> None:
+        call = stored.call
+        if call.call_id != call.id:
+            place = self._subjects.call_id(call.call_id, call.id)
+            await self._link.publish(place, json.dumps({"id": call.id}).encode())
+        root = "later" if call.due_at > self._calls.now() else "work"
+        await self._messages.store(root, stored, call.queue, call.lane, call.id)
+        await self._messages.deadline(call)
+
+    async def _known(self, key: Mapping[str, Any], stored: Stored) -> str:
+        """A key has come before: the id of its call. HttpError: 422.
+
+        Who brought it first may have died before it stored the call: then it is stored now, as it
+        would have been.
+        """
+        if key["digest"] != body_digest(stored.parts):
+            raise HttpError(422, "Idempotency-Key: this key came before with another body")
+        if await self._calls.anywhere(key["id"]) is None:
+            first = stored.call._replace(id=key["id"], call_id=key["call_id"])
+            headers = [
+                (name, key["call_id"].encode() if name == b"X-Call-Id" else value)
+                for name, value in unpack_headers(stored.parts.headers)
+            ]
+            parts = stored.parts._replace(headers=pack_headers(headers))
+            await self._store_call(Stored(0, first, parts))
+        return str(key["call_id"])
+
+
+class NatsRecovery:
+    """What is done at a start for daemons that are gone."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        calls: NatsCalls,
+        waiting: NatsWaiting,
+        messages: NatsMessages,
+        claims: NatsClaims,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._calls = calls
+        self._waiting = waiting
+        self._messages = messages
+        self._claims = claims
+
+    async def adopt(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store work again that is there and that its consumer will not hand out.
+
+        A server that was killed may take what it had sent to somebody for acked.
+        """
+        for name, info in consumers.items():
+            root, queue, lane = name.split("+")
+            floor = info["ack_floor"]["stream_seq"]
+            place = self._subjects.place("work", nats_name(queue), nats_name(lane), ">")
+            if root == "work" and await self._waiting.first_seq(place) <= floor:
+                for seq, data, subject in await self._waiting.between(place, 1, floor):
+                    with contextlib.suppress(NatsRefused):  # Then it was acked meanwhile.
+                        await self._link.publish(
+                            subject, data, Nats_Expected_Last_Subject_Sequence=seq
+                        )
+
+    async def recover(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what daemons had that are gone, without waiting for their leases to run out."""
+        for name, info in consumers.items():
+            root, queue, lane = name.split("+")
+            if root == "work" and info["num_ack_pending"]:
+                await self._recover(nats_name(queue), nats_name(lane), info)
+
+    async def _recover(self, queue: str, lane: str, info: Mapping[str, Any]) -> None:
+        place = self._subjects.place("work", queue, lane, ">")
+        first = info["ack_floor"]["stream_seq"] + 1
+        last = info["delivered"]["stream_seq"]
+        for seq, data, _ in await self._waiting.between(place, first, last):
+            if verb := await self._how_to_answer(queue, data):
+                count = info["delivered"]["consumer_seq"]
+                await self._messages.answer_unacked(queue, lane, seq, count, verb)
+
+    async def _how_to_answer(self, queue: str, data: bytes) -> bytes | None:
+        """How to answer a message that another daemon has, or None if it is there."""
+        if queue == DEADLINES:
+            return b"-NAK"
+        try:
+            message = unpack_call(data)
+        except (ValueError, TypeError, KeyError):
+            return b"-NAK"  # Who gets it tells.
+        record = await self._calls.read(self._subjects.record(message.call))
+        if record is None or record.call.owner is None:
+            return b"-NAK"
+        if record.call.owner == self._claims.owner:
+            return None if record.call.id in self._claims.held else b"-NAK"
+        if not has_died(record.call.owner, self._claims.owner):
+            return None  # Its lease decides.
+        return await self._claims.interrupted(record, None if queue == CALLBACKS else message.parts)
+
+
+# --- NATS upkeep ----------------------------------------------------------------------------------
+# -- what goes on by itself
+
+
+class NatsLeases:
+    """Has the servers know that what we have is under way."""
+
+    def __init__(
+        self, link: NatsLink, lanes: NatsLanes, claims: NatsClaims, slots: NatsSlots
+    ) -> None:
+        self._link = link
+        self._lanes = lanes
+        self._claims = claims
+        self._slots = slots
+
+    async def renew(self) -> None:
+        """Extend all of them."""
+        for held in list(self._claims.held.values()):
+            await self._extend(held.delivery)
+        await self._lanes.renew(self._extend)
+        with contextlib.suppress(StoreError):
+            await self._slots.renew()
+
+    async def _extend(self, delivery: Delivery) -> None:
+        with contextlib.suppress(StoreError):
+            await self._link.send(delivery.reply, b"+WPI")
+
+
+class NatsPeers:
+    """What other daemons tell and ask."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        lanes: NatsLanes,
+        claims: NatsClaims,
+        operator: NatsOperator,
+        news: NatsNews,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._lanes = lanes
+        self._claims = claims
+        self._operator = operator
+        self._news = news
+
+    async def listen(self) -> None:
+        """Begin."""
+        await self._link.subscribe(self._subjects.news, self._heard)
+        await self._link.subscribe(self._subjects.owner(self._claims.owner), self._asked)
+
+    async def _heard(self, message: nats.aio.msg.Msg) -> None:
+        """Another daemon has told something."""
+        news = json.loads(message.data)
+        if ended := news.get("ended"):
+            self._news.ended_elsewhere(ended)
+        if stop := news.get("stop"):
+            await self._operator.stop(NatsReceipt(*stop))
+        if pause := news.get("pause"):
+            self._lanes.pause(*pause)
+        if queue := news.get("wake"):
+            self._lanes.wake(queue)
+
+    async def _asked(self, message: nats.aio.msg.Msg) -> None:
+        """Another daemon asks whether we hold a claim."""
+        own_id = message.data.decode()
+        held = own_id in self._claims.held or own_id in self._claims.busy
+        with contextlib.suppress(StoreError):
+            await self._link.send(message.reply, b"1" if held else b"0")
+
+
+class NatsTakeover:
+    """Takes over what OpenFaaS's own gateway publishes for its queue-worker.
+
+    It gets the answer of a stream, once the call is stored.
+    """
+
+    def __init__(
+        self, link: NatsLink, subjects: NatsSubjects, settings: Settings, intake: NatsIntake
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._intake = intake
+        self._taken = 0
+
+    async def listen(self) -> None:
+        """Begin. Each message goes to one daemon."""
+        await self._link.subscribe(self._subjects.taken_over, self._heard, "faasd-async")
+
+    async def _heard(self, message: nats.aio.msg.Msg) -> None:
+        place = self._subjects.taken_over
+        try:
+            await self._intake.enqueue(openfaas_call(message.data, self._settings()))
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            log.error("NATS: a message on %s is no call: %s", place, type(exc).__name__)
+        except (StoreError, HttpError) as exc:
+            log.error("NATS: a message on %s can't be taken over: %s", place, exc)
+            return
+        if message.reply:
+            self._taken += 1
+            answer = {"stream": self._settings().nats.stream, "seq": self._taken}
+            with contextlib.suppress(StoreError):
+                await self._link.send(message.reply, json.dumps(answer).encode())
+
+
+class NatsChores(NamedTuple):
+    """What is done by the keeper, and how it is done elsewhere."""
+
+    begin: Callable[[], Awaitable[None]]
+    adopt: Callable[[Mapping[str, Mapping[str, Any]]], Awaitable[None]]
+    renew: Callable[[], Awaitable[None]]
+    expire: Callable[[Delivery], Awaitable[None]]
+
+
+class NatsKeeper:
+    """What goes on by itself: leases, deadlines, lanes that come and go, dead daemons."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        settings: Settings,
+        consumers: NatsConsumers,
+        lanes: NatsLanes,
+        chores: NatsChores,
+    ) -> None:
+        self._link = link
+        self._settings = settings
+        self._consumers = consumers
+        self._lanes = lanes
+        self._chores = chores
+        self._look = asyncio.Event()  # at all lanes, now
+        self._deadlines = asyncio.Event()  # some have passed
+        self._tasks: Sequence[asyncio.Task[None]] = ()
+
+    def start(self) -> None:
+        """Begin."""
+        self._tasks = [
+            asyncio.create_task(self._keep_looking(), name="lanes"),
+            asyncio.create_task(self._keep_leases(), name="leases"),
+            asyncio.create_task(self._keep_deadlines(), name="deadlines"),
+        ]
+
+    async def stop(self) -> None:
+        """End."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def deadlines_passed(self) -> None:
+        """There are some."""
+        self._deadlines.set()
+
+    async def reconnected(self) -> None:
+        """The connection is another one."""
+        self._lanes.reconnected()
+        self._look.set()
+
+    async def _keep_looking(self) -> None:
+        """Count what waits, notice lanes and consumers that have come or gone."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._look.wait()
+            fresh = self._look.is_set()
+            self._look.clear()
+            try:
+                await self._look_at_all(fresh)
+            except ConfigError as exc:
+                log.error("%s", exc)
+            except StoreError as exc:
+                log.debug("%s", exc)
+                if fresh:
+                    self._look.set()
+                    await asyncio.sleep(POLL_S / 4)
+
+    async def _look_at_all(self, fresh: bool) -> None:
+        """`fresh`: after a reconnect the server may think that we are gone."""
+        if self._link.ended:
+            self._lanes.reconnected()
+            await self._chores.begin()
+            return
+        if fresh:
+            await self._chores.renew()
+        for queue, turns in list(self._lanes.queues.items()):
+            if turns.ready and not turns.wanted:  # Slots may be free now.
+                self._lanes.wake(queue)
+        try:
+            consumers = await self._consumers.poll()
+            if self._link.age_s < YOUNG_S:
+                await self._chores.adopt(consumers)
+        except NatsRefused as exc:
+            if exc.code in NOT_THERE:
+                log.error("%s", exc)
+                await ensure_stream(self._link, self._settings().nats)
+            raise
+
+    async def _keep_leases(self) -> None:
+        """Have the server know that what we have claimed is under way."""
+        while True:
+            queues = self._settings().queues.values()
+            ack_wait_s = min((queue.ack_wait for queue in queues), default=60.0)
+            await asyncio.sleep(ack_wait_s / 3)
+            await self._chores.renew()
+
+    async def _keep_deadlines(self) -> None:
+        """End calls that did not start in time."""
+        while True:
+            await self._deadlines.wait()
+            self._deadlines.clear()
+            try:
+                for _, delivery in await self._lanes.take(DEADLINES, BATCH, {}):
+                    await self._chores.expire(delivery)
+                await self._lanes.settle(DEADLINES, True, {})
+            except StoreError as exc:
+                log.warning("a deadline could not be kept yet: %s", exc)
+                await asyncio.sleep(POLL_S)
+                self._deadlines.set()
+
+
+async def nats_trouble(link: NatsLink, calls: NatsCalls, subjects: NatsSubjects) -> str | None:
+    """Why nothing can be stored, or None. After a failure something small is tried."""
+    if link.away:
+        return link.away
+    try:
+        if link.failure is not None:
+            await link.publish(subjects.slot("@probe", 0), bytes(PROBE_BYTES), Nats_TTL="1s")
+        await calls.subjects(subjects.pauses)
+    except StoreError as exc:
+        return str(exc)
+    return None
+
+
+async def nats_stats(lanes: NatsLanes, messages: NatsWaiting) -> Mapping[str, QueueStats]:
+    """See CallRecords.stats."""
+    stats = {}
+    for name in {*lanes.queues, *lanes.paused} - {DEADLINES}:
+        busy = [lane for lane in lanes.queues[name].lanes.values() if lane.waiting]
+        waiting = {lane.name: lane.waiting for lane in busy}
+        oldest_at = min(await asyncio.gather(*map(messages.head, busy)), default=float("inf"))
+        paused = name in lanes.paused
+        if waiting or paused:
+            stats[name] = QueueStats(waiting, oldest_at, paused)
+    return stats
+
+
+class NatsParts(NamedTuple):
+    """What an open queue is made of."""
+
+    lanes: NatsLanes
+    consumers: NatsConsumers
+    claims: NatsClaims
+    slots: NatsSlots
+    taker: NatsTaker
+    operator: NatsOperator
+    intake: NatsIntake
+    news: NatsNews
+    peers: NatsPeers
+    recovery: NatsRecovery
+    takeover: NatsTakeover
+
+
+# --- NATS queue -----------------------------------------------------------------------------------
+# -- the seam in front of them
+
+
+class NatsQueue:
+    """The queue on JetStream: WorkQueue and CallRecords, for as many daemons as share it."""
+
+    def __init__(self, settings: Settings, observe_commit: Tell[float]) -> None:
+        self._settings = settings
+        self._observe_commit = observe_commit
+        self._kept_s = settings().calls.keep  # what records were written with
+        self._link = NatsLink(settings().nats)
+        self._subjects = NatsSubjects(settings().nats)
+        self._calls = NatsCalls(self._link, self._subjects, settings)
+        self._waiting = NatsWaiting(self._link, self._subjects, settings().nats.stream)
+        self._parts: NatsParts  # these, once open
+        self._keeper: NatsKeeper
+        self._notice: str | None = None  # what servers do not promise
+        self._closed = True
+
+    async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
+        """See WorkQueue. Raises StoreError, ConfigError."""
+        self._compose(Listener(wake, stop, final))
+        try:
+            await self._begin()
+        except StoreError as exc:
+            log.error("%s: trying again", exc)
+        self._closed = False
+        self._keeper.start()
+
+    async def _begin(self) -> None:
+        """Connect, and take over what is there. Raises StoreError, ConfigError."""
+        config = self._settings().nats
+        parts = self._parts
+        await self._link.open(self._keeper.reconnected)
+        try:
+            await ensure_stream(self._link, config)
+            self._notice = await check_promise(self._link, config)
+            await parts.peers.listen()
+            for subject in await self._calls.subjects(self._subjects.pauses):
+                if note := await self._calls.note(subject):
+                    parts.lanes.pause(note["queue"], note["paused"])
+            await parts.consumers.ensure("work", DEADLINES, "all")
+            await parts.recovery.recover(await parts.consumers.poll())
+            await parts.lanes.start()
+            await parts.takeover.listen()
+        except BaseException:
+            await self._link.close()
+            raise
+
+    def _compose(self, listener: Listener) -> None:
+        """Make the parts."""
+        link = self._link
+        subjects = self._subjects
+        settings = self._settings
+        calls = self._calls
+        news = NatsNews(link, subjects, listener)
+        lanes = NatsLanes(link, settings, self._wake)
+        consumers = NatsConsumers(link, subjects, settings, lanes)
+        messages = NatsMessages(link, subjects, consumers, lanes)
+        ends = NatsEnds(subjects, settings, calls, messages, news)
+        claims = NatsClaims(link, subjects, settings, calls, messages, ends)
+        slots = NatsSlots(link, subjects, settings, calls, news, claims.owner)
+        operator = NatsOperator(subjects, settings, calls, claims, messages, news)
+        intake = NatsIntake(link, subjects, settings, calls, messages, lanes)
+        deadlines = NatsDeadlines(calls, ends, messages, operator)
+        leases = NatsLeases(link, lanes, claims, slots)
+        recovery = NatsRecovery(link, subjects, calls, self._waiting, messages, claims)
+        chores = NatsChores(self._begin, recovery.adopt, leases.renew, deadlines.expire)
+        self._keeper = NatsKeeper(link, settings, consumers, lanes, chores)
+        self._parts = NatsParts(
+            lanes=lanes,
+            consumers=consumers,
+            claims=claims,
+            slots=slots,
+            taker=NatsTaker(link, settings, lanes, claims, slots),
+            operator=operator,
+            intake=intake,
+            news=news,
+            peers=NatsPeers(link, subjects, lanes, claims, operator, news),
+            recovery=recovery,
+            takeover=NatsTakeover(link, subjects, settings, intake),
+        )
+
+    async def close(self) -> None:
+        """See WorkQueue. What is left of our claims is taken over by who comes next."""
+        if not self._closed:
+            self._closed = True
+            await self._keeper.stop()
+            await self._parts.lanes.close()
+            await self._link.close()
+
+    def _wake(self, queue: str) -> None:
+        if queue == DEADLINES:
+            self._keeper.deadlines_passed()
+        else:
+            self._parts.news.wake(queue)
+
+    async def enqueue(self, call: Invocation) -> str:
+        if self._closed:
+            raise StoreError("the queue is closed")
+        started = time.perf_counter()
+        call_id = await self._parts.intake.enqueue(call)
+        self._observe_commit(time.perf_counter() - started)
+        return call_id
+
+    async def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Sequence[Claim]:
+        if self._closed:
+            raise StoreError("the queue is closed")
+        return await self._parts.taker.claim(name, limit, room)
+
+    async def complete(self, claim: Claim, outcome: Outcome, status: str) -> bool:
+        done = await self._parts.claims.complete(claim, outcome, status)
+        await self._parts.slots.free(claim.id)
+        return done
+
+    async def retry(self, claim: Claim, outcome: Outcome | None, delay_s: float) -> bool:
+        done = await self._parts.claims.retry(claim, outcome, delay_s)
+        await self._parts.slots.free(claim.id)
+        return done
+
+    def stalled(self) -> str | None:
+        return None  # A restart does not bring the servers back.
+
+    def notice(self) -> str | None:
+        return self._notice
+
+    async def failing(self) -> str | None:
+        reason = await nats_trouble(self._link, self._calls, self._subjects)
+        return f"the queue can't store: {reason}" if reason else None
+
+    # CallRecords
+
+    async def lookup(self, call_id: str) -> CallRecord:
+        return nats_record((await self._calls.find(call_id)).call, self._calls.now())
+
+    async def list_records(
+        self, filters: CallFilter, limit: int = 100, cursor: str | None = None
+    ) -> Page:
+        """See CallRecords. The cursor is the time in an id: the next page is older than that."""
+        found: list[Stored] = []
+        before = None if cursor is None else int(cursor)
+        step = min(NAMED_SUBJECTS, max(BATCH // 5, limit + 1))
+        async for batch in self._calls.shown(filters, before, step):
+            found += batch
+            if len(found) > limit:
+                break
+        records = [nats_record(stored.call, self._calls.now()) for stored in found[:limit]]
+        if len(found) <= limit:
+            return Page(records, None)
+        return Page(records, str(id_number(records[-1].id)))
+
+    async def output(self, call_id: str) -> Output:
+        stored = await self._calls.find(call_id)
+        keep = self._settings().calls.keep_output
+        whole = stored.call.callback_status == "pending"
+        body = stored.parts.output
+        return Output(body if whole else body[:keep], stored.parts.stderr)
+
+    async def cancel(self, call_id: str) -> int:
+        return await self._parts.operator.cancel_all(call_id)
+
+    async def redrive(self, call_id: str) -> None:
+        await self._parts.operator.redrive_one(call_id)
+
+    async def resend(self, call_id: str) -> None:
+        await self._parts.operator.resend(call_id)
+
+    async def cancel_matching(self, filters: CallFilter) -> BulkResult:
+        return await self._parts.operator.bulk(filters, self._parts.operator.cancel)
+
+    async def redrive_matching(self, filters: CallFilter) -> BulkResult:
+        return await self._parts.operator.bulk(filters, self._parts.operator.redrive_finished)
+
+    async def purge(self, name: str) -> int:
+        return await self._parts.operator.purge(name)
+
+    async def pause(self, name: str, paused: bool) -> None:
+        note = json.dumps({"queue": name, "paused": paused}).encode()
+        await self._link.publish(self._subjects.pause(name), note)
+        self._parts.lanes.pause(name, paused)
+        await self._parts.news.tell(pause=(name, paused))
+
+    async def stats(self) -> Mapping[str, QueueStats]:
+        if self._link.away:
+            return {}
+        await self._parts.consumers.poll()
+        return await nats_stats(self._parts.lanes, self._waiting)
+
+    async def prune(self) -> int:
+        number = await self._parts.operator.prune(self._kept_s)
+        self._kept_s = self._kept_s if number else self._settings().calls.keep
+        return number
 
 
 # --- HTTP connections -----------------------------------------------------------------------------
@@ -6365,7 +9535,7 @@ class HealthRoutes:
         """200 when work can be accepted."""
         reason = "shutting down" if self.waiters.closed else self.queue.stalled()
         reason = reason or await self.queue.failing()
-        return reply(reason or "ok", 503 if reason else 200)
+        return reply(reason or self.queue.notice() or "ok", 503 if reason else 200)
 
 
 @dataclass(frozen=True)
@@ -6787,6 +9957,17 @@ def socket_url(sock: socket.socket) -> str:
     return f"http://{host}:{name[1]}"
 
 
+class Queue(WorkQueue, CallRecords, Protocol):
+    """Both sides of the seam in one object."""
+
+
+def make_queue(config: Config, settings: Settings, observe_commit: Tell[float]) -> Queue:
+    """The queue that store.backend names."""
+    if config.store.backend == "nats":
+        return NatsQueue(settings, observe_commit)
+    return SqliteQueue(store_path(config), settings, observe_commit)
+
+
 class Daemon:
     """The composition root. Made inside a running event loop; `run()` returns the exit code."""
 
@@ -6798,7 +9979,7 @@ class Daemon:
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
         self._metrics = Metrics()
         self._waiters = CallWaiters()
-        self._queue = SqliteQueue(store_path(config), self.settings, self._metrics.commits.observe)
+        self._queue = make_queue(config, self.settings, self._metrics.commits.observe)
         self._consumers = Consumers(self.settings, self._queue, self._ended)
         self._limits = FunctionLimits(self.settings, self._consumers.wake_all)
 
@@ -6881,12 +10062,15 @@ class Daemon:
 
     def _final(self, ended: Ended) -> None:
         self._waiters.tell(ended)
+        if ended.elsewhere:
+            return
         self._metrics.calls(ended.status).inc()
         # Who cancels is told of in one line, however many calls it was.
         level = logging.DEBUG if ended.status == "cancelled" else logging.INFO
         if log.isEnabledFor(level):
             told = ended._asdict()
             told["duration"] = told.pop("duration_s")
+            del told["elsewhere"]
             if told["id"] == told["call_id"]:
                 del told["id"]
             log_with(level, "call ended", **told)
@@ -6948,10 +10132,15 @@ class Daemon:
             return
         old = self.config
         self.config = replace(
-            new, gateway=old.gateway, auth=old.auth, provider=old.provider, store=old.store
+            new,
+            gateway=old.gateway,
+            auth=old.auth,
+            provider=old.provider,
+            store=old.store,
+            nats=old.nats,
         )
         setup_logging(new.log)
-        for name in ("gateway", "auth", "provider", "store"):
+        for name in ("gateway", "auth", "provider", "store", "nats"):
             if getattr(new, name) != getattr(old, name):
                 log.warning("[%s] has changed: that needs a restart", name)
         for name in new.queues:

@@ -6,8 +6,9 @@ event loop that note what they are sent, byte for byte, and do what the test tel
 waits for what happens ("the function has seen two requests", "this line is in the log"), never
 for time.
 
-Variables that change a run: CI (a test that is skipped has failed) and FAASD_ASYNC_NO_FORK (each
-process gets an interpreter of its own, see forkserver.py).
+Variables that change a run: CI (a test that is skipped has failed), FAASD_ASYNC_NO_FORK (each
+process gets an interpreter of its own, see forkserver.py) and FAASD_ASYNC_STORE=nats (the daemons
+of tests that do not say where their queue is have it on a NATS server, see jetstream.py).
 """
 
 import asyncio
@@ -42,6 +43,8 @@ from aiohttp import web
 from forkserver import Forked, ForkServer
 from multidict import CIMultiDict
 
+pytest_plugins = ["jetstream"]  # fixtures of the queue that hosts share
+
 SCRIPT = Path(__file__).resolve().parent.parent / "faasd_async.py"
 PROGRAM = (sys.executable, "-m", "faasd_async")
 
@@ -49,6 +52,10 @@ PROGRAM = (sys.executable, "-m", "faasd_async")
 os.environ["PYTHONPATH"] = str(SCRIPT.parent)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)
+
+# Several hosts, servers that are killed, networks that are cut: a minute of real trouble, which a busy machine can make
+# look like ours. They belong to the long tests.
+collect_ignore = [] if os.environ.get("FAASD_ASYNC_LONG_TESTS") else ["test_nats_daemon.py", "test_nats_faults.py"]
 
 # How long anything that is waited for may take before the test fails. Never reached when all is
 # well, so it is long enough for a busy machine, and no test depends on its value.
@@ -225,7 +232,8 @@ class Daemon:
 
     def configure(self, settings: str) -> None:
         """Write the configuration file; a running daemon does not read it before SIGHUP."""
-        self.settings = merge({**DEFAULTS, "store": {"path": str(self.store)}}, tomllib.loads(settings))
+        ours = merge(DEFAULTS, {"store": {"path": str(self.store)}})
+        self.settings = merge(ours, tomllib.loads(settings))
         self.config.write_text(to_toml(self.settings))
 
     @property

@@ -5,11 +5,17 @@ can take their power away.
 """
 
 import asyncio
+import atexit
 import contextlib
+import dataclasses
+import functools
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +34,8 @@ from faasd_async import (
     HttpError,
     Invocation,
     Metrics,
+    NatsConfig,
+    NatsQueue,
     Outcome,
     SqliteQueue,
     WorkQueue,
@@ -75,6 +83,8 @@ class Backend(WorkQueue, CallRecords, Protocol):
 class Store(Protocol):
     """One backend's place for calls, made on a folder: an empty one, or one with calls in it."""
 
+    counts_age_s: float  # how old what it says of its counts may be
+
     def __init__(self, folder: Path, config: Callable[[], Config]) -> None: ...
 
     def queue(self) -> Backend:
@@ -86,6 +96,8 @@ class Store(Protocol):
 
 class SqliteStore:
     """A file in a folder."""
+
+    counts_age_s = 0.0
 
     def __init__(self, folder: Path, config: Callable[[], Config]) -> None:
         self.path = folder / "calls.db"
@@ -110,7 +122,65 @@ class SqliteStore:
         return folder / self.path.name
 
 
-STORES: list[type[Store]] = [SqliteStore]
+@functools.cache
+def nats_server() -> str:
+    """The URL of a real server, which lives as long as this process."""
+    folder = tempfile.mkdtemp(prefix="nats-")
+    program = Path(sys.executable).with_name("nats-server")
+    log = Path(folder) / "log"
+    command = (program, "-js", "-sd", folder, "-a", "127.0.0.1", "-p", "-1", "-l", log)
+    process = subprocess.Popen(command)
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        text = log.read_text() if log.exists() else ""
+        if "Server is ready" in text:
+            port = re.findall(r"Listening for client connections on 127\.0\.0\.1:(\d+)", text)[0]
+            return f"nats://127.0.0.1:{port}"
+        time.sleep(0.02)
+    raise TimeoutError(f"nats-server is not ready: {text}")
+
+
+class NatsStore:
+    """A stream of its own on a server; the folder says where."""
+
+    counts_age_s = 1.2  # it is asked once a second
+
+    def __init__(self, folder: Path, config: Callable[[], Config]) -> None:
+        place = folder / "nats"
+        if not place.exists():
+            place.write_text(f"{nats_server()} t{new_id()[-12:]}")
+        self.url, self.name = place.read_text().split()
+        self.config = config
+        self.metrics = Metrics()
+
+    def queue(self) -> NatsQueue:
+        """A new queue on the stream."""
+        nats = NatsConfig(servers=(self.url,), stream=self.name, prefix=self.name)
+
+        def settings() -> Config:
+            return dataclasses.replace(self.config(), nats=nats)
+
+        return NatsQueue(settings, self.metrics.commits.observe)
+
+    async def cut_power(self, queue: Backend) -> None:
+        """Cut the connection: the server sees a daemon go that has said nothing."""
+        assert isinstance(queue, NatsQueue)
+        client = queue._link._client
+        assert client
+        client.options["allow_reconnect"] = False
+        writer = getattr(client._transport, "_io_writer")  # noqa: B009 - not every transport has one
+        writer.transport.abort()
+        await queue.close()
+
+
+STORES: list[type[Store]] = [SqliteStore, NatsStore]
 
 
 # ---- bench: an open queue in a test's hands ------------------------------------------------------
@@ -217,6 +287,7 @@ class Bench:
 
     async def waiting(self, queue: str = REQUESTS) -> dict[str, int]:
         """How many calls wait, by lane."""
+        await asyncio.sleep(self.store.counts_age_s)
         stats = await self.queue.stats()
         return dict(stats[queue].waiting) if queue in stats else {}
 

