@@ -55,7 +55,8 @@ os.environ.setdefault("SSL_CERT_FILE", os.devnull)
 
 # Several hosts, servers that are killed, networks that are cut: a minute of real trouble, which a busy machine can make
 # look like ours. They belong to the long tests.
-collect_ignore = [] if os.environ.get("FAASD_ASYNC_LONG_TESTS") else ["test_nats_daemon.py", "test_nats_faults.py"]
+HOSTS = ["test_jetstream.py", "test_nats_daemon.py", "test_nats_faults.py"]
+collect_ignore = [] if os.environ.get("FAASD_ASYNC_LONG_TESTS") else HOSTS
 
 # How long anything that is waited for may take before the test fails. Never reached when all is
 # well, so it is long enough for a busy machine, and no test depends on its value.
