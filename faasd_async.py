@@ -9299,7 +9299,7 @@ def error_reply(target: str, exc: HttpError) -> web.Response:
     return reply(exc.text, exc.status, exc.headers)
 
 
-# -- server
+# --- HTTP server ----------------------------------------------------------------------------------
 
 
 def refused_head(status: int, exc: object) -> tuple[int, str]:
@@ -9387,8 +9387,7 @@ class Server(web.Server):
         return Connection(self, loop=self._loop, **self._kwargs)
 
 
-# --- Routes ---------------------------------------------------------------------------------------
-# -- functions
+# --- Function routes ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -9516,7 +9515,7 @@ class FunctionRoutes:
         return headers
 
 
-# -- operator
+# --- Operator routes ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -9691,6 +9690,7 @@ class QueueRoutes:
         return web.Response(body=body, headers=content_type)
 
 
+# --- OpenFaaS routes ------------------------------------------------------------------------------
 # -- OpenFaaS's REST API
 
 
@@ -10173,7 +10173,7 @@ async def run_daemon(config: Config, path: str | None) -> int:
     return await Daemon(config, path).run()
 
 
-# --- Command line ---------------------------------------------------------------------------------
+# --- Client commands ------------------------------------------------------------------------------
 # `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the
 # only authority.
 
@@ -10183,6 +10183,10 @@ QUEUE_ROW = "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
 WATCH_S = 1.0
 
 Arguments = argparse.Namespace
+CANCEL_ONE = "DELETE /async-function/{}"
+RETRY_ONE = "POST /system/calls/{}/retry"
+# What to ask for by filter instead, and how to say that it is done.
+CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
 
 
 class Client:
@@ -10424,6 +10428,9 @@ def invoke(args: Arguments) -> None:
         raise HttpError(500, reason)
 
 
+# --- Command line ---------------------------------------------------------------------------------
+
+
 def open_standard_files() -> None:
     """Have 0, 1 and 2 be something: they may be closed, and would become sockets or the store."""
     for fd in range(3):
@@ -10490,10 +10497,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 WHICH = "--status --function --queue"
 WHERE = "--config --url --user-file --password-file"
-CANCEL_ONE = "DELETE /async-function/{}"
-RETRY_ONE = "POST /system/calls/{}/retry"
-# What to ask for by filter instead, and how to say that it is done.
-CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
 
 
 class Command(NamedTuple):

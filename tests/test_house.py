@@ -24,13 +24,14 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
-    "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules",
+    "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules", "Schedule rules",
     "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP connections", "HTTP client", "Commands",
-    "Functions", "Jobs and consumer", "Intake", "HTTP front", "Routes", "Operator's page",
-    "Schedules", "Daemon", "Command line",
+    "Functions", "Jobs and consumer", "Intake", "HTTP front", "HTTP server",
+    "Function routes", "Operator routes", "Live view", "OpenFaaS routes", "Operator's page",
+    "Schedules", "Daemon", "Client commands", "Command line",
 )  # fmt: skip
 # A fifth of SQLite's is statements, which are text, a clause a line.
 LONG_SECTIONS = {"SQLite queue": 1050}
