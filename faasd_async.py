@@ -1214,8 +1214,13 @@ def load_config(path: str | None) -> Config:
 def config_warnings(config: Config) -> Iterator[str]:
     """What is right by itself, and still looks wrong on this machine now."""
     for name, function in config.functions.items():
-        if function.command and not find_program(function):
-            yield f"functions.{name}.command: there is no program {function.command[0]}"
+        if function.command:
+            program = find_program(function)
+            if program is None:
+                yield f"functions.{name}.command: there is no program {function.command[0]}"
+            elif interpreter := missing_interpreter(program):
+                reason = f"its first line names {interpreter}, which is not there"
+                yield f"functions.{name}.command: {program} can't be run: {reason}"
         others = set(config.queues) - {function.queue}
         close = difflib.get_close_matches(function.queue, others, 1, 0.8)
         if close and config.queues[function.queue] == QueueConfig():
@@ -1234,6 +1239,19 @@ def find_program(function: Function) -> str | None:
     if "/" in word:
         return shutil.which(str(Path(function.cwd or ".") / word))
     return shutil.which(word, path=function.env.get("PATH"))
+
+
+def missing_interpreter(program: str) -> str | None:
+    """The interpreter in a script's first line, where there is none. A carriage return counts."""
+    try:
+        with Path(program).open("rb") as file:
+            line = file.readline(256)
+    except OSError:  # A program may be there to be run and not to be read.
+        return None
+    interpreter = os.fsdecode(line[2:].strip(b" \t\n").split(b" ")[0])
+    if not line.startswith(b"#!") or not interpreter or Path(interpreter).exists():
+        return None
+    return interpreter.replace("\r", "\\r")
 
 
 def store_path(config: Config) -> Path:

@@ -1118,6 +1118,23 @@ async def test_check_warns_of_a_program_that_is_not_there(tmp_path: Path, word: 
     assert (word in line, "functions.wrong" in line, "right" in line) == (True, True, False), line
 
 
+async def test_check_warns_of_a_script_whose_interpreter_is_not_there(tmp_path: Path) -> None:
+    """Such as one that was written on Windows: the carriage return belongs to the interpreter's name."""
+    lines = {
+        "fine": "#!/bin/sh -e\n",
+        "gone": "#! /opt/nothing/python3 -u\n",
+        "windows": "#!/bin/sh\r\n",
+        "text": "echo\n",
+    }
+    for name, line in lines.items():
+        (tmp_path / name).write_text(line)
+        (tmp_path / name).chmod(0o755)
+    result = await check(tmp_path, functions({name: (str(tmp_path / name),) for name in lines}))
+    gone, windows = result.err.splitlines()
+    assert ("functions.gone" in gone, "/opt/nothing/python3," in gone) == (True, True), gone
+    assert ("functions.windows" in windows, r"/bin/sh\r," in windows) == (True, True), windows
+
+
 async def test_check_looks_for_a_program_where_it_would_be_started(tmp_path: Path) -> None:
     """By `cwd`, by PATH and by the PATH of `env`."""
     folder = tmp_path / "folder"
