@@ -2669,7 +2669,7 @@ class SqliteFile:
         self.index.expect_deadline(self.db.execute(SELECT_DEADLINE).fetchone()[0])
 
 
-# --- SQLite queue ---------------------------------------------------------------------------------
+# --- SQLite steps ---------------------------------------------------------------------------------
 # -- statements
 
 # What a dead process had claimed is interrupted. A call may have been what it died of: it goes
@@ -3382,6 +3382,7 @@ def give_room_back(file: SqliteFile) -> int:
     return int(free - left >= most)
 
 
+# --- SQLite queue ---------------------------------------------------------------------------------
 # -- writer: the thread with its group commit, and the seam in front of it
 
 
