@@ -1,3 +1,14 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "aiohappyeyeballs>=2.4",
+#     "aiohttp>=3.14,<3.15",
+#     "nats-py>=2.16,<3",
+#     "prometheus-client>=0.20",
+#     "uvloop>=0.21; platform_machine in 'x86_64 aarch64 arm64'",
+# ]
+# ///
 """faasd-async: run functions in the background on one small machine.
 
 One process hosts an OpenFaaS-compatible gateway, a durable queue, its consumers and a callback
@@ -59,6 +70,15 @@ Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_deadline` and `un
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info >= (3, 11):  # noqa: UP036
+    import tomllib
+else:  # A line instead of a traceback: nothing above or below is a syntax error to Python 3.9.
+    version = ".".join(map(str, sys.version_info[:3]))
+    text = f"Python 3.11 or later is needed, and {sys.executable} is Python {version}"
+    sys.exit(f"faasd-async: {text}")
+
 import argparse
 import asyncio
 import base64
@@ -86,10 +106,8 @@ import sqlite3
 import ssl
 import struct
 import subprocess
-import sys
 import threading
 import time
-import tomllib
 import weakref
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -117,21 +135,28 @@ from typing import (
     Protocol,
     TypeVar,
     TypeVarTuple,
+    Unpack,
     cast,
     overload,
     runtime_checkable,
 )
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
-import aiohttp
-import prometheus_client
-import yarl
-from aiohappyeyeballs import start_connection
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
-from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from multidict import CIMultiDict
+try:
+    import aiohttp
+    import prometheus_client
+    import yarl
+    from aiohappyeyeballs import start_connection
+    from aiohttp import web
+    from aiohttp.http_exceptions import HttpProcessingError
+    from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
+    from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+    from multidict import CIMultiDict
+except ImportError as exc:
+    sys.exit(
+        f"faasd-async: {exc}: install what it needs with `pip install .` beside pyproject.toml, "
+        "or start the file with `uv run`, which reads what that is from its first lines"
+    )
 
 try:
     import uvloop
@@ -3467,7 +3492,9 @@ class Writer:
         self._inbox.put([])  # The writer may wait for something.
         await asyncio.to_thread(self._thread.join)
 
-    def submit(self, step: Callable[[SqliteFile, *Ts], T], *arguments: *Ts) -> asyncio.Future[T]:
+    def submit(
+        self, step: Callable[[SqliteFile, Unpack[Ts]], T], *arguments: Unpack[Ts]
+    ) -> asyncio.Future[T]:
         """Run a step in the next transaction; the future is set once that is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
         if self._closing or not self._thread.is_alive():
