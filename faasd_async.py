@@ -1311,6 +1311,8 @@ class Invocation(NamedTuple):
     headers: bytes
     body: bytes
     hops: int = 0  # callbacks that led from one call to the next, up to this one
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 class Claim(NamedTuple):
@@ -1339,6 +1341,8 @@ class Claim(NamedTuple):
     body: bytes
     redrives: int = 0  # how often it was queued again after its end
     hops: int = 0
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 class FunctionRequest(NamedTuple):
@@ -1425,6 +1429,7 @@ class CallRecord(NamedTuple):
     request_bytes: int
     response_bytes: int | None
     app: str | None
+    traceparent: str | None
     callback: CallbackRecord
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again, oldest first
 
@@ -1499,8 +1504,9 @@ def record_document(record: CallRecord) -> dict[str, Any]:
         times = ("started_at", "completed_at")
         shown["history"] = [{**was, **{at: rfc3339(was[at]) for at in times}} for was in history]
     shown["duration_seconds"] = shown.pop("duration_s")
-    if record.app is None:
-        del shown["app"]
+    for name in ("app", "traceparent"):
+        if shown[name] is None:
+            del shown[name]
     callback = shown.pop("callback")
     shown["callback"] = callback._replace(url=show_url(callback.url))._asdict()
     return shown
@@ -1741,6 +1747,29 @@ def is_own_host(host: str, own_names: Sequence[str]) -> bool:
     """
     name = host_name(host)
     return name == "localhost" or name in own_names or is_address(name)
+
+
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
+
+
+def trace_context(headers: Iterable[Header]) -> tuple[str | None, str | None]:
+    """traceparent and tracestate of a request, as W3C's Trace Context has them (3.2, 3.3).
+
+    None, None: there is no traceparent, more than one, or one that is not valid, and then a
+    tracestate means nothing. Of a version after 00 more may follow, behind another dash.
+    """
+    parents = [value for name, value in headers if name.lower() == b"traceparent"]
+    states = [value for name, value in headers if name.lower() == b"tracestate"]
+    parent = parents[0].decode("latin-1") if len(parents) == 1 else ""
+    known = TRACEPARENT.match(parent)
+    rest = parent[known.end() :] if known else ""
+    if not known or not re.fullmatch("(-[!-~]{0,200})?", rest):
+        return None, None
+    if rest and parent.startswith("00"):
+        return None, None
+    return parent, ",".join(state.decode("latin-1") for state in states) or None
 
 
 def printable(value: str) -> str:
@@ -2394,11 +2423,13 @@ class Receipt(NamedTuple):
 
 # -- file and schema
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MIGRATIONS = {  # from this version to the next
     1: "ALTER TABLE calls ADD COLUMN app TEXT;",
     2: "ALTER TABLE calls ADD COLUMN history TEXT;"
     "ALTER TABLE calls ADD COLUMN hops INTEGER NOT NULL DEFAULT 0;",
+    3: "ALTER TABLE calls ADD COLUMN traceparent TEXT;"
+    "ALTER TABLE calls ADD COLUMN tracestate TEXT;",
 }
 SCHEMA = """
 CREATE TABLE calls (
@@ -2421,7 +2452,8 @@ CREATE TABLE calls (
     callback_http_status INTEGER, callback_error TEXT,
     idempotency_key TEXT, digest BLOB, app TEXT,
     history TEXT,                 -- JSON: what was before the call was queued again; NULL: nothing
-    hops INTEGER NOT NULL DEFAULT 0  -- callbacks that led from one call to the next, up to this one
+    hops INTEGER NOT NULL DEFAULT 0, -- callbacks that led from one call to the next, up to this one
+    traceparent TEXT, tracestate TEXT
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -2733,9 +2765,9 @@ INSERT_CALL = """
     INSERT INTO calls (
         seq, id, call_id, function, namespace, queue, status, work, lane, due_at, max_attempts,
         start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest,
-        app, hops
+        app, hops, traceparent, tracestate
     )
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO NOTHING
 """
 INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
@@ -2746,7 +2778,7 @@ SELECT_DUE_CALLS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         attempts + 1, attempts + 1, max_attempts, start_time, callback_url, failure_url,
         http_status, duration, target, headers, body,
-        coalesce(json_array_length(history), 0), hops
+        coalesce(json_array_length(history), 0), hops, traceparent, tracestate
     FROM calls LEFT JOIN requests USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
 """
@@ -2759,7 +2791,7 @@ SELECT_DUE_CALLBACKS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         callback_attempts + 1, attempts, max_attempts, start_time, callback_url, failure_url,
         http_status, duration, status, coalesce(headers, x''), coalesce(body, x''),
-        coalesce(json_array_length(history), 0), hops
+        coalesce(json_array_length(history), 0), hops, traceparent, tracestate
     FROM calls LEFT JOIN outputs USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
 """
@@ -2817,7 +2849,7 @@ RECORD_COLUMNS = """
     iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
     http_status, error, start_time / 1e9, started_at, completed_at,
     iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
-    callback_status, callback_attempts, callback_http_status, callback_error,
+    traceparent, callback_status, callback_attempts, callback_http_status, callback_error,
     history, callback_url, failure_url, seq
 """
 # Lists are JSON; an empty one, like NULL, matches everything.
@@ -2947,6 +2979,7 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
         *(call.function, call.namespace, call.queue, call.queue, lane, call.due_at),
         *(call.max_attempts, call.start_time, call.deadline_at, len(call.body)),
         *(call.callback_url, call.failure_url, call.idempotency_key, digest, call.app, call.hops),
+        *(call.traceparent, call.tracestate),
     )
     if file.db.execute(INSERT_CALL, row).rowcount == 0:
         return
@@ -3207,10 +3240,10 @@ def find_seq(file: SqliteFile, call_id: str) -> int:
 
 def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
-    *told, history, callback_url, failure_url, _ = row[19:]
+    *told, history, callback_url, failure_url, _ = row[20:]
     url = callback_target(row[5], callback_url, failure_url)
     earlier = tuple(map(read_past, json.loads(history))) if history else ()
-    return CallRecord._make([*row[:19], CallbackRecord(url, *told), earlier])
+    return CallRecord._make([*row[:20], CallbackRecord(url, *told), earlier])
 
 
 def read_past(past: dict[str, Any]) -> dict[str, Any]:
@@ -3809,6 +3842,8 @@ class NatsCall(NamedTuple):
     callback_http_status: int | None = None
     callback_error: str | None = None
     hops: int = 0
+    traceparent: str | None = None
+    tracestate: str | None = None
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again
     owner: str | None = None  # the process that has claimed the call or its callback
 
@@ -3931,6 +3966,7 @@ def nats_record(call: NatsCall, now: float) -> CallRecord:
         request_bytes=call.request_bytes,
         response_bytes=call.response_bytes,
         app=call.app,
+        traceparent=call.traceparent,
         callback=CallbackRecord(
             url=call.callback_target,
             status=call.callback_status,
@@ -3980,6 +4016,8 @@ def nats_claim(held: Held) -> Claim:
         body=parts.output if is_callback else parts.body,
         redrives=len(call.history),
         hops=call.hops,
+        traceparent=call.traceparent,
+        tracestate=call.tracestate,
     )
 
 
@@ -5957,6 +5995,7 @@ class NatsTaker:
 KEPT_FIELDS = (
     *NatsCall._fields[: NatsCall._fields.index("deadline_at")],
     *("callback_url", "failure_url", "idempotency_key", "app", "hops"),
+    *("traceparent", "tracestate"),
 )
 
 
@@ -6209,6 +6248,7 @@ def openfaas_call(data: bytes, config: Config) -> Invocation:
     start_time = int(given.get(b"x-start-time", time.time_ns()))
     ours = [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time)]
     query = message.get("QueryString")
+    traceparent, tracestate = trace_context(headers)
     return Invocation(
         id=own_id,
         call_id=call_id,
@@ -6226,6 +6266,8 @@ def openfaas_call(data: bytes, config: Config) -> Invocation:
         target=(message.get("Path") or "") + (f"?{query}" if query else ""),
         headers=pack_headers([*forward_headers(headers, COMPUTED), *ours]),
         body=base64.b64decode(message.get("Body") or "", validate=True),
+        traceparent=traceparent,
+        tracestate=tracestate,
     )
 
 
@@ -8404,8 +8446,8 @@ class FunctionCaller:
         return Outcome(status, ok, duration_s, headers, body, size, error=error)
 
 
-# --- Jobs and consumer ----------------------------------------------------------------------------
-# -- jobs: what is done with a claim
+# --- Jobs -----------------------------------------------------------------------------------------
+# What is done with a claim.
 
 
 class Job(Protocol):
@@ -8619,8 +8661,16 @@ class CallbackJob:
             # Another outcome of the same call is another message.
             message_id = f"{claim.id}.{claim.redrives}" if claim.redrives else claim.id
             ours |= webhook_signature(secret, message_id, int(time.time()), claim.body)
+        drop = STEERING
+        if (
+            claim.traceparent
+        ):  # The trace is that of the call, whatever the function has made of it.
+            ours["traceparent"] = claim.traceparent
+            drop |= {b"tracestate"}
+        if claim.tracestate:
+            ours["tracestate"] = claim.tracestate
         names = {name.lower().encode() for name in ours}
-        theirs = forward_headers(unpack_headers(claim.headers), STEERING | names)
+        theirs = forward_headers(unpack_headers(claim.headers), drop | names)
         return theirs + [(name.encode(), value.encode("latin-1")) for name, value in ours.items()]
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
@@ -8651,7 +8701,7 @@ class CallbackJob:
         )
 
 
-# -- consumer
+# --- Consumer -------------------------------------------------------------------------------------
 
 
 class Running(NamedTuple):
@@ -8959,6 +9009,7 @@ class Intake:
         call_id = controls.call_id or own_id
         queue = controls.queue or function.queue
         ours = ((b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time))
+        traceparent, tracestate = trace_context(headers)
         call = Invocation(
             id=own_id,
             call_id=call_id,
@@ -8977,6 +9028,8 @@ class Intake:
             headers=pack_headers([*headers, *ours]),
             body=body,
             hops=controls.hops,
+            traceparent=traceparent,
+            tracestate=tracestate,
         )
         call_id = await self.queue.enqueue(call)
         self.metrics.submitted(queue).inc()

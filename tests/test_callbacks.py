@@ -25,6 +25,7 @@ from conftest import (
 )
 
 CREDENTIALS = "sink-user:s%3Acret%40word"  # user `sink-user`, password `s:cret@word`
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PASSWORDS = ("s%3Acret%40word", "s:cret@word", base64.b64encode(b"sink-user:s:cret@word").decode())
 
 
@@ -64,6 +65,31 @@ async def test_a_callback_tells_how_often_the_function_was_tried_again(
     await gateway.submit("echo", X_Callback_Url=sink.url)
     (request,) = await sink.wait_for(1)
     assert (request.headers["X-Retry"], request.headers["X-Retry-Max"]) == ("1", "2")
+
+
+async def test_a_trace_is_carried_to_the_function_and_to_the_callback(
+    gateway: Daemon, function: Server, sink: Server
+) -> None:
+    """It is that of the call, whatever trace the function's answer belongs to; the record shows it."""
+    function.behaviour = answer(body=b"x", traceparent=TRACEPARENT.replace("b7", "cc"), tracestate="theirs=1")
+    call_id = await gateway.submit("echo", traceparent=TRACEPARENT, X_Callback_Url=sink.url)
+    (told,) = await sink.wait_for(1)
+    for request in (function.requests[0], told):
+        assert request.headers.getall("traceparent") == [TRACEPARENT]
+        assert "tracestate" not in request.headers
+    assert (await gateway.final(call_id))["traceparent"] == TRACEPARENT
+
+
+async def test_a_trace_that_is_none_is_passed_on_and_not_recorded(
+    gateway: Daemon, function: Server, sink: Server
+) -> None:
+    """Who reads headers that make no sense begins a trace of its own, as W3C has it, and that one goes on."""
+    function.behaviour = answer(body=b"x", traceparent=TRACEPARENT, tracestate="theirs=1")
+    call_id = await gateway.submit("echo", traceparent="none", tracestate="a=1", X_Callback_Url=sink.url)
+    (told,) = await sink.wait_for(1)
+    seen = [(request.headers["traceparent"], request.headers["tracestate"]) for request in (function.requests[0], told)]
+    assert seen == [("none", "a=1"), (TRACEPARENT, "theirs=1")]
+    assert "traceparent" not in await gateway.final(call_id)
 
 
 async def test_every_header_of_a_callback_is_there_once(gateway: Daemon, function: Server, sink: Server) -> None:

@@ -29,7 +29,7 @@ SECTIONS = (
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP connections", "HTTP client", "Commands",
-    "Functions", "Jobs and consumer", "Intake", "HTTP front", "HTTP server",
+    "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes", "Operator's page",
     "Schedules", "Daemon", "Client commands", "Command line",
 )  # fmt: skip

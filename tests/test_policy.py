@@ -40,6 +40,7 @@ from faasd_async import (
     rfc3339,
     show_url,
     split_target,
+    trace_context,
     unpack_headers,
     webhook_signature,
 )
@@ -807,3 +808,41 @@ def serve(lanes: Lanes, dues: dict[str, list[float]], passed: Counter[str], now:
     passed.update(due - {lane})
     passed[lane] = 0
     assert not fair or all(passed[name] <= 2 for name in due)
+
+
+# ---- traces -----------------------------------------------------------------------------------------
+
+TRACE = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.mark.parametrize("parent", [f"00-{TRACE}", f"cc-{TRACE}", f"cc-{TRACE}-more.of.it"])
+def test_a_traceparent_of_this_version_or_a_later_one_is_one(parent: str) -> None:
+    """W3C Trace Context 3.2.4 tells how a later one is read."""
+    assert trace_context([(b"Traceparent", parent.encode())]) == (parent, None)
+
+
+def test_states_of_a_trace_are_one_list() -> None:
+    """W3C Trace Context 3.3.1.1: several headers are one, in their order."""
+    headers = [(b"tracestate", b"a=1,b=2"), (b"traceparent", f"00-{TRACE}".encode()), (b"TraceState", b"c=3")]
+    assert trace_context(headers) == (f"00-{TRACE}", "a=1,b=2,c=3")
+
+
+@pytest.mark.parametrize(
+    "parents",
+    [
+        [],
+        [""],
+        ["00"],
+        [f"ff-{TRACE}"],
+        [f"00-{TRACE}-more"],
+        [f"cc-{TRACE}more"],
+        [f"00-{TRACE.upper()}"],
+        [f"00-{'0' * 32}-b7ad6b7169203331-01"],
+        [f"00-0af7651916cd43dd8448eb211c80319c-{'0' * 16}-01"],
+        [f"00-{TRACE}", f"00-{TRACE}"],
+    ],
+)
+def test_without_one_valid_traceparent_there_is_no_trace(parents: list[str]) -> None:
+    """W3C Trace Context 4.3: nor does its state mean anything."""
+    headers = [(b"traceparent", parent.encode()) for parent in parents]
+    assert trace_context([*headers, (b"tracestate", b"a=1")]) == (None, None)

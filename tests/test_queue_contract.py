@@ -43,6 +43,7 @@ from faasd_async import (
     rfc3339,
 )
 
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 NO_CALLBACK = {"url": None, "status": "none", "attempts": 0, "http_status": None, "error": None}
 
 # What a store promises in another way: the test fails on it, and the README says what holds there.
@@ -196,6 +197,8 @@ async def test_a_claim_has_all_that_came_in(bench: Bench) -> None:
         target="//x/%20?",
         body=b"\x00\xff",
         headers=pack_headers([(b"X-A", b"\xe4"), (b"x-a", b"")]),
+        traceparent=TRACEPARENT,
+        tracestate="a=1",
     )
     await bench.queue.enqueue(call)
     work = await bench.take()
@@ -1350,7 +1353,7 @@ async def test_a_record_is_the_same_alone_and_in_a_list(bench: Bench) -> None:
 
 async def test_the_document_of_a_record_is_what_people_see(bench: Bench) -> None:
     """Times in RFC 3339, nothing left out, both ids."""
-    own = await bench.add("a", callback_url=SINK, app="mine")
+    own = await bench.add("a", callback_url=SINK, app="mine", traceparent=TRACEPARENT)
     await bench.run()
     record = await bench.queue.lookup("a")
     document = {
@@ -1374,15 +1377,26 @@ async def test_the_document_of_a_record_is_what_people_see(bench: Bench) -> None
         "request_bytes": 4,
         "response_bytes": 4,
         "app": "mine",
+        "traceparent": TRACEPARENT,
     }
     assert await bench.record("a") == document
 
 
-async def test_the_document_of_a_record_has_an_app_only_where_there_is_one(bench: Bench) -> None:
-    """It is a label of Fn's routes, and of no others."""
+async def test_the_document_of_a_record_has_only_what_there_is(bench: Bench) -> None:
+    """An app is a label of Fn's routes, and of no others; few callers trace."""
     await bench.enqueue("a")
     assert (await bench.queue.lookup("a")).app is None
-    assert "app" not in await bench.record("a")
+    assert not {"app", "traceparent"} & {*await bench.record("a")}
+
+
+async def test_a_trace_goes_on_with_the_callback_of_a_call_that_is_queued_again(bench: Bench) -> None:
+    """It belongs to the call, whatever became of its request and of its first attempts."""
+    await bench.enqueue("a", callback_url=SINK, traceparent=TRACEPARENT, tracestate="a=1")
+    for _ in range(2):
+        await bench.run(BAD, "error")
+        told = await bench.deliver()
+        assert (told.traceparent, told.tracestate) == (TRACEPARENT, "a=1")
+        await bench.queue.redrive("a")
 
 
 # ---- lists ---------------------------------------------------------------------------------------

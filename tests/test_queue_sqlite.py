@@ -177,7 +177,7 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
     await sqlite.enqueue("a")
     await sqlite.queue.close()
     with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
-        for column in ("app", "history", "hops"):
+        for column in ("app", "history", "hops", "traceparent", "tracestate"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("PRAGMA user_version = 1")
     await sqlite.open()
