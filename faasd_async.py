@@ -1313,6 +1313,9 @@ class Invocation(NamedTuple):
     hops: int = 0  # callbacks that led from one call to the next, up to this one
     traceparent: str | None = None
     tracestate: str | None = None
+    method: str = "POST"
+    schedule: str | None = None  # whose call it is, and of which instant
+    scheduled_for: float | None = None
 
 
 class Claim(NamedTuple):
@@ -1343,6 +1346,7 @@ class Claim(NamedTuple):
     hops: int = 0
     traceparent: str | None = None
     tracestate: str | None = None
+    method: str = "POST"
 
 
 class FunctionRequest(NamedTuple):
@@ -1430,6 +1434,8 @@ class CallRecord(NamedTuple):
     response_bytes: int | None
     app: str | None
     traceparent: str | None
+    schedule: str | None
+    scheduled_for: float | None
     callback: CallbackRecord
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again, oldest first
 
@@ -1443,11 +1449,14 @@ class CallFilter(NamedTuple):
     queue: str | None = None
     call_id: str | None = None
     app: str | None = None
+    schedule: str | None = None
     since: float | None = None
     until: float | None = None
 
 
-FILTERS = ("status", "callback", "function", "queue", "call_id", "since", "until")  # as parameters
+FILTERS = (  # as parameters
+    *("status", "callback", "function", "queue", "call_id", "schedule", "since", "until"),
+)
 
 
 class Page(NamedTuple):
@@ -1481,6 +1490,43 @@ class BulkResult(NamedTuple):
     done: int
 
 
+class ScheduledRun(NamedTuple):
+    """An instant of a schedule, and what became of it."""
+
+    scheduled_for: float
+    id: str | None  # of its call; None: there was none
+    # Of the call, as it was known last; "skipped": another one was under way; "missed": too late.
+    status: str
+    completed_at: float | None = None
+    duration_s: float | None = None
+    error: str | None = None
+
+
+class ScheduleState(NamedTuple):
+    """What the store knows of a schedule."""
+
+    name: str
+    revision: int = 0  # by which it may be written over; 0: it is not stored yet
+    definition: str = ""  # expressions and time zone that `last_at` was counted by
+    last_at: float = 0.0  # the last instant that is settled: what follows has not been looked at
+    paused: bool = False
+    boots: Mapping[str, str] = {}  # by host: the boot for which @reboot has fired
+    missed: int = 0
+    last_success_at: float | None = None
+    runs: Sequence[ScheduledRun] = ()  # the last ones, newest first
+
+
+def pack_schedule(state: ScheduleState) -> str:
+    """A schedule's state as JSON, without its revision."""
+    return json.dumps(state._asdict() | {"revision": 0})
+
+
+def unpack_schedule(document: Mapping[str, Any], revision: int) -> ScheduleState:
+    """The inverse, of the parsed JSON."""
+    runs = tuple(ScheduledRun(*run) for run in document["runs"])
+    return ScheduleState(**{**document, "runs": runs, "revision": revision})
+
+
 class QueueStats(NamedTuple):
     """One queue as it stands: calls waiting (delayed ones too) by lane, and the oldest due time."""
 
@@ -1497,7 +1543,7 @@ class QueueStats(NamedTuple):
 def record_document(record: CallRecord) -> dict[str, Any]:
     """A record as the API shows it."""
     shown = record._asdict()
-    for name in ("created_at", "started_at", "completed_at", "due_at"):
+    for name in ("created_at", "started_at", "completed_at", "due_at", "scheduled_for"):
         shown[name] = rfc3339(shown[name])
     history = shown.pop("history")
     if history:
@@ -1507,6 +1553,8 @@ def record_document(record: CallRecord) -> dict[str, Any]:
     for name in ("app", "traceparent"):
         if shown[name] is None:
             del shown[name]
+    if record.schedule is None:
+        del shown["schedule"], shown["scheduled_for"]
     callback = shown.pop("callback")
     shown["callback"] = callback._replace(url=show_url(callback.url))._asdict()
     return shown
@@ -2277,6 +2325,37 @@ class CallRecords(Protocol):
         """
 
 
+class ScheduleStates(Protocol):
+    """How far schedules are. Several daemons may keep the same ones."""
+
+    async def state(self, name: str) -> ScheduleState:
+        """That of a schedule, as it is now; with revision 0 where nothing is stored of it."""
+
+    async def states(self) -> Mapping[str, ScheduleState]:
+        """All that are stored, by name, also of schedules that are not there any more."""
+
+    async def save(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
+        """Store a state over the one with its revision, and the calls that led to it.
+
+        Its new revision; 0, and nothing done: somebody else has written it meanwhile. SQLite does
+        it in one commit. NATS stores the calls first: they have to have the same ids when this is
+        done again after a crash, or by another daemon. HttpError: 429 a queue is full.
+        """
+
+
+class HasSchedules(Protocol):
+    """A queue that is open keeps schedules, too."""
+
+    @property
+    def schedules(self) -> ScheduleStates:
+        """How far they are."""
+
+
+def queue_full(queue: str) -> HttpError:
+    """What to say of a queue that has max_pending calls."""
+    return HttpError(429, f"queue {queue} is full, try again later", LATER)
+
+
 class CallWaiters:
     """Who waits for a call to end."""
 
@@ -2429,7 +2508,11 @@ MIGRATIONS = {  # from this version to the next
     2: "ALTER TABLE calls ADD COLUMN history TEXT;"
     "ALTER TABLE calls ADD COLUMN hops INTEGER NOT NULL DEFAULT 0;",
     3: "ALTER TABLE calls ADD COLUMN traceparent TEXT;"
-    "ALTER TABLE calls ADD COLUMN tracestate TEXT;",
+    "ALTER TABLE calls ADD COLUMN tracestate TEXT;"
+    "ALTER TABLE calls ADD COLUMN schedule TEXT;"
+    "ALTER TABLE calls ADD COLUMN scheduled_for REAL;"
+    "ALTER TABLE requests ADD COLUMN method TEXT NOT NULL DEFAULT 'POST';"
+    "CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);",
 }
 SCHEMA = """
 CREATE TABLE calls (
@@ -2453,7 +2536,8 @@ CREATE TABLE calls (
     idempotency_key TEXT, digest BLOB, app TEXT,
     history TEXT,                 -- JSON: what was before the call was queued again; NULL: nothing
     hops INTEGER NOT NULL DEFAULT 0, -- callbacks that led from one call to the next, up to this one
-    traceparent TEXT, tracestate TEXT
+    traceparent TEXT, tracestate TEXT,
+    schedule TEXT, scheduled_for REAL  -- whose call it is, and of which instant
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -2462,12 +2546,14 @@ CREATE INDEX calls_deadline ON calls (deadline_at) WHERE deadline_at IS NOT NULL
 CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 CREATE TABLE requests (
-    seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL
+    seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL,
+    method TEXT NOT NULL DEFAULT 'POST'
 );
 CREATE TABLE outputs (
     seq INTEGER PRIMARY KEY, headers BLOB, body BLOB NOT NULL, stderr BLOB NOT NULL
 );
 CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
+CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);
 """
 
 # One process per file, the lock held as long as it lives; that also keeps the index of the WAL out
@@ -2765,12 +2851,14 @@ INSERT_CALL = """
     INSERT INTO calls (
         seq, id, call_id, function, namespace, queue, status, work, lane, due_at, max_attempts,
         start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest,
-        app, hops, traceparent, tracestate
+        app, hops, traceparent, tracestate, schedule, scheduled_for
     )
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO NOTHING
 """
-INSERT_REQUEST = "INSERT INTO requests (seq, target, headers, body) VALUES (?, ?, ?, ?)"
+INSERT_REQUEST = """
+    INSERT INTO requests (seq, target, headers, body, method) VALUES (?, ?, ?, ?, ?)
+"""
 SELECT_ID = "SELECT seq FROM calls WHERE id = ?"
 SELECT_NEWEST = "SELECT seq FROM calls WHERE call_id = ? ORDER BY seq DESC LIMIT 1"
 
@@ -2778,7 +2866,7 @@ SELECT_DUE_CALLS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         attempts + 1, attempts + 1, max_attempts, start_time, callback_url, failure_url,
         http_status, duration, target, headers, body,
-        coalesce(json_array_length(history), 0), hops, traceparent, tracestate
+        coalesce(json_array_length(history), 0), hops, traceparent, tracestate, method
     FROM calls LEFT JOIN requests USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
 """
@@ -2849,8 +2937,8 @@ RECORD_COLUMNS = """
     iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
     http_status, error, start_time / 1e9, started_at, completed_at,
     iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
-    traceparent, callback_status, callback_attempts, callback_http_status, callback_error,
-    history, callback_url, failure_url, seq
+    traceparent, schedule, scheduled_for, callback_status, callback_attempts, callback_http_status,
+    callback_error, history, callback_url, failure_url, seq
 """
 # Lists are JSON; an empty one, like NULL, matches everything.
 MATCHES = """
@@ -2860,6 +2948,7 @@ MATCHES = """
     AND (:function IS NULL OR function = :function)
     AND (:queue IS NULL OR queue = :queue)
     AND (:app IS NULL OR app = :app)
+    AND (:schedule IS NULL OR schedule = :schedule)
     AND (:since IS NULL OR start_time / 1e9 >= :since)
     AND (:until IS NULL OR start_time / 1e9 < :until)
 """
@@ -2963,11 +3052,16 @@ def step_enqueue(file: SqliteFile, call: Invocation) -> str:
             raise HttpError(422, "Idempotency-Key: this key came before with another body")
         if taken:
             return str(taken[0])
-    full = file.index.lanes[call.queue].total >= file.settings().queue(call.queue).max_pending
+    full = queue_room(file, call.queue) <= 0
     if full and not file.db.execute(SELECT_ID, (call.id,)).fetchone():
-        raise HttpError(429, f"queue {call.queue} is full, try again later", LATER)
+        raise queue_full(call.queue)
     insert_call(file, call, digest)
     return call.call_id
+
+
+def queue_room(file: SqliteFile, queue: str) -> int:
+    """How many more calls a queue can take."""
+    return file.settings().queue(queue).max_pending - file.index.lanes[queue].total
 
 
 def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> None:
@@ -2980,10 +3074,12 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
         *(call.max_attempts, call.start_time, call.deadline_at, len(call.body)),
         *(call.callback_url, call.failure_url, call.idempotency_key, digest, call.app, call.hops),
         *(call.traceparent, call.tracestate),
+        *(call.schedule, call.scheduled_for),
     )
     if file.db.execute(INSERT_CALL, row).rowcount == 0:
         return
-    file.db.execute(INSERT_REQUEST, (seq, call.target, call.headers, call.body))
+    request = (seq, call.target, call.headers, call.body, call.method)
+    file.db.execute(INSERT_REQUEST, request)
     file.index.add(call.queue, lane, call.due_at)
     if call.deadline_at is not None and call.deadline_at < file.index.deadline_at:
         file.find_deadline()
@@ -3240,10 +3336,10 @@ def find_seq(file: SqliteFile, call_id: str) -> int:
 
 def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
-    *told, history, callback_url, failure_url, _ = row[20:]
+    *told, history, callback_url, failure_url, _ = row[22:]
     url = callback_target(row[5], callback_url, failure_url)
     earlier = tuple(map(read_past, json.loads(history))) if history else ()
-    return CallRecord._make([*row[:20], CallbackRecord(url, *told), earlier])
+    return CallRecord._make([*row[:22], CallbackRecord(url, *told), earlier])
 
 
 def read_past(past: dict[str, Any]) -> dict[str, Any]:
@@ -3438,6 +3534,52 @@ def give_room_back(file: SqliteFile) -> int:
         file.db.execute("PRAGMA incremental_vacuum(1)")
     left = file.db.execute("PRAGMA freelist_count").fetchone()[0]
     return int(free - left >= most)
+
+
+# --- SQLite schedules -----------------------------------------------------------------------------
+
+SELECT_SCHEDULE = "SELECT state, revision FROM schedules WHERE name = ?"
+SELECT_SCHEDULES = "SELECT state, revision FROM schedules"
+INSERT_SCHEDULE = """
+    INSERT INTO schedules (state, name, revision) VALUES (?, ?, 1) ON CONFLICT DO NOTHING
+"""
+UPDATE_SCHEDULE = """
+    UPDATE schedules SET state = ?, revision = revision + 1 WHERE name = ? AND revision = ?
+"""
+
+
+def step_schedule(file: SqliteFile, name: str) -> ScheduleState:
+    """How far a schedule is."""
+    row = file.db.execute(SELECT_SCHEDULE, (name,)).fetchone()
+    return unpack_schedule(json.loads(row[0]), row[1]) if row else ScheduleState(name)
+
+
+def step_schedules(file: SqliteFile) -> Mapping[str, ScheduleState]:
+    """How far all of them are."""
+    rows = file.db.execute(SELECT_SCHEDULES).fetchall()
+    states = [unpack_schedule(json.loads(state), revision) for state, revision in rows]
+    return {state.name: state for state in states}
+
+
+def step_save_schedule(file: SqliteFile, state: ScheduleState, calls: Sequence[Invocation]) -> int:
+    """Store a state, and the calls that led to it. 0: somebody else has written it meanwhile.
+
+    HttpError: 429. All of the calls are stored, or none.
+    """
+    if step_schedule(file, state.name).revision != state.revision:
+        return 0
+    counts = Counter(call.queue for call in calls)
+    for queue, number in counts.items():
+        if number > queue_room(file, queue):
+            raise queue_full(queue)
+    for call in calls:
+        insert_call(file, call, None)
+    packed = pack_schedule(state)
+    if state.revision:
+        file.db.execute(UPDATE_SCHEDULE, (packed, state.name, state.revision))
+    else:
+        file.db.execute(INSERT_SCHEDULE, (packed, state.name))
+    return state.revision + 1
 
 
 # --- SQLite queue ---------------------------------------------------------------------------------
@@ -3648,6 +3790,22 @@ class Writer:
 # -- the seam
 
 
+@dataclass(frozen=True)
+class SqliteSchedules:
+    """See ScheduleStates."""
+
+    writer: Writer
+
+    async def state(self, name: str) -> ScheduleState:
+        return await self.writer.submit(step_schedule, name)
+
+    async def states(self) -> Mapping[str, ScheduleState]:
+        return await self.writer.submit(step_schedules)
+
+    async def save(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
+        return await self.writer.submit(step_save_schedule, state, calls)
+
+
 class SqliteQueue:
     """The embedded queue: WorkQueue and CallRecords on one file."""
 
@@ -3775,6 +3933,11 @@ class SqliteQueue:
     def prune(self) -> Awaitable[int]:
         return self._writer.submit(step_prune)
 
+    @property
+    def schedules(self) -> SqliteSchedules:
+        """See HasSchedules."""
+        return SqliteSchedules(self._writer)
+
 
 # --- NATS messages --------------------------------------------------------------------------------
 # Several daemons on one JetStream stream. The work message is the intent: it stays un-acked until
@@ -3844,6 +4007,9 @@ class NatsCall(NamedTuple):
     hops: int = 0
     traceparent: str | None = None
     tracestate: str | None = None
+    method: str = "POST"
+    schedule: str | None = None
+    scheduled_for: float | None = None
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again
     owner: str | None = None  # the process that has claimed the call or its callback
 
@@ -3967,6 +4133,8 @@ def nats_record(call: NatsCall, now: float) -> CallRecord:
         response_bytes=call.response_bytes,
         app=call.app,
         traceparent=call.traceparent,
+        schedule=call.schedule,
+        scheduled_for=call.scheduled_for,
         callback=CallbackRecord(
             url=call.callback_target,
             status=call.callback_status,
@@ -3986,6 +4154,7 @@ def matches(record: CallRecord, filters: CallFilter) -> bool:
         and filters.function in (None, record.function)
         and filters.queue in (None, record.queue)
         and filters.app in (None, record.app)
+        and filters.schedule in (None, record.schedule)
         and (filters.since is None or record.created_at >= filters.since)
         and (filters.until is None or record.created_at < filters.until)
     )
@@ -4018,6 +4187,7 @@ def nats_claim(held: Held) -> Claim:
         hops=call.hops,
         traceparent=call.traceparent,
         tracestate=call.tracestate,
+        method=call.method,
     )
 
 
@@ -4079,8 +4249,8 @@ class NatsSubjects:
     @property
     def stored(self) -> Sequence[str]:
         """What the stream has to keep."""
-        roots = ("work.>", "later.>", "call.>", "key.>", "cid.>", "slot.>", "queue.>")
-        return [f"{self._prefix}.{root}" for root in roots]
+        roots = ("work", "later", "call", "key", "cid", "slot", "queue", "sched")
+        return [self.every(root) for root in roots]
 
     def place(self, root: str, queue: str, lane: str, name: str) -> str:
         """A work message (root "work"), or one that becomes it when it is due ("later")."""
@@ -4126,6 +4296,15 @@ class NatsSubjects:
     def pause(self, queue: str) -> str:
         """Whether a queue is paused."""
         return f"{self._prefix}.queue.{nats_token(queue)}"
+
+    @property
+    def schedules(self) -> str:
+        """How far all schedules are."""
+        return f"{self._prefix}.sched.*"
+
+    def schedule(self, name: str) -> str:
+        """How far a schedule is."""
+        return f"{self._prefix}.sched.{nats_token(name)}"
 
     def slot(self, queue: str, number: object) -> str:
         """One of the slots that all daemons share."""
@@ -4425,8 +4604,9 @@ async def make_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
 
 
 async def ensure_stream(link: NatsLink, config: NatsConfig) -> None:
-    """Make the stream, or check the one that is there, and change nothing.
+    """Make the stream, or check the one that is there.
 
+    Nothing of that is changed, but what an older version of this program lacks is added.
     Raises StoreError, ConfigError.
     """
     if not link.has_jetstream:
@@ -4441,6 +4621,10 @@ async def ensure_stream(link: NatsLink, config: NatsConfig) -> None:
         if exc.code not in NOT_THERE:
             raise
         there = await make_stream(link, config)
+    if set(there.get("subjects", ())) < set(wanted["subjects"]):  # It is an older version's.
+        there |= {"subjects": wanted["subjects"]}
+        there = (await link.api(f"STREAM.UPDATE.{config.stream}", there))["config"]
+        log.info("NATS: stream %s has got the subjects that are new", config.stream)
     there["subjects"] = sorted(there.get("subjects", ()))
     wanted["subjects"] = sorted(wanted["subjects"])
     differences = [
@@ -5996,6 +6180,7 @@ KEPT_FIELDS = (
     *NatsCall._fields[: NatsCall._fields.index("deadline_at")],
     *("callback_url", "failure_url", "idempotency_key", "app", "hops"),
     *("traceparent", "tracestate"),
+    *("method", "schedule", "scheduled_for"),
 )
 
 
@@ -6323,7 +6508,7 @@ class NatsIntake:
         if turns.waiting >= self._settings().queue(call.queue).max_pending:
             if await self._calls.current(call.id):
                 return call.call_id
-            raise HttpError(429, f"queue {call.queue} is full, try again later", LATER)
+            raise queue_full(call.queue)
         turns.reserve(1)
         try:
             call_id = await self._store(stored)
@@ -6374,6 +6559,47 @@ class NatsIntake:
             parts = stored.parts._replace(headers=pack_headers(headers))
             await self._store_call(Stored(0, first, parts))
         return str(key["call_id"])
+
+
+class NatsSchedules:
+    """How far schedules are: a document for each, written by compare-and-set.
+
+    Calls are stored before it: a daemon that dies in between leaves an instant which is not
+    settled, and whoever settles it stores the same calls, by their ids, once more.
+    """
+
+    def __init__(
+        self, link: NatsLink, subjects: NatsSubjects, calls: NatsCalls, intake: NatsIntake
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._calls = calls
+        self._intake = intake
+
+    async def state(self, name: str) -> ScheduleState:
+        """See ScheduleStates."""
+        noted = await self._calls.noted(self._subjects.schedule(name))
+        return unpack_schedule(noted.document, noted.seq) if noted else ScheduleState(name)
+
+    async def states(self) -> Mapping[str, ScheduleState]:
+        """See ScheduleStates."""
+        subjects = await self._calls.subjects(self._subjects.schedules)
+        names = [nats_name(subject.rpartition(".")[2]) for subject in subjects]
+        return {name: await self.state(name) for name in names}
+
+    async def save(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
+        """See ScheduleStates."""
+        await asyncio.gather(*map(self._intake.enqueue, calls))
+        place = self._subjects.schedule(state.name)
+        packed = pack_schedule(state).encode()
+        try:
+            return await self._link.publish(
+                place, packed, Nats_Expected_Last_Subject_Sequence=state.revision
+            )
+        except NatsRefused as exc:
+            if exc.code in WRONG_SEQUENCE:
+                return 0
+            raise
 
 
 class NatsRecovery:
@@ -6706,6 +6932,7 @@ class NatsParts(NamedTuple):
     peers: NatsPeers
     recovery: NatsRecovery
     takeover: NatsTakeover
+    schedules: NatsSchedules
 
 
 # --- NATS queue -----------------------------------------------------------------------------------
@@ -6790,6 +7017,7 @@ class NatsQueue:
             peers=NatsPeers(link, subjects, lanes, claims, operator, news),
             recovery=recovery,
             takeover=NatsTakeover(link, subjects, settings, intake),
+            schedules=NatsSchedules(link, subjects, calls, intake),
         )
 
     async def close(self) -> None:
@@ -6901,6 +7129,11 @@ class NatsQueue:
         number = await self._parts.operator.prune(self._kept_s)
         self._kept_s = self._kept_s if number else self._settings().calls.keep
         return number
+
+    @property
+    def schedules(self) -> NatsSchedules:
+        """See HasSchedules."""
+        return self._parts.schedules
 
 
 # --- HTTP connections -----------------------------------------------------------------------------
@@ -8517,7 +8750,7 @@ class InvocationJob:
             keep = max(MAX_RESPONSE_BYTES, config.gateway.max_payload)
         retries = (b"X-Retry", b"%d" % (claim.attempt - 1))
         headers = [*unpack_headers(claim.headers), retries]
-        request = FunctionRequest("POST", claim.target, headers, claim.body)
+        request = FunctionRequest(claim.method, claim.target, headers, claim.body)
         limit = Limit(queue.timeout, f"queues.{claim.queue}.timeout")
         started = time.monotonic()
         running = self.metrics.running(claim.queue, claim.lane)
@@ -10056,8 +10289,8 @@ def socket_url(sock: socket.socket) -> str:
     return f"http://{host}:{name[1]}"
 
 
-class Queue(WorkQueue, CallRecords, Protocol):
-    """Both sides of the seam in one object."""
+class Queue(WorkQueue, CallRecords, HasSchedules, Protocol):
+    """All sides of the seam in one object."""
 
 
 def make_queue(config: Config, settings: Settings, observe_commit: Tell[float]) -> Queue:

@@ -31,6 +31,7 @@ from faasd_async import (
     Claim,
     Config,
     Ended,
+    HasSchedules,
     HttpError,
     Invocation,
     Metrics,
@@ -76,8 +77,8 @@ class Settings:
         self.config = parse_config({"calls": calls or {}, "queues": {REQUESTS: queue}})
 
 
-class Backend(WorkQueue, CallRecords, Protocol):
-    """A queue as its owner has it: both sides of the seam in one object."""
+class Backend(WorkQueue, CallRecords, HasSchedules, Protocol):
+    """A queue as its owner has it: all sides of the seam in one object."""
 
 
 class Store(Protocol):

@@ -25,7 +25,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
     "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules", "Schedule rules",
-    "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite steps", "SQLite queue",
+    "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite steps", "SQLite schedules", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP connections", "HTTP client", "Commands",

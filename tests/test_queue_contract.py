@@ -38,6 +38,8 @@ from faasd_async import (
     HttpError,
     Invocation,
     Outcome,
+    ScheduledRun,
+    ScheduleState,
     StoreError,
     pack_headers,
     rfc3339,
@@ -2196,3 +2198,107 @@ async def test_a_killed_process_leaves_its_work_to_the_next(make_store: type[Sto
 async def test_a_queue_that_works_says_so(bench: Bench) -> None:
     """Nothing is wrong."""
     assert (bench.queue.stalled(), await bench.queue.failing()) == (None, None)
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+NOON = 1_800_000_000.0
+FIRED = ScheduleState(
+    name="nightly",
+    definition="0 12 * * * UTC",
+    last_at=NOON,
+    boots={"host": "boot"},
+    missed=3,
+    last_success_at=NOON - 86_400,
+    runs=(
+        ScheduledRun(NOON, "id", "queued"),
+        ScheduledRun(NOON - 60, None, "missed", error="7 instants"),
+        ScheduledRun(NOON - 86_400, "other", "success", NOON - 86_399, 1.0),
+    ),
+)
+
+
+def scheduled(at: float = NOON, **changes: Any) -> Invocation:
+    """The call of an instant, which has the same id whoever makes it."""
+    own = f"{round(at * 1000):012x}"
+    own_id = f"{own[:8]}-{own[8:]}-7000-8000-000000000000"
+    return invocation(schedule="nightly", scheduled_for=at, **changes)._replace(id=own_id, call_id=own_id)
+
+
+async def test_a_schedule_begins_with_nothing(bench: Bench) -> None:
+    """It can be written with the revision 0."""
+    assert await bench.queue.schedules.state("nightly") == ScheduleState("nightly")
+    assert await bench.queue.schedules.states() == {}
+
+
+async def test_a_schedule_and_its_call_are_stored_together(bench: Bench) -> None:
+    """Both are there after a power cut, and all that was written of the schedule."""
+    revision = await bench.queue.schedules.save(FIRED, [scheduled()])
+    assert revision > 0
+    await bench.crash()
+    assert await bench.queue.schedules.state("nightly") == FIRED._replace(revision=revision)
+    assert await bench.queue.schedules.states() == {"nightly": FIRED._replace(revision=revision)}
+    assert await bench.claim() == [scheduled().id]
+
+
+async def test_who_writes_a_schedule_second_has_done_nothing(bench: Bench) -> None:
+    """The first one's revision counts; the other one reads again."""
+    first = await bench.queue.schedules.save(FIRED, [scheduled()])
+    assert await bench.queue.schedules.save(FIRED._replace(last_at=NOON + 1), [scheduled()]) == 0
+    assert await bench.queue.schedules.state("nightly") == FIRED._replace(revision=first)
+    second = await bench.queue.schedules.save(FIRED._replace(revision=first, paused=True), [])
+    assert second > first
+    assert await bench.queue.schedules.save(FIRED._replace(revision=first), []) == 0
+    assert (await bench.queue.schedules.state("nightly")).paused
+    assert await bench.claim() == [scheduled().id]
+
+
+async def test_daemons_that_fire_an_instant_at_once_enqueue_it_once(bench: Bench) -> None:
+    """One of them is the first."""
+    saves = [bench.queue.schedules.save(FIRED, [scheduled()]) for _ in range(5)]
+    revisions = await asyncio.gather(*saves)
+    assert sorted(map(bool, revisions)) == [False, False, False, False, True]
+    assert await bench.claim() == [scheduled().id]
+
+
+async def test_an_instant_that_has_run_does_not_run_again(bench: Bench) -> None:
+    """A daemon that died before it had settled the instant stores the same call once more."""
+    await bench.queue.enqueue(scheduled())
+    await bench.run()
+    assert await bench.queue.schedules.save(FIRED, [scheduled()])
+    assert await bench.claim() == []
+    assert await bench.status(scheduled().id) == "success"
+
+
+async def test_a_full_queue_refuses_the_calls_of_a_schedule(bench: Bench) -> None:
+    """The instant is not settled then."""
+    bench.config.set(max_pending=1)
+    await bench.enqueue("a")
+    assert await refused(bench.queue.schedules.save(FIRED, [scheduled()])) == 429
+    assert await bench.queue.schedules.state("nightly") == ScheduleState("nightly")
+    assert await bench.claim() == ["a"]
+
+
+async def test_a_call_has_its_method_and_its_schedule(bench: Bench) -> None:
+    """Also once it was queued again after its end."""
+    await bench.queue.schedules.save(FIRED, [scheduled(method="PUT"), scheduled(NOON + 1)])
+    await bench.enqueue("a")
+    claims = {work.call_id: work for work in await bench.queue.claim(REQUESTS, 10, {})}
+    assert {work.method for work in claims.values()} == {"PUT", "POST"}
+    work = claims[scheduled().id]
+    assert work.method == "PUT"
+    await bench.queue.complete(work, BAD, "error")
+    await bench.queue.redrive(work.id)
+    assert (await bench.take()).method == "PUT"
+    record = await bench.record(work.id)
+    assert (record["schedule"], record["scheduled_for"]) == ("nightly", rfc3339(NOON))
+    assert {"schedule", "scheduled_for"} & set(await bench.record("a")) == set()
+    assert sorted(await bench.listed(schedule="nightly")) == sorted([scheduled().id, scheduled(NOON + 1).id])
+    assert await bench.listed(schedule="other") == []
+
+
+async def test_schedules_have_any_name(bench: Bench) -> None:
+    """That of a function with its namespace, for instance."""
+    for name in ("report.openfaas-fn", "Nightly_1", "nightly"):
+        assert await bench.queue.schedules.save(ScheduleState(name), [])
+    assert set(await bench.queue.schedules.states()) == {"report.openfaas-fn", "Nightly_1", "nightly"}
