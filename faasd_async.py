@@ -1399,6 +1399,8 @@ class Ended(NamedTuple):
     http_status: int | None = None
     error: str | None = None
     elsewhere: bool = False  # another daemon on the same queue has told of it, too
+    queue: str = ""
+    lane: str = ""  # NAME.NAMESPACE of the function
 
 
 class CallbackRecord(NamedTuple):
@@ -1538,6 +1540,27 @@ class QueueStats(NamedTuple):
     def depth(self) -> int:
         """Calls waiting."""
         return sum(self.waiting.values())
+
+
+class StoreFigures(NamedTuple):
+    """What the queue takes of where it is stored."""
+
+    place: str  # a file's path, or servers
+    used_bytes: int
+    free_bytes: int | None  # that are left there; None: that is not told
+
+
+class Overview(NamedTuple):
+    """A queue in figures, which cost the same however many records there are.
+
+    `counts` has the records in each state by lane; under CALLBACKS those with a callback by its
+    state. Without `complete` it has no final states: only who hears of each end can count them.
+    """
+
+    queues: Mapping[str, QueueStats]
+    counts: Mapping[tuple[str, str], int]
+    store: StoreFigures
+    complete: bool = True
 
 
 def record_document(record: CallRecord) -> dict[str, Any]:
@@ -2089,6 +2112,76 @@ def by_label(metric: M) -> Callable[..., M]:
     return functools.cache(metric.labels)
 
 
+class LastHour:
+    """What happened in each of the last 60 minutes, by kind and name.
+
+    Names are those of functions and queues that exist, so there is no end of them that anybody
+    else could bring about.
+    """
+
+    MINUTES = 60
+
+    def __init__(self) -> None:
+        self._minutes: deque[Counter[tuple[str, str]]] = deque([Counter()], self.MINUTES)
+        self._newest = self._minute()
+
+    def _minute(self) -> int:
+        return int(time.monotonic()) // 60
+
+    def _turn(self) -> None:
+        minute = self._minute()
+        for _ in range(min(self.MINUTES, minute - self._newest)):
+            self._minutes.append(Counter())
+        self._newest = minute
+
+    def count(self, kind: str, name: str) -> None:
+        """It has happened once more."""
+        self._turn()
+        self._minutes[-1][kind, name] += 1
+
+    def series(self, kind: str, name: str) -> list[int]:
+        """How often, minute by minute, oldest first; the last one is not over yet."""
+        self._turn()
+        known = [minute[kind, name] for minute in self._minutes]
+        return [0] * (self.MINUTES - len(known)) + known
+
+
+def percentile(sorted_values: Sequence[float], part: float) -> float | None:
+    """The value that this part of all does not exceed. None: there are no values."""
+    if not sorted_values:
+        return None
+    return sorted_values[min(len(sorted_values) - 1, int(len(sorted_values) * part))]
+
+
+class Activity:
+    """What this process has seen happen, for those who ask in person and not as Prometheus does."""
+
+    COMMITS = 1000  # that percentiles are of
+
+    def __init__(self) -> None:
+        self.begun_at = time.time()
+        self.hour = LastHour()
+        self.invocations: Counter[str] = Counter()  # by function, sync and queued
+        self.ends: Counter[tuple[str, str]] = Counter()  # calls by lane and final status
+        self._commits: deque[float] = deque(maxlen=self.COMMITS)
+
+    def observe_commit(self, seconds: float) -> None:
+        """Note what a commit took. From any thread."""
+        self._commits.append(seconds)
+
+    def commit_document(self) -> dict[str, float | None]:
+        """What the last commits took."""
+        taken = sorted(self._commits.copy())
+        return {"p50": percentile(taken, 0.5), "p99": percentile(taken, 0.99)}
+
+    def count_end(self, ended: Ended) -> None:
+        """A call has ended, here or elsewhere."""
+        self.ends[ended.lane, ended.status] += 1
+        self.hour.count("ended", ended.queue)
+        if ended.status in ("error", "timeout"):
+            self.hour.count("failed", ended.queue)
+
+
 class Metrics:
     """Counters and gauges under OpenFaaS's names, so that its dashboards work."""
 
@@ -2144,7 +2237,12 @@ class Metrics:
             "What durable commits took.",
             buckets=self.COMMIT_BUCKETS_S,
         )
-        self.invocations: Counter[str] = Counter()  # as `started`, for OpenFaaS's REST API
+        self.activity = Activity()
+
+    def observe_commit(self, seconds: float) -> None:
+        """Note what a commit took. From any thread."""
+        self.commits.observe(seconds)
+        self.activity.observe_commit(seconds)
 
     @contextlib.contextmanager
     def counted(self, function: str) -> Iterator[Callable[[int], None]]:
@@ -2153,12 +2251,15 @@ class Metrics:
         Without one the caller went away: 499, as nginx has it.
         """
         self.started(function).inc()
-        self.invocations[function] += 1
+        self.activity.invocations[function] += 1
         started = time.perf_counter()
         status = [499]
         try:
             yield status.append
         finally:
+            self.activity.hour.count("calls", function)
+            if status[-1] >= 400:
+                self.activity.hour.count("failures", function)
             self.ended(function, status[-1]).inc()
             self.seconds(function, status[-1]).observe(time.perf_counter() - started)
 
@@ -2318,6 +2419,9 @@ class CallRecords(Protocol):
     def stats(self) -> Awaitable[Mapping[str, QueueStats]]:
         """All queues that have waiting calls or are paused."""
 
+    def overview(self) -> Awaitable[Overview]:
+        """All of it in figures."""
+
     def prune(self) -> Awaitable[int]:
         """Delete one small batch of records past their time and give room back; how many.
 
@@ -2349,6 +2453,10 @@ class HasSchedules(Protocol):
     @property
     def schedules(self) -> ScheduleStates:
         """How far they are."""
+
+
+class Queue(WorkQueue, CallRecords, HasSchedules, Protocol):
+    """All sides of the seam in one object."""
 
 
 def queue_full(queue: str) -> HttpError:
@@ -2484,6 +2592,32 @@ class WorkIndex:
         self.wake(queue, 0.0)
 
 
+class Tally:
+    """How many records are in each state, by lane; of callbacks, under CALLBACKS.
+
+    Steps count each change here, and the transaction writes what has changed to the file: to count
+    a million rows at a start would keep everybody waiting.
+    """
+
+    def __init__(self, numbers: Mapping[tuple[str, str], int]) -> None:
+        self.numbers = Counter(numbers)
+        self._changed: set[tuple[str, str]] = set()
+
+    def move(self, lane: str, was: str | None, status: str | None, number: int = 1) -> None:
+        """So many records that were in one state are in another; None and "none": in none."""
+        for state, change in ((was, -number), (status, number)):
+            if state not in (None, "none"):
+                place = (lane, str(state))
+                self.numbers[place] += change
+                self._changed.add(place)
+
+    def take_changed(self) -> list[tuple[str, str, int]]:
+        """The counts that differ from those in the file."""
+        changed = [(*place, self.numbers[place]) for place in self._changed]
+        self._changed.clear()
+        return changed
+
+
 class News:
     """What a transaction leads to; told on the event loop once it is committed."""
 
@@ -2503,6 +2637,11 @@ class Receipt(NamedTuple):
 # -- file and schema
 
 SCHEMA_VERSION = 4
+COUNTS = """
+CREATE TABLE counts (             -- of records, by lane and status; '@callbacks': by the callback's
+    lane TEXT NOT NULL, status TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (lane, status)
+) WITHOUT ROWID;
+"""
 MIGRATIONS = {  # from this version to the next
     1: "ALTER TABLE calls ADD COLUMN app TEXT;",
     2: "ALTER TABLE calls ADD COLUMN history TEXT;"
@@ -2512,9 +2651,17 @@ MIGRATIONS = {  # from this version to the next
     "ALTER TABLE calls ADD COLUMN schedule TEXT;"
     "ALTER TABLE calls ADD COLUMN scheduled_for REAL;"
     "ALTER TABLE requests ADD COLUMN method TEXT NOT NULL DEFAULT 'POST';"
-    "CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);",
+    "CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);"
+    + COUNTS
+    + """
+    INSERT INTO counts (lane, status, number)
+        SELECT function || '.' || namespace, status, count(*) FROM calls GROUP BY 1, 2
+        UNION ALL
+        SELECT '@callbacks', callback_status, count(*) FROM calls
+        WHERE callback_status <> 'none' GROUP BY 2;
+    """,
 }
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE calls (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,      -- a UUIDv7, so this index only grows at its end
@@ -2554,6 +2701,7 @@ CREATE TABLE outputs (
 );
 CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);
+{COUNTS}
 """
 
 # One process per file, the lock held as long as it lives; that also keeps the index of the WAL out
@@ -2587,6 +2735,8 @@ SELECT_LANES = """
     SELECT work, lane, min(due_at), count(due_at) AS number FROM calls
     WHERE work IS NOT NULL GROUP BY work, lane HAVING number > 0
 """
+SELECT_COUNTS = "SELECT lane, status, number FROM counts WHERE number > 0"
+WRITE_COUNT = "INSERT OR REPLACE INTO counts (lane, status, number) VALUES (?, ?, ?)"
 # The clock was set forward by :ahead; it had been wrong since :since, as that of a Raspberry Pi is,
 # which has no battery. What was stamped meanwhile has ended as lately as before, and waits as long.
 CATCH_UP_ENDS = """
@@ -2644,6 +2794,7 @@ class SqliteFile:
         self._recover = recover  # what a dead process had claimed, before anything else
         self.db: sqlite3.Connection  # once open
         self.index = WorkIndex()
+        self.tally = Tally({})
         self.damaged = False  # only a restart helps
         self.stale = False  # the index may differ from the file
         self._suspect = False  # the file may be damaged
@@ -2693,6 +2844,7 @@ class SqliteFile:
         try:
             self._require_durability()
             self._migrate()
+            self._read_counts()
             self._recover(self)
             self.rebuild()
         except BaseException:
@@ -2749,6 +2901,7 @@ class SqliteFile:
         if self.damaged:
             raise sqlite3.DatabaseError(DAMAGED)
         self.db.execute(FOLLOW_CLOCK, {"now": time.time()})
+        self._read_counts()
         self.index = WorkIndex()
         for name, paused in self.db.execute("SELECT name, paused FROM queues").fetchall():
             self.index.pause(name, bool(paused))
@@ -2758,6 +2911,15 @@ class SqliteFile:
         self.find_deadline()
         self.stale = False
         self._suspect = False
+
+    def _read_counts(self) -> None:
+        rows = self.db.execute(SELECT_COUNTS).fetchall()
+        self.tally = Tally({(lane, status): number for lane, status, number in rows})
+
+    def write_counts(self) -> None:
+        """Have the counts in the file follow; a part of each transaction."""
+        if changed := self.tally.take_changed():
+            self.db.executemany(WRITE_COUNT, changed)
 
     def _check(self) -> None:
         """Leave a mark if the file is damaged: the next start may not notice by itself."""
@@ -2838,9 +3000,13 @@ FAIL_CALLBACKS = """
         callback_error = 'interrupted: the daemon died while it was sent'
     WHERE work = '@callbacks' AND due_at IS NULL AND callback_attempts >= ?
 """
+SELECT_CLAIMED = """
+    SELECT lane, count(*) FROM calls
+    WHERE work IS NOT NULL AND work <> '@callbacks' AND due_at IS NULL GROUP BY lane
+"""
 SELECT_INTERRUPTED = """
     SELECT seq, claims, id, coalesce(call_id, id), function, attempts, interrupted, callback_url,
-        failure_url
+        failure_url, queue, lane
     FROM calls WHERE work IS NOT NULL AND interrupted > 0 AND status = 'queued'
 """
 SELECT_KEY = """
@@ -3020,6 +3186,12 @@ SELECT_ANSWER = """
         length(body), headers IS NOT NULL
     FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
 """
+SELECT_REDRIVEN = """
+    SELECT function || '.' || namespace, status, callback_status, count(*) FROM calls
+    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL
+        AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
+    GROUP BY 1, 2, 3
+"""
 RESEND_CALLBACK = """
     UPDATE calls SET callback_status = 'pending', callback_attempts = 0, callback_error = NULL,
         callback_http_status = NULL, work = '@callbacks', lane = ?, due_at = ?
@@ -3033,8 +3205,9 @@ PRUNE_CALLS = """
         WHERE completed_at < ? AND work IS NULL AND completed_at IS NOT NULL
         ORDER BY completed_at LIMIT ?
     )
-    RETURNING seq
+    RETURNING seq, function || '.' || namespace, status, callback_status
 """
+COUNT_DELAYED = "SELECT count(*) FROM calls WHERE work = ? AND lane = ? AND due_at > ?"
 
 # -- steps of work: each a part of a transaction, which raises HttpError before it changes anything
 
@@ -3081,6 +3254,7 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
     request = (seq, call.target, call.headers, call.body, call.method)
     file.db.execute(INSERT_REQUEST, request)
     file.index.add(call.queue, lane, call.due_at)
+    file.tally.move(lane, None, "queued")
     if call.deadline_at is not None and call.deadline_at < file.index.deadline_at:
         file.find_deadline()
 
@@ -3148,6 +3322,7 @@ def claim_lane(
     rows = file.db.execute(SELECT_DUE_CALLS, (queue, lane, until, limit)).fetchall()
     started_at = round(now, 6)
     file.db.executemany(CLAIM_CALL, [{"now": started_at, "seq": row[0]} for row in rows])
+    file.tally.move(lane, "queued", "running", len(rows))
     return [Claim(Receipt(row[0], row[1]), *row[2:]) for row in rows]
 
 
@@ -3156,6 +3331,9 @@ def callback_claim(seq: int, claims: int, *row: Any) -> Claim:
     claim = Claim(Receipt(seq, claims), *row)
     target = callback_target(claim.target, claim.callback_url, claim.failure_url)
     return claim._replace(target=target or "")
+
+
+# -- steps that end work
 
 
 def end_call(
@@ -3177,8 +3355,10 @@ def end_call(
     result = (ended.status, ended.http_status, ended.error, now, duration, size)
     if file.db.execute(END_CALL, (*result, *follow, *receipt, was)).rowcount == 0:
         return False
+    file.tally.move(ended.lane, was, ended.status)
     if host:
         file.index.add(CALLBACKS, host, now)
+        file.tally.move(CALLBACKS, None, "pending")
     file.news.ended.append(ended)
     return True
 
@@ -3189,7 +3369,10 @@ def recover(file: SqliteFile) -> None:
     config = file.settings()
     # One power cut is no reason to give a callback up that gets one delivery only.
     most = max(config.callback.attempts, config.retry.max_interruptions)
-    file.db.execute(FAIL_CALLBACKS, (most,))
+    failed = file.db.execute(FAIL_CALLBACKS, (most,)).rowcount
+    file.tally.move(CALLBACKS, "pending", "failed", failed)
+    for lane, number in file.db.execute(SELECT_CLAIMED).fetchall():
+        file.tally.move(lane, "running", "queued", number)
     now = time.time()
     interrupted = file.db.execute(INTERRUPT, (now, CALLBACKS)).rowcount
     if interrupted:
@@ -3197,6 +3380,7 @@ def recover(file: SqliteFile) -> None:
     for row in file.db.execute(SELECT_INTERRUPTED).fetchall():
         end_poisoned(file, *row)
     file.db.execute(SPREAD_INTERRUPTED, (CALLBACKS, now))
+    file.write_counts()
     file.db.execute("COMMIT")
 
 
@@ -3211,6 +3395,8 @@ def end_poisoned(
     interrupted: int,
     callback_url: str | None,
     failure_url: str | None,
+    queue: str,
+    lane: str,
 ) -> None:
     """End a call whose process has died too often while it ran."""
     if interrupted < file.settings().max_interruptions(function):
@@ -3218,6 +3404,7 @@ def end_poisoned(
     error = f"interrupted {interrupted} times: the daemon died each time while it ran"
     file.db.execute(DROP_OUTPUT, (seq,))  # of an earlier attempt
     ended = Ended(own_id, call_id, function, "error", attempts, error=error)
+    ended = ended._replace(queue=queue, lane=lane)
     target = callback_target("error", callback_url, failure_url)
     end_call(file, Receipt(seq, claims), "queued", ended, None, target)
 
@@ -3228,6 +3415,8 @@ def step_complete(file: SqliteFile, claim: Claim, outcome: Outcome, status: str)
     ended = Ended(
         *(claim.id, claim.call_id, claim.function, status, claim.attempt),
         *(outcome.duration_s, outcome.status, outcome.error),
+        queue=claim.queue,
+        lane=claim.lane,
     )
     target = callback_target(status, claim.callback_url, claim.failure_url)
     if not end_call(file, receipt, "running", ended, outcome.size, target):
@@ -3248,6 +3437,7 @@ def step_deliver(file: SqliteFile, claim: Claim, outcome: Outcome, status: str) 
     row = (status, http_status, outcome.error, *receipt)
     if file.db.execute(END_CALLBACK, row).rowcount == 0:
         return False
+    file.tally.move(CALLBACKS, "pending", status)
     cut_output(file, receipt.seq)
     return True
 
@@ -3264,6 +3454,8 @@ def requeue(file: SqliteFile, claim: Claim, statement: str, delay_s: float, *tol
     if file.db.execute(statement, (due_at, *told, *receipt)).rowcount == 0:
         return False
     file.index.add(claim.queue, claim.lane, due_at)
+    if claim.queue != CALLBACKS:
+        file.tally.move(claim.lane, "running", "queued")
     return True
 
 
@@ -3317,6 +3509,7 @@ def step_expire(file: SqliteFile) -> None:
         file.index.lanes[work].remove(lane, 1)
         error = "not started before its X-Deadline"
         ended = Ended(own_id, call_id, function, "timeout", 0, error=error)
+        ended = ended._replace(queue=work, lane=lane)
         target = callback_target("timeout", callback_url, failure_url)
         end_call(file, Receipt(seq, claims), "queued", ended, None, target)
     file.find_deadline()
@@ -3409,10 +3602,14 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     for seq, claims, own_id, call_id, function, attempts, work, lane, due_at in rows:
         if work == CALLBACKS:
             file.db.execute(CANCEL_CALLBACK, (seq,))
+            file.tally.move(CALLBACKS, "pending", "failed")
             cut_output(file, seq)
         else:
             file.db.execute(CANCEL_CALL, (now, seq))
-            file.news.ended.append(Ended(own_id, call_id, function, "cancelled", attempts))
+            was = "running" if due_at is None else "queued"
+            file.tally.move(lane, was, "cancelled")
+            ended = Ended(own_id, call_id, function, "cancelled", attempts)
+            file.news.ended.append(ended._replace(queue=work, lane=lane))
         if due_at is None:
             file.news.stopped.append(Receipt(seq, claims))
         else:
@@ -3424,6 +3621,9 @@ def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Queue those of these rows again, as if new, that are final and have their request."""
     now = time.time()
     where = {"seqs": json.dumps(seqs), "now": now}
+    for lane, was, told, number in file.db.execute(SELECT_REDRIVEN, (where["seqs"],)).fetchall():
+        file.tally.move(lane, was, "queued", number)
+        file.tally.move(CALLBACKS, told, None, number)
     rows = file.db.execute(REDRIVE_CALLS, where).fetchall()
     file.db.executemany(DROP_OUTPUT, [(seq,) for seq, _, _ in rows])
     waiting = Counter((queue, lane) for _, queue, lane in rows)
@@ -3467,6 +3667,7 @@ def step_resend(file: SqliteFile, call_id: str) -> None:
     now = time.time()
     lane = callback_lane(target)
     file.db.execute(RESEND_CALLBACK, (lane, now, seq))
+    file.tally.move(CALLBACKS, told, "pending")
     file.index.add(CALLBACKS, lane, now)
 
 
@@ -3510,6 +3711,30 @@ def step_stats(file: SqliteFile) -> Mapping[str, QueueStats]:
     return stats
 
 
+def step_overview(file: SqliteFile) -> Overview:
+    """The whole queue in figures."""
+    now = time.time()
+    counts = file.tally.numbers.copy()
+    for work, lanes in file.index.lanes.items():
+        for lane in lanes.waiting if work != CALLBACKS else ():
+            (delayed,) = file.db.execute(COUNT_DELAYED, (work, lane, now)).fetchone()
+            counts[lane, "delayed"] += delayed
+            counts[lane, "queued"] -= delayed
+    return Overview(step_stats(file), +counts, store_figures(file.path))
+
+
+def store_figures(path: Path) -> StoreFigures:
+    """What a file takes with its log, and what is left where it is. Waits for the disk."""
+    used_bytes = 0
+    free_bytes = None
+    for suffix in ("", "-wal"):
+        with contextlib.suppress(OSError):
+            used_bytes += path.with_name(path.name + suffix).stat().st_size
+    with contextlib.suppress(OSError):
+        free_bytes = shutil.disk_usage(path.parent).free
+    return StoreFigures(str(path), used_bytes, free_bytes)
+
+
 def step_probe(file: SqliteFile) -> None:
     """Take room for something new, and give it back."""
     file.db.execute("CREATE TABLE room (id)")
@@ -3520,8 +3745,12 @@ def step_prune(file: SqliteFile) -> int:
     """Delete one batch of final records past their time and give free pages back."""
     before = time.time() - file.settings().calls.keep
     gone = file.db.execute(PRUNE_CALLS, (before, BATCH)).fetchall()
-    file.db.executemany(DROP_REQUEST, gone)
-    file.db.executemany(DROP_OUTPUT, gone)
+    seqs = [(seq,) for seq, *_ in gone]
+    for _, lane, status, told in gone:
+        file.tally.move(lane, status, None)
+        file.tally.move(CALLBACKS, told, None)
+    file.db.executemany(DROP_REQUEST, seqs)
+    file.db.executemany(DROP_OUTPUT, seqs)
     return len(gone) or give_room_back(file)
 
 
@@ -3732,6 +3961,7 @@ class Writer:
             if ahead := self._clock.ahead():
                 self._file.catch_up(self._clock.since, self._clock.latest, ahead)
             answers = [(entry.future, self._answer(entry)) for entry in batch]
+            self._file.write_counts()
             db.execute("COMMIT")
         except Exception as exc:
             self._failed(batch, exc)
@@ -3929,6 +4159,9 @@ class SqliteQueue:
 
     def stats(self) -> Awaitable[Mapping[str, QueueStats]]:
         return self._writer.submit(step_stats)
+
+    def overview(self) -> Awaitable[Overview]:
+        return self._writer.submit(step_overview)
 
     def prune(self) -> Awaitable[int]:
         return self._writer.submit(step_prune)
@@ -4216,6 +4449,8 @@ def nats_ended(call: NatsCall) -> Ended:
     return Ended(
         *(call.id, call.call_id, call.function, call.status, call.attempts),
         *(call.duration_s, call.http_status, call.error),
+        queue=call.queue,
+        lane=call.lane,
     )
 
 
@@ -4684,6 +4919,7 @@ class NatsLane:
         self.buffer: deque[Delivery] = deque()  # sent to us, and not claimed yet
         self.pending = 0  # not sent to anybody yet
         self.later = 0  # not due yet
+        self.unacked = 0  # sent to somebody; that includes the buffer
         self._newest = 0  # the last sequence that was sent to us
         self._expected = 0  # the last one that we have stored ourselves
         self._arrived = asyncio.Event()  # something has
@@ -4698,6 +4934,11 @@ class NatsLane:
     def waiting(self) -> int:
         """Calls that nobody has claimed."""
         return self.pending + self.later + len(self.buffer) + len(self._released)
+
+    @property
+    def running(self) -> int:
+        """Calls that somebody has claimed, as the server said last."""
+        return max(0, self.unacked - len(self.buffer) - len(self._released))
 
     @property
     def promising(self) -> bool:
@@ -4800,6 +5041,7 @@ class NatsLane:
     def count(self, info: Mapping[str, Any]) -> None:
         """What the server has said of the lane's consumer."""
         self.pending = info["num_pending"]
+        self.unacked = info["num_ack_pending"]
         self._sent = info["delivered"]["stream_seq"]
         if info["num_ack_pending"] <= len(self.buffer):
             self._released.clear()
@@ -6918,6 +7160,30 @@ async def nats_stats(lanes: NatsLanes, messages: NatsWaiting) -> Mapping[str, Qu
     return stats
 
 
+def nats_counts(lanes: NatsLanes) -> Counter[tuple[str, str]]:
+    """How many calls wait and run, by lane and state, as the servers said last."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for lane in lanes.by_consumer.values():
+        if lane.queue == CALLBACKS:
+            counts[CALLBACKS, "pending"] += lane.waiting + lane.running
+        elif lane.queue != DEADLINES:
+            counts[lane.name, "delayed"] += lane.later
+            counts[lane.name, "queued"] += lane.waiting - lane.later
+            counts[lane.name, "running"] += lane.running
+    return +counts
+
+
+async def nats_overview(
+    link: NatsLink, config: NatsConfig, lanes: NatsLanes, stats: Mapping[str, QueueStats]
+) -> Overview:
+    """See CallRecords. Servers count what waits and runs, but not how it ended."""
+    used_bytes = 0
+    if not link.away:
+        used_bytes = (await link.api(f"STREAM.INFO.{config.stream}"))["state"]["bytes"]
+    store = StoreFigures(show_url(" ".join(config.servers)) or "", used_bytes, None)
+    return Overview(stats, nats_counts(lanes), store, complete=False)
+
+
 class NatsParts(NamedTuple):
     """What an open queue is made of."""
 
@@ -7124,6 +7390,10 @@ class NatsQueue:
             return {}
         await self._parts.consumers.poll()
         return await nats_stats(self._parts.lanes, self._waiting)
+
+    async def overview(self) -> Overview:
+        stats = await self.stats()
+        return await nats_overview(self._link, self._settings().nats, self._parts.lanes, stats)
 
     async def prune(self) -> int:
         number = await self._parts.operator.prune(self._kept_s)
@@ -8373,6 +8643,10 @@ class FunctionLimits:
         """A function's max_inflight."""
         return self._settings().function_limits.get(name) or self._provided.get(name)
 
+    def running(self, name: str) -> int:
+        """How many calls of a function are in flight."""
+        return self._running[name]
+
     def full(self, name: str) -> bool:
         """Whether a function takes no more calls."""
         limit = self.limit(name)
@@ -9266,6 +9540,7 @@ class Intake:
         )
         call_id = await self.queue.enqueue(call)
         self.metrics.submitted(queue).inc()
+        self.metrics.activity.hour.count("accepted", queue)
         return Accepted(call_id, start_time)
 
 
@@ -9972,6 +10247,11 @@ class CallRoutes:
         return web.Response(status=202)
 
 
+def hour_document(hour: LastHour, queue: str) -> dict[str, list[int]]:
+    """What a queue did in each of the last 60 minutes, oldest first."""
+    return {kind: hour.series(kind, queue) for kind in ("accepted", "ended", "failed")}
+
+
 @dataclass(frozen=True)
 class QueueRoutes:
     """Queues and metrics."""
@@ -9984,7 +10264,10 @@ class QueueRoutes:
 
     async def list_queues(self, request: Request) -> web.StreamResponse:
         """All queues there are, the callback sender's last."""
-        stats = await self.records.stats()
+        return reply({"queues": self.documents(await self.records.stats())})
+
+    def documents(self, stats: Mapping[str, QueueStats]) -> list[dict[str, Any]]:
+        """All queues there are, with what they do in an hour."""
         config = self.settings()
         inflight = self.inflight()
         now = time.time()
@@ -9992,11 +10275,12 @@ class QueueRoutes:
         for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
             queue = stats.get(name, QueueStats({}, now, False))
             running = inflight.get(name, 0)
-            rows.append(queue_document(name, queue, config.queue(name), running, now))
+            row = queue_document(name, queue, config.queue(name), running, now)
+            rows.append(row | {"hour": hour_document(self.metrics.activity.hour, name)})
         sender = ("name", "depth", "inflight", "oldest_seconds")  # it is no queue of the file
         rows[-1] = {name: rows[-1][name] for name in sender}
         rows[-1]["max_inflight"] = config.callback.max_inflight
-        return reply({"queues": rows})
+        return rows
 
     async def change_queue(self, request: Request) -> web.StreamResponse:
         """Pause, resume or purge a queue."""
@@ -10020,6 +10304,109 @@ class QueueRoutes:
         body += prometheus_client.generate_latest(now)
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         return web.Response(body=body, headers=content_type)
+
+
+# --- Live view ------------------------------------------------------------------------------------
+# What an operator's page shows of the whole daemon, and how it stays true.
+
+DURABLE = "a call is on disk before its 202"
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process has (proc(5): the second field of statm)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux
+        return None
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+@dataclass(frozen=True)
+class StatsRoutes:
+    """The whole daemon in figures."""
+
+    queues: QueueRoutes
+    queue: Queue
+    limits: FunctionLimits
+    warnings: Callable[[], Sequence[str]]  # of the configuration as it stands now
+
+    async def show_stats(self, request: Request) -> web.StreamResponse:
+        """All that a page shows beside calls, at the same cost whatever is stored."""
+        trouble, overview = await self._look()
+        activity = self.queues.metrics.activity
+        config = self.queues.settings()
+        notice = self.queue.notice()
+        counts = Counter(overview.counts)
+        if not overview.complete:
+            counts.update(activity.ends)
+        told = ("pending", "delivered", "failed")
+        document = {
+            "version": VERSION,
+            "trouble": trouble,
+            "started_at": rfc3339(activity.begun_at),
+            "uptime_seconds": round(time.time() - activity.begun_at, 3),
+            "memory_bytes": resident_bytes(),
+            "warnings": self.warnings(),
+            "durable": notice is None,
+            "guarantee": notice or DURABLE,
+            "store": {"backend": config.store.backend, **overview.store._asdict()},
+            "commit_seconds": activity.commit_document(),
+            "counts": {status: states_of(counts, status) for status in STATUSES},
+            "counted_since": None if overview.complete else rfc3339(activity.begun_at),
+            "callbacks": {status: counts[CALLBACKS, status] for status in told},
+            "queues": self.queues.documents(overview.queues),
+            "functions": self._functions(counts),
+        }
+        return reply(document)
+
+    async def _look(self) -> tuple[str | None, Overview]:
+        """What is wrong with the queue, and what it says; a queue that hangs is not asked."""
+        nothing = Overview({}, {}, StoreFigures("", 0, None), complete=False)
+        if stalled := self.queue.stalled():
+            return stalled, nothing
+        try:
+            return await self.queue.failing(), await self.queue.overview()
+        except StoreError as exc:
+            return str(exc), nothing
+
+    def _functions(self, counts: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
+        """The functions that are known, and those that only have calls."""
+        rows: dict[str, dict[str, Any]] = {}
+        for function in self.queues.directory.all():
+            rows[function.key] = self._function_document(function)
+        for (lane, status), number in counts.items():
+            if lane == CALLBACKS:
+                continue
+            if lane not in rows:
+                name, _, namespace = lane.partition(".")
+                rows[lane] = {"name": name, "namespace": namespace, "kind": None, "counts": {}}
+            rows[lane]["counts"][status] = number
+        return list(rows.values())
+
+    def _function_document(self, function: Function) -> dict[str, Any]:
+        key = function.key
+        metrics = self.queues.metrics
+        hour = metrics.activity.hour
+        kind = "command" if function.command else "url"
+        return {
+            "name": function.name,
+            "namespace": function.namespace,
+            "kind": "provider" if function.provided else kind,
+            "type": function.type,
+            "queue": function.queue,
+            "max_inflight": self.limits.limit(key),
+            "inflight": self.limits.running(key),
+            "replicas": function.replicas,
+            "invocations": metrics.activity.invocations[key],
+            "counts": {},
+            "hour": {kind: hour.series(kind, key) for kind in ("calls", "failures")},
+        }
+
+
+def states_of(counts: Mapping[tuple[str, str], int], status: str) -> int:
+    """How many calls of all functions are in a state."""
+    found = [number for (_, state), number in counts.items() if state == status]
+    return sum(found)
 
 
 # --- OpenFaaS routes ------------------------------------------------------------------------------
@@ -10105,7 +10492,7 @@ class RestRoutes:
         return {"functions": [], "namespaces": namespaces, "secrets": [], "info": info}
 
     def _document(self, function: Function) -> dict[str, Any]:
-        return function_document(function, self.metrics.invocations[function.key])
+        return function_document(function, self.metrics.activity.invocations[function.key])
 
     def _counted(
         self, documents: Iterable[dict[str, Any]], own: Mapping[str, Function]
@@ -10114,7 +10501,7 @@ class RestRoutes:
         for document in documents:
             if document["name"] not in own:
                 key = f"{document['name']}.{document['namespace']}"
-                yield document | {"invocationCount": self.metrics.invocations[key]}
+                yield document | {"invocationCount": self.metrics.activity.invocations[key]}
 
 
 def passed(answer: Fetched, status: int) -> web.Response:
@@ -10184,6 +10571,7 @@ def route_table(
     functions: FunctionRoutes,
     calls: CallRoutes,
     queues: QueueRoutes,
+    stats: StatsRoutes,
     health: HealthRoutes,
     rest: RestRoutes,
     fn: FnRoutes,
@@ -10211,11 +10599,12 @@ def route_table(
             Access.OPERATE,
             queues.change_queue,
         ),
+        ("GET", "/system/stats", Access.OPERATE, stats.show_stats),
         ("GET", "/metrics", Access.OPERATE, queues.expose),
         ("GET", "/v1/apps/{segment}/calls", Access.OPERATE, fn.list_calls),
         ("GET", "/v1/apps/{segment}/calls/{segment}", Access.OPERATE, fn.show_call),
         ("GET", "/v1/apps/{segment}/calls/{segment}/log", Access.OPERATE, fn.show_log),
-        ("*", r"/system(?!/(?:calls|queues)\b)…", Access.OPERATE, rest.handle),
+        ("*", r"/system(?!/(?:calls|queues|stats)\b)…", Access.OPERATE, rest.handle),
     )
     cors = ("/function/…", "/async-function/…", "/async-function/{call}")
     return [
@@ -10289,15 +10678,26 @@ def socket_url(sock: socket.socket) -> str:
     return f"http://{host}:{name[1]}"
 
 
-class Queue(WorkQueue, CallRecords, HasSchedules, Protocol):
-    """All sides of the seam in one object."""
-
-
 def make_queue(config: Config, settings: Settings, observe_commit: Tell[float]) -> Queue:
     """The queue that store.backend names."""
     if config.store.backend == "nats":
         return NatsQueue(settings, observe_commit)
     return SqliteQueue(store_path(config), settings, observe_commit)
+
+
+def log_ended(ended: Ended) -> None:
+    """A line for a call that has reached its end."""
+    # Who cancels is told of in one line, however many calls it was.
+    level = logging.DEBUG if ended.status == "cancelled" else logging.INFO
+    if not log.isEnabledFor(level):
+        return
+    told = ended._asdict()
+    told["duration"] = told.pop("duration_s")
+    for name in ("elsewhere", "queue", "lane"):
+        del told[name]
+    if told["id"] == told["call_id"]:
+        del told["id"]
+    log_with(level, "call ended", **told)
 
 
 class Daemon:
@@ -10306,12 +10706,13 @@ class Daemon:
     def __init__(self, config: Config, path: str | None) -> None:
         self.config = config
         self._path = path
+        self._warnings = tuple(config_warnings(config))
         self._exit_code = 0
         self._stop = asyncio.Event()  # first signal, or a task that failed
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
         self._metrics = Metrics()
         self._waiters = CallWaiters()
-        self._queue = make_queue(config, self.settings, self._metrics.commits.observe)
+        self._queue = make_queue(config, self.settings, self._metrics.observe_commit)
         self._consumers = Consumers(self.settings, self._queue, self._ended)
         self._limits = FunctionLimits(self.settings, self._consumers.wake_all)
 
@@ -10377,10 +10778,13 @@ class Daemon:
         sender = CallbackJob(settings, callback_http, own_http, yarl.URL(own_address), metrics)
         invoker = InvocationJob(settings, directory, self._limits, caller, metrics)
         functions = FunctionRoutes(settings, directory, self._limits, caller, intake, metrics)
+        inflight = self._consumers.inflight
+        queues = QueueRoutes(settings, self._queue, directory, metrics, inflight)
         routes = route_table(
             functions,
             CallRoutes(settings, self._queue, self._waiters),
-            QueueRoutes(settings, self._queue, directory, metrics, self._consumers.inflight),
+            queues,
+            StatsRoutes(queues, self._queue, self._limits, lambda: self._warnings),
             HealthRoutes(self._queue, self._waiters),
             RestRoutes(settings, provider, directory, metrics),
             FnRoutes(functions, self._queue),
@@ -10394,18 +10798,11 @@ class Daemon:
 
     def _final(self, ended: Ended) -> None:
         self._waiters.tell(ended)
+        self._metrics.activity.count_end(ended)
         if ended.elsewhere:
             return
         self._metrics.calls(ended.status).inc()
-        # Who cancels is told of in one line, however many calls it was.
-        level = logging.DEBUG if ended.status == "cancelled" else logging.INFO
-        if log.isEnabledFor(level):
-            told = ended._asdict()
-            told["duration"] = told.pop("duration_s")
-            del told["elsewhere"]
-            if told["id"] == told["call_id"]:
-                del told["id"]
-            log_with(level, "call ended", **told)
+        log_ended(ended)
 
     # Side jobs: one that fails stops the daemon, as a dispatcher does.
 
@@ -10471,6 +10868,7 @@ class Daemon:
             store=old.store,
             nats=old.nats,
         )
+        self._warnings = tuple(config_warnings(self.config))
         setup_logging(new.log)
         for name in ("gateway", "auth", "provider", "store", "nats"):
             if getattr(new, name) != getattr(old, name):

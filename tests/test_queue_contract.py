@@ -46,6 +46,7 @@ from faasd_async import (
 )
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+FIGLET: dict[str, Any] = {"queue": REQUESTS, "lane": "figlet.openfaas-fn"}
 NO_CALLBACK = {"url": None, "status": "none", "attempts": 0, "http_status": None, "error": None}
 
 # What a store promises in another way: the test fails on it, and the README says what holds there.
@@ -417,7 +418,7 @@ async def test_a_completed_call_is_told_once(bench: Bench) -> None:
     """Whoever waits for its end hears of it."""
     own = await bench.add("a")
     await bench.run()
-    assert bench.ended == [Ended(own, "a", "figlet", "success", 1, 0.25, 200, None)]
+    assert bench.ended == [Ended(own, "a", "figlet", "success", 1, 0.25, 200, None, **FIGLET)]
 
 
 async def test_a_call_is_completed_once(bench: Bench) -> None:
@@ -666,7 +667,7 @@ async def test_a_waiting_call_is_cancelled(bench: Bench) -> None:
     assert await bench.queue.cancel("a") == 1
     assert await bench.status("a") == "cancelled"
     assert (await bench.claim(), await bench.waiting()) == ([], {})
-    assert bench.ended == [Ended(own, "a", "figlet", "cancelled", 0)]
+    assert bench.ended == [Ended(own, "a", "figlet", "cancelled", 0, **FIGLET)]
 
 
 async def test_a_delayed_call_is_cancelled(bench: Bench) -> None:
@@ -1770,7 +1771,7 @@ async def test_what_matches_is_cancelled_and_nothing_else(bench: Bench) -> None:
     assert await bench.status(match) == "cancelled"
     assert [await bench.status(own) for own in others] == ["delayed", "delayed"]
     assert (await bench.status(running.id), bench.stopped) == ("running", [])
-    assert bench.ended == [Ended(match, "batch", "cat", "cancelled", 0)]
+    assert bench.ended == [Ended(match, "batch", "cat", "cancelled", 0, queue=REQUESTS, lane="cat.openfaas-fn")]
     assert await bench.queue.complete(running, OK, "success")
 
 
@@ -2041,6 +2042,32 @@ async def test_stats_are_the_same_after_a_power_cut(bench: Bench) -> None:
     after = await bench.queue.stats()
     assert before[REQUESTS] == after[REQUESTS]
     assert before["slow"].paused and after["slow"].paused
+
+
+async def test_every_state_is_counted(bench: Bench) -> None:
+    """By function; callbacks by theirs. Ends are told where they are not counted."""
+    await every_state(bench)
+    await bench.enqueue("delayed", due_at=time.time() + 3600, function="cat")
+    await asyncio.sleep(bench.store.counts_age_s)
+    overview = await bench.queue.overview()
+    counts = Counter(overview.counts)
+    if not overview.complete:
+        counts += Counter((end.lane, end.status) for end in bench.ended)
+        counts += Counter({(CALLBACKS, "delivered"): 1, (CALLBACKS, "failed"): 1})
+    figlet = {"success": 5, "error": 1, "timeout": 1, "running": 1, "cancelled": 1, "queued": 1}
+    expected = {("figlet.openfaas-fn", status): number for status, number in figlet.items()}
+    expected |= {("cat.openfaas-fn", "delayed"): 1}
+    expected |= {(CALLBACKS, "pending"): 2, (CALLBACKS, "delivered"): 1, (CALLBACKS, "failed"): 1}
+    assert {place: number for place, number in counts.items() if number} == expected
+
+
+async def test_what_is_stored_takes_room(bench: Bench) -> None:
+    """As the overview tells, which has the figures of each queue, too."""
+    await bench.enqueue("a", body=bytes(500_000))
+    await asyncio.sleep(bench.store.counts_age_s)
+    overview = await bench.queue.overview()
+    assert overview.store.used_bytes > 500_000
+    assert overview.queues[REQUESTS].depth == 1
 
 
 # ---- prune ---------------------------------------------------------------------------------------

@@ -487,6 +487,17 @@ class QueueMachine(RuleBasedStateMachine):
         assert {name for name, item in stats.items() if item.paused} == self.paused
 
     @invariant()
+    def every_state_is_counted(self) -> None:
+        """By lane, and callbacks by theirs."""
+        expected: Counter[tuple[str, str]] = Counter()
+        for row in self.rows:
+            expected[f"{row.call.function}.{row.call.namespace}", row.state(self.clock.now)] += 1
+            if row.callback_status != "none":
+                expected[CALLBACKS, row.callback_status] += 1
+        overview = self.run(self.bench.queue.overview())
+        assert {place: number for place, number in overview.counts.items() if number} == expected
+
+    @invariant()
     def every_end_was_told(self) -> None:
         """Each end once, and each owner whose work was cancelled."""
         ended = self.bench.ended

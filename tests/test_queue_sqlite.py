@@ -181,8 +181,10 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("ALTER TABLE requests DROP COLUMN method")
         db.execute("DROP TABLE schedules")
+        db.execute("DROP TABLE counts")
         db.execute("PRAGMA user_version = 1")
     await sqlite.open()
+    assert dict((await sqlite.queue.overview()).counts) == {("figlet.openfaas-fn", "queued"): 1}
     await sqlite.enqueue("b", app="mine")
     assert await sqlite.claim() == ["a", "b"]
     assert await sqlite.listed(app="mine") == ["b"]

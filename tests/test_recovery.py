@@ -451,6 +451,7 @@ def as_an_older_version(store: Path) -> None:
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("ALTER TABLE requests DROP COLUMN method")
         db.execute("DROP TABLE schedules")
+        db.execute("DROP TABLE counts")
         db.execute("PRAGMA user_version = 1")
 
 
