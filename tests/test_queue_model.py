@@ -140,6 +140,7 @@ FILTERS = st.builds(
     queue=seldom(st.sampled_from(QUEUES)),
     call_id=seldom(st.just("batch-1")),
     app=seldom(st.just("mine")),
+    schedule=st.none(),
     since=seldom(st.sampled_from([START_AT + 5, START_AT + 100])),
     until=seldom(st.sampled_from([START_AT + 60, START_AT + 200])),
 )
