@@ -115,6 +115,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Coroutine,
     Hashable,
     Iterable,
@@ -123,7 +124,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -132,6 +133,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     NamedTuple,
+    NoReturn,
     Protocol,
     TypeVar,
     TypeVarTuple,
@@ -179,6 +181,8 @@ DEFAULT_QUEUE = "faas-request"
 CALLBACKS = (
     "@callbacks"  # The callback sender's own queue; no queue in the file can have this name.
 )
+
+OLDEST_AIOHTTP = (3, 14)
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -373,6 +377,7 @@ NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
 MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
 UNIX_ADDRESS = re.compile(r"unix:/.+")
 TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
 TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Unix seconds"
 
@@ -526,6 +531,25 @@ def parse_since(value: Any) -> float:
     return parse_when(value)
 
 
+@expects(
+    'an age such as "24h" or "7d", a time such as "03:00", "2030-01-31 08:00" or "yesterday", or '
+    + TIME_FORM
+)
+def local_moment(value: Any) -> float:
+    """Unix time, of what `parse_since` takes, or of a time on this machine's clock."""
+    midnight = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    day = timedelta(days=1)
+    if value in ("today", "yesterday"):
+        return (midnight if value == "today" else midnight - day).timestamp()
+    if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", value):  # the last time that it was so late
+        parts = [int(part) for part in f"{value}:0".split(":")]
+        moment = midnight.replace(hour=parts[0], minute=parts[1], second=parts[2])
+        return (moment if moment <= datetime.now() else moment - day).timestamp()
+    with contextlib.suppress(ValueError):
+        return parse_since(value)
+    return datetime.fromisoformat(value).timestamp()
+
+
 @expects("a whole number from 1 to 1000")
 def page_size(value: Any) -> int:
     """How many records one answer may have."""
@@ -593,17 +617,40 @@ def http_url(value: str) -> yarl.URL:
     return url
 
 
-@expects('one or more of "HOST:PORT" and "unix:/path"')
+ADDRESS_FORM = '"HOST:PORT" and "unix:/path"'
+
+
+@expects(ADDRESS_FORM)
+def canonical_address(value: Any) -> str:
+    """HOST:PORT or unix:/path; also as people, browsers and systemd write these."""
+    address = re.sub(r"^unix:(//)?(?=/)|^(?=/)", "unix:", text(value))
+    if not address.startswith("unix:"):
+        address = re.sub(r"^http://|/$", "", address)
+        address = re.sub(r"^(\*:)?(?=\d+$)", ":", address)  # a port, of every address
+    tcp = TCP_ADDRESS.fullmatch(address)
+    unix = UNIX_ADDRESS.fullmatch(address)
+    require(tcp or (unix and len(os.fsencode(address)) < MAX_UNIX_ADDRESS))
+    require(tcp is None or int(tcp[1]) < 65_536)
+    return address
+
+
+@expects(f"one or more of {ADDRESS_FORM}")
 def addresses(value: Any) -> tuple[str, ...]:
     """Where to listen."""
-    listed = (value,) if isinstance(value, str) else list_of(text)(value)
+    if type(value) is int:  # a port
+        value = str(value)
+    listed = (value,) if isinstance(value, str) else value
     require(listed)
-    for address in listed:
-        tcp = TCP_ADDRESS.fullmatch(address)
-        unix = UNIX_ADDRESS.fullmatch(address)
-        require(tcp or (unix and len(os.fsencode(address)) < MAX_UNIX_ADDRESS))
-        require(tcp is None or int(tcp[1]) < 65_536)
-    return listed
+    return list_of(canonical_address)(listed)
+
+
+@expects("'NAME: VALUE'")
+def header_line(value: Any) -> tuple[str, str]:
+    """A header as a person writes it, with no line break in it."""
+    match = HEADER_LINE.fullmatch(value)
+    if match is None:
+        raise ValueError
+    return match[1], match[2].strip()
 
 
 @expects('a list of host names, "*.example.org", addresses and networks')
@@ -658,6 +705,37 @@ def string_table(value: Any) -> Mapping[str, str]:
     return dict(value)
 
 
+def rfc3339(at: float | None) -> str | None:
+    """A Unix time as RFC 3339 in UTC, with microseconds and Z."""
+    if at is None:
+        return None
+    moment = datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
+    return moment.isoformat(timespec="microseconds") + "Z"
+
+
+def show_url(value: str | None) -> str | None:
+    """A URL without the credentials it may carry."""
+    return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them grows at its end.
+
+    Twelve of its bits are the fraction of the millisecond (6.2, method 3). It names a call and is
+    no secret: the random module's generator will do, which costs no system call and starts anew in
+    a forked process.
+    """
+    stamp, rest_ns = divmod(time.time_ns(), 1_000_000)
+    fraction = (rest_ns << 12) // 1_000_000
+    low = 0b10 << 62 | random.getrandbits(62)
+    digits = f"{stamp << 80 | 7 << 76 | fraction << 64 | low:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+# --- Secrets --------------------------------------------------------------------------------------
+# What stands in files of its own: passwords, keys, certificates.
+
+
 def secret(path: Any) -> bytes:
     """What the file of a secret holds, without the newline at its end. Raises ValueError."""
     name = text(path)
@@ -665,7 +743,9 @@ def secret(path: Any) -> bytes:
         content = Path(os.path.expandvars(name)).read_bytes().rstrip(b"\r\n")
         content = content.removeprefix(codecs.BOM_UTF8)  # which Notepad writes
     except OSError as exc:
-        raise ValueError(f"{name}: {exc.strerror}") from None
+        unset = re.search(r"\$(\w+|\{\w+\})", os.path.expandvars(name))
+        reason = f"the variable {unset[1].strip('{}')} is not set" if unset else exc.strerror
+        raise ValueError(f"{name}: {reason}") from None
     if not content:
         raise ValueError(f"{name} is empty")
     return content
@@ -731,33 +811,6 @@ def basic_auth(user: bytes | None, password: bytes | None) -> str | None:
     if not user:
         return None
     return "Basic " + base64.b64encode(user + b":" + (password or b"")).decode()
-
-
-def rfc3339(at: float | None) -> str | None:
-    """A Unix time as RFC 3339 in UTC, with microseconds and Z."""
-    if at is None:
-        return None
-    moment = datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
-    return moment.isoformat(timespec="microseconds") + "Z"
-
-
-def show_url(value: str | None) -> str | None:
-    """A URL without the credentials it may carry."""
-    return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
-
-
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562 5.7): ordered by time, so that an index of them grows at its end.
-
-    Twelve of its bits are the fraction of the millisecond (6.2, method 3). It names a call and is
-    no secret: the random module's generator will do, which costs no system call and starts anew in
-    a forked process.
-    """
-    stamp, rest_ns = divmod(time.time_ns(), 1_000_000)
-    fraction = (rest_ns << 12) // 1_000_000
-    low = 0b10 << 62 | random.getrandbits(62)
-    digits = f"{stamp << 80 | 7 << 76 | fraction << 64 | low:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -1218,15 +1271,18 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     return replace(config, queues=queues, functions=functions)
 
 
-def load_config(path: str | None) -> Config:
-    """Read and check a TOML file (None: all defaults).
+def load_config(path: str | None, tables: Container[str] | None = None) -> Config:
+    """Read and check a TOML file (None: all defaults), or some tables of it.
 
     Raises ConfigError; each line starts with the file's name.
     """
     if path is None:
         return parse_config({})
     try:
-        return parse_config(tomllib.loads(Path(path).read_text("utf-8-sig")))
+        raw = tomllib.loads(Path(path).read_text("utf-8-sig"))
+        return parse_config(
+            {name: keys for name, keys in raw.items() if tables is None or name in tables}
+        )
     except OSError as exc:
         problems: Sequence[str] = [str(exc.strerror)]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
@@ -10903,72 +10959,172 @@ async def run_daemon(config: Config, path: str | None) -> int:
     return await Daemon(config, path).run()
 
 
-# --- Client commands ------------------------------------------------------------------------------
+# --- Client ---------------------------------------------------------------------------------------
 # `serve` and `check` work here; the rest is a thin HTTP client of a running daemon, which stays the
 # only authority.
 
-# Tables of 80 columns at most; --json has everything whole.
-CALL_ROW = "{:36.36}  {:9}  {:14.14}  {:>3}  {:>4}  {:>4}\n"
-QUEUE_ROW = "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}\n"
-WATCH_S = 1.0
-
 Arguments = argparse.Namespace
-CANCEL_ONE = "DELETE /async-function/{}"
-RETRY_ONE = "POST /system/calls/{}/retry"
-# What to ask for by filter instead, and how to say that it is done.
-CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
+HeaderPairs = Sequence[tuple[str, str]]
+
+CONFIG_FILE = "faasd-async/config.toml"  # in the user's folder of configuration, and in /etc
+CONNECT_S = 10.0  # what a daemon gets to take a connection; to answer, it may need longer
+ID_PREFIX = re.compile(r"[0-9a-f]{6}[0-9a-f-]{0,29}")  # how the id of a call may begin
+PREFIX_SLACK_S = 2.0  # between the time in an id and that of its record
+
+
+def default_config() -> str | None:
+    """The configuration file where none is named: a variable's, the user's, the system's."""
+    if named := os.environ.get("FAASD_ASYNC_CONFIG"):
+        return named
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    for folder in (home, "/etc"):
+        with contextlib.suppress(OSError, RuntimeError):  # not ours to look at; no home
+            path = Path(folder).expanduser() / CONFIG_FILE
+            if path.exists():
+                return str(path)
+    return None
+
+
+def canonical_url(address: str) -> str:
+    """Where a client finds the daemon, in whatever form people write it. Raises HttpError."""
+    if re.match("https?://", address):
+        scheme, _, rest = address.partition("//")
+        return f"{scheme}//{rest.partition('/')[0]}"  # a page's address, as a browser shows it
+    if re.fullmatch(r"[\w.-]+", address) and not address.isdigit():  # a host
+        address += ":8080"
+    try:
+        address = canonical_address(address)
+    except ValueError as exc:
+        raise HttpError(0, f"{address}: {exc}") from None
+    if address.startswith("unix:"):
+        return address
+    if address.startswith(":"):  # every address of this machine
+        address = f"127.0.0.1{address}"
+    return f"http://{address}"
+
+
+def find_daemon(args: Arguments) -> tuple[str, str | None]:
+    """The URL of the daemon that flags, variables or the file name, and what to log in with."""
+    address = args.url or os.environ.get("FAASD_ASYNC_URL")
+    # A daemon that is named gets no credentials of another one. Of the file, nothing is read that a
+    # client does not need: it may not be allowed to read the daemon's other secrets.
+    path = args.config or (None if address else default_config())
+    flags = {"user_file": args.user_file, "password_file": args.password_file}
+    if any(flags.values()):
+        config = load_config(path, ("gateway",))
+        auth = parse_config({"auth": flags}).auth
+    else:
+        config = load_config(path, ("gateway", "auth"))
+        auth = config.auth
+    url = canonical_url(address or config.gateway.listen[0])
+    scheme, _, rest = url.partition("://")
+    userinfo, _, server = rest.rpartition("@")
+    user, _, password = unquote(userinfo).partition(":")
+    login = basic_auth(user.encode(), password.encode()) or auth.login
+    return (f"{scheme}://{server}" if server else url), login
 
 
 class Client:
-    """Asks the daemon that the configuration or the flags name."""
+    """Asks the daemon.
+
+    All that asks raises HttpError: for what the daemon refuses, and with status 0 where there is
+    none, or none that answers within --timeout.
+    """
 
     def __init__(self, args: Arguments) -> None:
-        config = load_config(args.config)
-        auth = config.auth
-        flags = {"user_file": args.user_file, "password_file": args.password_file}
-        if any(flags.values()):
-            auth = parse_config({"auth": flags}).auth
-        self._url = client_url(args.url or config.gateway.listen[0])
+        self._url, login = find_daemon(args)
+        self._deadline: float | None = None
+        if args.timeout:
+            self._deadline = time.monotonic() + args.timeout
         self._headers = {"User-Agent": USER_AGENT}
-        userinfo, _, server = self._url.partition("://")[2].rstrip("/").rpartition("@")
-        user, _, password = unquote(userinfo).partition(":")
-        self._server = server or "localhost"
-        login = basic_auth(user.encode(), password.encode()) or auth.login
         if login:
             self._headers["Authorization"] = login
 
-    def ask(
-        self, request: str, body: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> bytes:
-        """The body that answers "METHOD PATH".
+    def ask(self, request: str, body: bytes = b"", headers: HeaderPairs = ()) -> bytes:
+        """The body that answers "METHOD PATH"."""
+        return b"".join(self.stream(request, body, headers))
 
-        Raises HttpError for what the daemon refuses; its absence has status 0.
-        """
-        method, _, path = request.partition(" ")
+    def stream(self, request: str, body: bytes = b"", headers: HeaderPairs = ()) -> Iterator[bytes]:
+        """The same in pieces, as they come."""
+        refusal = b""
         try:
             with contextlib.closing(self._connect()) as connection:
-                connection.request(method, path, body, {**self._headers, **(headers or {})})
-                response = connection.getresponse()
-                answer = response.read()
+                response = self._send(connection, request, body, headers)
+                while piece := self._read(connection, response):
+                    if response.status < 300:
+                        yield piece
+                    else:
+                        refusal += piece
         except (OSError, ValueError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            place = show_url(self._url)
-            raise HttpError(0, f"the daemon at {place} can't be reached: {reason}") from None
+            raise HttpError(0, self._failure(exc)) from None
         if response.status >= 300:
-            reason = answer.decode(errors="replace").strip()
+            reason = refusal.decode(errors="replace").strip()
             raise HttpError(response.status, reason or f"{response.status} {response.reason}")
-        return answer
 
     def _connect(self) -> http.client.HTTPConnection:
+        server = self._url.partition("://")[2]
+        timeout_s = min(CONNECT_S, self._left_s() or CONNECT_S)
         if self._url.startswith("https:"):
-            return http.client.HTTPSConnection(self._server)
-        connection = http.client.HTTPConnection(self._server)
+            return http.client.HTTPSConnection(server, timeout=timeout_s)
+        connection = http.client.HTTPConnection(server or "localhost", timeout=timeout_s)
         if self._url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(timeout_s)
             connection.sock.connect(self._url.removeprefix("unix:"))
+        else:
+            connection.connect()
         return connection
 
-    def record(self, call_id: str, wait: bool) -> dict[str, Any]:
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        request: str,
+        body: bytes,
+        headers: HeaderPairs,
+    ) -> http.client.HTTPResponse:
+        method, _, path = request.partition(" ")
+        connection.sock.settimeout(self._left_s())
+        named = {name.lower() for name, _ in headers}
+        connection.putrequest(method, path, "host" in named, skip_accept_encoding=True)
+        ours = [pair for pair in self._headers.items() if pair[0].lower() not in named]
+        if method != "GET":
+            ours.append(("Content-Length", str(len(body))))
+        for name, value in (*ours, *headers):
+            connection.putheader(name, value.encode())
+        connection.endheaders(body or None)
+        return connection.getresponse()
+
+    def _read(
+        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> bytes:
+        if connection.sock is not None:  # the response's own, once the connection will end with it
+            connection.sock.settimeout(self._left_s())
+        piece = response.read1(PIPE_BYTES)
+        if not piece and response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        return piece
+
+    def _left_s(self) -> float | None:
+        """What is left of --timeout; None: there is none. Raises TimeoutError."""
+        if self._deadline is None:
+            return None
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
+
+    def _failure(self, exc: Exception) -> str:
+        reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+        if isinstance(exc, TimeoutError):
+            over = self._deadline is not None and time.monotonic() >= self._deadline
+            reason = "no answer within --timeout" if over else "it takes no connection"
+        elif isinstance(exc, http.client.IncompleteRead):
+            reason = "its answer broke off"
+        return f"the daemon at {self._url} can't be reached: {reason}"
+
+    # What several commands ask for.
+
+    def record(self, call_id: str, wait: bool = False) -> dict[str, Any]:
         """A call's record; with `wait`, once that is final."""
         request = f"GET /system/calls/{quote(call_id, safe='')}"
         if wait:
@@ -10978,35 +11134,70 @@ class Client:
             if record["status"] in FINAL or not wait:
                 return record
 
-    def records(self, filters: Mapping[str, str], limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` records that match, newest first."""
+    def records(
+        self, filters: Mapping[str, str], limit: int
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """Up to `limit` records that match, newest first, and where there are more."""
         records: list[dict[str, Any]] = []
-        cursor: dict[str, str] = {}
-        while len(records) < limit:
-            query = {**filters, **cursor, "limit": str(min(1000, limit - len(records)))}
+        cursor: str | None = ""
+        while len(records) < limit and cursor is not None:
+            query = {**filters, "limit": str(min(1000, limit - len(records)))}
+            if cursor:
+                query["cursor"] = cursor
             page = json.loads(self.ask("GET /system/calls?" + urlencode(query)))
             records += page["calls"]
-            if page["next_cursor"] is None:
-                break
-            cursor = {"cursor": page["next_cursor"]}
-        return records
+            cursor = page["next_cursor"]
+        return records, cursor
 
+    def full_id(self, given: str) -> str:
+        """The id that begins like this; what can be no beginning of one is an id itself.
 
-def client_url(address: str) -> str:
-    """Where a client finds the daemon, in whatever form people write it."""
-    if address.startswith("unix:"):
-        return address
-    scheme, _, rest = address.partition("//") if "//" in address else ("", "", address)
-    rest = rest.partition("/")[0]  # a page's address, as a browser shows it
-    if rest.startswith(":"):  # every address of this machine; to connect to 0.0.0.0 reaches it too
-        rest = f"127.0.0.1{rest}"
-    return f"{scheme or 'http:'}//{rest}"
+        An id begins with its time, so only calls of that time have to be looked at.
+        """
+        if not ID_PREFIX.fullmatch(given):
+            return given
+        try:
+            self.record(given)  # somebody's own call id
+        except HttpError as exc:
+            if exc.status != 404:
+                raise
+        else:
+            return given
+        digits = given.replace("-", "")[:12]
+        since = int(digits.ljust(12, "0"), 16) / 1000 - PREFIX_SLACK_S
+        until = int(digits.ljust(12, "f"), 16) / 1000 + PREFIX_SLACK_S
+        found, _ = self.records({"since": f"{since:.3f}", "until": f"{until:.3f}"}, 10_000)
+        ids = [call["id"] for call in found if call["id"].startswith(given)]
+        if not ids:
+            raise HttpError(404, f"no call {given}, and none whose id begins like that")
+        if len(ids) > 1:
+            some = ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
+            raise HttpError(409, f"{given}: {len(ids)} calls begin like that: {some}")
+        return str(ids[0])
+
+    def function_names(self) -> list[str]:
+        """The functions there are; none where that is not told."""
+        with contextlib.suppress(HttpError, ValueError, LookupError, TypeError):
+            return [str(item["name"]) for item in json.loads(self.ask("GET /system/functions"))]
+        return []
 
 
 def write(content: bytes | str) -> None:
     """To standard output, as it is."""
     sys.stdout.buffer.write(content.encode() if isinstance(content, str) else content)
     sys.stdout.buffer.flush()
+
+
+def write_json(document: object) -> None:
+    """For programs, and for people who like it."""
+    write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_row(row: str, *cells: object) -> None:
+    """A line of a table, no wider than the terminal; 80 columns where there is none."""
+    width = shutil.get_terminal_size().columns
+    line = row.format(*cells).rstrip()
+    write((line if len(line) <= width else line[: width - 1] + "…") + "\n")
 
 
 def brief(seconds: float | None) -> str:
@@ -11019,19 +11210,104 @@ def brief(seconds: float | None) -> str:
     return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
 
 
+def brief_size(number: int) -> str:
+    """A size: 5 B, 1.2 KiB, 3.4 GiB."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1000 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def clock(at: str | None) -> str:
+    """A time of a record on this machine's clock."""
+    if at is None:
+        return "-"
+    return datetime.fromtimestamp(parse_when(at)).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def ago(at: str | None) -> float:
+    """How many seconds ago a time of a record was; negative: it is to come."""
+    return time.time() - parse_when(at) if at else 0.0
+
+
+def close_names(name: str, names: Iterable[str]) -> str:
+    """What to add to a line that says that there is no such name."""
+    known = sorted(set(names))
+    if close := difflib.get_close_matches(name, known, 3):
+        return f" (did you mean {' or '.join(close)}?)"
+    shown = known if len(known) <= 10 else [*known[:10], "…"]
+    return f" (there are {', '.join(shown)})" if known else ""
+
+
+# --- Client commands ------------------------------------------------------------------------------
+# Calls: to make them, to find out what became of them, and to have that change.
+
+# 80 columns and what the terminal has beyond that; --long and --json have everything whole.
+CALL_ROW = "{:18.18}  {:9.9}  {:12.12}  {:>3}  {:>4}  {:>4}  {}"
+LONG_ROW = "{:36}  {:9}  {:16}  {:12}  {:>5}  {:19}  {:19}  {:>5}  {}\n"
+SHOWN_LINES = 20  # of a call's output, with its record
+WATCH_S = 1.0
+
+CANCEL_ONE = "DELETE /async-function/{}"
+RETRY_ONE = "POST /system/calls/{}/retry"
+# What to ask for by filter instead, and how to say that it is done.
+CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
+FILTER_OPTIONS = ("status", "callback", "function", "queue", "since", "until")
+
+
 def filters_of(args: Arguments) -> dict[str, str]:
-    """The filters of the command line."""
-    given = {name: getattr(args, name) for name in ("status", "function", "queue")}
-    return {name: value for name, value in given.items() if value}
+    """The filters of the command line, as the daemon takes them."""
+    filters: dict[str, str] = {}
+    for name in FILTER_OPTIONS:
+        value = getattr(args, name)
+        if isinstance(value, float):
+            filters[name] = f"{value:.6f}"
+        elif isinstance(value, list):  # one for each time that the option is there
+            filters[name] = ",".join(word for words in value for word in words)
+        elif value:
+            filters[name] = value
+    return filters
 
 
-def call_row(call: Mapping[str, Any]) -> str:
-    """A line of the table of calls."""
-    age_s = time.time() - parse_when(call["created_at"])
-    return CALL_ROW.format(
-        *(call["call_id"], call["status"], call["function"], call["attempts"]),
-        *(brief(age_s), brief(call["duration_seconds"])),
-    )
+def remark(call: Mapping[str, Any]) -> str:
+    """What there is to say of a call beside its state: its error, its callback, its next run."""
+    callback = call["callback"]
+    parts = [(call["error"] or "").removeprefix(f"function {call['function']} ")]
+    if call["status"] == "delayed":
+        parts.append(f"due in {brief(max(0.0, -ago(call['due_at'])))}")
+    if callback["status"] not in ("none", "delivered"):
+        parts.append(": ".join(filter(None, (f"callback {callback['status']}", callback["error"]))))
+    return "; ".join(filter(None, parts))
+
+
+def write_calls(calls: Iterable[Mapping[str, Any]], long: bool) -> None:
+    """Lines of the table of calls."""
+    for call in calls:
+        age, took = brief(ago(call["created_at"])), brief(call["duration_seconds"])
+        if not long:
+            cells = (call["id"], call["status"], call["function"], call["attempts"], age, took)
+            write_row(CALL_ROW, *cells, remark(call))
+            continue
+        shared = f"call id {call['call_id']}" if call["call_id"] != call["id"] else ""
+        write(
+            LONG_ROW.format(
+                *(call["id"], call["status"], call["function"], call["queue"]),
+                f"{call['attempts']}/{call['max_attempts']}",
+                *(clock(call["created_at"]), clock(call["completed_at"]), took),
+                "; ".join(filter(None, (remark(call), shared))),
+            )
+        )
+
+
+def write_header(long: bool) -> None:
+    """What stands above them."""
+    if long:
+        names = ("ID", "STATUS", "FUNCTION", "QUEUE", "RUN", "CREATED", "ENDED", "TOOK", "REMARK")
+        write(LONG_ROW.format(*names))
+    else:
+        write_row(CALL_ROW, "ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK", "ERROR, CALLBACK")
 
 
 def list_calls(args: Arguments) -> None:
@@ -11039,39 +11315,131 @@ def list_calls(args: Arguments) -> None:
     client = Client(args)
     filters = filters_of(args)
     limit = args.limit or 20
-    calls = client.records(filters, limit)
-    if args.json and not args.watch:
-        write(json.dumps({"calls": calls}) + "\n")
+    calls, more = client.records(filters, limit)
+    if args.watch:
+        watch_calls(client, filters, limit, args)
         return
+    if args.json:
+        write_json({"calls": calls, "next_cursor": more})
+        return
+    if not calls:
+        write_none(client, args)
+        return
+    write_header(args.long)
+    write_calls(calls, args.long)
+    if more:
+        write(f"more … (--limit {2 * limit} shows twice as many)\n")
+
+
+def write_none(client: Client, args: Arguments) -> None:
+    """That no call matches; perhaps because there is no such function."""
+    names = client.function_names() if args.function else []
+    bare = (args.function or "").partition(".")[0]
+    if names and bare not in names:
+        write(f"no calls, and no function {bare}{close_names(bare, names)}\n")
+    else:
+        write("no calls\n")
+
+
+def watch_calls(client: Client, filters: Mapping[str, str], limit: int, args: Arguments) -> None:
+    """A line for each state of a call that was seen, until Ctrl-C or --timeout."""
     if not args.json:
-        write(CALL_ROW.format("CALL ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"))
+        write_header(args.long)
     shown: list[dict[str, Any]] = []
     while True:
-        news = [call for call in calls if call not in shown]
-        for call in reversed(news) if args.watch else news:
-            write(json.dumps(call) + "\n" if args.json else call_row(call))
-        if not args.watch:
-            return
-        time.sleep(WATCH_S)
+        calls, _ = client.records(filters, limit)
+        news = [call for call in reversed(calls) if call not in shown]
+        if args.json:
+            for call in news:
+                write(json.dumps(call) + "\n")
+        else:
+            write_calls(news, args.long)
         shown = calls
-        calls = client.records(filters, limit)
+        time.sleep(WATCH_S)
 
 
 def show_call(args: Arguments) -> None:
-    """The record, in JSON."""
-    write(json.dumps(Client(args).record(args.id, args.wait), indent=2) + "\n")
+    """The record and what the function said, for people; in JSON the record alone."""
+    client = Client(args)
+    call_id = client.full_id(args.id)
+    record = client.record(call_id, args.wait)
+    if args.json:
+        write_json(record)
+        return
+    for name, value in describe(record):
+        write(f"{name:10}  {value}\n")
+    output = client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log")
+    lines = output.decode(errors="replace").splitlines()
+    if len(lines) > SHOWN_LINES:
+        hidden = len(lines) - SHOWN_LINES
+        write(f"\n… {hidden} lines more: faasd-async calls log {record['id']}\n")
+    elif lines:
+        write("\n")
+    write("".join(f"{line}\n" for line in lines[-SHOWN_LINES:]))
+
+
+def describe(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A record as lines with a name each; what is not there, or as always, is left out."""
+    yield "id", record["id"]
+    if record["call_id"] != record["id"]:
+        yield "call id", record["call_id"]
+    yield "function", f"{record['function']}.{record['namespace']}"
+    yield "queue", record["queue"]
+    yield "status", record["status"]
+    if record["error"]:
+        yield "error", record["error"]
+    runs = f"{record['attempts']} of {record['max_attempts']} at most"
+    if record["interrupted"]:
+        runs += f", {record['interrupted']} interrupted"
+    yield "runs", runs
+    yield "created", f"{clock(record['created_at'])}  ({brief(ago(record['created_at']))} ago)"
+    if record["status"] == "delayed":
+        yield "due", f"{clock(record['due_at'])}  (in {brief(max(0.0, -ago(record['due_at'])))})"
+    if record["started_at"]:
+        yield "started", clock(record["started_at"])
+    if record["completed_at"]:
+        took = record["duration_seconds"]
+        yield "ended", clock(record["completed_at"]) + (f"  (took {brief(took)})" if took else "")
+    yield "request", brief_size(record["request_bytes"])
+    if record["response_bytes"] is not None:
+        status = f"{record['http_status']}, " if record["http_status"] else ""
+        yield "answer", status + brief_size(record["response_bytes"])
+    yield from describe_callback(record["callback"])
+    for was in record.get("history", ()):
+        yield "before", f"{was['status']}, ended {clock(was['completed_at'])}"
+
+
+def describe_callback(callback: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines of a record's callback, if it has one."""
+    if callback["status"] == "none":
+        return
+    result = callback["status"]
+    if callback["attempts"]:
+        result += f" after {callback['attempts']} deliveries"
+    if callback["http_status"]:
+        result += f", answered {callback['http_status']}"
+    yield "callback", f"{callback['url']}  {result}"
+    if callback["error"]:
+        yield "", callback["error"]
 
 
 def send(args: Arguments) -> None:
     """One request, whose answer is printed as it is."""
-    write(Client(args).ask(args.request.format(quote(args.id, safe=""))))
+    write(Client(args).ask(args.request.format(quote(args.name, safe=""))))
+
+
+def send_call(args: Arguments) -> None:
+    """The same for a call, whose id may be the beginning of one."""
+    client = Client(args)
+    call_id = client.full_id(args.id)
+    write(client.ask(args.request.format(quote(call_id, safe=""))))
 
 
 def change_calls(args: Arguments) -> None:
     """Cancel or retry calls: those that match the filters, or those with the ids."""
     filters = filters_of(args)
     if bool(args.ids) == bool(filters):
-        options = "--status, --function or --queue"
+        options = "--status, --function, --since and others"
         reason = f"which calls? Give call ids (- reads them from standard input), or {options}"
         raise HttpError(400, reason)
     if args.ids:
@@ -11093,30 +11461,18 @@ def change_by_id(args: Arguments) -> None:
     client = Client(args)
     ids = sys.stdin.read().split() if args.ids == ["-"] else args.ids
     missed = 0
-    for call_id in dict.fromkeys(ids):
+    for given in dict.fromkeys(ids):
         try:
+            call_id = client.full_id(given)
             client.ask(args.request.format(quote(call_id, safe="")))
             write(call_id + "\n")
         except HttpError as exc:
             if exc.status not in (404, 409, 410):
                 raise
-            print(f"{call_id}: {exc.text}", file=sys.stderr)
+            print(f"{given}: {exc.text}", file=sys.stderr)
             missed += 1
     if missed:
         raise HttpError(409, f"not done for {missed} calls")
-
-
-def list_queues(args: Arguments) -> None:
-    """The last one is the callback sender's."""
-    answer = Client(args).ask("GET /system/queues")
-    if args.json:
-        write(answer)
-        return
-    write(QUEUE_ROW.format("QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE"))
-    for queue in json.loads(answer)["queues"]:
-        cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
-        state = "paused" if queue.get("paused") else "-"
-        write(QUEUE_ROW.format(*cells, brief(queue["oldest_seconds"]), state))
 
 
 def read_data(data: str | None) -> bytes:
@@ -11134,31 +11490,61 @@ def read_data(data: str | None) -> bytes:
     return source.encode()
 
 
+def call_function(client: Client, route: str, args: Arguments, headers: HeaderPairs) -> bytes:
+    """POST to a function by one of the two routes. A name of none is told with those like it."""
+    path = quote(args.name, safe="/?&=%+:@!$'()*,;~[]")
+    try:
+        return client.ask(f"POST {route}{path}", read_data(args.data), headers)
+    except HttpError as exc:
+        name = re.split(r"[./?]", args.name)[0]
+        names = client.function_names() if exc.status == 404 else []
+        if not names or name in names:  # it is the function that says so
+            raise
+        raise HttpError(404, f"no function {name}{close_names(name, names)}") from None
+
+
 def invoke(args: Arguments) -> None:
     """Print the answer; with --async the call's id; with --wait the output, once it has ended."""
     client = Client(args)
-    body = read_data(args.data)
-    headers = {}
-    for item in args.header:
-        name, _, value = item.partition(":")
-        headers[name.strip()] = value.strip()
     if not args.queued and not args.wait:
-        write(client.ask(f"POST /function/{args.id}", body, headers))
+        write(call_function(client, "/function/", args, args.header))
         return
-    headers["Accept"] = "application/json"
-    answer = client.ask(f"POST /async-function/{args.id}", body, headers)
+    headers = (*args.header, ("Accept", "application/json"))
+    answer = call_function(client, "/async-function/", args, headers)
     call_id = json.loads(answer)["call_id"]
     if not args.wait:
         write(answer if args.json else call_id + "\n")
         return
     record = client.record(call_id, wait=True)
-    write(client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log"))
+    if args.json:
+        write_json(record)
+    else:
+        write(client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log"))
     if record["status"] != "success":
         reason = f"call {call_id} ended in {record['status']}: {record['error']}"
         raise HttpError(500, reason)
 
 
-# --- Command line ---------------------------------------------------------------------------------
+# --- Operator commands ----------------------------------------------------------------------------
+# Queues, and the daemon as a whole.
+
+QUEUE_ROW = "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}"
+
+
+def list_queues(args: Arguments) -> None:
+    """The last one is the callback sender's."""
+    answer = Client(args).ask("GET /system/queues")
+    if args.json:
+        write_json(json.loads(answer))
+        return
+    write_row(QUEUE_ROW, "QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE")
+    for queue in json.loads(answer)["queues"]:
+        cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
+        state = "paused" if queue.get("paused") else "-"
+        write_row(QUEUE_ROW, *cells, brief(queue["oldest_seconds"]), state)
+
+
+# --- Service commands -----------------------------------------------------------------------------
 
 
 def open_standard_files() -> None:
@@ -11176,9 +11562,20 @@ def open_standard_files() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
+def require_library() -> None:
+    """Raise ConfigError for an aiohttp that does not have what is used of it."""
+    version = re.match(r"(\d+)\.(\d+)", aiohttp.__version__)
+    if version is None or (int(version[1]), int(version[2])) < OLDEST_AIOHTTP:
+        oldest = ".".join(map(str, OLDEST_AIOHTTP))
+        there = f"{aiohttp.__version__} in {Path(aiohttp.__file__).parent}"
+        raise ConfigError([f"aiohttp {oldest} or later is needed, and there is {there}"])
+
+
 def serve(args: Arguments) -> int:
     """Run the daemon until a signal."""
-    config = load_config(args.config)
+    require_library()
+    path = args.config or default_config()
+    config = load_config(path)
     if args.listen:
         listen = parse_config({"gateway": {"listen": args.listen}}).gateway.listen
         config = replace(config, gateway=replace(config.gateway, listen=listen))
@@ -11190,7 +11587,7 @@ def serve(args: Arguments) -> int:
     new_loop = uvloop.new_event_loop if uvloop else None
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            return runner.run(run_daemon(config, args.config))
+            return runner.run(run_daemon(config, path))
     finally:
         for handler in [*log.handlers]:
             handler.close()
@@ -11199,34 +11596,88 @@ def serve(args: Arguments) -> int:
 
 def check(args: Arguments) -> None:
     """Check a configuration file."""
-    config = load_config(args.config)
+    path = args.file or args.config or default_config()
+    config = load_config(path)
     for line in config_warnings(config):
-        print(f"{args.config or 'defaults'}: {line}", file=sys.stderr)
+        print(f"{path or 'defaults'}: {line}", file=sys.stderr)
     counts = f"{len(config.functions)} functions, {len(config.queues)} queues"
-    print(f"{args.config or 'defaults'}: ok, {counts}")
+    print(f"{path or 'defaults'}: ok, {counts}")
+
+
+# --- Command line ---------------------------------------------------------------------------------
+# One table of commands, from which the parser, its help, the manual page and completion come.
+
+
+def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser of values as argparse wants it, so that its error says what was expected."""
+
+    def read(value: str) -> T:
+        try:
+            return parse(value)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"{value!r}: {exc}") from None
+
+    return read
 
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "--config": {"metavar": "FILE", "help": "TOML file; without it all defaults"},
+    "--config": {"metavar": "FILE", "help": "TOML file; without it the one that is found (below)"},
     "--listen": {"metavar": "ADDRESS", "help": "instead of gateway.listen"},
-    "--url": {"help": "the daemon: http://HOST:PORT or unix:/path, instead of gateway.listen"},
+    "--url": {
+        "help": "the daemon: HOST:PORT, http://HOST:PORT, unix:/path; default: gateway.listen"
+    },
     "--user-file": {"metavar": "FILE", "help": "instead of auth.user_file"},
     "--password-file": {"metavar": "FILE", "help": "instead of auth.password_file"},
-    "--json": {"action": "store_true", "help": "JSON instead of a table or a line"},
-    "--status": {"metavar": "STATUS", "choices": STATUSES, "help": ", ".join(STATUSES)},
+    "--timeout": {
+        "metavar": "DURATION",
+        "type": typed(positive),
+        "help": "give up after so long, such as 30s or 5m (never)",
+    },
+    "--json": {"action": "store_true", "help": "JSON instead of a table or lines"},
+    "--long": {"action": "store_true", "help": "whole ids, times, queues; lines are not cut"},
+    "--status": {
+        "metavar": "STATUS",
+        "action": "append",
+        "type": typed(words_of(*STATUSES)),
+        "help": f"{', '.join(STATUSES)}; several: with commas, or again",
+    },
+    "--callback": {
+        "metavar": "STATUS",
+        "action": "append",
+        "type": typed(words_of(*CALLBACK_STATUSES)),
+        "help": f"only calls whose callback is {', '.join(CALLBACK_STATUSES)}",
+    },
     "--function": {"metavar": "NAME", "help": "only calls of this function"},
     "--queue": {"metavar": "NAME", "help": "only calls of this queue"},
-    "--limit": {"metavar": "N", "type": int, "help": "at most so many (20)"},
+    "--since": {
+        "metavar": "WHEN",
+        "type": typed(local_moment),
+        "help": 'only calls from then on: 24h, 7d, 03:00, yesterday, "2030-01-31 08:00"',
+    },
+    "--until": {"metavar": "WHEN", "type": typed(local_moment), "help": "only calls before then"},
+    "--limit": {"metavar": "N", "type": typed(number), "help": "at most so many (20)"},
     "--watch": {"action": "store_true", "help": "go on with what is new or changes, until Ctrl-C"},
     "--wait": {"action": "store_true", "help": "until the call has ended"},
     "--async": {"action": "store_true", "dest": "queued", "help": "queue it and print its id"},
     "--data": {"metavar": "TEXT", "help": "the body; @FILE: a file's; - or a pipe: standard input"},
-    "-H": {"metavar": "'NAME: VALUE'", "action": "append", "dest": "header", "help": "a header"},
-    "id": {"metavar": "ID", "help": "a call's id, or the name of the queue or function"},
-    "ids": {"metavar": "ID", "nargs": "*", "help": "call ids; - reads them from standard input"},
+    "-H": {
+        "metavar": "'NAME: VALUE'",
+        "action": "append",
+        "dest": "header",
+        "type": typed(header_line),
+        "help": "a header; may be there several times",
+    },
+    "id": {"metavar": "ID", "help": "a call's id, or how it begins"},
+    "ids": {
+        "metavar": "ID",
+        "nargs": "*",
+        "help": "call ids, or how they begin; - reads them from standard input",
+    },
+    "name": {"metavar": "NAME", "help": "which one; of a function also its path: NAME/PATH?QUERY"},
+    "file": {"metavar": "FILE", "nargs": "?", "help": "the file, as with --config"},
 }
-WHICH = "--status --function --queue"
-WHERE = "--config --url --user-file --password-file"
+WHICH = "--status --callback --function --queue --since --until"
+WHERE = "--timeout --config --url --user-file --password-file"
 
 
 class Command(NamedTuple):
@@ -11242,18 +11693,21 @@ class Command(NamedTuple):
 COMMANDS: Sequence[Command] = (
     Command("", serve, "Run functions in the background on one machine.", "--config --listen"),
     Command("serve", serve, "run the daemon (as without a command)", "--config --listen"),
-    Command("check", check, "check a configuration file", "--config"),
+    Command("check", check, "check a configuration file", "file --config"),
     Command(
         *("calls", list_calls, "list calls, or what ACTION says"),
-        f"{WHICH} --limit --watch --json {WHERE}",
+        f"{WHICH} --limit --long --watch --json {WHERE}",
     ),
     Command(
         *("calls list", list_calls, "list calls, newest first"),
-        f"{WHICH} --limit --watch --json {WHERE}",
+        f"{WHICH} --limit --long --watch --json {WHERE}",
     ),
-    Command("calls show", show_call, "print a call's record", f"id --wait --json {WHERE}"),
     Command(
-        *("calls log", send, "print what a call's function wrote"),
+        *("calls show", show_call, "print a call's record and what its function said"),
+        f"id --wait --json {WHERE}",
+    ),
+    Command(
+        *("calls log", send_call, "print what a call's function wrote"),
         *(f"id {WHERE}", "GET /system/calls/{}/log"),
     ),
     Command(
@@ -11272,42 +11726,64 @@ COMMANDS: Sequence[Command] = (
     Command("queues list", list_queues, "list queues", f"--json {WHERE}"),
     Command(
         *("queues pause", send, "hold a queue's calls"),
-        *(f"id {WHERE}", "POST /system/queues/{}/pause"),
+        *(f"name {WHERE}", "POST /system/queues/{}/pause"),
     ),
     Command(
         *("queues resume", send, "let them run again"),
-        *(f"id {WHERE}", "POST /system/queues/{}/resume"),
+        *(f"name {WHERE}", "POST /system/queues/{}/resume"),
     ),
     Command(
         *("queues purge", send, "cancel what waits in a queue"),
-        *(f"id {WHERE}", "POST /system/queues/{}/purge"),
+        *(f"name {WHERE}", "POST /system/queues/{}/purge"),
     ),
-    Command(*("invoke", invoke, "call a function"), f"id --data -H --async --wait --json {WHERE}"),
+    Command(
+        *("invoke", invoke, "call a function"), f"name --data -H --async --wait --json {WHERE}"
+    ),
 )
+GROUPS = ("calls", "queues")  # of commands; the singular does as well
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; "
     "77 credentials; 78 configuration."
 )
+CONFIG_PLACES = (
+    "The file, where none is named: $FAASD_ASYNC_CONFIG, ~/.config/faasd-async/config.toml, "
+    "/etc/faasd-async/config.toml. The daemon: $FAASD_ASYNC_URL, else what the file says."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, and where the manual is."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", match[2])
+            message = f"there is no command {match[1]}{close_names(match[1], known)}"
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line; its --help is the manual."""
-    top = argparse.ArgumentParser(
-        prog="faasd-async", description=COMMANDS[0].summary, epilog=EXIT_CODES
-    )
-    top.add_argument("--version", action="version", version=f"faasd-async {VERSION}")
+    epilog = f"{CONFIG_PLACES} {EXIT_CODES}"
+    top = Parser(prog="faasd-async", description=COMMANDS[0].summary, epilog=epilog)
+    version = f"faasd-async {VERSION}"
+    top.add_argument("-V", "--version", action="version", version=version)
     groups: dict[str, Any] = {}
     for command in COMMANDS:
         group, _, action = command.words.rpartition(" ")
-        parser = top
+        parser: argparse.ArgumentParser = top
         if command.words:
             parser = groups[group].add_parser(
-                action, help=command.summary, description=command.summary, epilog=EXIT_CODES
+                action,
+                aliases=[action.removesuffix("s")] if action in GROUPS else [],
+                help=command.summary,
+                description=command.summary,
+                epilog=epilog,
             )
         for option in command.options.split():
             parser.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
         parser.set_defaults(run=command.run, request=command.request)
-        if command.words in ("", "calls", "queues"):
+        if command.words in ("", *GROUPS):
             metavar = "ACTION" if command.words else "COMMAND"
             groups[command.words] = parser.add_subparsers(metavar=metavar)
     absent = {name.strip("-").replace("-", "_"): None for name in OPTIONS}

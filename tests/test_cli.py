@@ -4,10 +4,13 @@ import asyncio
 import json
 import os
 import signal
+import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import PIPE, Daemon, Finished, Gate, Server, StartDaemon, answer, faasd, start_program
+from conftest import PIPE, Daemon, Finished, Gate, Server, StartDaemon, answer, faasd, namespaces, run, start_program
 
 UPPER = '[functions.upper]\ncommand = ["tr", "a-z", "A-Z"]\n'
 
@@ -57,7 +60,7 @@ async def test_invoke_prints_the_answer_byte_for_byte(cli: Cli, function: Server
 async def test_invoke_async_prints_the_id_that_the_other_commands_take(cli: Cli) -> None:
     """`invoke --async` in a script, then `calls show --wait` and `calls log` with what it printed."""
     call_id = await cli.out("invoke", "upper", "--async", "--data", "hello")
-    record = json.loads(await cli.out("calls", "show", call_id, "--wait"))
+    record = json.loads(await cli.out("calls", "show", call_id, "--wait", "--json"))
     assert (record["call_id"], record["status"]) == (call_id, "success")
     assert await cli.out("calls", "log", call_id) == "HELLO"
     assert list(json.loads(await cli.out("invoke", "upper", "--async", "--json", "--data", ""))) == ["call_id"]
@@ -77,34 +80,90 @@ async def test_invoke_wait_gives_the_output_and_a_code_for_scripts(cli: Cli, fun
 async def test_invoke_fails_when_the_function_does(cli: Cli, function: Server) -> None:
     """One line on standard error, nothing on standard output, exit code 1."""
     function.behaviour = answer(418, b"short and stout")
-    for words, said in (("it", "short and stout"), ("nosuch", "no such function")):
+    for words, said in (("it", "short and stout"), ("nosuch", "no function nosuch (there are it, upper)")):
         result = await cli("invoke", words, "--data", "", code=1)
         assert (result.out, said in result.err, result.err.count("\n")) == ("", True, 1)
     result = await cli("invoke", "upper", "--data", "@/nonexistent", code=1)
     assert "/nonexistent" in result.err
 
 
+async def test_a_function_that_is_almost_named_is_found(cli: Cli, function: Server) -> None:
+    """The name that was meant is in the line, whichever way it is called; what a function says of itself stays."""
+    for words in (("uper",), ("uper/path?q=1",), ("uper", "--async"), ("uper.openfaas-fn", "--wait")):
+        result = await cli("invoke", *words, "--data", "", code=1)
+        assert result.err == "faasd-async: no function uper (did you mean upper?)\n"
+    assert "no function my func (" in (await cli("invoke", "my func", "--data", "", code=1)).err
+    assert (
+        await cli.out("calls", "list", "--function", "uper") == "no calls, and no function uper (did you mean upper?)"
+    )
+    assert await cli.out("calls", "list", "--function", "upper") == "no calls"
+    function.behaviour = answer(404, b"no such page")
+    assert (await cli("invoke", "it", "--data", "", code=1)).err == "faasd-async: no such page\n"
+
+
+async def test_headers_are_sent_as_they_are_written(cli: Cli, function: Server) -> None:
+    """Repeated ones too; what is none is a line, and nothing is sent."""
+    words = ("-H", "X-One: 1", "-H", "X-One:2", "-H", "X-Name:  Jürgen ", "-H", "User-Agent: me", "-H", "X-None:")
+    await cli("invoke", "it", "--data", "", *words)
+    (seen,) = function.requests
+    assert seen.headers.getall("X-One") == ["1", "2"]
+    assert seen.headers["X-Name"].encode("latin-1").decode() == "Jürgen"
+    assert (seen.headers["User-Agent"], seen.headers["X-None"]) == ("me", "")
+    for wrong in ("nothing", ": x", "a b: x", "X: a\nY: b"):
+        result = await cli("invoke", "it", "--data", "", "-H", wrong, code=2)
+        assert "NAME: VALUE" in result.err
+        assert result.err.count("\n") == 1
+    assert len(function.requests) == 1
+
+
 # ---- calls -----------------------------------------------------------------------------------------------------
 
 
 async def test_calls_are_listed_in_80_columns(cli: Cli, function: Server) -> None:
-    """The newest first, whatever the names are; `calls` alone does the same."""
-    long = await cli.gateway.submit("it", X_Call_Id="x" * 200)
+    """The newest first, whatever the names are, with what went wrong; `calls` and `call` alone do the same."""
+    function.behaviour = answer(500, b"out of order")
+    long = await cli.gateway.submit("it", X_Call_Id="x" * 200, X_Callback_Url=f"{function.url}/unable")
     await cli.gateway.final(long)
     call_id = await cli.gateway.submit("upper", b"hello")
     await cli.gateway.final(call_id)
     header, newest, oldest = (await cli.out("calls", "list")).splitlines()
-    assert header.split() == ["CALL", "ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK"]
-    assert newest.split()[:4] == [call_id, "success", "upper", "1"]
-    assert oldest.split()[1:4] == ["success", "it", "1"]
+    assert header.split() == ["ID", "STATUS", "FUNCTION", "RUN", "AGE", "TOOK", "ERROR,", "CALLBACK"]
+    assert newest.split()[:4] == [call_id[:18], "success", "upper", "1"]
+    assert oldest.split()[1:4] == ["error", "it", "1"]
+    assert "answered 500" in oldest
     assert max(map(len, (header, newest, oldest))) <= 80
-    assert (await cli.out("calls")).splitlines()[1].split()[:4] == newest.split()[:4]
+    for words in (("calls",), ("call",), ("call", "list")):
+        assert (await cli.out(*words)).splitlines()[1].split()[:4] == newest.split()[:4]
+    wide = await faasd("calls", "--url", cli.gateway.url, env={"COLUMNS": "200"})
+    assert "answered 500; callback failed: the callback URL answered 500" in wide.out.splitlines()[2]
+
+
+async def test_the_long_list_has_times_and_whole_names(cli: Cli, function: Server) -> None:
+    """By this machine's clock, and not cut."""
+    long = await cli.gateway.submit("it", X_Call_Id="x" * 200)
+    record = await cli.gateway.final(long)
+    _, row = (await cli.out("calls", "--long")).splitlines()
+    created = datetime.fromisoformat(record["created_at"]).astimezone()
+    assert f"{created:%Y-%m-%d %H:%M:%S}" in row
+    assert row.startswith(f"{record['id']}  success    it                faas-request    1/1")
+    assert row.endswith(f"call id {'x' * 200}")
+
+
+async def test_the_end_of_the_list_says_that_there_is_more(cli: Cli) -> None:
+    """And how to see it; in JSON, where it goes on."""
+    for _ in range(3):
+        await cli.gateway.final(await cli.gateway.submit("upper"))
+    assert (await cli.out("calls", "--limit", "2")).splitlines()[3:] == ["more … (--limit 4 shows twice as many)"]
+    assert json.loads(await cli.out("calls", "--limit", "2", "--json"))["next_cursor"]
+    assert len((await cli.out("calls", "--limit", "3")).splitlines()) == 4
 
 
 async def test_calls_are_filtered_and_limited(cli: Cli, function: Server) -> None:
     """By the filters that the daemon has; more than one page when more are asked for."""
     function.behaviour = answer(500)
-    ids = [await cli.gateway.submit("it") for _ in range(3)]
+    ids = [await cli.gateway.submit("it")]
+    middle = f"{time.time():.6f}"
+    ids += [await cli.gateway.submit("it") for _ in range(2)]
     good = await cli.gateway.submit("upper")
     for call_id in (*ids, good):
         await cli.gateway.final(call_id)
@@ -118,6 +177,57 @@ async def test_calls_are_filtered_and_limited(cli: Cli, function: Server) -> Non
     assert await found("--queue", "slow") == []
     assert await found("--limit", "2") == [good, ids[2]]
     assert await found("--limit", "2000") == [good, *ids[::-1]]
+    assert await found("--status", "error,success") == [good, *ids[::-1]]
+    assert await found("--status", "error", "--status", "success", "--callback", "none") == [good, *ids[::-1]]
+    assert await found("--callback", "failed") == []
+    assert await found("--since", middle) == [good, *ids[:0:-1]]
+    assert await found("--until", middle) == ids[:1]
+    assert await found("--since", "today" if datetime.now().hour else "1h") == [good, *ids[::-1]]
+    assert await found("--since", "24h", "--until", "1h") == []
+
+
+async def test_a_call_is_shown_for_people(cli: Cli, function: Server) -> None:
+    """What it was, what became of it and when, and the end of what it said; nothing that is not there."""
+    function.behaviour = answer(500, b"".join(b"line %d\n" % n for n in range(30)))
+    call_id = await cli.gateway.submit("it", b"12345", X_Call_Id="mine", X_Callback_Url=f"{function.url}/unable")
+    record = await cli.gateway.final(call_id)
+    head, _, tail = (await cli.out("calls", "show", "mine")).partition("\n\n")
+    shown = {line[:10].strip(): line[12:] for line in head.splitlines()}
+    assert {name: shown[name] for name in ("id", "call id", "function", "status", "request")} == {
+        "id": record["id"],
+        "call id": "mine",
+        "function": "it.openfaas-fn",
+        "status": "error",
+        "request": "5 B",
+    }
+    assert "answered 500" in shown["error"]
+    assert shown["runs"] == "1 of 1 at most"
+    assert shown["answer"].startswith("500, ")
+    assert shown["callback"].startswith(f"{function.url}/unable  failed after ")
+    assert tail.splitlines()[0] == f"… 10 lines more: faasd-async calls log {record['id']}"
+    assert tail.splitlines()[1:] == [f"line {n}" for n in range(10, 30)]
+    quiet = await cli.gateway.submit("upper")
+    await cli.gateway.final(quiet)
+    assert {line[:10].strip() for line in (await cli.out("calls", "show", quiet)).splitlines()} == {
+        *("id", "function", "queue", "status", "runs", "created", "started", "ended", "request", "answer")
+    }
+
+
+async def test_a_call_is_found_by_how_its_id_begins(cli: Cli) -> None:
+    """If no other begins like that; the list shows enough of it."""
+    first, second = [await cli.gateway.submit("upper", body) for body in (b"one", b"two")]
+    for call_id in (first, second):
+        await cli.gateway.final(call_id)
+    short = (await cli.out("calls")).splitlines()[1].split()[0]
+    assert second.startswith(short)
+    assert await cli.out("calls", "log", short) == "TWO"
+    assert (await cli.out("calls", "show", first[:20])).split()[1] == first
+    assert await cli.out("calls", "retry", first[:30]) == first
+    assert "2 calls begin like that" in (await cli("calls", "log", first[:6], code=1)).err
+    assert "none whose id begins like that" in (await cli("calls", "log", "0123456789ab", code=1)).err
+    own = await cli.gateway.submit("upper", b"own", X_Call_Id=first[:12])
+    await cli.gateway.final(own)
+    assert await cli.out("calls", "log", own) == "OWN"
 
 
 async def test_watch_tells_of_calls_as_they_change(cli: Cli, function: Server) -> None:
@@ -232,7 +342,68 @@ async def test_the_configuration_says_where_the_daemon_is(daemon: StartDaemon, t
     assert (await queues("--user-file", user)).code == 78
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "unix:/nonexistent", "http://127.0.0.1:port", "nonsense"])
+@pytest.mark.parametrize("form", ["{}", "http://{}", "http://{}/ui/#calls", "{}/", ":{port}", "{port}", "*:{port}"])
+async def test_the_daemon_is_found_in_every_form_that_people_write(cli: Cli, form: str) -> None:
+    """As a flag, and as a variable."""
+    server = cli.gateway.url.removeprefix("http://")
+    address = form.format(server, port=server.rpartition(":")[2])
+    assert (await faasd("queues", "--url", address)).code == 0
+    assert (await faasd("queues", env={"FAASD_ASYNC_URL": address})).code == 0
+
+
+async def test_the_configuration_is_found_by_itself(cli: Cli, tmp_path: Path) -> None:
+    """The variable's before the user's, and that before the system's; a broken one says which it is."""
+    user, system, named = tmp_path / "user/faasd-async", tmp_path / "etc/faasd-async", tmp_path / "named.toml"
+    for folder in (user, system):
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(f'[gateway]\nlisten = "{cli.gateway.url}"\n[queues.{folder.parent.name}]')
+
+    async def check(*, user: str) -> str:
+        """What `check` says where this folder is /etc."""
+        script = f'mount --bind {tmp_path}/etc /etc && exec "$@"'
+        environment = ("env", f"XDG_CONFIG_HOME={tmp_path / user}")
+        words = (*environment, sys.executable, "-m", "faasd_async", "check")
+        return (await run(*namespaces("mount"), "sh", "-c", script, "sh", *words)).out
+
+    environment = {"XDG_CONFIG_HOME": str(tmp_path / "user")}
+    assert (await faasd("queues", env=environment)).code == 0
+    assert await check(user="user") == f"{user}/config.toml: ok, 0 functions, 2 queues\n"
+    assert await check(user="nobody") == "/etc/faasd-async/config.toml: ok, 0 functions, 2 queues\n"
+    named.write_text("[gateway]\nlistn = 1")
+    for words in (("queues",), ("check",), ("serve",)):
+        result = await faasd(*words, env={**environment, "FAASD_ASYNC_CONFIG": str(named)})
+        assert result.code == 78
+        assert result.err == f"{named}: gateway.listn: unknown key (did you mean listen?)\n"
+
+
+async def test_a_client_needs_no_secret_of_the_daemons(cli: Cli, tmp_path: Path) -> None:
+    """Beside `LoadCredential` only the service has some: which variable is missing is told, and flags do without."""
+    secret, config = tmp_path / "secret", tmp_path / "client.toml"
+    secret.write_text("secret")
+    keys = [f'{key} = "${{CREDENTIALS_DIRECTORY}}/{key}"' for key in ("user_file", "password_file")]
+    auth = "\n".join(["[auth]", *keys])
+    gateway = f'[gateway]\nlisten = "{cli.gateway.url}"\n'
+    config.write_text(f'{gateway}[callback]\nsigning_secret_file = "${{CREDENTIALS_DIRECTORY}}/x"')
+    assert (await faasd("queues", "--config", config)).code == 0
+    config.write_text(gateway + auth)
+    refused = await faasd("queues", "--config", config)
+    assert (refused.code, "CREDENTIALS_DIRECTORY is not set" in refused.err) == (78, True)
+    flags = ("--user-file", secret, "--password-file", secret)
+    assert (await faasd("queues", "--config", config, *flags)).code == 0
+
+
+async def test_a_daemon_that_does_not_answer_is_given_up(cli: Cli, function: Server) -> None:
+    """After --timeout, which counts for all that a command does."""
+    function.behaviour = Gate()
+    for words in (("invoke", "it", "--data", ""), ("invoke", "it", "--wait", "--data", "")):
+        result = await cli(*words, "--timeout", "200ms", code=69)
+        assert "no answer within --timeout" in result.err
+    assert "duration" in (await cli("calls", "--timeout", "5", code=2)).err
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1", "unix:/nonexistent", "http://127.0.0.1:port", "a b", "nonsense:"]
+)
 async def test_no_daemon_is_told_in_one_line(url: str) -> None:
     """With an exit code of its own, 69, whatever is wrong with the address."""
     result = await faasd("calls", "list", "--url", url)
@@ -255,8 +426,22 @@ async def test_a_full_queue_is_worth_another_try(daemon: StartDaemon, function: 
 
 async def test_usage_errors_have_the_usual_code(cli: Cli) -> None:
     """2, and a line that names what was wrong."""
-    assert "nosuch" in (await cli("calls", "list", "--status", "nosuch", code=2)).err
-    assert "ID" in (await cli("calls", "show", code=2)).err
+    for words, said in (
+        (("calls", "list", "--status", "nosuch"), "'nosuch': expected one of"),
+        (("calls", "list", "--since", "once"), "'once': expected an age such as"),
+        (("calls", "show"), "ID"),
+        (("cals",), "there is no command cals (did you mean calls"),
+        (("calls", "sow", "1"), "there is no command sow (did you mean show?)"),
+    ):
+        result = await cli(*words, code=2)
+        assert said in result.err
+        assert result.err.count("\n") == 1
+
+
+async def test_the_version_is_told() -> None:
+    """In both ways to ask for it."""
+    assert (await faasd("-V")).out == (await faasd("--version")).out
+    assert (await faasd("-V")).out.startswith("faasd-async ")
 
 
 async def test_a_reader_that_has_seen_enough_is_no_error_message(cli: Cli) -> None:

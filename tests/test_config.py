@@ -1,9 +1,11 @@
 """The configuration: every mistake is one line that names its key, every default is the documented one."""
 
 import re
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from faasd_async import (
     RetryPolicy,
     duration,
     load_config,
+    local_moment,
     parse_config,
     size,
     store_path,
@@ -356,7 +359,8 @@ def test_a_url_that_can_not_be_called_is_refused(url: str | int) -> None:
 
 
 @pytest.mark.parametrize(
-    "listen", ["localhost", "127.0.0.1:", "127.0.0.1:65536", "http://127.0.0.1:80", "unix:faasd.sock", "", [], [80], 80]
+    "listen",
+    ["localhost", "127.0.0.1:", "127.0.0.1:65536", "https://127.0.0.1:80", "unix:faasd.sock", "", [], [80], True],
 )
 def test_an_address_that_can_not_be_listened_on_is_refused(listen: Any) -> None:
     """HOST:PORT, unix:/path, or a list of at least one of them."""
@@ -424,6 +428,23 @@ def test_a_size_reads_with_its_unit(given_value: Any, number: int) -> None:
 def test_an_address_is_taken_as_it_stands(listen: str) -> None:
     """All interfaces, IPv4, IPv6, a name with a port that the system chooses, a socket file."""
     assert parse_config({"gateway": {"listen": listen}}).gateway.listen == (listen,)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (8080, ":8080"),
+        ("8080", ":8080"),
+        ("*:8080", ":8080"),
+        ("http://127.0.0.1:8080", "127.0.0.1:8080"),
+        ("http://127.0.0.1:8080/", "127.0.0.1:8080"),
+        ("/run/faasd.sock", "unix:/run/faasd.sock"),
+        ("unix:///run/faasd.sock", "unix:/run/faasd.sock"),
+    ],
+)
+def test_an_address_may_be_written_as_elsewhere(written: Any, meant: str) -> None:
+    """As a systemd unit, a browser or Docker has it."""
+    assert parse_config({"gateway": {"listen": written}}).gateway.listen == (meant,)
 
 
 def test_several_addresses_are_a_list() -> None:
@@ -619,6 +640,42 @@ def test_a_secret_that_can_not_be_read_says_why() -> None:
     Path("user").write_text("admin")
     expected = ["config.toml: auth.password_file: nowhere: No such file or directory"]
     assert problems("[auth]\nuser_file = 'user'\npassword_file = 'nowhere'") == expected
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the path that nobody has written."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    for name in ("$CREDENTIALS_DIRECTORY", "${CREDENTIALS_DIRECTORY}"):
+        (problem,) = problems(f"[callback]\nsigning_secret_file = '{name}/secret'")
+        assert problem.endswith(f"{name}/secret: the variable CREDENTIALS_DIRECTORY is not set")
+
+
+@given(st.datetimes(datetime(2000, 1, 1), datetime(2030, 1, 1)))
+@DETERMINISTIC
+def test_a_moment_reads_as_this_machine_writes_it(moment: datetime) -> None:
+    """With and without the time of day; with a zone it is the same everywhere."""
+    moment = moment.replace(microsecond=0)
+    assert local_moment(moment.isoformat(" ")) == moment.timestamp()
+    assert local_moment(f"{moment:%Y-%m-%d}") == datetime(moment.year, moment.month, moment.day).timestamp()
+    assert local_moment(moment.astimezone(UTC).isoformat()) == moment.timestamp()
+
+
+def test_a_time_of_day_is_the_last_one_that_was() -> None:
+    """ "--since 23:00", typed in the morning, means the evening before."""
+    for hour in range(24):
+        moment = datetime.fromtimestamp(local_moment(f"{hour}:30"))
+        assert (moment.hour, moment.minute) == (hour, 30)
+        assert timedelta(0) <= datetime.now() - moment <= timedelta(days=1, hours=1)
+    today, yesterday = (datetime.fromtimestamp(local_moment(word)) for word in ("today", "yesterday"))
+    assert (today.hour, yesterday.hour, (today.date() - yesterday.date()).days) == (0, 0, 1)
+    assert time.time() - local_moment("24h") == pytest.approx(86_400, abs=60)
+
+
+@pytest.mark.parametrize("value", ["25:00", "10:61", "tomorrow", "", "2030-13-01", "last week", "-5"])
+def test_what_is_no_moment_is_told_what_would_be(value: str) -> None:
+    """The line has examples."""
+    with pytest.raises(ValueError, match="expected an age such as"):
+        local_moment(value)
 
 
 def test_an_empty_secret_is_refused() -> None:

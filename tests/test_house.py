@@ -24,14 +24,15 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
-    "Constants", "Errors", "Values", "Configuration", "Configuration file", "Domain data", "Rules", "Schedule rules",
-    "Logging, metrics, sd_notify", "Queue seam", "SQLite file", "SQLite steps", "SQLite schedules", "SQLite queue",
+    "Constants", "Errors", "Values", "Secrets", "Configuration", "Configuration file", "Domain data",
+    "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
+    "SQLite file", "SQLite steps", "SQLite schedules", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes", "Operator's page",
-    "Schedules", "Daemon", "Client commands", "Command line",
+    "Schedules", "Daemon", "Client", "Client commands", "Operator commands", "Service commands", "Command line",
 )  # fmt: skip
 # A quarter of these is statements, which are text, a clause a line.
 LONG_SECTIONS = {"SQLite steps": 900}

@@ -487,6 +487,13 @@ async def test_check_is_content_with_a_good_file(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, ""), result
 
 
+async def test_check_takes_the_file_as_it_is_named(tmp_path: Path) -> None:
+    """`check FILE` is what people type."""
+    file = tmp_path / "mine.toml"
+    file.write_text("[queues.mine]\n")
+    assert (await faasd("check", file)).out == f"{file}: ok, 0 functions, 2 queues\n"
+
+
 async def test_check_names_the_problem(tmp_path: Path) -> None:
     """Exit 78 (EX_CONFIG) and one line with the file, the key, and what is wrong with it."""
     folders = [tmp_path / str(number) for number in range(len(PROBLEMS))]
@@ -501,7 +508,7 @@ async def test_check_names_the_problem(tmp_path: Path) -> None:
 
 async def test_check_names_all_problems_at_once(tmp_path: Path) -> None:
     """One line for each, so that a file is mended in one go."""
-    problems = '[gateway]\nlisten = 1\nread_timout = "1s"\n[queues.a]\nmax_inflight = -1\n[functions.b]\nurl = 5\n'
+    problems = '[gateway]\nlisten = true\nread_timout = "1s"\n[queues.a]\nmax_inflight = -1\n[functions.b]\nurl = 5\n'
     result = await check(tmp_path, problems)
     lines = result.err.splitlines()
     assert (result.code, len(lines)) == (78, 4), result
