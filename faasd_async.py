@@ -61,7 +61,7 @@ Who owns which task or thread
                        `exchange`, where no answer came
     aiohttp            one for each HTTP request; Front.drain and `runner.cleanup` await them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it
-    NatsKeeper         lanes, leases and deadlines; its `stop` awaits all three
+    NatsKeeper         lanes, leases, deadlines and news of changes; its `stop` awaits all four
     nats-py            its own, one for each subscription among them; NatsLink.close ends them
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_deadline` and `until` monotonic,
@@ -218,6 +218,9 @@ LOG_S = 1.0  # what the last lines get at the end
 MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
 GROUP_COMMIT_MAX = 512  # operations that share one fsync
 BATCH = 500  # calls that one step of a bulk operation takes before others get their turn
+CHANGES_S = (
+    500  # that are told one by one in a second: nobody follows more, and calls need the time
+)
 BULK_PERIOD_S = 0.04  # from one such step to the next: 12,500 calls a second
 SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 
@@ -1541,6 +1544,16 @@ class Output(NamedTuple):
         return body + gap + self.stderr
 
 
+class Changes(NamedTuple):
+    """Calls that have changed, each as it was right after it, in the order in which they did.
+
+    Without the history of those that were queued again.
+    """
+
+    records: Sequence[CallRecord]
+    missed: int = 0  # changes beside these of which no more is known than this: there were many
+
+
 class BulkResult(NamedTuple):
     """How many runs matched, and for how many of them it could be done."""
 
@@ -2478,6 +2491,13 @@ class CallRecords(Protocol):
     def overview(self) -> Awaitable[Overview]:
         """All of it in figures."""
 
+    def watch(self, tell: Tell[Changes] | None) -> None:
+        """Have each change of a call told on the event loop from now on; None: no more.
+
+        Up to CHANGES_S a second: what is beyond that is only counted. A call that changes in a
+        moment more than once may be told of once. Changes by other daemons are told, too.
+        """
+
     def prune(self) -> Awaitable[int]:
         """Delete one small batch of records past their time and give room back; how many.
 
@@ -2518,6 +2538,24 @@ class Queue(WorkQueue, CallRecords, HasSchedules, Protocol):
 def queue_full(queue: str) -> HttpError:
     """What to say of a queue that has max_pending calls."""
     return HttpError(429, f"queue {queue} is full, try again later", LATER)
+
+
+class Budget:
+    """So many of something a second, and as many at once."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left = rate
+        self._at = time.monotonic()
+
+    def take(self, number: int) -> int:
+        """How many of these there is room for."""
+        now = time.monotonic()
+        self._left = min(self._rate, self._left + (now - self._at) * self._rate)
+        self._at = now
+        taken = min(number, int(self._left))
+        self._left -= taken
+        return taken
 
 
 class CallWaiters:
@@ -2681,6 +2719,7 @@ class News:
         self.woken: list[str] = []
         self.stopped: list[Receipt] = []
         self.ended: list[Ended] = []
+        self.changed: list[int] = []  # rows, in the order of their changes
 
 
 class Receipt(NamedTuple):
@@ -3179,6 +3218,9 @@ SELECT_RECORDS = f"""
     SELECT {RECORD_COLUMNS} FROM calls
     WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
 """
+SELECT_CHANGED = f"""
+    SELECT {RECORD_COLUMNS} FROM calls WHERE seq IN (SELECT value FROM json_each(:seqs))
+"""
 SELECT_MATCHING = f"""
     SELECT seq FROM calls
     WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
@@ -3311,6 +3353,7 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
     file.db.execute(INSERT_REQUEST, request)
     file.index.add(call.queue, lane, call.due_at)
     file.tally.move(lane, None, "queued")
+    file.news.changed.append(seq)
     if call.deadline_at is not None and call.deadline_at < file.index.deadline_at:
         file.find_deadline()
 
@@ -3374,11 +3417,13 @@ def claim_lane(
     if queue == CALLBACKS:
         rows = file.db.execute(SELECT_DUE_CALLBACKS, (queue, lane, until, limit)).fetchall()
         file.db.executemany(CLAIM_CALLBACK, [{"seq": row[0]} for row in rows])
+        file.news.changed.extend([row[0] for row in rows])
         return [callback_claim(*row) for row in rows]
     rows = file.db.execute(SELECT_DUE_CALLS, (queue, lane, until, limit)).fetchall()
     started_at = round(now, 6)
     file.db.executemany(CLAIM_CALL, [{"now": started_at, "seq": row[0]} for row in rows])
     file.tally.move(lane, "queued", "running", len(rows))
+    file.news.changed.extend([row[0] for row in rows])
     return [Claim(Receipt(row[0], row[1]), *row[2:]) for row in rows]
 
 
@@ -3416,6 +3461,7 @@ def end_call(
         file.index.add(CALLBACKS, host, now)
         file.tally.move(CALLBACKS, None, "pending")
     file.news.ended.append(ended)
+    file.news.changed.append(receipt.seq)
     return True
 
 
@@ -3494,6 +3540,7 @@ def step_deliver(file: SqliteFile, claim: Claim, outcome: Outcome, status: str) 
     if file.db.execute(END_CALLBACK, row).rowcount == 0:
         return False
     file.tally.move(CALLBACKS, "pending", status)
+    file.news.changed.append(receipt.seq)
     cut_output(file, receipt.seq)
     return True
 
@@ -3510,6 +3557,7 @@ def requeue(file: SqliteFile, claim: Claim, statement: str, delay_s: float, *tol
     if file.db.execute(statement, (due_at, *told, *receipt)).rowcount == 0:
         return False
     file.index.add(claim.queue, claim.lane, due_at)
+    file.news.changed.append(receipt.seq)
     if claim.queue != CALLBACKS:
         file.tally.move(claim.lane, "running", "queued")
     return True
@@ -3604,6 +3652,13 @@ def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
     return read_record(file.db.execute(SELECT_RECORD, where).fetchone())
 
 
+def read_changed(file: SqliteFile, seqs: Sequence[int]) -> list[CallRecord]:
+    """The records of these rows as `Changes` has them, in this order, as far as they are there."""
+    where = {"seqs": json.dumps(seqs), "now": time.time()}
+    rows = {row[-1]: row for row in file.db.execute(SELECT_CHANGED, where).fetchall()}
+    return [read_record(rows[seq])._replace(history=()) for seq in seqs if seq in rows]
+
+
 def select_window(
     file: SqliteFile,
     statements: tuple[str, str],
@@ -3666,6 +3721,7 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
             file.tally.move(lane, was, "cancelled")
             ended = Ended(own_id, call_id, function, "cancelled", attempts)
             file.news.ended.append(ended._replace(queue=work, lane=lane))
+        file.news.changed.append(seq)
         if due_at is None:
             file.news.stopped.append(Receipt(seq, claims))
         else:
@@ -3682,6 +3738,7 @@ def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
         file.tally.move(CALLBACKS, told, None, number)
     rows = file.db.execute(REDRIVE_CALLS, where).fetchall()
     file.db.executemany(DROP_OUTPUT, [(seq,) for seq, _, _ in rows])
+    file.news.changed.extend([seq for seq, _, _ in rows])
     waiting = Counter((queue, lane) for _, queue, lane in rows)
     for (queue, lane), number in waiting.items():
         file.index.add(queue, lane, now, number)
@@ -3724,6 +3781,7 @@ def step_resend(file: SqliteFile, call_id: str) -> None:
     lane = callback_lane(target)
     file.db.execute(RESEND_CALLBACK, (lane, now, seq))
     file.tally.move(CALLBACKS, told, "pending")
+    file.news.changed.append(seq)
     file.index.add(CALLBACKS, lane, now)
 
 
@@ -3941,6 +3999,8 @@ class Writer:
         self._seen_at = 0.0  # the wall clock after the last wait
         self._expire_after = 0.0  # when calls that missed their deadline are ended at the earliest
         self._failure: str | None = None  # why the last transaction failed; None: it did not
+        self._watcher: Tell[Changes] | None = None
+        self._budget = Budget(CHANGES_S)
         self._nobody: asyncio.Future[None] = self._loop.create_future()
         self._nobody.cancel()  # It waits for what the writer does by itself.
         self._thread.start()
@@ -3964,6 +4024,10 @@ class Writer:
             self._loop.call_soon(self._hand_over)
         self._outbox.append(Entry(step, arguments, future))
         return future
+
+    def watch(self, tell: Tell[Changes] | None) -> None:
+        """See CallRecords."""
+        self._watcher = tell
 
     @property
     def failure(self) -> str | None:
@@ -4061,6 +4125,16 @@ class Writer:
         news = self._file.take_news()
         news.woken += self._file.index.due(time.time())
         self._loop.call_soon_threadsafe(self._settle, news, answers)
+        if self._watcher is not None and news.changed:
+            self._tell_changes(self._watcher, list(dict.fromkeys(news.changed)))
+
+    def _tell_changes(self, watcher: Tell[Changes], seqs: list[int]) -> None:
+        """Read what has changed, after who asked has been told."""
+        records: list[CallRecord] = []
+        with contextlib.suppress(sqlite3.Error):
+            records = read_changed(self._file, seqs[: self._budget.take(len(seqs))])
+        changes = Changes(records, len(seqs) - len(records))
+        self._loop.call_soon_threadsafe(watcher, changes)
 
     def _settle(self, news: News, answers: list[tuple[asyncio.Future[Any], object]]) -> None:
         self._listener.tell(news)
@@ -4219,6 +4293,9 @@ class SqliteQueue:
     def overview(self) -> Awaitable[Overview]:
         return self._writer.submit(step_overview)
 
+    def watch(self, tell: Tell[Changes] | None) -> None:
+        self._writer.watch(tell)
+
     def prune(self) -> Awaitable[int]:
         return self._writer.submit(step_prune)
 
@@ -4244,6 +4321,8 @@ YOUNG_S = 15.0  # since a connection was made: what a server has forgotten shows
 SETTLED_S = 3.0  # after which all daemons that are there have connected to a server again
 CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
 POLL_S = 1.0  # between looks at all lanes, and what other daemons have said since
+WATCHED_S = 5 * POLL_S  # since another daemon has said that it wants to hear of changes
+TELL_S = 0.05  # for which changes are collected before they are told
 DEADLINES = "@deadlines"  # the queue of deadlines that pass
 WRONG_SEQUENCE = (10071, 10164)
 NO_REPLICAS = 10074  # the server is alone
@@ -4373,15 +4452,25 @@ class Held(NamedTuple):
     lane: str
 
 
+def pack_fields(call: NatsCall) -> dict[str, Any]:
+    """A call as JSON has it: what is not set is not there."""
+    values = zip(call._fields, call, strict=True)
+    return {name: value for name, value in values if value is not None}
+
+
+def unpack_fields(document: Mapping[str, Any]) -> NatsCall:
+    """The inverse, also of what a newer version has written. Raises TypeError."""
+    known = {name: value for name, value in document.items() if name in NatsCall._fields}
+    return NatsCall(**known)
+
+
 def pack_call(call: NatsCall, parts: Parts, seq: int = 0) -> bytes:
     """A message: the length of its head, the head as JSON, then raw bytes.
 
     `seq` is that of the record from which a work message follows.
     """
-    told = {
-        name: value for name, value in zip(call._fields, call, strict=True) if value is not None
-    }
-    head = json.dumps({"record": seq, "parts": list(map(len, parts)), "call": told}).encode()
+    told = {"record": seq, "parts": list(map(len, parts)), "call": pack_fields(call)}
+    head = json.dumps(told).encode()
     return len(head).to_bytes(4, "big") + head + b"".join(parts)
 
 
@@ -4389,12 +4478,12 @@ def unpack_call(data: bytes, seq: int | None = None) -> Stored:
     """The inverse; `seq` of a record is its own. Raises ValueError, TypeError, KeyError."""
     start = 4 + int.from_bytes(data[:4], "big")
     head = json.loads(data[4:start])
-    known = {name: value for name, value in head["call"].items() if name in NatsCall._fields}
     parts = []
     for length in head["parts"]:
         parts.append(data[start : start + length])
         start += length
-    return Stored(head["record"] if seq is None else seq, NatsCall(**known), Parts(*parts))
+    call = unpack_fields(head["call"])
+    return Stored(head["record"] if seq is None else seq, call, Parts(*parts))
 
 
 def nats_record(call: NatsCall, now: float) -> CallRecord:
@@ -5484,10 +5573,87 @@ async def last_message(
     return found["subject"], found["seq"], base64.b64decode(found.get("data", ""))
 
 
+class NatsChanges:
+    """Tells of each record that is written who watches, here or at another daemon.
+
+    Who watches says so once a second; where nobody does, nothing is told.
+    """
+
+    def __init__(self, link: NatsLink, subjects: NatsSubjects) -> None:
+        self._link = link
+        self._subject = subjects.news
+        self._watcher: Tell[Changes] | None = None
+        self._watched_until = 0.0  # monotonic: until then, by another daemon
+        self._budget = Budget(CHANGES_S)
+        self._calls: list[NatsCall] = []  # that have changed since the last were told
+        self._missed = 0
+        self._some = asyncio.Event()  # there are some, or a watcher
+
+    def watch(self, tell: Tell[Changes] | None) -> None:
+        """See CallRecords."""
+        self._watcher = tell
+        self._some.set()
+
+    def note(self, call: NatsCall) -> None:
+        """A call has changed."""
+        if self._watcher is None and time.monotonic() > self._watched_until:
+            return
+        if self._budget.take(1):
+            self._calls.append(call._replace(history=()))
+        else:
+            self._missed += 1
+        self._some.set()
+
+    def lost(self) -> None:
+        """There was no connection: who knows what has changed meanwhile."""
+        if self._watcher is not None:
+            self._watcher(Changes((), 1))
+
+    def watched_elsewhere(self) -> None:
+        """Another daemon wants to hear of changes for a while."""
+        self._watched_until = time.monotonic() + WATCHED_S
+
+    def heard(self, calls: Sequence[Mapping[str, Any]], missed: int) -> None:
+        """Another daemon has told of changes."""
+        if self._watcher is not None:
+            now = time.time() + self._link.clock_offset_s
+            known = [unpack_fields(call) for call in calls]
+            self._watcher(Changes([nats_record(call, now) for call in known], missed))
+
+    async def announce(self) -> None:
+        """Have other daemons tell us, if somebody watches here."""
+        if self._watcher is not None:
+            await self._send({"watching": True})
+
+    async def keep_telling(self) -> None:
+        """Tell what has changed, a few times a second."""
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            await self.announce()
+            await asyncio.sleep(TELL_S)
+            calls, missed = self._calls, self._missed
+            self._calls, self._missed = [], 0
+            if not calls and not missed:
+                continue
+            now = time.time() + self._link.clock_offset_s
+            if self._watcher is not None:
+                self._watcher(Changes([nats_record(call, now) for call in calls], missed))
+            if time.monotonic() < self._watched_until:
+                await self._send({"changes": list(map(pack_fields, calls)), "missed": missed})
+
+    async def _send(self, news: Mapping[str, object]) -> None:
+        with contextlib.suppress(StoreError):
+            await self._link.send(self._subject, json.dumps(news).encode())
+
+
 class NatsCalls:
     """Reads and writes calls. A record is written if it is still the one that was read."""
 
-    def __init__(self, link: NatsLink, subjects: NatsSubjects, settings: Settings) -> None:
+    def __init__(
+        self, link: NatsLink, subjects: NatsSubjects, settings: Settings, changes: NatsChanges
+    ) -> None:
+        self.changes = changes
         self._link = link
         self._subjects = subjects
         self._settings = settings
@@ -5561,7 +5727,9 @@ class NatsCalls:
             fence_s = 2 * self._settings().queue(call.queue).ack_wait + FENCE_S
             headers["Nats_TTL"] = f"{round(keep_s + fence_s)}s"
         payload = pack_call(call, parts)
-        return await self._link.publish(self._subjects.record(call), payload, **headers)
+        seq = await self._link.publish(self._subjects.record(call), payload, **headers)
+        self.changes.note(call)
+        return seq
 
     def fit(self, call: NatsCall, parts: Parts) -> tuple[NatsCall, Parts]:
         """A final call as one message can hold it: what is missed least goes first."""
@@ -5730,7 +5898,10 @@ class NatsWaiting:
 class NatsNews:
     """Tells our own daemon what has happened, and all others on the same stream."""
 
-    def __init__(self, link: NatsLink, subjects: NatsSubjects, listener: Listener) -> None:
+    def __init__(
+        self, link: NatsLink, subjects: NatsSubjects, listener: Listener, changes: NatsChanges
+    ) -> None:
+        self.changes = changes
         self._link = link
         self._subject = subjects.news
         self._listener = listener
@@ -6838,6 +7009,7 @@ class NatsIntake:
             await self._link.publish(place, json.dumps({"id": call.id}).encode())
         root = "later" if call.due_at > self._calls.now() else "work"
         await self._messages.store(root, stored, call.queue, call.lane, call.id)
+        self._calls.changes.note(call)
         await self._messages.deadline(call)
 
     async def _known(self, key: Mapping[str, Any], stored: Stored) -> str:
@@ -7032,6 +7204,10 @@ class NatsPeers:
             self._lanes.pause(*pause)
         if queue := news.get("wake"):
             self._lanes.wake(queue)
+        if news.get("watching"):
+            self._news.changes.watched_elsewhere()
+        if "changes" in news:
+            self._news.changes.heard(news["changes"], news["missed"])
 
     async def _asked(self, message: nats.aio.msg.Msg) -> None:
         """Another daemon asks whether we hold a claim."""
@@ -7095,12 +7271,14 @@ class NatsKeeper:
         consumers: NatsConsumers,
         lanes: NatsLanes,
         chores: NatsChores,
+        changes: NatsChanges,
     ) -> None:
         self._link = link
         self._settings = settings
         self._consumers = consumers
         self._lanes = lanes
         self._chores = chores
+        self._changes = changes
         self._look = asyncio.Event()  # at all lanes, now
         self._deadlines = asyncio.Event()  # some have passed
         self._tasks: Sequence[asyncio.Task[None]] = ()
@@ -7111,6 +7289,7 @@ class NatsKeeper:
             asyncio.create_task(self._keep_looking(), name="lanes"),
             asyncio.create_task(self._keep_leases(), name="leases"),
             asyncio.create_task(self._keep_deadlines(), name="deadlines"),
+            asyncio.create_task(self._changes.keep_telling(), name="changes"),
         ]
 
     async def stop(self) -> None:
@@ -7126,6 +7305,7 @@ class NatsKeeper:
     async def reconnected(self) -> None:
         """The connection is another one."""
         self._lanes.reconnected()
+        self._changes.lost()
         self._look.set()
 
     async def _keep_looking(self) -> None:
@@ -7152,6 +7332,7 @@ class NatsKeeper:
             self._lanes.reconnected()
             await self._chores.begin()
             return
+        await self._changes.announce()
         if fresh:
             await self._chores.renew()
         for queue, turns in list(self._lanes.queues.items()):
@@ -7216,6 +7397,21 @@ async def nats_stats(lanes: NatsLanes, messages: NatsWaiting) -> Mapping[str, Qu
     return stats
 
 
+async def nats_page(calls: NatsCalls, filters: CallFilter, limit: int, cursor: str | None) -> Page:
+    """See CallRecords. The cursor is the time in an id: the next page is older than that."""
+    found: list[Stored] = []
+    before = None if cursor is None else int(cursor)
+    step = min(NAMED_SUBJECTS, max(BATCH // 5, limit + 1))
+    async for batch in calls.shown(filters, before, step):
+        found += batch
+        if len(found) > limit:
+            break
+    records = [nats_record(stored.call, calls.now()) for stored in found[:limit]]
+    if len(found) <= limit:
+        return Page(records, None)
+    return Page(records, str(id_number(records[-1].id)))
+
+
 def nats_counts(lanes: NatsLanes) -> Counter[tuple[str, str]]:
     """How many calls wait and run, by lane and state, as the servers said last."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -7270,7 +7466,8 @@ class NatsQueue:
         self._kept_s = settings().calls.keep  # what records were written with
         self._link = NatsLink(settings().nats)
         self._subjects = NatsSubjects(settings().nats)
-        self._calls = NatsCalls(self._link, self._subjects, settings)
+        changes = NatsChanges(self._link, self._subjects)
+        self._calls = NatsCalls(self._link, self._subjects, settings, changes)
         self._waiting = NatsWaiting(self._link, self._subjects, settings().nats.stream)
         self._parts: NatsParts  # these, once open
         self._keeper: NatsKeeper
@@ -7313,7 +7510,7 @@ class NatsQueue:
         subjects = self._subjects
         settings = self._settings
         calls = self._calls
-        news = NatsNews(link, subjects, listener)
+        news = NatsNews(link, subjects, listener, calls.changes)
         lanes = NatsLanes(link, settings, self._wake)
         consumers = NatsConsumers(link, subjects, settings, lanes)
         messages = NatsMessages(link, subjects, consumers, lanes)
@@ -7326,7 +7523,7 @@ class NatsQueue:
         leases = NatsLeases(link, lanes, claims, slots)
         recovery = NatsRecovery(link, subjects, calls, self._waiting, messages, claims)
         chores = NatsChores(self._begin, recovery.adopt, leases.renew, deadlines.expire)
-        self._keeper = NatsKeeper(link, settings, consumers, lanes, chores)
+        self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
         self._parts = NatsParts(
             lanes=lanes,
             consumers=consumers,
@@ -7397,18 +7594,7 @@ class NatsQueue:
     async def list_records(
         self, filters: CallFilter, limit: int = 100, cursor: str | None = None
     ) -> Page:
-        """See CallRecords. The cursor is the time in an id: the next page is older than that."""
-        found: list[Stored] = []
-        before = None if cursor is None else int(cursor)
-        step = min(NAMED_SUBJECTS, max(BATCH // 5, limit + 1))
-        async for batch in self._calls.shown(filters, before, step):
-            found += batch
-            if len(found) > limit:
-                break
-        records = [nats_record(stored.call, self._calls.now()) for stored in found[:limit]]
-        if len(found) <= limit:
-            return Page(records, None)
-        return Page(records, str(id_number(records[-1].id)))
+        return await nats_page(self._calls, filters, limit, cursor)
 
     async def output(self, call_id: str) -> Output:
         stored = await self._calls.find(call_id)
@@ -7446,6 +7632,9 @@ class NatsQueue:
             return {}
         await self._parts.consumers.poll()
         return await nats_stats(self._parts.lanes, self._waiting)
+
+    def watch(self, tell: Tell[Changes] | None) -> None:
+        self._calls.changes.watch(tell)
 
     async def overview(self) -> Overview:
         stats = await self.stats()
@@ -9758,6 +9947,17 @@ async def stream_answer(
     return response
 
 
+async def write_in_time(
+    response: web.StreamResponse, data: bytes, transport: asyncio.Transport, limit_s: float
+) -> None:
+    """Write a piece. A client that takes nothing for too long is cut off."""
+    timer = asyncio.get_running_loop().call_later(limit_s, transport.abort)
+    try:
+        await response.write(data)
+    finally:
+        timer.cancel()
+
+
 async def copy_body(
     answer: HttpResponse,
     response: web.StreamResponse,
@@ -9765,13 +9965,8 @@ async def copy_body(
     write_timeout_s: float,
 ) -> None:
     """Write what comes in. A client that takes nothing for too long is cut off."""
-    loop = asyncio.get_running_loop()
     while (chunk := await answer.read_chunk()) and not answer.whole:
-        timer = loop.call_later(write_timeout_s, transport.abort)
-        try:
-            await response.write(chunk)
-        finally:
-            timer.cancel()
+        await write_in_time(response, chunk, transport, write_timeout_s)
     await response.write_eof(chunk)
 
 
@@ -10365,6 +10560,8 @@ class QueueRoutes:
 # --- Live view ------------------------------------------------------------------------------------
 # What an operator's page shows of the whole daemon, and how it stays true.
 
+# -- figures
+
 DURABLE = "a call is on disk before its 202"
 
 
@@ -10463,6 +10660,230 @@ def states_of(counts: Mapping[tuple[str, str], int], status: str) -> int:
     """How many calls of all functions are in a state."""
     found = [number for (_, state), number in counts.items() if state == status]
     return sum(found)
+
+
+# -- events
+
+EVENTS_KEPT = 1000  # for streams that begin again where they were cut
+MAX_STREAMS = 8  # a browser allows six to one host
+MAX_UNSENT_BYTES = 256 * KIB  # that wait for a slow reader: then it is told that it has missed some
+STREAM_PERIOD_S = 0.2  # between writes to one stream: what has happened meanwhile goes together
+PING_S = 15.0  # Proxies cut connections on which nothing happens, nginx after 60 s.
+GAP_S = 0.25  # between two events that tell of missed changes
+LINGER_WATCH_S = 60.0  # for which events are kept when the last stream has ended: it may come back
+EVENT_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would collect them
+}
+
+
+class Event(NamedTuple):
+    """What streams are sent. `record` decides who is; None: everybody."""
+
+    number: int
+    record: CallRecord | None
+    payload: bytes
+
+
+def event_text(event_id: str, kind: str, document: object) -> bytes:
+    """An event as it is sent (HTML standard 9.2.5)."""
+    data = json.dumps(document, ensure_ascii=False)
+    return f"id: {event_id}\nevent: {kind}\ndata: {data}\n\n".encode()
+
+
+class EventStream:
+    """What one reader is still to be sent: never more than MAX_UNSENT_BYTES."""
+
+    def __init__(self, wants: Callable[[CallRecord], bool]) -> None:
+        self._wants = wants
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._some = asyncio.Event()
+
+    def put(self, event: Event) -> bool:
+        """Send an event, if it is wanted. False: there was no room, and what waited is gone."""
+        if event.record is not None and not self._wants(event.record):
+            return True
+        self._unsent.append(event.payload)
+        self._unsent_bytes += len(event.payload)
+        self._some.set()
+        if self._unsent_bytes <= MAX_UNSENT_BYTES:
+            return True
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        return False
+
+    def wake(self) -> None:
+        """Have `take` return."""
+        self._some.set()
+
+    async def take(self) -> bytes:
+        """What there is to be sent, as soon as there is something; nothing after PING_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PING_S):
+                await self._some.wait()
+        self._some.clear()
+        data = b"".join(self._unsent)
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        return data
+
+
+class EventHub:
+    """Tells each change of a call to all streams.
+
+    An event's id is EPOCH-NUMBER; a stream that was cut begins again after the last one that it
+    had, if that is still known. The queue is watched only as long as somebody reads, and a while.
+    """
+
+    def __init__(self, records: CallRecords) -> None:
+        self.closed = False
+        self._records = records
+        self._streams: set[EventStream] = set()
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._epoch = new_id()[-12:]
+        self._number = 0
+        self._watching = False
+        self._gap: asyncio.TimerHandle | None = None  # that will be told
+        self._end: asyncio.TimerHandle | None = None  # of watching, when nobody reads
+
+    def join(self, wants: Callable[[CallRecord], bool], last_id: str | None) -> EventStream:
+        """A stream of what is wanted, from now on or after an event. HttpError(503)."""
+        if len(self._streams) >= MAX_STREAMS:
+            reason = f"{MAX_STREAMS} streams of events are open already: close one, or poll"
+            raise HttpError(503, f"{reason} /system/stats", LATER)
+        if self._end is not None:
+            self._end.cancel()
+            self._end = None
+        if not self._watching:
+            self._records.watch(self._tell)
+            self._watching = True
+        stream = EventStream(wants)
+        missed = self._since(last_id)
+        opening = event_text(self._last_id, "open", {"resumed": missed is not None})
+        stream.put(Event(self._number, None, b"retry: 2000\n" + opening))
+        for event in missed or ():
+            if not stream.put(event):
+                self._skip(stream)
+                break
+        self._streams.add(stream)
+        return stream
+
+    def leave(self, stream: EventStream) -> None:
+        """The reader has gone."""
+        self._streams.discard(stream)
+        if not self._streams and not self.closed:
+            self._end = asyncio.get_running_loop().call_later(LINGER_WATCH_S, self._stop_watching)
+
+    def close(self) -> None:
+        """End all streams: the daemon stops."""
+        self.closed = True
+        for timer in (self._gap, self._end):
+            if timer is not None:
+                timer.cancel()
+        for stream in self._streams:
+            stream.wake()
+
+    def ping(self) -> bytes:
+        """Something that is no event. A reader has had all that it wants up to this id."""
+        return f": still here\nid: {self._last_id}\n\n".encode()
+
+    @property
+    def _last_id(self) -> str:
+        return f"{self._epoch}-{self._number}"
+
+    def _since(self, last_id: str | None) -> Sequence[Event] | None:
+        """What has happened since an event. None: that is not known any more."""
+        epoch, _, number = (last_id or "").partition("-")
+        if epoch != self._epoch or not number.isdecimal():
+            return None
+        oldest = self._events[0].number if self._events else self._number + 1
+        if not oldest - 1 <= int(number) <= self._number:
+            return None
+        return [event for event in self._events if event.number > int(number)]
+
+    def _tell(self, changes: Changes) -> None:
+        if not self._watching or self.closed:
+            return
+        for record in changes.records:
+            self._number += 1
+            payload = event_text(self._last_id, "call", record_document(record))
+            self._send(Event(self._number, record, payload))
+        if changes.missed and self._gap is None:
+            self._gap = asyncio.get_running_loop().call_later(GAP_S, self._tell_gap)
+
+    def _send(self, event: Event) -> None:
+        self._events.append(event)
+        for stream in self._streams:
+            if not stream.put(event):
+                self._skip(stream)
+
+    def _tell_gap(self) -> None:
+        """There were more changes than are told: who shows them has to look again."""
+        self._gap = None
+        self._number += 1
+        reason = "more has changed than is told: look again"
+        payload = event_text(self._last_id, "gap", {"reason": reason})
+        self._send(Event(self._number, None, payload))
+
+    def _skip(self, stream: EventStream) -> None:
+        """A reader is too slow for all there is."""
+        reason = "this stream was read too slowly: look again"
+        payload = event_text(self._last_id, "gap", {"reason": reason})
+        stream.put(Event(self._number, None, payload))
+
+    def _stop_watching(self) -> None:
+        self._records.watch(None)
+        self._watching = False
+        self._events.clear()
+        self._epoch = new_id()[-12:]
+
+
+@dataclass(frozen=True)
+class EventRoutes:
+    """Changes of calls as they happen."""
+
+    settings: Settings
+    hub: EventHub
+
+    async def show_events(self, request: Request) -> web.StreamResponse:
+        """A stream of events, until the client goes away or the daemon stops."""
+        wants = self._filter(request.query)
+        response = web.StreamResponse(headers=EVENT_HEADERS)
+        if request.http.method == "HEAD":
+            return response
+        transport = request.http.transport
+        assert transport
+        stream = self.hub.join(wants, request.headers.get("Last-Event-ID"))
+        limit_s = self.settings().gateway.write_timeout
+        try:
+            await response.prepare(request.http)
+            while not self.hub.closed:
+                data = await stream.take() or self.hub.ping()
+                await write_in_time(response, data, transport, limit_s)
+                await asyncio.sleep(STREAM_PERIOD_S)
+            await response.write_eof()
+        except ConnectionError:
+            pass  # The client has gone away.
+        finally:
+            self.hub.leave(stream)
+        return response
+
+    def _filter(self, query: Mapping[str, str]) -> Callable[[CallRecord], bool]:
+        """Which calls a stream is about. Raises HttpError(400)."""
+        if unknown := query.keys() - {"call_id", "function"}:
+            raise HttpError(400, f"{min(unknown)}: unknown filter; there are call_id, function")
+        call_id = parse_one(query, "call_id", text)
+        function = parse_one(query, "function", text)
+        if function:
+            function = function.removesuffix("." + self.settings().gateway.namespace)
+
+        def wants(record: CallRecord) -> bool:
+            is_call = call_id in (None, record.id, record.call_id)
+            return is_call and function in (None, record.function)
+
+        return wants
 
 
 # --- OpenFaaS routes ------------------------------------------------------------------------------
@@ -10628,6 +11049,7 @@ def route_table(
     calls: CallRoutes,
     queues: QueueRoutes,
     stats: StatsRoutes,
+    events: EventRoutes,
     health: HealthRoutes,
     rest: RestRoutes,
     fn: FnRoutes,
@@ -10656,11 +11078,12 @@ def route_table(
             queues.change_queue,
         ),
         ("GET", "/system/stats", Access.OPERATE, stats.show_stats),
+        ("GET", "/system/events", Access.OPERATE, events.show_events),
         ("GET", "/metrics", Access.OPERATE, queues.expose),
         ("GET", "/v1/apps/{segment}/calls", Access.OPERATE, fn.list_calls),
         ("GET", "/v1/apps/{segment}/calls/{segment}", Access.OPERATE, fn.show_call),
         ("GET", "/v1/apps/{segment}/calls/{segment}/log", Access.OPERATE, fn.show_log),
-        ("*", r"/system(?!/(?:calls|queues|stats)\b)…", Access.OPERATE, rest.handle),
+        ("*", r"/system(?!/(?:calls|queues|stats|events)\b)…", Access.OPERATE, rest.handle),
     )
     cors = ("/function/…", "/async-function/…", "/async-function/{call}")
     return [
@@ -10770,6 +11193,7 @@ class Daemon:
         self._waiters = CallWaiters()
         self._queue = make_queue(config, self.settings, self._metrics.observe_commit)
         self._consumers = Consumers(self.settings, self._queue, self._ended)
+        self._hub = EventHub(self._queue)
         self._limits = FunctionLimits(self.settings, self._consumers.wake_all)
 
     def settings(self) -> Config:
@@ -10841,6 +11265,7 @@ class Daemon:
             CallRoutes(settings, self._queue, self._waiters),
             queues,
             StatsRoutes(queues, self._queue, self._limits, lambda: self._warnings),
+            EventRoutes(settings, self._hub),
             HealthRoutes(self._queue, self._waiters),
             RestRoutes(settings, provider, directory, metrics),
             FnRoutes(functions, self._queue),
@@ -10940,6 +11365,7 @@ class Daemon:
         sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
         log.info("stopping: waiting up to %.0f s for running functions", drain_s)
         self._waiters.close()
+        self._hub.close()
         asyncio.get_running_loop().call_later(drain_s, self._hurry.set)
         hurried = asyncio.create_task(self._hurry.wait(), name="hurry")
         self._consumers.halt()  # first, or one more call may begin

@@ -28,6 +28,7 @@ from faasd_async import (
     CallFilter,
     CallRecord,
     CallRecords,
+    Changes,
     Claim,
     Config,
     Ended,
@@ -197,6 +198,7 @@ class Bench:
         self.woken: list[str] = []
         self.stopped: list[Hashable] = []
         self.ended: list[Ended] = []
+        self.changes: list[Changes] = []
         self._news = asyncio.Event()
 
     # -- lifecycle
@@ -212,6 +214,16 @@ class Bench:
             self._news.set()
 
         return note
+
+    def watch(self) -> None:
+        """Have changes told from now on."""
+        self.queue.watch(self._note(self.changes))
+
+    def told(self) -> list[tuple[str, str, str]]:
+        """The changes so far: call id, state, state of the callback; the same twice in a row is once."""
+        records = [record for changes in self.changes for record in changes.records]
+        told = [(record.call_id, record.status, record.callback.status) for record in records]
+        return [item for number, item in enumerate(told) if told[number - 1 : number] != [item]]
 
     async def reopen(self) -> None:
         """An orderly restart."""

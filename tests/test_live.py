@@ -1,9 +1,16 @@
 """What the whole daemon shows of itself, and what it tells as it happens."""
 
+import asyncio
+import contextlib
 import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
-from conftest import Daemon, Gate, Server, StartDaemon, answer, ask
+import aiohttp
+from conftest import PATIENCE, Daemon, Gate, Server, StartDaemon, answer, ask
+from queues import OK, Bench, NatsStore, Settings
 
 SETTINGS = """
 [functions.it]
@@ -74,3 +81,215 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
     assert shown["memory_bytes"] > 1_000_000
     assert shown["uptime_seconds"] > 0
     assert shown["warnings"] == ["functions.gone.command: there is no program /no/such/program"]
+
+
+# ---- events --------------------------------------------------------------------------------------
+
+
+class Events:
+    """A stream of events, as a browser reads it (HTML standard 9.2.6)."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.last_id = ""
+
+    async def fields(self) -> dict[str, str]:
+        """What the next block has; a comment under "". Empty: the stream has ended."""
+        found: dict[str, str] = {}
+        async with asyncio.timeout(PATIENCE):
+            while line := (await self.response.content.readline()).decode():
+                if line == "\n":
+                    break
+                name, _, value = line.rstrip("\n").partition(": ")
+                found[name] = value
+        self.last_id = found.get("id", self.last_id)
+        return found
+
+    async def next(self) -> tuple[str, Any]:
+        """Kind and document of the next event."""
+        found = await self.fields()
+        while found and "event" not in found:
+            found = await self.fields()
+        return found["event"], json.loads(found["data"])
+
+    async def until(self, status: str) -> list[dict[str, Any]]:
+        """The records that are told, up to one in this state."""
+        records = []
+        while True:
+            kind, record = await self.next()
+            assert kind == "call", record
+            records.append(record)
+            if record["status"] == status:
+                return records
+
+
+@contextlib.asynccontextmanager
+async def events(gateway: Daemon, query: str = "", last_id: str | None = None) -> AsyncIterator[Events]:
+    """A stream that is open, with its first event still to come."""
+    headers = {} if last_id is None else {"Last-Event-ID": last_id}
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, read_bufsize=2**20) as session,
+        session.get(f"{gateway.url}/system/events{query}", headers=headers) as response,
+    ):
+        assert response.status == 200, await response.text()
+        assert response.headers["Content-Type"] == "text/event-stream"
+        yield Events(response)
+
+
+async def test_each_change_is_told_as_it_happens(daemon: StartDaemon, function: Server) -> None:
+    """To curl as to anybody: a change is told when it has happened, not when the call has ended."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    function.behaviour = gate = Gate()
+    curl = await asyncio.create_subprocess_exec(
+        *("curl", "--silent", "--no-buffer", f"{gateway.url}/system/events"), stdout=asyncio.subprocess.PIPE
+    )
+    assert curl.stdout
+
+    async def line(start: str) -> str:
+        async with asyncio.timeout(PATIENCE):
+            while curl.stdout and not (line := await curl.stdout.readline()).startswith(start.encode()):
+                assert line, "the stream has ended"
+        return line.decode()
+
+    assert json.loads((await line("data: ")).removeprefix("data: ")) == {"resumed": False}
+    call_id = await gateway.submit("it")
+    told = [json.loads((await line("data: ")).removeprefix("data: ")) for _ in range(2)]
+    assert [(item["call_id"], item["status"]) for item in told] == [(call_id, "queued"), (call_id, "running")]
+    gate.open()
+    ended = json.loads((await line("data: ")).removeprefix("data: "))
+    assert ended == await gateway.final(call_id)
+    curl.kill()
+    await curl.wait()
+
+
+async def test_a_stream_may_be_about_one_call_or_one_function(daemon: StartDaemon, function: Server) -> None:
+    """Nothing else is told to it."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    async with events(gateway, "?call_id=mine") as one, events(gateway, "?function=other.openfaas-fn") as other:
+        for stream in (one, other):
+            assert await stream.next() == ("open", {"resumed": False})
+        await gateway.submit("it")
+        await gateway.submit("it", X_Call_Id="mine")
+        await gateway.submit("other")
+        assert {record["call_id"] for record in await one.until("success")} == {"mine"}
+        assert {record["function"] for record in await other.until("success")} == {"other"}
+    refused = await ask(gateway.url, "/system/events?status=error")
+    assert (refused.status, refused.body) == (400, b"status: unknown filter; there are call_id, function\n")
+
+
+async def test_a_stream_that_was_cut_begins_again_where_it_was(daemon: StartDaemon, function: Server) -> None:
+    """Nothing is missed, nothing told twice; after a restart of the daemon that is not known."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    async with events(gateway) as stream:
+        await stream.next()
+        first = await gateway.submit("it")
+        await stream.until("success")
+    second = await gateway.submit("it")
+    await gateway.final(second)
+    async with events(gateway, last_id=stream.last_id) as again:
+        assert await again.next() == ("open", {"resumed": True})
+        told = [(record["call_id"], record["status"]) for record in await again.until("success")]
+        assert told == [(second, status) for status in ("queued", "running", "success")]
+    await gateway.terminate()
+    await gateway.start()
+    async with events(gateway, last_id=again.last_id) as later:
+        assert await later.next() == ("open", {"resumed": False})
+    assert first != second
+
+
+async def test_changes_that_are_too_many_to_be_told_leave_a_gap(daemon: StartDaemon, function: Server) -> None:
+    """Who shows them has to look again."""
+    gateway = await daemon(SETTINGS.format(url=function.url), before="faasd_async.CHANGES_S = 3")
+    async with events(gateway) as stream:
+        await stream.next()
+        await asyncio.gather(*(gateway.submit("other", X_Delay="1h") for _ in range(20)))
+        told = await stream.next()
+        while told[0] == "call":
+            told = await stream.next()
+        assert told == ("gap", {"reason": "more has changed than is told: look again"})
+
+
+async def test_a_reader_that_is_too_slow_is_told_that_it_has_missed_something(
+    daemon: StartDaemon, function: Server
+) -> None:
+    """What it does not read is not kept for it."""
+    before = "faasd_async.CHANGES_S = 10**6; faasd_async.MAX_UNSENT_BYTES = 2000"
+    gateway = await daemon(SETTINGS.format(url=function.url), before=before)
+    async with events(gateway) as stream:
+        await stream.next()
+        await asyncio.gather(*(gateway.submit("other", X_Delay="1h") for _ in range(20)))
+        told = await stream.next()
+        while told[0] == "call":
+            told = await stream.next()
+        assert told == ("gap", {"reason": "this stream was read too slowly: look again"})
+
+
+async def test_a_stream_on_which_nothing_happens_is_kept_open(daemon: StartDaemon, function: Server) -> None:
+    """By comments, which name the event that it can be resumed after."""
+    gateway = await daemon(SETTINGS.format(url=function.url), before="faasd_async.PING_S = 0.05")
+    async with events(gateway) as stream:
+        await stream.next()
+        begun_at = stream.last_id
+        assert await stream.fields() == {"": "still here", "id": begun_at}
+
+
+async def test_more_than_eight_streams_are_refused(daemon: StartDaemon, function: Server) -> None:
+    """With a reason and a time; when one has ended there is room again."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(7):
+            await stack.enter_async_context(events(gateway))
+        async with events(gateway):
+            refused = await ask(gateway.url, "/system/events")
+        assert refused.status == 503
+        assert refused.body == b"8 streams of events are open already: close one, or poll /system/stats\n"
+        assert "Retry-After" in refused.headers
+
+        async def opens() -> bool:
+            with contextlib.suppress(AssertionError):
+                async with events(gateway):
+                    return True
+            return False
+
+        async with asyncio.timeout(PATIENCE):
+            # The daemon has still to hear that the reader has gone.
+            while not await opens():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_streams_end_with_the_daemon(daemon: StartDaemon, function: Server) -> None:
+    """It does not wait for them."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    async with events(gateway) as stream:
+        await stream.next()
+        assert await gateway.terminate() == 0
+        while await stream.fields():
+            pass
+        assert stream.response.content.at_eof()
+
+
+async def test_a_stream_tells_what_other_hosts_do(tmp_path: Path) -> None:
+    """Of the queue that they share, while somebody watches."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    config = Settings()
+    one = Bench(NatsStore(tmp_path / "one", config), config)
+    shutil.copy(tmp_path / "one" / "nats", tmp_path / "two")
+    two = Bench(NatsStore(tmp_path / "two", config), config)
+    await one.open()
+    await two.open()
+    one.watch()
+    two.watch()
+    number = 0
+    while not one.changes:  # It takes a moment until the other one knows that somebody watches.
+        await two.enqueue(f"early-{(number := number + 1)}")
+        await asyncio.sleep(0.1)
+    await two.claim()
+    await two.enqueue("a")
+    work = await two.take()
+    await two.queue.complete(work, OK, "success")
+    expected = [("a", status, "none") for status in ("queued", "running", "success")]
+    await one.until(lambda: [item for item in one.told() if item[0] == "a"] == expected)
+    await one.queue.close()
+    await two.queue.close()

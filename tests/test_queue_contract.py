@@ -31,6 +31,7 @@ from queues import (
 
 from faasd_async import (
     CALLBACKS,
+    CHANGES_S,
     BulkResult,
     CallFilter,
     Claim,
@@ -2068,6 +2069,89 @@ async def test_what_is_stored_takes_room(bench: Bench) -> None:
     overview = await bench.queue.overview()
     assert overview.store.used_bytes > 500_000
     assert overview.queues[REQUESTS].depth == 1
+
+
+# ---- watch ---------------------------------------------------------------------------------------
+
+
+async def test_each_change_of_a_call_is_told(bench: Bench) -> None:
+    """From its acceptance to the end of its callback, in order, each as its record shows it."""
+    bench.watch()
+    expected: list[tuple[str, str, str]] = []
+
+    async def then(status: str, callback: str = "none") -> None:
+        expected.append(("a", status, callback))
+        await bench.until(lambda: bench.told() == expected)
+
+    await bench.enqueue("a", callback_url=SINK)
+    await then("queued")
+    work = await bench.take()
+    await then("running")
+    await bench.queue.retry(work, BAD, 3600)
+    await then("delayed")
+    await bench.queue.cancel("a")
+    await then("cancelled")
+    await bench.queue.redrive("a")
+    await then("queued")
+    await bench.take()
+    await then("running")
+    await bench.queue.cancel("a")
+    await then("cancelled")
+    await bench.queue.redrive("a")
+    await then("queued")
+    work = await bench.take()
+    await then("running")
+    await bench.queue.complete(work, OK, "success")
+    await then("success", "pending")
+    await bench.deliver()
+    await then("success", "delivered")
+    await bench.queue.resend("a")
+    await then("success", "pending")
+    await bench.deliver(BAD, "failed")
+    await then("success", "failed")
+    assert bench.changes[-1].records[-1] == (await bench.queue.lookup("a"))._replace(history=())
+
+
+async def test_a_deadline_that_passes_is_told(bench: Bench) -> None:
+    """Nobody has asked for anything then."""
+    bench.watch()
+    await bench.enqueue("a", deadline_at=time.time() + 0.1)
+    await bench.until(lambda: ("a", "timeout", "none") in bench.told())
+
+
+async def test_what_is_done_to_many_is_told_of_each(bench: Bench) -> None:
+    """Calls of a queue that is emptied, and those that match a filter."""
+    await bench.enqueue_all("a", "b")
+    bench.watch()
+    await bench.queue.purge(REQUESTS)
+    await bench.until(lambda: {item[:2] for item in bench.told()} >= {("a", "cancelled"), ("b", "cancelled")})
+    bench.changes.clear()
+    await bench.queue.redrive_matching(CallFilter(statuses=("cancelled",)))
+    await bench.until(lambda: {item[:2] for item in bench.told()} >= {("a", "queued"), ("b", "queued")})
+
+
+async def test_changes_that_are_too_many_are_counted(bench: Bench) -> None:
+    """Those that are told, and those that are not, are all there are."""
+    bench.watch()
+    begun = time.monotonic()
+    await asyncio.gather(*(bench.enqueue() for _ in range(2000)))
+    number = 2000
+    await bench.until(lambda: sum(len(item.records) + item.missed for item in bench.changes) >= number)
+    told = sum(len(item.records) for item in bench.changes)
+    assert 0 < told <= CHANGES_S * (1 + time.monotonic() - begun)
+    assert sum(item.missed for item in bench.changes) == number - told
+
+
+async def test_nothing_is_told_to_who_does_not_watch_any_more(bench: Bench) -> None:
+    """What comes meanwhile is not told later either."""
+    bench.watch()
+    bench.queue.watch(None)
+    await bench.add("a")
+    await asyncio.sleep(0.2)  # for which changes may be collected
+    bench.watch()
+    await bench.enqueue("b")
+    await bench.until(bench.told)
+    assert bench.told() == [("b", "queued", "none")]
 
 
 # ---- prune ---------------------------------------------------------------------------------------
