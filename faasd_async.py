@@ -96,7 +96,9 @@ import http.client
 import ipaddress
 import json
 import logging
+import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -716,6 +718,31 @@ def rfc3339(at: float | None) -> str | None:
     return moment.isoformat(timespec="microseconds") + "Z"
 
 
+def count_of(number: int, what: str) -> str:
+    """1 queue, 2 queues."""
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def brief(seconds: float | None) -> str:
+    """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}{unit}"
+    return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+
+
+def brief_size(number: int) -> str:
+    """A size: 5 B, 1.2 KiB, 3.4 GiB."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1000 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
 def show_url(value: str | None) -> str | None:
     """A URL without the credentials it may carry."""
     return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
@@ -1274,6 +1301,22 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     return replace(config, queues=queues, functions=functions)
 
 
+CONFIG_FILE = "faasd-async/config.toml"  # in the user's folder of configuration, and in /etc
+
+
+def default_config() -> str | None:
+    """The configuration file where none is named: a variable's, the user's, the system's."""
+    if named := os.environ.get("FAASD_ASYNC_CONFIG"):
+        return named
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    for folder in (home, "/etc"):
+        with contextlib.suppress(OSError, RuntimeError):  # not ours to look at; no home
+            path = Path(folder).expanduser() / CONFIG_FILE
+            if path.exists():
+                return str(path)
+    return None
+
+
 def load_config(path: str | None, tables: Container[str] | None = None) -> Config:
     """Read and check a TOML file (None: all defaults), or some tables of it.
 
@@ -1293,6 +1336,12 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
     except ConfigError as exc:
         problems = exc.problems
     raise ConfigError([f"{path}: {problem}" for problem in problems])
+
+
+def config_counts(config: Config) -> str:
+    """How much is configured."""
+    counts = [count_of(len(config.functions), "function"), count_of(len(config.queues), "queue")]
+    return ", ".join(counts)
 
 
 def config_warnings(config: Config) -> Iterator[str]:
@@ -11380,8 +11429,41 @@ class Daemon:
         await asyncio.gather(answered, hurried, return_exceptions=True)
 
 
+def introduction(config: Config, path: str | None) -> Iterator[str]:
+    """What is about to run, on what, and what it promises."""
+    source = f"configuration {path}" if path else "no configuration file"
+    yield f"faasd-async {VERSION} on Python {platform.python_version()}"
+    yield f"{source}: {config_counts(config)}"
+    if config.store.backend != "sqlite":
+        servers = show_url(" ".join(config.nats.servers))
+        yield f"store {servers}: the stream {config.nats.stream}"
+        return
+    store = store_path(config)
+    state = "a new one"
+    if store.exists():
+        state = brief_size(store_figures(store).used_bytes)
+    yield f"store {store}: {state}; {DURABLE}"
+
+
+def next_steps(config: Config, path: str | None) -> Iterator[str]:
+    """What to do where nothing can be called yet."""
+    if config.functions or config.provider.url:
+        return
+    if path:
+        yield f"there is no function: add a table [functions.NAME] to {path}, or [provider]"
+    else:
+        yield (
+            f"there is no function: name a file with --config, or write ~/.config/{CONFIG_FILE} "
+            f"or /etc/{CONFIG_FILE}, with a table [functions.NAME] or [provider]"
+        )
+
+
 async def run_daemon(config: Config, path: str | None) -> int:
     """Serve until a signal; the exit code. Raises ConfigError, StoreError."""
+    for line in introduction(config, path):
+        log.info("%s", line)
+    for line in next_steps(config, path):
+        log.warning("%s", line)
     return await Daemon(config, path).run()
 
 
@@ -11392,23 +11474,9 @@ async def run_daemon(config: Config, path: str | None) -> int:
 Arguments = argparse.Namespace
 HeaderPairs = Sequence[tuple[str, str]]
 
-CONFIG_FILE = "faasd-async/config.toml"  # in the user's folder of configuration, and in /etc
 CONNECT_S = 10.0  # what a daemon gets to take a connection; to answer, it may need longer
 ID_PREFIX = re.compile(r"[0-9a-f]{6}[0-9a-f-]{0,29}")  # how the id of a call may begin
 PREFIX_SLACK_S = 2.0  # between the time in an id and that of its record
-
-
-def default_config() -> str | None:
-    """The configuration file where none is named: a variable's, the user's, the system's."""
-    if named := os.environ.get("FAASD_ASYNC_CONFIG"):
-        return named
-    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    for folder in (home, "/etc"):
-        with contextlib.suppress(OSError, RuntimeError):  # not ours to look at; no home
-            path = Path(folder).expanduser() / CONFIG_FILE
-            if path.exists():
-                return str(path)
-    return None
 
 
 def canonical_url(address: str) -> str:
@@ -11626,26 +11694,6 @@ def write_row(row: str, *cells: object) -> None:
     write((line if len(line) <= width else line[: width - 1] + "…") + "\n")
 
 
-def brief(seconds: float | None) -> str:
-    """A duration in at most four characters: 0.3s, 12s, 5m, 3h, 20d."""
-    if seconds is None:
-        return "-"
-    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f}{unit}"
-    return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-
-
-def brief_size(number: int) -> str:
-    """A size: 5 B, 1.2 KiB, 3.4 GiB."""
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1000 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-
-
 def clock(at: str | None) -> str:
     """A time of a record on this machine's clock."""
     if at is None:
@@ -11849,13 +11897,8 @@ def describe_callback(callback: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", callback["error"]
 
 
-def send(args: Arguments) -> None:
-    """One request, whose answer is printed as it is."""
-    write(Client(args).ask(args.request.format(quote(args.name, safe=""))))
-
-
-def send_call(args: Arguments) -> None:
-    """The same for a call, whose id may be the beginning of one."""
+def print_call(args: Arguments) -> None:
+    """What there is of a call, as it is."""
     client = Client(args)
     call_id = client.full_id(args.id)
     write(client.ask(args.request.format(quote(call_id, safe=""))))
@@ -11933,7 +11976,11 @@ def invoke(args: Arguments) -> None:
     """Print the answer; with --async the call's id; with --wait the output, once it has ended."""
     client = Client(args)
     if not args.queued and not args.wait:
-        write(call_function(client, "/function/", args, args.header))
+        answer = call_function(client, "/function/", args, args.header)
+        if args.json:
+            write_json({"output": answer.decode(errors="replace")})
+        else:
+            write(answer)
         return
     headers = (*args.header, ("Accept", "application/json"))
     answer = call_function(client, "/async-function/", args, headers)
@@ -11942,10 +11989,11 @@ def invoke(args: Arguments) -> None:
         write(answer if args.json else call_id + "\n")
         return
     record = client.record(call_id, wait=True)
+    output = client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log")
     if args.json:
-        write_json(record)
+        write_json({**record, "output": output.decode(errors="replace")})
     else:
-        write(client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log"))
+        write(output)
     if record["status"] != "success":
         reason = f"call {call_id} ended in {record['status']}: {record['error']}"
         raise HttpError(500, reason)
@@ -11959,15 +12007,115 @@ QUEUE_ROW = "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}"
 
 def list_queues(args: Arguments) -> None:
     """The last one is the callback sender's."""
-    answer = Client(args).ask("GET /system/queues")
+    document = json.loads(Client(args).ask("GET /system/queues"))
     if args.json:
-        write_json(json.loads(answer))
-        return
+        write_json(document)
+    else:
+        write_queues(document["queues"])
+
+
+def write_queues(queues: Iterable[Mapping[str, Any]]) -> None:
+    """The table of queues."""
     write_row(QUEUE_ROW, "QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE")
-    for queue in json.loads(answer)["queues"]:
+    for queue in queues:
         cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
         state = "paused" if queue.get("paused") else "-"
         write_row(QUEUE_ROW, *cells, brief(queue["oldest_seconds"]), state)
+
+
+def change_queue(args: Arguments) -> None:
+    """Pause, resume or purge one."""
+    answer = Client(args).ask(args.request.format(quote(args.name, safe="")))
+    document = json.loads(answer)
+    if args.json:
+        write_json(document)
+    elif "cancelled" in document:
+        write(f"{document['queue']}: {count_of(document['cancelled'], 'call')} cancelled\n")
+    else:
+        write(f"{document['queue']}: {'paused' if document['paused'] else 'resumed'}\n")
+
+
+# What is said of the whole daemon, and from when on it is worth a look.
+STUCK_S = 60.0  # a call that is due, while nothing runs in its queue
+NEARLY_FULL = 0.9
+LITTLE_BYTES = 200 * MIB  # left on the disk
+
+
+def show_status(args: Arguments) -> int:
+    """The daemon in one screen; exit code 1 if it needs somebody."""
+    stats: dict[str, Any] = json.loads(Client(args).ask("GET /system/stats"))
+    complaints = [*complaints_of(stats)]
+    if args.json:
+        write_json({**stats, "complaints": complaints})
+        return 1 if complaints else 0
+    for name, value in describe_daemon(stats):
+        write(f"{name:10}  {value}\n")
+    write("\n")
+    write_queues(stats["queues"])
+    write("\n")
+    for line in complaints:
+        write(f"! {line}\n")
+    for line in hints_of(stats):
+        write(f"- {line}\n")
+    if not complaints:
+        write("All is well.\n")
+    return 1 if complaints else 0
+
+
+def describe_daemon(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The figures as lines with a name each."""
+    store, commits = stats["store"], stats["commit_seconds"]
+    counts = stats["counts"]
+    memory = f", {brief_size(stats['memory_bytes'])} of memory" if stats["memory_bytes"] else ""
+    yield "daemon", f"faasd-async {stats['version']}, up {brief(stats['uptime_seconds'])}{memory}"
+    yield "guarantee", stats["guarantee"]
+    left = f", {brief_size(store['free_bytes'])} free" if store["free_bytes"] is not None else ""
+    yield "store", f"{store['place']}  {brief_size(store['used_bytes'])}{left}"
+    if commits["p99"] is not None:
+        yield "commits", f"{commits['p50'] * 1000:.1f} ms, of 99 % {commits['p99'] * 1000:.1f} ms"
+    waiting = [f"{counts[status]} {status}" for status in STATUSES if status not in FINAL]
+    yield "calls", ", ".join(waiting)
+    since = f"since {clock(stats['counted_since'])}" if stats["counted_since"] else "kept"
+    yield "", ", ".join(f"{counts[status]} {status}" for status in FINAL) + f" ({since})"
+    hours = [queue["hour"] for queue in stats["queues"] if "hour" in queue]
+    sums = {kind: sum(sum(hour[kind]) for hour in hours) for kind in ("accepted", "failed")}
+    yield "last hour", f"{sums['accepted']} accepted, {sums['failed']} failed"
+    callbacks = [f"{number} {status}" for status, number in stats["callbacks"].items()]
+    yield "callbacks", ", ".join(callbacks)
+
+
+def complaints_of(stats: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should look at, with the command that shows more or mends it."""
+    if stats["trouble"]:
+        yield f"no calls are accepted: {stats['trouble']}"
+    for queue in stats["queues"]:
+        yield from complaints_of_queue(queue)
+    free_bytes = stats["store"]["free_bytes"]
+    if free_bytes is not None and free_bytes < LITTLE_BYTES:
+        yield f"the disk has {brief_size(free_bytes)} left: df -h {stats['store']['place']}"
+
+
+def hints_of(stats: Mapping[str, Any]) -> Iterator[str]:
+    """What is no fault of the daemon's, and may still be wanted."""
+    yield from stats["warnings"]
+    failed = stats["counts"]["error"] + stats["counts"]["timeout"]
+    if failed:
+        yield f"{count_of(failed, 'call')} failed: faasd-async calls --status error,timeout"
+    if undelivered := stats["callbacks"]["failed"]:
+        what = count_of(undelivered, "callback")
+        yield f"{what} could not be delivered: faasd-async calls --callback failed"
+
+
+def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a queue."""
+    name, depth = queue["name"], queue["depth"]
+    if queue.get("paused"):
+        yield f"queue {name} is paused: faasd-async queues resume {name}"
+    elif depth and not queue["inflight"] and queue["oldest_seconds"] > STUCK_S:
+        age = brief(queue["oldest_seconds"])
+        yield f"queue {name} is stuck, its oldest call is due since {age}: faasd-async calls"
+    if depth > NEARLY_FULL * queue.get("max_pending", math.inf):
+        yield f"queue {name} is nearly full: {depth} of {queue['max_pending']} wait"
 
 
 # --- Service commands -----------------------------------------------------------------------------
@@ -12026,8 +12174,7 @@ def check(args: Arguments) -> None:
     config = load_config(path)
     for line in config_warnings(config):
         print(f"{path or 'defaults'}: {line}", file=sys.stderr)
-    counts = f"{len(config.functions)} functions, {len(config.queues)} queues"
-    print(f"{path or 'defaults'}: ok, {counts}")
+    print(f"{path or 'defaults'}: ok, {config_counts(config)}")
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -12120,6 +12267,7 @@ COMMANDS: Sequence[Command] = (
     Command("", serve, "Run functions in the background on one machine.", "--config --listen"),
     Command("serve", serve, "run the daemon (as without a command)", "--config --listen"),
     Command("check", check, "check a configuration file", "file --config"),
+    Command("status", show_status, "tell how the daemon is", f"--json {WHERE}"),
     Command(
         *("calls", list_calls, "list calls, or what ACTION says"),
         f"{WHICH} --limit --long --watch --json {WHERE}",
@@ -12133,7 +12281,7 @@ COMMANDS: Sequence[Command] = (
         f"id --wait --json {WHERE}",
     ),
     Command(
-        *("calls log", send_call, "print what a call's function wrote"),
+        *("calls log", print_call, "print what a call's function wrote"),
         *(f"id {WHERE}", "GET /system/calls/{}/log"),
     ),
     Command(
@@ -12151,16 +12299,16 @@ COMMANDS: Sequence[Command] = (
     Command("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
     Command("queues list", list_queues, "list queues", f"--json {WHERE}"),
     Command(
-        *("queues pause", send, "hold a queue's calls"),
-        *(f"name {WHERE}", "POST /system/queues/{}/pause"),
+        *("queues pause", change_queue, "hold a queue's calls"),
+        *(f"name --json {WHERE}", "POST /system/queues/{}/pause"),
     ),
     Command(
-        *("queues resume", send, "let them run again"),
-        *(f"name {WHERE}", "POST /system/queues/{}/resume"),
+        *("queues resume", change_queue, "let them run again"),
+        *(f"name --json {WHERE}", "POST /system/queues/{}/resume"),
     ),
     Command(
-        *("queues purge", send, "cancel what waits in a queue"),
-        *(f"name {WHERE}", "POST /system/queues/{}/purge"),
+        *("queues purge", change_queue, "cancel what waits in a queue"),
+        *(f"name --json {WHERE}", "POST /system/queues/{}/purge"),
     ),
     Command(
         *("invoke", invoke, "call a function"), f"name --data -H --async --wait --json {WHERE}"

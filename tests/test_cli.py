@@ -1,6 +1,7 @@
 """The command line as a client: what a person or a script at a shell sees of a running daemon."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,20 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import PIPE, Daemon, Finished, Gate, Server, StartDaemon, answer, faasd, namespaces, run, start_program
+from conftest import (
+    PIPE,
+    Daemon,
+    Faults,
+    Finished,
+    Gate,
+    Server,
+    StartDaemon,
+    answer,
+    faasd,
+    namespaces,
+    run,
+    start_program,
+)
 
 UPPER = '[functions.upper]\ncommand = ["tr", "a-z", "A-Z"]\n'
 
@@ -70,6 +84,9 @@ async def test_invoke_wait_gives_the_output_and_a_code_for_scripts(cli: Cli, fun
     """0 and the output when the call did well; 1, with the reason on standard error, when it did not."""
     assert await cli.out("invoke", "upper", "--wait", "--data", "hello") == "HELLO"
     assert await cli.out("invoke", "upper", "--async", "--wait", "--data", "hello") == "HELLO"
+    document = json.loads(await cli.out("invoke", "upper", "--wait", "--json", "--data", "hello"))
+    assert (document["status"], document["output"]) == ("success", "HELLO")
+    assert json.loads(await cli.out("invoke", "upper", "--json", "--data", "hello")) == {"output": "HELLO"}
     function.behaviour = answer(500, b"what it wrote")
     result = await cli("invoke", "it", "--wait", "--data", "", code=1)
     assert result.out == "what it wrote"
@@ -298,7 +315,7 @@ async def test_calls_are_run_again_by_filter(cli: Cli, function: Server) -> None
 
 async def test_queues_are_listed_paused_resumed_and_purged(cli: Cli, function: Server) -> None:
     """As the daemon has them, in 80 columns."""
-    await cli("queues", "pause", "faas-request")
+    assert await cli.out("queues", "pause", "faas-request") == "faas-request: paused"
     call_id = await cli.gateway.submit("it")
     table = await cli.out("queues")
     assert max(map(len, table.splitlines())) <= 80
@@ -307,10 +324,58 @@ async def test_queues_are_listed_paused_resumed_and_purged(cli: Cli, function: S
     assert (rows["faas-request"][0], rows["faas-request"][-1]) == ("1", "paused")
     listed = json.loads(await cli.out("queues", "list", "--json"))["queues"]
     assert {queue["name"]: queue.get("paused") for queue in listed}["faas-request"] is True
-    assert json.loads(await cli.out("queues", "purge", "faas-request"))["cancelled"] == 1
-    await cli("queues", "resume", "faas-request")
+    assert await cli.out("queues", "purge", "faas-request") == "faas-request: 1 call cancelled"
+    assert json.loads(await cli.out("queues", "purge", "faas-request", "--json"))["cancelled"] == 0
+    assert await cli.out("queues", "resume", "faas-request") == "faas-request: resumed"
     assert (await cli.gateway.final(call_id))["status"] == "cancelled"
     assert "faas-request" in (await cli("queues", "pause", "nosuch", code=1)).err
+
+
+# ---- the whole daemon ------------------------------------------------------------------------------------------
+
+
+async def test_the_status_is_one_screen_and_an_exit_code(cli: Cli, function: Server) -> None:
+    """0 when all is well; 1 when something needs somebody, with the command to type next."""
+    good = await cli.gateway.submit("upper", b"hello")
+    await cli.gateway.final(good)
+    screen = await cli.out("status")
+    lines = screen.splitlines()
+    assert (len(lines) <= 24, max(map(len, lines)) <= 80 + len(str(cli.gateway.store))) == (True, True)
+    shown = {line[:10].strip(): line[12:] for line in lines}
+    assert "1 success, 0 error" in screen
+    assert shown["guarantee"] == "a call is on disk before its 202"
+    assert shown["store"].startswith(str(cli.gateway.store))
+    assert lines[-1] == "All is well."
+    function.behaviour = answer(500)
+    failed = await cli.gateway.submit("it", X_Callback_Url=f"{function.url}/unable")
+    await cli.gateway.final(failed)
+    assert (await cli.out("status")).splitlines()[-3:] == [
+        "- 1 call failed: faasd-async calls --status error,timeout",
+        "- 1 callback could not be delivered: faasd-async calls --callback failed",
+        "All is well.",
+    ]
+    await cli("queues", "pause", "slow")
+    paused = (await cli("status", code=1)).out
+    assert "! queue slow is paused: faasd-async queues resume slow\n" in paused
+    assert "All is well" not in paused
+    document = json.loads((await cli("status", "--json", code=1)).out)
+    assert document["complaints"] == ["queue slow is paused: faasd-async queues resume slow"]
+    assert document["counts"]["error"] == 1
+
+
+async def test_the_status_tells_of_a_full_disk(daemon: StartDaemon, function: Server, faults: Faults) -> None:
+    """And of a queue that is nearly full."""
+    function.behaviour = Gate()
+    settings = f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 1\nmax_pending = 1'
+    cli = Cli(await daemon(settings + '\n[gateway]\ndrain_timeout = "0s"', env=faults.env))
+    for _ in range(2):
+        await cli("invoke", "it", "--async", "--data", "")
+        await function.wait_for(1)
+    assert "! queue faas-request is nearly full: 1 of 1 wait\n" in (await cli("status", code=1)).out
+    with faults("w", errno.ENOSPC):
+        await cli("calls", "retry", "nosuch", code=1)
+        assert "disk" in (await cli("queues", "pause", "faas-request", code=75)).err
+        assert "! no calls are accepted: " in (await cli("status", code=1)).out
 
 
 # ---- finding the daemon, and exit codes ------------------------------------------------------------------------

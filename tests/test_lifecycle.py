@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import (
     PATIENCE,
+    PIPE,
     SCRIPT,
     Finished,
     Gate,
@@ -23,6 +24,7 @@ from conftest import (
     faasd,
     free_address,
     run,
+    start_program,
 )
 
 # Its start and its end are the subject, so nothing of them is left out.
@@ -323,6 +325,36 @@ async def test_the_end_of_a_call_is_one_line(daemon: StartDaemon, function: Serv
     for line, words in ((failed[-1], ("it", "error", "2")), (worked[-1], ("it", "success", "1"))):
         assert all(re.search(rf"\b{word}\b", line) for word in words), line
         assert re.search(r"\d\.\d+ ?s|duration[^ ]*[=:] ?\d", line), line
+
+
+async def test_a_start_says_what_runs_on_what(daemon: StartDaemon) -> None:
+    """Version, file, what is configured, where the queue is, and whether that is a new one."""
+    gateway = await daemon('[functions.it]\nurl = "http://127.0.0.1:1"\nqueue = "mine"')
+    await gateway.terminate()
+    first = len(gateway.lines)
+    await gateway.start()
+    for lines, store in ((gateway.lines[:first], ": a new one;"), (gateway.lines[first:], " KiB; a call is on disk")):
+        told = [line.partition("INFO ")[2] for line in lines]
+        assert told[0].startswith("faasd-async 0.")
+        assert told[1] == f"configuration {gateway.config}: 1 function, 2 queues"
+        assert told[2].startswith(f"store {gateway.store}: ")
+        assert store in told[2]
+        assert told[3].startswith("listening on ")
+
+
+async def test_a_start_with_nothing_to_do_says_what_to_do(daemon: StartDaemon, tmp_path: Path) -> None:
+    """In the file that there is, or in one that is to be written."""
+    gateway = await daemon("")
+    assert f"there is no function: add a table [functions.NAME] to {gateway.config}, or [provider]" in gateway.log
+    nowhere = {"XDG_CONFIG_HOME": str(tmp_path), "STATE_DIRECTORY": str(tmp_path / "bare")}
+    bare = await start_program("serve", "--listen", "127.0.0.1:0", env={**os.environ, **nowhere}, stderr=PIPE)
+    assert bare.stderr is not None
+    async with asyncio.timeout(PATIENCE):
+        while b"there is no function" not in (line := await bare.stderr.readline()):
+            assert line, "it has ended"
+    assert b"name a file with --config, or write ~/.config/faasd-async/config.toml or /etc/" in line
+    bare.send_signal(signal.SIGTERM)
+    await bare.communicate()
 
 
 async def test_a_log_line_has_a_time(daemon: StartDaemon) -> None:
