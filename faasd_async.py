@@ -1593,6 +1593,23 @@ class Output(NamedTuple):
         return body + gap + self.stderr
 
 
+class StoredRequest(NamedTuple):
+    """What a call asks its function, as it is stored."""
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
+
+
+class StoredAnswer(NamedTuple):
+    """What a function has answered at last: all of the body, and the headers that describe it."""
+
+    http_status: int | None
+    headers: Headers
+    body: bytes
+
+
 class Changes(NamedTuple):
     """Calls that have changed, each as it was right after it, in the order in which they did.
 
@@ -2020,6 +2037,26 @@ def forward_headers(headers: Iterable[Header], drop: frozenset[bytes]) -> list[H
     if not named:
         return kept
     return [item for item in kept if item[0].lower() not in named]
+
+
+DESCRIBING = frozenset((b"content-type", b"content-encoding", b"content-language"))
+SECRET_HEADER = re.compile(
+    r"authorization|cookie|token|secret|passw|api-?key|signature", re.IGNORECASE
+)
+
+
+def describing_headers(headers: Iterable[Header]) -> bytes:
+    """The headers that say what a body is, packed: they are kept with it."""
+    return pack_headers([item for item in headers if item[0].lower() in DESCRIBING])
+
+
+def shown_headers(headers: Iterable[Header]) -> list[tuple[str, str]]:
+    """Headers for people: what is secret by its name is not shown, nor what a URL has."""
+    shown = []
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("utf-8", "replace")
+        shown.append((name, "***" if SECRET_HEADER.search(name) else show_url(value) or ""))
+    return shown
 
 
 # systemd's own variables, and libuv's.
@@ -2504,6 +2541,12 @@ class CallRecords(Protocol):
     def output(self, call_id: str) -> Awaitable[Output]:
         """What the last attempt wrote, up to calls.keep_output."""
 
+    def answer(self, call_id: str) -> Awaitable[StoredAnswer]:
+        """What the function answered. HttpError: see `require_whole`."""
+
+    def request(self, call_id: str) -> Awaitable[StoredRequest]:
+        """What it was asked. HttpError(410): that is not stored any more."""
+
     def cancel(self, call_id: str) -> Awaitable[int]:
         """Cancel what is not final: one record, or all that share the call id; how many.
 
@@ -2587,6 +2630,26 @@ class Queue(WorkQueue, CallRecords, HasSchedules, Protocol):
 def queue_full(queue: str) -> HttpError:
     """What to say of a queue that has max_pending calls."""
     return HttpError(429, f"queue {queue} is full, try again later", LATER)
+
+
+UNKNOWN_CALL = "no call with this id, or its record was pruned after calls.keep"
+NO_REQUEST = "the request of this call is not stored any more"
+
+
+def require_whole(
+    status: str, error: str | None, kept_bytes: int, response_bytes: int | None
+) -> None:
+    """Whether the answer of a call can be had.
+
+    HttpError: 409 the call has not finished, 410 there is no answer, or only a part of it.
+    """
+    if status not in FINAL:
+        raise HttpError(409, f"the call has not finished yet: it is {status}")
+    if not response_bytes and status != "success":
+        raise HttpError(410, f"there is no answer: the call ended in {status}: {error or ''}")
+    if kept_bytes != response_bytes:
+        reason = f"the answer had {response_bytes} bytes, of which calls.keep_output keeps a part"
+        raise HttpError(410, f"{reason}: see the log of the call")
 
 
 class Budget:
@@ -3291,6 +3354,11 @@ SELECT_RECORDS_BY_CALL_ID = f"""
     ORDER BY seq DESC LIMIT :limit
 """
 SELECT_OUTPUT = "SELECT body, stderr FROM outputs WHERE seq = ?"
+SELECT_RESULT = """
+    SELECT status, error, http_status, response_bytes, coalesce(headers, x''), coalesce(body, x'')
+    FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
+"""
+SELECT_REQUEST = "SELECT method, target, headers, body FROM requests WHERE seq = ?"
 
 SELECT_WAITING = """
     SELECT seq FROM calls WHERE work = ? AND due_at IS NOT NULL AND seq <= ? LIMIT ?
@@ -3357,8 +3425,6 @@ PRUNE_CALLS = """
 COUNT_DELAYED = "SELECT count(*) FROM calls WHERE work = ? AND lane = ? AND due_at > ?"
 
 # -- steps of work: each a part of a transaction, which raises HttpError before it changes anything
-
-UNKNOWN_CALL = "no call with this id, or its record was pruned after calls.keep"
 
 
 def step_enqueue(file: SqliteFile, call: Invocation) -> str:
@@ -3647,7 +3713,8 @@ def save_output(file: SqliteFile, seq: int, outcome: Outcome) -> None:
         file.db.execute(DROP_OUTPUT, (seq,))
         return
     keep = file.settings().calls.keep_output
-    file.db.execute(INSERT_OUTPUT, (seq, None, outcome.body[:keep], outcome.stderr[:keep]))
+    headers = describing_headers(outcome.headers) if outcome.size <= keep else None
+    file.db.execute(INSERT_OUTPUT, (seq, headers, outcome.body[:keep], outcome.stderr[:keep]))
 
 
 def cut_output(file: SqliteFile, seq: int) -> None:
@@ -3752,6 +3819,25 @@ def step_output(file: SqliteFile, call_id: str) -> Output:
     return Output(*row) if row else Output(b"", b"")
 
 
+def step_answer(file: SqliteFile, call_id: str) -> StoredAnswer:
+    """What the function answered. HttpError: 404, 409, 410."""
+    seq = find_seq(file, call_id)
+    status, error, http_status, size, headers, body = file.db.execute(
+        SELECT_RESULT, (seq,)
+    ).fetchone()
+    require_whole(status, error, len(body), size)
+    return StoredAnswer(http_status, unpack_headers(headers), body)
+
+
+def step_request(file: SqliteFile, call_id: str) -> StoredRequest:
+    """What the function was asked. HttpError: 404, 410."""
+    row = file.db.execute(SELECT_REQUEST, (find_seq(file, call_id),)).fetchone()
+    if row is None:
+        raise HttpError(410, NO_REQUEST)
+    method, target, headers, body = row
+    return StoredRequest(method, target, unpack_headers(headers), body)
+
+
 def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Take away what is to be done for these rows; how many had something to do.
 
@@ -3810,7 +3896,7 @@ def step_redrive(file: SqliteFile, call_id: str) -> None:
     if file.db.execute(SELECT_WORK, (json.dumps([seq]),)).fetchone():
         raise HttpError(409, "the call, or its callback, has not finished yet")
     if not redrive_rows(file, [seq]):
-        raise HttpError(410, "the request of this call is not stored any more")
+        raise HttpError(410, NO_REQUEST)
 
 
 def step_resend(file: SqliteFile, call_id: str) -> None:
@@ -4282,6 +4368,12 @@ class SqliteQueue:
 
     def output(self, call_id: str) -> Awaitable[Output]:
         return self._writer.submit(step_output, call_id)
+
+    def answer(self, call_id: str) -> Awaitable[StoredAnswer]:
+        return self._writer.submit(step_answer, call_id)
+
+    def request(self, call_id: str) -> Awaitable[StoredRequest]:
+        return self._writer.submit(step_request, call_id)
 
     async def cancel(self, call_id: str) -> int:
         if await self._writer.submit(step_cancel, call_id):
@@ -5696,6 +5788,20 @@ class NatsChanges:
             await self._link.send(self._subject, json.dumps(news).encode())
 
 
+def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
+    """A final call as a message of this many bytes can hold it: what is missed least goes first."""
+    if len(pack_call(call, parts)) > most:
+        parts = with_request(parts, Parts())
+    over = len(pack_call(call, parts)) - most
+    if over > 0:
+        parts = parts._replace(answer_headers=b"", stderr=b"")
+        parts = parts._replace(output=parts.output[: max(0, len(parts.output) - over)])
+        if call.callback_status == "pending":
+            error = "the answer is larger than a message of the NATS server may be"
+            call = call._replace(callback_status="failed", callback_error=error)
+    return call, parts
+
+
 class NatsCalls:
     """Reads and writes calls. A record is written if it is still the one that was read."""
 
@@ -5781,18 +5887,8 @@ class NatsCalls:
         return seq
 
     def fit(self, call: NatsCall, parts: Parts) -> tuple[NatsCall, Parts]:
-        """A final call as one message can hold it: what is missed least goes first."""
-        most = self._link.max_payload
-        if len(pack_call(call, parts)) > most:
-            parts = with_request(parts, Parts())
-        over = len(pack_call(call, parts)) - most
-        if over > 0:
-            parts = parts._replace(answer_headers=b"", stderr=b"")
-            parts = parts._replace(output=parts.output[: max(0, len(parts.output) - over)])
-            if call.callback_status == "pending":
-                error = "the answer is larger than a message of the NATS server may be"
-                call = call._replace(callback_status="failed", callback_error=error)
-        return call, parts
+        """A final call as one message can hold it."""
+        return fit_call(call, parts, self._link.max_payload)
 
     async def keep_notes(self, call: NatsCall) -> None:
         """A call is final: its key and its foreign id last as long as its record."""
@@ -5896,6 +5992,25 @@ class NatsCalls:
             if stored_now := await self.current(own_id):
                 found[own_id] = stored_now
         return [found[own_id] for own_id in places if own_id in found]
+
+
+async def nats_request(calls: NatsCalls, call_id: str) -> StoredRequest:
+    """See CallRecords."""
+    stored = await calls.find(call_id)
+    parts = stored.parts
+    if not parts.has_request and not stored.call.finished:
+        parts = await calls.request_of(stored.call)
+    if not parts.has_request:
+        raise HttpError(410, NO_REQUEST)
+    call = stored.call
+    return StoredRequest(call.method, call.target, unpack_headers(parts.headers), parts.body)
+
+
+async def nats_result(calls: NatsCalls, call_id: str) -> StoredAnswer:
+    """See CallRecords."""
+    call, parts = (await calls.find(call_id))[1:]
+    require_whole(call.status, call.error, len(parts.output), call.response_bytes)
+    return StoredAnswer(call.http_status, unpack_headers(parts.answer_headers), parts.output)
 
 
 class NatsWaiting:
@@ -6152,7 +6267,9 @@ class NatsEnds:
             deadline_at=None,
             owner=None,
         )
-        parts = Parts(*held.stored.parts[:2], b"", outcome.body[:keep], outcome.stderr[:keep])
+        headers = describing_headers(outcome.headers) if outcome.size <= keep else b""
+        told = (headers, outcome.body[:keep], outcome.stderr[:keep])
+        parts = Parts(*held.stored.parts[:2], *told)
         if call.callback_target:
             call = call._replace(callback_status="pending")
             headers = pack_headers(outcome.headers)
@@ -6804,7 +6921,7 @@ class NatsOperator:
         if not stored.call.finished:
             raise HttpError(409, "the call, or its callback, has not finished yet")
         if not await self.redrive(stored):
-            raise HttpError(410, "the request of this call is not stored any more")
+            raise HttpError(410, NO_REQUEST)
 
     async def resend(self, call_id: str) -> None:
         """See CallRecords."""
@@ -7651,6 +7768,12 @@ class NatsQueue:
         whole = stored.call.callback_status == "pending"
         body = stored.parts.output
         return Output(body if whole else body[:keep], stored.parts.stderr)
+
+    async def answer(self, call_id: str) -> StoredAnswer:
+        return await nats_result(self._calls, call_id)
+
+    async def request(self, call_id: str) -> StoredRequest:
+        return await nats_request(self._calls, call_id)
 
     async def cancel(self, call_id: str) -> int:
         return await self._parts.operator.cancel_all(call_id)
@@ -9895,6 +10018,29 @@ def reply(
     return web.Response(status=status, text=f"{text}\n", content_type=content_type, headers=headers)
 
 
+# What somebody else has written opens in a browser as a page that can do nothing, asks for nothing
+# and is no part of any other page.
+HARMLESS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def stored_reply(
+    headers: Headers, body: bytes, more: Mapping[str, object] | None = None
+) -> web.Response:
+    """A body that a caller or a function has sent, as what it was sent as."""
+    ours = {**HARMLESS, "Content-Type": "application/octet-stream"}
+    for name, value in headers:
+        if name.lower() in DESCRIBING and re.fullmatch(rb"[ -~]+", value):
+            ours[name.decode().title()] = value.decode()
+    ours |= {name: str(value) for name, value in (more or {}).items()}
+    return web.Response(body=body, headers=ours)
+
+
 def call_headers(call_id: str) -> dict[str, str]:
     """What tells a client where its call is to be found."""
     return {"X-Call-Id": call_id, "Location": "/system/calls/" + quote(call_id, safe="")}
@@ -10526,7 +10672,28 @@ class CallRoutes:
     async def show_log(self, request: Request) -> web.StreamResponse:
         """What the function wrote: its answer's body, and a command's stderr."""
         output = await self.records.output(request.parts[0])
-        return web.Response(body=output.written, content_type="text/plain", charset="utf-8")
+        return web.Response(
+            body=output.written, content_type="text/plain", charset="utf-8", headers=HARMLESS
+        )
+
+    async def show_result(self, request: Request) -> web.StreamResponse:
+        """The function's answer: its body, as what it says that it is."""
+        stored = await self.records.answer(request.parts[0])
+        status = {} if stored.http_status is None else {"X-Function-Status": stored.http_status}
+        return stored_reply(stored.headers, stored.body, status)
+
+    async def show_request(self, request: Request) -> web.StreamResponse:
+        """What the function was asked: the body, or the rest as a document."""
+        stored = await self.records.request(request.parts[0])
+        if "application/json" not in request.headers.get("Accept", ""):
+            return stored_reply(stored.headers, stored.body)
+        document = {
+            "method": stored.method,
+            "target": stored.target,
+            "headers": shown_headers(stored.headers),
+            "body_bytes": len(stored.body),
+        }
+        return reply(document, headers=HARMLESS)
 
     async def retry_call(self, request: Request) -> web.StreamResponse:
         """Queue a final call again."""
@@ -11116,6 +11283,8 @@ def route_table(
         ("POST", "/system/calls/retry", Access.OPERATE, calls.retry_matching),
         ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
         ("GET", "/system/calls/{call}/log", Access.OPERATE, calls.show_log),
+        ("GET", "/system/calls/{call}/result", Access.OPERATE, calls.show_result),
+        ("GET", "/system/calls/{call}/request", Access.OPERATE, calls.show_request),
         ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
         ("POST", "/system/calls/{call}/callback", Access.OPERATE, calls.resend_callback),
         ("GET", "/system/calls/{call}", Access.OPERATE, calls.show_call),

@@ -83,6 +83,52 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
     assert shown["warnings"] == ["functions.gone.command: there is no program /no/such/program"]
 
 
+# ---- what was asked and answered -----------------------------------------------------------------
+
+
+async def test_a_result_opens_as_what_it_is_and_can_do_nothing(daemon: StartDaemon, function: Server) -> None:
+    """A page that a function has written is hostile, as far as anybody knows."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    page = b"<script>fetch('/system/queues/line/purge', {method: 'POST'})</script>"
+    function.behaviour = answer(body=page, Content_Type="text/html", Set_Cookie="a=b", Location="/")
+    call_id = await gateway.submit("it")
+    assert (await ask(gateway.url, f"/system/calls/{call_id}/result")).status in (200, 409)
+    await gateway.final(call_id)
+    reply = await ask(gateway.url, f"/system/calls/{call_id}/result")
+    assert (reply.status, reply.body) == (200, page)
+    assert reply.headers["Content-Type"] == "text/html"
+    assert reply.headers["X-Function-Status"] == "200"
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert reply.headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'; sandbox"
+    assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert not {"Set-Cookie", "Location"} & set(reply.headers)
+
+
+async def test_a_request_is_shown_without_its_secrets(daemon: StartDaemon, function: Server) -> None:
+    """Its body as it came in; the rest as a document."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    call_id = await gateway.submit(
+        "it/a?b=c",
+        b'{"x": 1}',
+        Content_Type="application/json",
+        Authorization="Bearer s3cret",
+        X_Api_Key="s3cret",
+        X_Callback_Url="http://me:s3cret@127.0.0.1:9/",
+    )
+    shown = f"/system/calls/{call_id}/request"
+    reply = await ask(gateway.url, shown)
+    assert (reply.status, reply.body) == (200, b'{"x": 1}')
+    assert reply.headers["Content-Type"] == "application/json"
+    assert "sandbox" in reply.headers["Content-Security-Policy"]
+    reply = await ask(gateway.url, shown, "Accept: application/json")
+    document = json.loads(reply.body)
+    assert (document["method"], document["target"], document["body_bytes"]) == ("POST", "/a?b=c", 8)
+    headers = dict(document["headers"])
+    assert headers["Authorization"] == headers["X-Api-Key"] == "***"
+    assert headers["Content-Type"] == "application/json"
+    assert b"s3cret" not in reply.body
+
+
 # ---- events --------------------------------------------------------------------------------------
 
 

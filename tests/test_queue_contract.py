@@ -1622,6 +1622,58 @@ async def test_a_long_output_is_cut_after_its_callback(bench: Bench, end: str) -
     assert await bench.queue.output("a") == (b"0123", b"abcd")
 
 
+async def test_the_answer_of_a_call_is_kept_with_what_it_is(bench: Bench) -> None:
+    """Its type, and no more of its headers; with a callback all of them are needed."""
+    await bench.enqueue("a")
+    await bench.run()
+    assert await bench.queue.answer("a") == (200, ((b"Content-Type", b"text/plain"),), b"done")
+    await bench.enqueue("b", callback_url=SINK)
+    await bench.run()
+    assert (await bench.queue.answer("b"))[1:] == (ANSWER_HEADERS, b"done")
+    await bench.enqueue("c")
+    await bench.run(BAD, "error")
+    assert await bench.queue.answer("c") == (500, (), b"oops")
+    await bench.enqueue("d")
+    await bench.run(OK._replace(body=b"", size=0))
+    assert (await bench.queue.answer("d")).body == b""
+
+
+async def test_an_answer_that_is_not_there_is_told_why(bench: Bench) -> None:
+    """409: not yet. 410: never, or not as a whole any more."""
+    assert await refused(bench.queue.answer("nobody")) == 404
+    await bench.enqueue("a")
+    assert await refused(bench.queue.answer("a")) == 409
+    await bench.queue.retry(await bench.take(), BAD, 0)
+    assert await refused(bench.queue.answer("a")) == 409
+    await bench.run(LATE, "timeout")
+    assert await refused(bench.queue.answer("a")) == 410
+    await bench.enqueue("b")
+    await bench.queue.cancel("b")
+    assert await refused(bench.queue.answer("b")) == 410
+    bench.config.set({"keep_output": 4})
+    await bench.enqueue("c")
+    await bench.run(OK._replace(body=b"0123456789", size=10))
+    assert await refused(bench.queue.answer("c")) == 410
+
+
+async def test_the_request_of_a_call_is_shown_as_long_as_it_is_stored(bench: Bench) -> None:
+    """While it waits, while it runs and after its end; not that of a long one that has succeeded."""
+    expected = ("POST", "/a%2Fb?c=d", ((b"X-A", b"1"),), b"body")
+    await bench.enqueue("a")
+    assert await bench.queue.request("a") == expected
+    work = await bench.take()
+    assert await bench.queue.request("a") == expected
+    await bench.queue.retry(work, BAD, 3600)
+    assert await bench.queue.request("a") == expected
+    await bench.queue.cancel("a")
+    assert await bench.queue.request("a") == expected
+    bench.config.set({"keep_output": 1})
+    await bench.enqueue("b")
+    await bench.run()
+    assert await refused(bench.queue.request("b")) == 410
+    assert await refused(bench.queue.request("nobody")) == 404
+
+
 # ---- redrive -------------------------------------------------------------------------------------
 
 
