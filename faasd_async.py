@@ -106,6 +106,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import string
 import struct
 import subprocess
 import threading
@@ -153,7 +154,7 @@ try:
     from aiohappyeyeballs import start_connection
     from aiohttp import web
     from aiohttp.http_exceptions import HttpProcessingError
-    from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
+    from aiohttp.http_parser import HttpResponseParser, RawRequestMessage, RawResponseMessage
     from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
     from multidict import CIMultiDict
 except ImportError as exc:
@@ -3464,7 +3465,10 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
     )
     if file.db.execute(INSERT_CALL, row).rowcount == 0:
         return
-    request = (seq, call.target, call.headers, call.body, call.method)
+    target: str | bytes = call.target  # Text has to be UTF-8; what a client has sent may be none.
+    if not call.target.isascii():
+        target = call.target.encode("utf-8", "surrogateescape")
+    request = (seq, target, call.headers, call.body, call.method)
     file.db.execute(INSERT_REQUEST, request)
     file.index.add(call.queue, lane, call.due_at)
     file.tally.move(lane, None, "queued")
@@ -3539,7 +3543,15 @@ def claim_lane(
     file.db.executemany(CLAIM_CALL, [{"now": started_at, "seq": row[0]} for row in rows])
     file.tally.move(lane, "queued", "running", len(rows))
     file.news.changed.extend([row[0] for row in rows])
-    return [Claim(Receipt(row[0], row[1]), *row[2:]) for row in rows]
+    return [call_claim(*row) for row in rows]
+
+
+def call_claim(seq: int, claims: int, *row: Any) -> Claim:
+    """The claim of a call."""
+    claim = Claim(Receipt(seq, claims), *row)
+    if isinstance(claim.target, bytes):
+        return claim._replace(target=claim.target.decode("utf-8", "surrogateescape"))
+    return claim
 
 
 def callback_claim(seq: int, claims: int, *row: Any) -> Claim:
@@ -9969,6 +9981,29 @@ EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
 PREFLIGHT_MAX_AGE_S = 600
 
 
+# aiohttp's parser refuses bytes above 127 in a target. It gets such a target in ASCII, behind this.
+ESCAPED = "/%bytes%"
+TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
+OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
+
+
+def sent_target(path: str) -> str:
+    """The path and query of a request as they were sent; bytes are the characters of Python's
+    surrogateescape.
+
+    For routes of our own, what is above 127 is written in percent, as it should have been.
+    """
+    if path.startswith(ESCAPED):
+        raw = path.removeprefix(ESCAPED).encode("ascii")
+        raw = re.sub(rb"%(25|[89A-F].)", lambda escape: bytes.fromhex(escape[1].decode()), raw)
+        path = raw.decode("utf-8", "surrogateescape")
+    if not path.startswith("/"):  # absolute form, as sent to a proxy
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    if path.isascii() or path.startswith(OF_FUNCTIONS):
+        return path
+    return quote(path.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+
+
 class Request(NamedTuple):
     """A request, with what the route's pattern found in its path."""
 
@@ -10202,9 +10237,7 @@ class Front:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request."""
-        target = request.raw_path
-        if not target.startswith("/"):  # absolute form, as sent to a proxy
-            target = "/" + target.partition("://")[2].partition("/")[2]
+        target = sent_target(request.raw_path)
         task = asyncio.current_task()
         self._requests.add(task)
         self._asked.add(request.protocol)
@@ -10249,7 +10282,8 @@ class Front:
             self._guard(request, route.access if route else Access.OPERATE)
             if route is None or match is None:
                 raise no_route(allowed)
-            parts = tuple(map(unquote, match.groups("")))
+            raw = (group.encode("utf-8", "surrogateescape") for group in match.groups(""))
+            parts = tuple(map(unquote, raw))
             response = await route.handler(Request(request, target, parts, origin))
         except StoreError as exc:
             log.error("request refused: %s", exc)
@@ -10315,7 +10349,9 @@ class Front:
 
 
 def require_valid(request: web.BaseRequest, target: str) -> None:
-    """Refuse what can't be meant for a function. Raises HttpError: 400, 501, 508."""
+    """Refuse what can't be meant for a function. Raises HttpError: 400, 414, 501, 508."""
+    if len(target) > MAX_HEADER_BYTES:
+        raise HttpError(414, TARGET_TOO_LONG, HANG_UP)
     headers = request.headers
     coding = headers.get("Transfer-Encoding", "chunked").lower()
     if request.method == "CONNECT" or coding != "chunked":  # RFC 9112 6.1
@@ -10355,17 +10391,34 @@ def error_reply(target: str, exc: HttpError) -> web.Response:
 # --- HTTP server ----------------------------------------------------------------------------------
 
 
+MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # of a target that is as long as it may be, in ASCII
+
+
 def refused_head(status: int, exc: object) -> tuple[int, str]:
     """What is said of a request that could not be parsed, or failed here."""
     if status >= 500:
         return status, "internal error: see the log of faasd-async"
     if isinstance(exc, aiohttp.http_exceptions.LineTooLong):
-        if re.match(r"\w*\(?b?['\"](?:/|https?:)", str(exc.args[0])):
-            return 414, f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
+        if exc.args[1] == MAX_LINE_BYTES:
+            return 414, TARGET_TOO_LONG
         return 431, f"a header is longer than {MAX_HEADER_BYTES} bytes"
     if "Too many headers" in str(exc):
         return 431, "there are too many headers"
     return status, "this is not a valid HTTP request"
+
+
+# A request's first line whose target has bytes above 127, and what may become one.
+HIGH_LINE = re.compile(rb"([A-Z-]+ )([^\x00- ]*[\x80-\xff][^\x00- ]*)( HTTP/1\.[01]\r?\n)")
+BEGINNING = re.compile(rb"[A-Z-]{1,20}( [^\x00- ]*( [HTP/1.0]{0,8}\r?)?)?")
+
+
+def ascii_line(line: bytes) -> bytes:
+    """A request's first line in the characters that the parser takes; see `sent_target`."""
+    found = HIGH_LINE.fullmatch(line)
+    if found is None:
+        return line
+    target = re.sub(rb"[%\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], found[2])
+    return found[1] + ESCAPED.encode() + target + found[3]
 
 
 class Connection(web.RequestHandler):
@@ -10375,10 +10428,43 @@ class Connection(web.RequestHandler):
         super().__init__(server, loop=loop, **options)
         self._gone = server.front.gone
         self._newest_body: aiohttp.StreamReader | None = None  # of the last request that has come
+        self._line = b""  # the beginning of a request's first line
         self._half_closed: asyncio.TimerHandle | None = None  # ends it: the client sends no more
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
+        if self._line or b"\n" not in data or not data.isascii():
+            data = self._receive_lines(self._line + data)
+        self._parse(data)
+
+    def _between_requests(self) -> bool:
+        return self._newest_body is None or self._newest_body.is_eof()
+
+    def _receive_lines(self, data: bytes) -> bytes:
+        """Look for targets with bytes above 127, request by request; what is left to be parsed."""
+        self._line = b""
+        while data and self._between_requests():
+            line, newline, _ = data.partition(b"\n")
+            if not newline and BEGINNING.fullmatch(line):
+                if len(line) <= MAX_HEADER_BYTES:
+                    self._line = line
+                    return b""
+                return b"GET /" + b"x" * MAX_LINE_BYTES  # It has the parser say: too long.
+            data = ascii_line(line + newline) + data[len(line) + 1 :]
+            head, end, rest = data.partition(b"\r\n\r\n")
+            number = len(self._messages)
+            if not end or rest.isascii():
+                break
+            self._parse(head + end)
+            length = 0
+            if len(self._messages) > number and not self._between_requests():
+                message = cast(RawRequestMessage, self._messages[-1][0])  # An error has no body.
+                length = int(message.headers.get("Content-Length", len(rest)))
+            self._parse(rest[:length])
+            data = rest[length:]
+        return data
+
+    def _parse(self, data: bytes) -> None:
         super().data_received(data)
         for message, body in self._messages:
             self._newest_body = body
@@ -10430,7 +10516,7 @@ class Server(web.Server):
             access_log=None,
             logger=log,
             keepalive_timeout=read_timeout_s,
-            max_line_size=MAX_HEADER_BYTES,
+            max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_HEADER_BYTES,
         )
         self.front = front

@@ -296,7 +296,7 @@ NOT_HTTP = {
     "length and chunks": POST + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\na",
     "long header": b"GET /function/echo HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 2**17 + b"\r\n\r\n",
     "long path": b"GET /function/echo/" + b"x" * 2**17 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "bare byte in the path": b"GET /function/echo/\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    "control character in the path": b"GET /function/echo/\x01 HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 
 

@@ -198,7 +198,7 @@ async def test_a_claim_has_all_that_came_in(bench: Bench) -> None:
         callback_url=SINK,
         failure_url=SINK + "/bad",
         max_attempts=3,
-        target="//x/%20?",
+        target="//x/%20?caf\u00e9\udcff",
         body=b"\x00\xff",
         headers=pack_headers([(b"X-A", b"\xe4"), (b"x-a", b"")]),
         traceparent=TRACEPARENT,
