@@ -177,6 +177,7 @@ if TYPE_CHECKING:  # imported when the queue is on NATS: it costs memory
 # --- Constants ------------------------------------------------------------------------------------
 
 VERSION = "0.1.0"
+RELEASED = "2026-11-27"
 USER_AGENT = f"faasd-async/{VERSION}"
 SERVER = "faasd-async"  # No versions: who asks need not know what to look for.
 OWN_VERSION = {"sha": "", "release": VERSION}  # as faas-cli shows it
@@ -11977,7 +11978,6 @@ def close_names(name: str, names: Iterable[str]) -> str:
 CALL_ROW = "{:18.18}  {:9.9}  {:12.12}  {:>3}  {:>4}  {:>4}  {}"
 LONG_ROW = "{:36}  {:9}  {:16}  {:12}  {:>5}  {:19}  {:19}  {:>5}  {}\n"
 SHOWN_LINES = 20  # of a call's output, with its record
-WATCH_S = 1.0
 
 CANCEL_ONE = "DELETE /async-function/{}"
 RETRY_ONE = "POST /system/calls/{}/retry"
@@ -12044,10 +12044,10 @@ def list_calls(args: Arguments) -> None:
     client = Client(args)
     filters = filters_of(args)
     limit = args.limit or 20
-    calls, more = client.records(filters, limit)
     if args.watch:
         watch_calls(client, filters, limit, args)
         return
+    calls, more = client.records(filters, limit)
     if args.json:
         write_json({"calls": calls, "next_cursor": more})
         return
@@ -12076,15 +12076,15 @@ def watch_calls(client: Client, filters: Mapping[str, str], limit: int, args: Ar
         write_header(args.long)
     shown: list[dict[str, Any]] = []
     while True:
-        calls, _ = client.records(filters, limit)
-        news = [call for call in reversed(calls) if call not in shown]
-        if args.json:
-            for call in news:
-                write(json.dumps(call) + "\n")
-        else:
-            write_calls(news, args.long)
-        shown = calls
-        time.sleep(WATCH_S)
+        for _ in client.stream("GET /system/events"):  # Something has changed, perhaps one of ours.
+            calls, _ = client.records(filters, limit)
+            news = [call for call in reversed(calls) if call not in shown]
+            if args.json:
+                for call in news:
+                    write(json.dumps(call) + "\n")
+            else:
+                write_calls(news, args.long)
+            shown = calls
 
 
 def show_call(args: Arguments) -> None:
@@ -12432,8 +12432,110 @@ def check(args: Arguments) -> None:
     print(f"{path or 'defaults'}: ok, {config_counts(config)}")
 
 
+# --- Manual page ----------------------------------------------------------------------------------
+# What it and --help have beside the commands.
+
+EXIT_CODES = {
+    0: "done",
+    1: "failed or refused",
+    2: "usage",
+    69: "no daemon",
+    75: "try again",
+    77: "credentials",
+    78: "configuration",
+}
+CONFIG_PLACES = (
+    f"The file, where none is named: $FAASD_ASYNC_CONFIG, ~/.config/{CONFIG_FILE}, "
+    f"/etc/{CONFIG_FILE}. The daemon: $FAASD_ASYNC_URL, else what the file says."
+)
+SUMMARY = "run functions in the background on one small machine"
+DESCRIPTION = (
+    "Runs functions in the background: POST /async-function/NAME answers with a call id once the "
+    "call is on disk, the function runs later, and its result goes to a callback URL or waits "
+    "under that id. Without a command the daemon is started; all commands but serve, check, man "
+    "and completion are its client."
+)
+EXAMPLES = {
+    "faasd-async check /etc/faasd-async/config.toml": "What is wrong with a file, in a line each.",
+    "echo hello | faasd-async invoke upper": "Call a function, and print its answer.",
+    "faasd-async calls --since 24h --status error,timeout": "What went wrong since yesterday.",
+    "faasd-async calls retry --status error --function upper": "Run it again.",
+    "faasd-async status": "Is it up, is anything stuck, paused, failing or full?",
+}
+
+
+CLIENT_OPTIONS = ("--timeout", "--config", "--url", "--user-file", "--password-file")
+
+
+class Command(NamedTuple):
+    """A row of the table of commands."""
+
+    words: str
+    run: Callable[[Arguments], int | None]
+    summary: str
+    options: str
+    request: str = ""  # what `run` asks the daemon, where it serves several commands
+
+
+def epilog() -> str:
+    """What every --help ends with."""
+    codes = "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+    return f"{CONFIG_PLACES} Exit codes: {codes}."
+
+
+def roff(line: str) -> str:
+    """Text as groff and mandoc take it: dashes that can be copied, no line that is a request."""
+    escaped = line.replace("\\", "\\e").replace("-", "\\-")
+    return escaped.replace("'", "\\(aq").replace("…", "\\&...")
+
+
+def roff_option(name: str, keys: Mapping[str, Any], brackets: bool) -> str:
+    """An option or argument with its value, in bold and italics."""
+    if not name.startswith("-"):
+        value = f"\\fI{roff(keys['metavar'])}\\fR"
+        return f"[{value}]" if brackets and "nargs" in keys else value
+    shown = f"\\fB{roff(name)}\\fR"
+    if keys.get("action") != "store_true":
+        value = keys.get("metavar") or name.strip("-").upper()
+        shown += f" \\fI{roff(value.strip(chr(39)))}\\fR"
+    return f"[{shown}]" if brackets else shown
+
+
+def manual_page(commands: Sequence[Command], options: Mapping[str, Mapping[str, Any]]) -> str:
+    """The manual page faasd-async(1), for man and mandoc."""
+    title = f'.TH FAASD-ASYNC 1 {RELEASED} "faasd-async {VERSION}" "User Commands"'
+    lines = [title, ".SH NAME", f"faasd\\-async \\- {roff(SUMMARY)}"]
+    lines += [".SH SYNOPSIS", ".B faasd\\-async", "[\\fICOMMAND\\fR] [\\fIOPTION\\fR ...]"]
+    lines += [".SH DESCRIPTION", roff(DESCRIPTION), ".PP", roff(CONFIG_PLACES), ".SH COMMANDS"]
+    shown = {command.words: command for command in commands}
+    for words in [*shown]:
+        if not words or f"{words} list" in shown:  # the same as `list`
+            del shown[words]
+    for words, command in shown.items():
+        own = [name for name in command.options.split() if name not in CLIENT_OPTIONS]
+        usage = [roff_option(name, options[name], True) for name in own]
+        lines += [".TP", f"\\fB{words}\\fR {' '.join(usage)}".rstrip()]
+        lines.append(f"{roff(command.summary)}.")
+    clients = [f"\\fB{roff(name)}\\fR" for name in CLIENT_OPTIONS]
+    lines += [".PP", f"All that ask the daemon also take {', '.join(clients)}.", ".SH OPTIONS"]
+    for name, keys in options.items():
+        lines += [".TP", roff_option(name, keys, False), roff(keys["help"])]
+    lines += [".TP", "\\fB\\-V\\fR, \\fB\\-\\-version\\fR", "the version", ".SH EXIT STATUS"]
+    for code, meaning in EXIT_CODES.items():
+        lines += [".TP", f".B {code}", meaning]
+    lines.append(".SH EXAMPLES")
+    for example, meaning in EXAMPLES.items():
+        lines += [".TP", f".B {roff(example)}", roff(meaning)]
+    lines += [".SH FILES", ".TP", ".I /etc/faasd\\-async/config.toml", "the configuration"]
+    lines += [".TP", ".I /var/lib/faasd\\-async/faasd\\-async.db", "the queue, under systemd"]
+    return "\n".join(lines) + "\n"
+
+
 # --- Command line ---------------------------------------------------------------------------------
 # One table of commands, from which the parser, its help, the manual page and completion come.
+
+SHELLS = ("bash", "zsh", "fish")
+UNKNOWN_COMMAND = r"argument (?:COMMAND|ACTION): invalid choice: '(.*?)' \(choose from (.*)\)"
 
 
 def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
@@ -12449,7 +12551,7 @@ def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "--config": {"metavar": "FILE", "help": "TOML file; without it the one that is found (below)"},
+    "--config": {"metavar": "FILE", "help": "TOML file, instead of the one that is found"},
     "--listen": {"metavar": "ADDRESS", "help": "instead of gateway.listen"},
     "--url": {
         "help": "the daemon: HOST:PORT, http://HOST:PORT, unix:/path; default: gateway.listen"
@@ -12503,23 +12605,29 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "name": {"metavar": "NAME", "help": "which one; of a function also its path: NAME/PATH?QUERY"},
     "file": {"metavar": "FILE", "nargs": "?", "help": "the file, as with --config"},
+    "shell": {"metavar": "SHELL", "choices": SHELLS, "help": ", ".join(SHELLS)},
 }
 WHICH = "--status --callback --function --queue --since --until"
-WHERE = "--timeout --config --url --user-file --password-file"
+WHERE = " ".join(CLIENT_OPTIONS)
 
 
-class Command(NamedTuple):
-    """A row of the table of commands."""
+def print_manual(args: Arguments) -> None:
+    """The manual page, in the language of man(7)."""
+    write(manual_page(COMMANDS, OPTIONS))
 
-    words: str
-    run: Callable[[Arguments], int | None]
-    summary: str
-    options: str
-    request: str = ""  # what `run` asks the daemon, where it serves several commands
+
+def print_completion(args: Arguments) -> None:
+    """What has a shell complete our commands, options and file names."""
+    try:
+        import shtab
+    except ImportError:
+        reason = "completion comes from the package shtab: pip install shtab"
+        raise HttpError(400, reason) from None
+    write(shtab.complete(make_parser(shtab.FILE), args.shell))
 
 
 COMMANDS: Sequence[Command] = (
-    Command("", serve, "Run functions in the background on one machine.", "--config --listen"),
+    Command("", serve, SUMMARY, "--config --listen"),
     Command("serve", serve, "run the daemon (as without a command)", "--config --listen"),
     Command("check", check, "check a configuration file", "file --config"),
     Command("status", show_status, "tell how the daemon is", f"--json {WHERE}"),
@@ -12568,16 +12676,10 @@ COMMANDS: Sequence[Command] = (
     Command(
         *("invoke", invoke, "call a function"), f"name --data -H --async --wait --json {WHERE}"
     ),
+    Command("man", print_manual, "print the manual page, for man", ""),
+    Command("completion", print_completion, "print what a shell needs to complete", "shell"),
 )
 GROUPS = ("calls", "queues")  # of commands; the singular does as well
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed or refused; 2 usage; 69 no daemon; 75 try again; "
-    "77 credentials; 78 configuration."
-)
-CONFIG_PLACES = (
-    "The file, where none is named: $FAASD_ASYNC_CONFIG, ~/.config/faasd-async/config.toml, "
-    "/etc/faasd-async/config.toml. The daemon: $FAASD_ASYNC_URL, else what the file says."
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -12585,32 +12687,36 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
-        if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+        if match := re.search(UNKNOWN_COMMAND, message):
             known = re.findall(r"[\w-]+", match[2])
             message = f"there is no command {match[1]}{close_names(match[1], known)}"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; its --help is the manual."""
-    epilog = f"{CONFIG_PLACES} {EXIT_CODES}"
-    top = Parser(prog="faasd-async", description=COMMANDS[0].summary, epilog=epilog)
+def make_parser(complete_files: object = None) -> argparse.ArgumentParser:
+    """The parser of the command line; its --help is the manual.
+
+    `complete_files` is how shtab has a shell complete names of files.
+    """
+    top = Parser(prog="faasd-async", description=DESCRIPTION, epilog=epilog())
     version = f"faasd-async {VERSION}"
     top.add_argument("-V", "--version", action="version", version=version)
     groups: dict[str, Any] = {}
     for command in COMMANDS:
-        group, _, action = command.words.rpartition(" ")
+        group, _, word = command.words.rpartition(" ")
         parser: argparse.ArgumentParser = top
         if command.words:
             parser = groups[group].add_parser(
-                action,
-                aliases=[action.removesuffix("s")] if action in GROUPS else [],
+                word,
+                aliases=[word.removesuffix("s")] if word in GROUPS else [],
                 help=command.summary,
                 description=command.summary,
-                epilog=epilog,
+                epilog=epilog(),
             )
         for option in command.options.split():
-            parser.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
+            action = parser.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
+            if OPTIONS[option].get("metavar") == "FILE":
+                vars(action)["complete"] = complete_files
         parser.set_defaults(run=command.run, request=command.request)
         if command.words in ("", *GROUPS):
             metavar = "ACTION" if command.words else "COMMAND"

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    DEVNULL,
     PIPE,
     Daemon,
     Faults,
@@ -25,6 +27,8 @@ from conftest import (
     run,
     start_program,
 )
+
+from faasd_async import COMMANDS, GROUPS, OPTIONS
 
 UPPER = '[functions.upper]\ncommand = ["tr", "a-z", "A-Z"]\n'
 
@@ -528,3 +532,69 @@ async def test_help_is_the_manual(words: tuple[str, ...]) -> None:
     assert (result.code, result.err) == (0, "")
     assert "Exit codes" in result.out
     assert max(map(len, result.out.splitlines())) <= 80
+
+
+# ---- the manual page and completion ----------------------------------------------------------------------------
+
+
+async def test_the_manual_page_is_one_to_its_readers(tmp_path: Path) -> None:
+    """groff and mandoc have nothing to say against it, and it has every command and option."""
+    page = tmp_path / "faasd-async.1"
+    page.write_text((await faasd("man")).out)
+    checked = await run("groff", "-man", "-ww", "-z", page)
+    assert (checked.code, checked.err) == (0, "")
+    linted = await run("mandoc", "-Tlint", "-W", "warning", page)
+    assert (linted.code, linted.out) == (0, "")
+    shown = await run("mandoc", "-Tutf8", "-O", "width=500", page)
+    text = re.sub(".\b", "", shown.out)  # bold is written by going back
+    for command in COMMANDS:
+        if command.words and command.words not in GROUPS:
+            assert re.search(f"(?m)^ +{command.words}( |$)", text), command.words
+    for option in OPTIONS:
+        assert option in text or not option.startswith("-"), option
+
+
+async def complete(shell: str, line: str, folder: Path) -> list[str]:
+    """What a shell offers at the end of this line."""
+    script = folder / "completion"
+    script.write_text((await faasd("completion", shell)).out)
+    words = line.split(" ")
+    if shell == "bash":
+        program = f"""
+            source {script}
+            COMP_WORDS=({line} '') COMP_CWORD={len(words)}
+            _shtab_faasd_async faasd-async '' {words[-1]}
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        finished = await run("bash", "-c", program)
+    else:
+        finished = await run("fish", "--no-config", "-c", f"source {script}; complete -C '{line} '")
+    assert finished.err == ""
+    return [offer.split("\t")[0] for offer in finished.out.splitlines()]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+async def test_a_shell_completes_commands_and_options(shell: str, tmp_path: Path) -> None:
+    """The commands, and what they do."""
+    assert {"calls", "queues", "invoke", "serve"} <= {*await complete(shell, "faasd-async", tmp_path)}
+    assert {"list", "show", "retry"} <= {*await complete(shell, "faasd-async calls", tmp_path)}
+
+
+async def test_zsh_takes_its_completion(tmp_path: Path) -> None:
+    """As a function that it can load."""
+    (tmp_path / "_faasd-async").write_text((await faasd("completion", "zsh")).out)
+    program = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -D -u; echo $_comps[faasd-async]"
+    loaded = await run("zsh", "-f", "-c", program)
+    assert (loaded.out, loaded.err) == ("_faasd-async\n", "")
+    checked = await run("zsh", "-n", tmp_path / "_faasd-async")
+    assert (checked.code, checked.err) == (0, "")
+
+
+async def test_completion_says_what_it_lacks() -> None:
+    """The package is an extra."""
+    lacking = "import sys; sys.modules['shtab'] = None"
+    process = await start_program("completion", "bash", before=lacking, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (1, b"")
+    assert err.decode().endswith("pip install shtab\n")
+    assert "invalid choice: 'sh'" in (await faasd("completion", "sh")).err

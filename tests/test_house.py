@@ -32,7 +32,8 @@ SECTIONS = (
     "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes", "Operator's page",
-    "Schedules", "Daemon", "Client", "Client commands", "Operator commands", "Service commands", "Command line",
+    "Schedules", "Daemon", "Client", "Client commands", "Operator commands", "Service commands",
+    "Manual page", "Command line",
 )  # fmt: skip
 # A quarter of these is statements, which are text, a clause a line.
 LONG_SECTIONS = {"SQLite steps": 900}
@@ -589,7 +590,10 @@ def test_there_is_no_second_module_and_no_package() -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     """What is installed and what the program says of itself agree."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert f'\nVERSION = "{project["version"]}"\n' in PROGRAM.read_text("utf-8")
+    program = PROGRAM.read_text("utf-8")
+    assert f'\nVERSION = "{project["version"]}"\n' in program
+    (released,) = re.findall(r'^RELEASED = "(.*)"$', program, re.MULTILINE)
+    assert f"\n## {project['version']} ({released})\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_every_test_that_the_readme_names_is_there() -> None:
