@@ -249,6 +249,7 @@ CONTROL_HEADERS = (
     "X-Deadline",
     "X-Max-Attempts",
     "X-Queue",
+    "X-Concurrency-Key",
 )
 HOPS = "X-Callback-Hops"  # how many callbacks led to this call
 STEERING = frozenset(
@@ -574,7 +575,7 @@ def page_cursor(value: Any) -> str:
 
 @expects("1 to 256 visible ASCII characters")
 def visible(value: Any) -> str:
-    """What may be a call id or an idempotency key."""
+    """What may be a call id, an idempotency key or a concurrency key."""
     require(re.fullmatch("[!-~]{1,256}", value))
     return str(value)
 
@@ -1426,6 +1427,7 @@ class Invocation(NamedTuple):
     method: str = "POST"
     schedule: str | None = None  # whose call it is, and of which instant
     scheduled_for: float | None = None
+    concurrency_key: str | None = None  # of a function's calls with the same, one runs at a time
 
 
 class Claim(NamedTuple):
@@ -1457,6 +1459,7 @@ class Claim(NamedTuple):
     traceparent: str | None = None
     tracestate: str | None = None
     method: str = "POST"
+    concurrency_key: str | None = None
 
 
 class FunctionRequest(NamedTuple):
@@ -1548,6 +1551,7 @@ class CallRecord(NamedTuple):
     traceparent: str | None
     schedule: str | None
     scheduled_for: float | None
+    concurrency_key: str | None
     callback: CallbackRecord
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again, oldest first
 
@@ -1710,7 +1714,7 @@ def record_document(record: CallRecord) -> dict[str, Any]:
         times = ("started_at", "completed_at")
         shown["history"] = [{**was, **{at: rfc3339(was[at]) for at in times}} for was in history]
     shown["duration_seconds"] = shown.pop("duration_s")
-    for name in ("app", "traceparent"):
+    for name in ("app", "traceparent", "concurrency_key"):
         if shown[name] is None:
             del shown[name]
     if record.schedule is None:
@@ -2498,7 +2502,8 @@ class WorkQueue(Protocol):
     def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
         """Up to `limit` due items of a queue, each charged with an attempt.
 
-        At most `room[lane]` of a lane, `room[""]` of one without an entry. When fewer are returned,
+        At most `room[lane]` of a lane, `room[""]` of one without an entry. Of a function's calls
+        with one concurrency key none is claimed while another is. When fewer are returned,
         `wake` tells when to ask again, but not when `room` is the reason.
         """
 
@@ -2754,8 +2759,8 @@ class Lanes:
         return self.later[0][0] if self.later else float("inf")
 
 
-# --- SQLite file ----------------------------------------------------------------------------------
-# -- what is kept in memory
+# --- SQLite index ---------------------------------------------------------------------------------
+# What is kept in memory.
 
 
 class WorkIndex:
@@ -2843,13 +2848,17 @@ class Receipt(NamedTuple):
     claims: int
 
 
-# -- file and schema
+# --- SQLite file ----------------------------------------------------------------------------------
 
 SCHEMA_VERSION = 4
 COUNTS = """
 CREATE TABLE counts (             -- of records, by lane and status; '@callbacks': by the callback's
     lane TEXT NOT NULL, status TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (lane, status)
 ) WITHOUT ROWID;
+"""
+TURNS = """
+CREATE INDEX calls_turn ON calls (function, namespace, concurrency_key, turn, due_at)
+    WHERE turn IS NOT NULL;
 """
 MIGRATIONS = {  # from this version to the next
     1: "ALTER TABLE calls ADD COLUMN app TEXT;",
@@ -2860,8 +2869,11 @@ MIGRATIONS = {  # from this version to the next
     "ALTER TABLE calls ADD COLUMN schedule TEXT;"
     "ALTER TABLE calls ADD COLUMN scheduled_for REAL;"
     "ALTER TABLE requests ADD COLUMN method TEXT NOT NULL DEFAULT 'POST';"
+    "ALTER TABLE calls ADD COLUMN concurrency_key TEXT;"
+    "ALTER TABLE calls ADD COLUMN turn INTEGER;"
     "CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);"
     + COUNTS
+    + TURNS
     + """
     INSERT INTO counts (lane, status, number)
         SELECT function || '.' || namespace, status, count(*) FROM calls GROUP BY 1, 2
@@ -2893,7 +2905,9 @@ CREATE TABLE calls (
     history TEXT,                 -- JSON: what was before the call was queued again; NULL: nothing
     hops INTEGER NOT NULL DEFAULT 0, -- callbacks that led from one call to the next, up to this one
     traceparent TEXT, tracestate TEXT,
-    schedule TEXT, scheduled_for REAL  -- whose call it is, and of which instant
+    schedule TEXT, scheduled_for REAL, -- whose call it is, and of which instant
+    concurrency_key TEXT,
+    turn INTEGER                  -- of its key: 1 has it, 0 waits for it; NULL: no key, or final
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -2901,6 +2915,7 @@ CREATE INDEX calls_completed ON calls (completed_at) WHERE completed_at IS NOT N
 CREATE INDEX calls_deadline ON calls (deadline_at) WHERE deadline_at IS NOT NULL;
 CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
+{TURNS}
 CREATE TABLE requests (
     seq INTEGER PRIMARY KEY, target TEXT NOT NULL, headers BLOB NOT NULL, body BLOB NOT NULL,
     method TEXT NOT NULL DEFAULT 'POST'
@@ -2927,7 +2942,8 @@ PRAGMAS = (
 REQUIRED_PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
 
 SELECT_HEAD = """
-    SELECT min(due_at) FROM calls WHERE work = ? AND lane = ? AND due_at IS NOT NULL
+    SELECT coalesce(min(due_at), 9e999) FROM calls
+    WHERE work = ? AND lane = ? AND due_at IS NOT NULL
 """
 SELECT_DEADLINE = """
     SELECT coalesce(min(deadline_at), 9e999) FROM calls
@@ -2939,6 +2955,20 @@ FOLLOW_CLOCK = """
     UPDATE calls SET due_at = :now
     WHERE work IS NOT NULL AND due_at > :now
         AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)
+"""
+# Calls whose concurrency key another one has stand aside: in a lane where no claim looks.
+ASIDE = " (key)"  # behind the name of their function's
+TAKE_TURNS = f"""
+    UPDATE calls SET turn = place.turn,
+        lane = function || '.' || namespace || iif(place.turn, '', '{ASIDE}')
+    FROM (
+        SELECT seq AS row, 1 = row_number() OVER (
+            PARTITION BY function, namespace, concurrency_key
+            ORDER BY due_at IS NOT NULL, due_at, seq
+        ) AS turn
+        FROM calls WHERE turn IS NOT NULL
+    ) AS place
+    WHERE seq = place.row AND calls.turn <> place.turn
 """
 SELECT_LANES = """
     SELECT work, lane, min(due_at), count(due_at) AS number FROM calls
@@ -3114,8 +3144,10 @@ class SqliteFile:
         self.index = WorkIndex()
         for name, paused in self.db.execute("SELECT name, paused FROM queues").fetchall():
             self.index.pause(name, bool(paused))
+        self.db.execute(TAKE_TURNS)
         for work, lane, due_at, waiting in self.db.execute(SELECT_LANES).fetchall():
-            self.index.add(work, lane, due_at, waiting)
+            name = lane.removesuffix(ASIDE)
+            self.index.add(work, name, due_at if name == lane else float("inf"), waiting)
         self._last_seq = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
         self.find_deadline()
         self.stale = False
@@ -3183,6 +3215,71 @@ class SqliteFile:
         self.index.expect_deadline(self.db.execute(SELECT_DEADLINE).fetchone()[0])
 
 
+# --- SQLite keys ----------------------------------------------------------------------------------
+# Of a function's calls with one concurrency key, one at most has its turn: it is claimed, or the
+# first to be. Whatever moves that one, or adds one to the others, ends with `pass_turn`.
+
+SELECT_TURN = """
+    SELECT seq, due_at FROM calls
+    WHERE function = ? AND namespace = ? AND concurrency_key = ? AND turn = 1
+"""
+SELECT_NEXT_TURN = """
+    SELECT seq, due_at, work FROM calls
+    WHERE function = ? AND namespace = ? AND concurrency_key = ? AND turn = 0
+    ORDER BY due_at, seq LIMIT 1
+"""
+SET_TURN = "UPDATE calls SET turn = ?, lane = ? WHERE seq = ?"
+# One that was cancelled while it ran has its turn until it has stopped.
+END_TURN = "UPDATE calls SET turn = NULL WHERE seq = ? AND turn = 1 AND work IS NULL"
+END_ALL_TURNS = "UPDATE calls SET turn = NULL WHERE turn = 1 AND work IS NULL"
+
+
+class KeyPlace(NamedTuple):
+    """A function's concurrency key."""
+
+    function: str
+    namespace: str
+    key: str
+
+    @property
+    def lane(self) -> str:
+        """The lane of the function's calls."""
+        return f"{self.function}.{self.namespace}"
+
+
+def pass_turn(file: SqliteFile, place: KeyPlace) -> None:
+    """Have the call that is due first be the next with its key, unless one is claimed.
+
+    A look-up or two in an index, however many wait.
+    """
+    first = file.db.execute(SELECT_NEXT_TURN, place).fetchone()
+    if first is None:
+        return
+    seq, due_at, work = first
+    holder = file.db.execute(SELECT_TURN, place).fetchone()
+    if holder is not None:
+        if holder[1] is None or (holder[1], holder[0]) < (due_at, seq):
+            return
+        file.db.execute(SET_TURN, (0, place.lane + ASIDE, holder[0]))
+    file.db.execute(SET_TURN, (1, place.lane, seq))
+    file.index.add(work, place.lane, due_at, 0)  # It is counted already.
+
+
+def pass_turn_of(file: SqliteFile, claim: Claim) -> None:
+    """The same for the key of a call whose attempt has ended, if it has one."""
+    if claim.concurrency_key is not None:
+        file.db.execute(END_TURN, (cast(Receipt, claim.receipt).seq,))
+        namespace = claim.lane.removeprefix(f"{claim.function}.")
+        pass_turn(file, KeyPlace(claim.function, namespace, claim.concurrency_key))
+
+
+def pass_turns(file: SqliteFile, places: Iterable[tuple[str, str, str | None]]) -> None:
+    """The same for calls that have ended or were queued: function, namespace and key."""
+    for function, namespace, key in dict.fromkeys(places):
+        if key is not None:
+            pass_turn(file, KeyPlace(function, namespace, key))
+
+
 # --- SQLite steps ---------------------------------------------------------------------------------
 # -- statements
 
@@ -3226,9 +3323,9 @@ INSERT_CALL = """
     INSERT INTO calls (
         seq, id, call_id, function, namespace, queue, status, work, lane, due_at, max_attempts,
         start_time, deadline_at, request_bytes, callback_url, failure_url, idempotency_key, digest,
-        app, hops, traceparent, tracestate, schedule, scheduled_for
+        app, hops, traceparent, tracestate, schedule, scheduled_for, concurrency_key, turn
     )
-    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO NOTHING
 """
 INSERT_REQUEST = """
@@ -3241,7 +3338,8 @@ SELECT_DUE_CALLS = """
     SELECT seq, claims + 1, id, coalesce(call_id, id), function, work, lane,
         attempts + 1, attempts + 1, max_attempts, start_time, callback_url, failure_url,
         http_status, duration, target, headers, body,
-        coalesce(json_array_length(history), 0), hops, traceparent, tracestate, method
+        coalesce(json_array_length(history), 0), hops, traceparent, tracestate, method,
+        concurrency_key
     FROM calls LEFT JOIN requests USING (seq)
     WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?
 """
@@ -3265,7 +3363,8 @@ CLAIM_CALLBACK = """
 
 END_CALL = """
     UPDATE calls SET status = ?, http_status = ?, error = ?, completed_at = ?, duration = ?,
-        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?, deadline_at = NULL
+        response_bytes = ?, callback_status = ?, work = ?, lane = ?, due_at = ?, deadline_at = NULL,
+        turn = NULL
     WHERE seq = ? AND claims = ? AND status = ?
 """
 END_CALLBACK = """
@@ -3303,8 +3402,8 @@ EXPIRE_CALLS = """
         WHERE deadline_at <= ? AND deadline_at IS NOT NULL AND due_at IS NOT NULL
         ORDER BY deadline_at LIMIT ?
     )
-    RETURNING seq, claims, id, coalesce(call_id, id), function, work, lane, callback_url,
-        failure_url
+    RETURNING seq, claims, id, coalesce(call_id, id), function, namespace, concurrency_key, work,
+        lane, callback_url, failure_url
 """
 
 RECORD_COLUMNS = """
@@ -3312,8 +3411,9 @@ RECORD_COLUMNS = """
     iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
     http_status, error, start_time / 1e9, started_at, completed_at,
     iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
-    traceparent, schedule, scheduled_for, callback_status, callback_attempts, callback_http_status,
-    callback_error, history, callback_url, failure_url, seq
+    traceparent, schedule, scheduled_for, concurrency_key,
+    callback_status, callback_attempts, callback_http_status, callback_error, history,
+    callback_url, failure_url, seq
 """
 # Lists are JSON; an empty one, like NULL, matches everything.
 MATCHES = """
@@ -3366,12 +3466,13 @@ SELECT_WAITING = """
     SELECT seq FROM calls WHERE work = ? AND due_at IS NOT NULL AND seq <= ? LIMIT ?
 """
 SELECT_WORK = """
-    SELECT seq, claims, id, coalesce(call_id, id), function, attempts, work, lane, due_at
+    SELECT seq, claims, id, coalesce(call_id, id), function, namespace, concurrency_key, attempts,
+        work, lane, due_at
     FROM calls WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NOT NULL
 """
 CANCEL_CALL = """
     UPDATE calls SET status = 'cancelled', completed_at = ?, work = NULL, lane = NULL,
-        due_at = NULL, deadline_at = NULL
+        due_at = NULL, deadline_at = NULL, turn = iif(due_at IS NULL, turn, NULL)
     WHERE seq = ?
 """
 CANCEL_CALLBACK = """
@@ -3380,8 +3481,9 @@ CANCEL_CALLBACK = """
     WHERE seq = ?
 """
 # Times in the history are whole microseconds: SQLite would write 15 digits of a float.
-REDRIVE_CALLS = """
-    UPDATE calls SET status = 'queued', work = queue, lane = function || '.' || namespace,
+REDRIVE_CALLS = f"""
+    UPDATE calls SET status = 'queued', work = queue, turn = iif(concurrency_key IS NULL, NULL, 0),
+        lane = function || '.' || namespace || iif(concurrency_key IS NULL, '', '{ASIDE}'),
         due_at = :now, attempts = 0, interrupted = 0, http_status = NULL, error = NULL,
         started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
         callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
@@ -3396,7 +3498,7 @@ REDRIVE_CALLS = """
                 'http_status', callback_http_status, 'error', callback_error)))
     WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL
         AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
-    RETURNING seq, work, lane
+    RETURNING seq, work, function, namespace, concurrency_key
 """
 SELECT_ANSWER = """
     SELECT status, work, callback_url, failure_url, callback_status, response_bytes,
@@ -3456,13 +3558,16 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
     """Write a new call's rows and have its queue told, unless it is stored already."""
     seq = file.next_seq()
     lane = f"{call.function}.{call.namespace}"
+    keyed = call.concurrency_key is not None
     row = (
         *(seq, call.id, call.call_id if call.call_id != call.id else None),
-        *(call.function, call.namespace, call.queue, call.queue, lane, call.due_at),
+        *(call.function, call.namespace, call.queue, call.queue),
+        *(lane + ASIDE if keyed else lane, call.due_at),
         *(call.max_attempts, call.start_time, call.deadline_at, len(call.body)),
         *(call.callback_url, call.failure_url, call.idempotency_key, digest, call.app, call.hops),
         *(call.traceparent, call.tracestate),
         *(call.schedule, call.scheduled_for),
+        *(call.concurrency_key, 0 if keyed else None),
     )
     if file.db.execute(INSERT_CALL, row).rowcount == 0:
         return
@@ -3471,7 +3576,8 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
         target = call.target.encode("utf-8", "surrogateescape")
     request = (seq, target, call.headers, call.body, call.method)
     file.db.execute(INSERT_REQUEST, request)
-    file.index.add(call.queue, lane, call.due_at)
+    file.index.add(call.queue, lane, float("inf") if keyed else call.due_at)
+    pass_turns(file, [(call.function, call.namespace, call.concurrency_key)])
     file.tally.move(lane, None, "queued")
     file.news.changed.append(seq)
     if call.deadline_at is not None and call.deadline_at < file.index.deadline_at:
@@ -3603,6 +3709,7 @@ def recover(file: SqliteFile) -> None:
     file.tally.move(CALLBACKS, "pending", "failed", failed)
     for lane, number in file.db.execute(SELECT_CLAIMED).fetchall():
         file.tally.move(lane, "running", "queued", number)
+    file.db.execute(END_ALL_TURNS)
     now = time.time()
     interrupted = file.db.execute(INTERRUPT, (now, CALLBACKS)).rowcount
     if interrupted:
@@ -3634,7 +3741,7 @@ def end_poisoned(
     error = f"interrupted {interrupted} times: the daemon died each time while it ran"
     file.db.execute(DROP_OUTPUT, (seq,))  # of an earlier attempt
     ended = Ended(own_id, call_id, function, "error", attempts, error=error)
-    ended = ended._replace(queue=queue, lane=lane)
+    ended = ended._replace(queue=queue, lane=lane.removesuffix(ASIDE))
     target = callback_target("error", callback_url, failure_url)
     end_call(file, Receipt(seq, claims), "queued", ended, None, target)
 
@@ -3649,7 +3756,9 @@ def step_complete(file: SqliteFile, claim: Claim, outcome: Outcome, status: str)
         lane=claim.lane,
     )
     target = callback_target(status, claim.callback_url, claim.failure_url)
-    if not end_call(file, receipt, "running", ended, outcome.size, target):
+    completed = end_call(file, receipt, "running", ended, outcome.size, target)
+    pass_turn_of(file, claim)
+    if not completed:
         return False
     if target:
         save_answer(file, receipt.seq, outcome)
@@ -3682,13 +3791,14 @@ def requeue(file: SqliteFile, claim: Claim, statement: str, delay_s: float, *tol
     """Make the work of a claim due again in `delay_s`. False: the claim is not valid any more."""
     due_at = time.time() + delay_s
     receipt = cast(Receipt, claim.receipt)
-    if file.db.execute(statement, (due_at, *told, *receipt)).rowcount == 0:
-        return False
-    file.index.add(claim.queue, claim.lane, due_at)
-    file.news.changed.append(receipt.seq)
-    if claim.queue != CALLBACKS:
-        file.tally.move(claim.lane, "running", "queued")
-    return True
+    queued = file.db.execute(statement, (due_at, *told, *receipt)).rowcount > 0
+    if queued:
+        file.index.add(claim.queue, claim.lane, due_at)
+        file.news.changed.append(receipt.seq)
+        if claim.queue != CALLBACKS:
+            file.tally.move(claim.lane, "running", "queued")
+    pass_turn_of(file, claim)
+    return queued
 
 
 def step_retry(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float) -> bool:
@@ -3737,14 +3847,16 @@ def cut_output(file: SqliteFile, seq: int) -> None:
 
 def step_expire(file: SqliteFile) -> None:
     """End calls whose deadline has passed before they started: a charged attempt takes it away."""
-    for row in file.db.execute(EXPIRE_CALLS, (time.time(), BATCH)).fetchall():
-        seq, claims, own_id, call_id, function, work, lane, callback_url, failure_url = row
+    rows = file.db.execute(EXPIRE_CALLS, (time.time(), BATCH)).fetchall()
+    for seq, claims, own_id, call_id, function, _, _, work, place, *urls in rows:
+        lane = place.removesuffix(ASIDE)
         file.index.lanes[work].remove(lane, 1)
         error = "not started before its X-Deadline"
         ended = Ended(own_id, call_id, function, "timeout", 0, error=error)
         ended = ended._replace(queue=work, lane=lane)
-        target = callback_target("timeout", callback_url, failure_url)
+        target = callback_target("timeout", *urls)
         end_call(file, Receipt(seq, claims), "queued", ended, None, target)
+    pass_turns(file, [row[4:7] for row in rows])
     file.find_deadline()
 
 
@@ -3762,10 +3874,10 @@ def find_seq(file: SqliteFile, call_id: str) -> int:
 
 def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
-    *told, history, callback_url, failure_url, _ = row[22:]
+    *told, history, callback_url, failure_url, _ = row[23:]
     url = callback_target(row[5], callback_url, failure_url)
     earlier = tuple(map(read_past, json.loads(history))) if history else ()
-    return CallRecord._make([*row[:22], CallbackRecord(url, *told), earlier])
+    return CallRecord._make([*row[:23], CallbackRecord(url, *told), earlier])
 
 
 def read_past(past: dict[str, Any]) -> dict[str, Any]:
@@ -3858,7 +3970,8 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """
     now = stamp()
     rows = file.db.execute(SELECT_WORK, (json.dumps(seqs),)).fetchall()
-    for seq, claims, own_id, call_id, function, attempts, work, lane, due_at in rows:
+    for seq, claims, own_id, call_id, function, _, _, attempts, work, place, due_at in rows:
+        lane = place.removesuffix(ASIDE)
         if work == CALLBACKS:
             file.db.execute(CANCEL_CALLBACK, (seq,))
             file.tally.move(CALLBACKS, "pending", "failed")
@@ -3874,6 +3987,7 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
             file.news.stopped.append(Receipt(seq, claims))
         else:
             file.index.lanes[work].remove(lane, 1)
+    pass_turns(file, [row[4:7] for row in rows])
     return len(rows)
 
 
@@ -3885,11 +3999,12 @@ def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
         file.tally.move(lane, was, "queued", number)
         file.tally.move(CALLBACKS, told, None, number)
     rows = file.db.execute(REDRIVE_CALLS, where).fetchall()
-    file.db.executemany(DROP_OUTPUT, [(seq,) for seq, _, _ in rows])
-    file.news.changed.extend([seq for seq, _, _ in rows])
-    waiting = Counter((queue, lane) for _, queue, lane in rows)
-    for (queue, lane), number in waiting.items():
-        file.index.add(queue, lane, now, number)
+    file.db.executemany(DROP_OUTPUT, [row[:1] for row in rows])
+    file.news.changed.extend([row[0] for row in rows])
+    waiting = Counter(row[1:4] for row in rows)
+    for (queue, function, namespace), number in waiting.items():
+        file.index.add(queue, f"{function}.{namespace}", now, number)
+    pass_turns(file, [row[2:] for row in rows])
     return len(rows)
 
 
@@ -3968,7 +4083,8 @@ def step_stats(file: SqliteFile) -> Mapping[str, QueueStats]:
     stats = {}
     for work in {*file.index.lanes, *file.index.paused}:
         waiting = dict(file.index.lanes[work].waiting)
-        oldest_at = min((file.head(work, lane) for lane in waiting), default=float("inf"))
+        places = (place for lane in waiting for place in (lane, lane + ASIDE))
+        oldest_at = min((file.head(work, place) for place in places), default=float("inf"))
         stats[work] = QueueStats(waiting, oldest_at, work in file.index.paused)
     return stats
 
@@ -4532,6 +4648,7 @@ class NatsCall(NamedTuple):
     method: str = "POST"
     schedule: str | None = None
     scheduled_for: float | None = None
+    concurrency_key: str | None = None
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again
     owner: str | None = None  # the process that has claimed the call or its callback
 
@@ -4667,6 +4784,7 @@ def nats_record(call: NatsCall, now: float) -> CallRecord:
         traceparent=call.traceparent,
         schedule=call.schedule,
         scheduled_for=call.scheduled_for,
+        concurrency_key=call.concurrency_key,
         callback=CallbackRecord(
             url=call.callback_target,
             status=call.callback_status,
@@ -4720,6 +4838,7 @@ def nats_claim(held: Held) -> Claim:
         traceparent=call.traceparent,
         tracestate=call.tracestate,
         method=call.method,
+        concurrency_key=call.concurrency_key,
     )
 
 
@@ -4843,6 +4962,14 @@ class NatsSubjects:
     def slot(self, queue: str, number: object) -> str:
         """One of the slots that all daemons share."""
         return f"{self._prefix}.slot.{nats_token(queue)}.{number}"
+
+    def key_holder(self, key: str) -> str:
+        """Which call has a concurrency key."""
+        return self.slot("@key", key)
+
+    def key_line(self, key: str, own_id: str) -> str:
+        """The place of a call among those that wait for a concurrency key."""
+        return self.slot("@line", f"{key}.{own_id}")
 
     def owner(self, owner: str) -> str:
         """Where a daemon answers whether it holds a claim."""
@@ -5727,6 +5854,16 @@ async def last_message(
     return found["subject"], found["seq"], base64.b64decode(found.get("data", ""))
 
 
+async def delete_message(link: NatsLink, stream: str, seq: int) -> None:
+    """Delete exactly this message, if it is there.
+
+    After a purge of its subject the server would forget, until their leases run out, which others
+    of the same consumer it was given back.
+    """
+    with contextlib.suppress(NatsRefused):
+        await link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+
+
 class NatsChanges:
     """Tells of each record that is written who watches, here or at another daemon.
 
@@ -5825,9 +5962,8 @@ class NatsCalls:
         self._link = link
         self._subjects = subjects
         self._settings = settings
-        config = settings().nats
-        self._stream = config.stream
-        self._direct = config.replicas == 1  # a follower may be behind
+        self._stream = settings().nats.stream
+        self._direct = settings().nats.replicas == 1  # a follower may be behind
 
     def now(self) -> float:
         """The time by the servers' clock, by which deadlines and delays are."""
@@ -5916,8 +6052,9 @@ class NatsCalls:
         await asyncio.gather(*map(self.purge, subjects))
 
     async def purge(self, subject: str) -> None:
-        """Delete the messages of a subject."""
-        await self._link.api(f"STREAM.PURGE.{self._stream}", {"filter": subject})
+        """Delete the message of a subject."""
+        if found := await last_message(self._link, self._stream, subject, self._direct):
+            await delete_message(self._link, self._stream, found[1])
 
     async def subjects(self, pattern: str) -> list[str]:
         """The subjects that there are."""
@@ -6175,6 +6312,14 @@ class NatsMessages:
         else:
             self._lanes.expect(queue, lane, seq)
 
+    async def put_aside(self, stored: Stored) -> None:
+        """Keep a call where it is counted and found, and no consumer hands it out."""
+        call = stored.call
+        await self._consumers.ensure("later", call.queue, call.lane)
+        place = self._subjects.place("later", call.queue, call.lane, call.id)
+        await self._link.publish(place, pack_call(call, stored.parts, stored.seq))
+        self._lanes.expect_later(call.queue, call.lane)
+
     async def later(self, stored: Stored, queue: str, lane: str) -> None:
         """Have a call or callback delivered again when it is due."""
         await self.store("later", stored, queue, lane, f"{stored.call.id}-{stored.seq}")
@@ -6230,7 +6375,171 @@ class NatsMessages:
         await self._lanes.give_back(self._lanes.queues[queue].lanes[name], delivery)
 
 
-# -- outcomes
+# --- NATS keys ------------------------------------------------------------------------------------
+# Of a function's calls with one concurrency key, one at most has it: a message names that call. Its
+# work message stays un-acked until the key is passed on, so whatever a crash leaves undone is done
+# when that is delivered again. Who comes while another call has the key is put aside, and has a
+# place in a line: a message each, whose sequences are their order.
+
+KEY_GRACE_S = 10.0  # after its end, in which a call passes its key on
+
+
+def key_token(call: NatsCall) -> str:
+    """A function's concurrency key as one token of a subject."""
+    place = f"{call.lane} {call.concurrency_key}"
+    return hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
+
+
+class NatsKeys:
+    """Who has a key, and who waits for it."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        stream: str,
+        calls: NatsCalls,
+        messages: NatsMessages,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._stream = stream
+        self._calls = calls
+        self._messages = messages
+
+    async def take(self, call: NatsCall) -> bool:
+        """Have a call that is claimed take its key. False: another one has it."""
+        if call.concurrency_key is None:
+            return True
+        key = key_token(call)
+        seq = 0
+        while await self._name(key, call.id, "", seq) is None:
+            note = await self._holder(key)
+            seq = note.seq if note else 0
+            if note is None:
+                continue
+            if note.document["id"] == call.id:
+                return True
+            if not await self._is_left(note.document["id"]):
+                return False
+        return True
+
+    async def _holder(self, key: str) -> Note | None:
+        """Which call has a key."""
+        return await self._calls.noted(self._subjects.key_holder(key))
+
+    async def _name(self, key: str, own_id: str, after: str, seq: int) -> int | None:
+        """Write who has a key, and had it before; None: that has changed since `seq`."""
+        place = self._subjects.key_holder(key)
+        body = json.dumps({"id": own_id, "after": after}).encode()
+        try:
+            return await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=seq)
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+            return None
+
+    async def _is_left(self, own_id: str) -> bool:
+        """Whether a key was left behind by a call that has ended, and does not pass it on."""
+        stored = await self._calls.anywhere(own_id)
+        if stored is None:
+            return True
+        ended_at = stored.call.completed_at
+        return ended_at is not None and ended_at < self._calls.now() - KEY_GRACE_S
+
+    async def line_up(self, stored: Stored) -> None:
+        """Have a call wait for its key. Its work message is to be acked then."""
+        call = stored.call
+        key = key_token(call)
+        await self._messages.put_aside(stored)
+        body = json.dumps({"id": call.id, "queue": call.queue, "lane": call.lane}).encode()
+        place = self._subjects.key_line(key, call.id)
+        try:
+            await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=0)
+        except NatsRefused as exc:  # It has its place already.
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+        if await self._holder(key) is None:  # It has become free meanwhile.
+            await self._pass_on(key, "", None)
+
+    async def release(self, call: NatsCall) -> None:
+        """Pass the key of a call on, if it has one; done again after a crash, it does the rest."""
+        if call.concurrency_key is None:
+            return
+        key = key_token(call)
+        note = await self._holder(key)
+        if note is None:
+            return
+        if note.document["id"] == call.id:
+            await self._pass_on(key, call.id, note)
+        elif note.document["after"] == call.id:
+            line = self._subjects.key_line(key, note.document["id"])
+            if place := await self._calls.noted(line):
+                await self._hand_out(key, place)
+
+    async def stopped(self, claim: Claim) -> None:
+        """A call that was cancelled while it ran has its key until it has stopped: now."""
+        if claim.concurrency_key is not None:
+            stored = await self._calls.anywhere(claim.id)
+            if stored is not None and stored.call.status in FINAL:
+                await self.release(stored.call)
+
+    async def look_after(self) -> None:
+        """At a start: pass on what was left behind."""
+        held = set()
+        for subject in await self._calls.subjects(self._subjects.key_holder("*")):
+            key = subject.rpartition(".")[2]
+            held.add(key)
+            note = await self._holder(key)
+            if note is not None and await self._is_left(note.document["id"]):
+                await self._pass_on(key, note.document["id"], note)
+        for subject in await self._calls.subjects(self._subjects.key_line("*", "*")):
+            key = subject.split(".")[-2]
+            if key not in held:
+                await self._pass_on(key, "", None)
+
+    async def _pass_on(self, key: str, holder: str, note: Note | None) -> None:
+        """Give the key of `holder` to the first who waits for it, or free it. `note` names it."""
+        while True:
+            place = await self._first(key)
+            if place is None and note is None:
+                return
+            if place is None:
+                await delete_message(self._link, self._stream, note.seq if note else 0)
+                note = None  # Who has lined up meanwhile has seen it taken.
+            elif note is not None and place.document["id"] == note.document["id"]:
+                await self._calls.purge(self._subjects.key_line(key, place.document["id"]))
+            else:
+                heir = place.document["id"]
+                seq = await self._name(key, heir, holder, note.seq if note else 0)
+                if seq is None or await self._hand_out(key, place):
+                    return
+                note = Note(seq, {"id": heir})  # That one does not wait any more.
+
+    async def _first(self, key: str) -> Note | None:
+        """The first place in the line."""
+        pattern = self._subjects.key_line(key, "*")
+        body = json.dumps({"next_by_subj": pattern, "seq": 1}).encode()
+        message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
+        headers = message.headers or {}
+        if "Status" in headers:
+            return None
+        return Note(int(headers["Nats-Sequence"]), json.loads(message.data))
+
+    async def _hand_out(self, key: str, place: Note) -> bool:
+        """Have a call that waited for a key claimed. False: it does not wait any more."""
+        told = place.document
+        aside = self._subjects.place("later", told["queue"], told["lane"], told["id"])
+        stored = await self._calls.read(aside)
+        if stored is not None:
+            dedup = f"{told['id']}-{place.seq}"
+            await self._messages.store("work", stored, told["queue"], told["lane"], dedup)
+            await self._calls.purge(aside)
+        await self._calls.purge(self._subjects.key_line(key, told["id"]))
+        return stored is not None
+
+
+# --- NATS outcomes --------------------------------------------------------------------------------
 
 
 class NatsEnds:
@@ -6245,7 +6554,9 @@ class NatsEnds:
         calls: NatsCalls,
         messages: NatsMessages,
         news: NatsNews,
+        keys: NatsKeys,
     ) -> None:
+        self.keys = keys
         self._subjects = subjects
         self._settings = settings
         self._calls = calls
@@ -6307,6 +6618,7 @@ class NatsEnds:
         if call.callback_status == "pending":
             await self._messages.callback(stored)
         await self._calls.keep_notes(call)
+        await self.keys.release(call)
         if delivery is not None:
             await self._messages.ack(delivery)
 
@@ -6355,6 +6667,8 @@ class NatsEnds:
             await self._messages.store("work", again, held.queue, held.lane, f"{call.id}-{seq}")
         else:
             await self._messages.later(again, held.queue, held.lane)
+        if is_call:
+            await self.keys.release(call)
         await self._messages.ack(held.delivery)
         return True
 
@@ -6529,10 +6843,10 @@ class NatsSlots:
 
     async def give_back(self, queue: str, number: int) -> None:
         """A slot is not needed any more: whoever waits for one hears of it."""
-        seq = self._seqs.pop((queue, number), None)
+        seq = self._seqs.pop((queue, number), 0)
         stream = self._settings().nats.stream
         with contextlib.suppress(StoreError):  # Then its lease runs out.
-            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+            await delete_message(self._link, stream, seq)
             await self._news.tell(wake=queue)
 
     async def renew(self) -> None:
@@ -6558,6 +6872,7 @@ class NatsClaims:
         ends: NatsEnds,
     ) -> None:
         self.owner = process_id()
+        self.keys = ends.keys
         self.held: dict[str, Held] = {}  # by id
         self.busy: set[str] = set()  # ids of claims whose end is being stored
         self._link = link
@@ -6595,15 +6910,17 @@ class NatsClaims:
                 return None
             is_call = lane.queue != CALLBACKS
             kept = stored.parts._replace(headers=b"", body=b"") if is_call else stored.parts
+            parts = with_request(stored.parts, request) if is_call else stored.parts
+            if is_call and not await self.keys.take(claimed):
+                await self.keys.line_up(stored._replace(parts=parts))
+                await self._messages.ack(delivery)
+                return None
             try:
                 seq = await self._calls.write(claimed, kept, stored.seq)
             except NatsRefused as exc:
                 if exc.code not in WRONG_SEQUENCE:
                     raise
                 continue
-            parts = stored.parts
-            if is_call:
-                parts = parts._replace(headers=request.headers, body=request.body)
             held = Held(delivery, Stored(seq, claimed, parts), lane.queue, lane.name)
             self.held[claimed.id] = held
             return nats_claim(held)
@@ -6622,6 +6939,7 @@ class NatsClaims:
             if call.due_at > self._calls.now():
                 again = Stored(record.seq, call, with_request(record.parts, request))
                 await self._messages.later(again, call.queue, call.lane)
+                await self.keys.release(call)
                 await self._messages.ack(delivery)
                 return None
             return await self._started(record, delivery, request)
@@ -6645,12 +6963,6 @@ class NatsClaims:
                 await self._messages.answer(lane, delivery, await self.interrupted(record, None))
             return None
         return call._replace(callback_attempts=call.callback_attempts + 1, owner=self.owner)
-
-    async def _answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
-        if verb == b"-NAK":
-            await self._messages.give_back(lane.queue, lane.name, delivery)
-        elif verb is not None:
-            await self._messages.ack(delivery)
 
     async def _started(
         self, stored: Stored, delivery: Delivery, request: Parts | None
@@ -6712,6 +7024,7 @@ class NatsClaims:
             return None
         again = Stored(seq, call, parts)
         await self._messages.store("work", again, call.queue, call.lane, f"{call.id}-{seq}")
+        await self.keys.release(call)
         return b"+ACK"
 
     def release(self, receipt: Hashable) -> Held | None:
@@ -6735,6 +7048,7 @@ class NatsClaims:
         """End a claim in one of the ways below. False: it is not valid any more."""
         held = self.release(claim.receipt)
         if held is None:
+            await self.keys.stopped(claim)
             return False
         self.busy.add(claim.id)
         try:
@@ -6799,8 +7113,13 @@ class NatsTaker:
                 await self._slots.give_back(queue, number)
 
     async def _claim(self, queue: str, limit: int, left: dict[str, int], made: list[Claim]) -> None:
+        asked = 0
         while len(made) < limit:
+            if asked - len(made) > MANY_NATS_REQUESTS:  # Most wait for keys: others first.
+                self._lanes.wake(queue)
+                break
             taken = await self._lanes.take(queue, limit - len(made), left)
+            asked += len(taken)
             if not taken:
                 break
             begun = await asyncio.gather(
@@ -6827,7 +7146,7 @@ class NatsTaker:
 KEPT_FIELDS = (
     *NatsCall._fields[: NatsCall._fields.index("deadline_at")],
     *("callback_url", "failure_url", "idempotency_key", "app", "hops"),
-    *("traceparent", "tracestate"),
+    *("traceparent", "tracestate", "concurrency_key"),
     *("method", "schedule", "scheduled_for"),
 )
 
@@ -6884,6 +7203,8 @@ class NatsOperator:
         keep_s = max(self._settings().calls.keep, call.due_at - self._calls.now())
         await self._calls.write(call, parts, stored.seq, keep_s)
         await self._calls.keep_notes(call)
+        if stored.call.owner is None:
+            await self._claims.keys.release(call)
         await self.take_away(call.queue, call.lane, stored)
         await self._news.ended(nats_ended(call))
 
@@ -7288,6 +7609,7 @@ class NatsRecovery:
 
     async def recover(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what daemons had that are gone, without waiting for their leases to run out."""
+        await self._claims.keys.look_after()
         for name, info in consumers.items():
             root, queue, lane = name.split("+")
             if root == "work" and info["num_ack_pending"]:
@@ -7693,7 +8015,8 @@ class NatsQueue:
         lanes = NatsLanes(link, settings, self._wake)
         consumers = NatsConsumers(link, subjects, settings, lanes)
         messages = NatsMessages(link, subjects, consumers, lanes)
-        ends = NatsEnds(subjects, settings, calls, messages, news)
+        keys = NatsKeys(link, subjects, settings().nats.stream, calls, messages)
+        ends = NatsEnds(subjects, settings, calls, messages, news, keys)
         claims = NatsClaims(link, subjects, settings, calls, messages, ends)
         slots = NatsSlots(link, subjects, settings, calls, news, claims.owner)
         operator = NatsOperator(subjects, settings, calls, claims, messages, news)
@@ -9851,6 +10174,7 @@ class Controls:
     deadline_at: float | None = None
     max_attempts: int | None = None
     queue: str | None = None
+    concurrency_key: str | None = None
     app: str | None = None
     hops: int = 0
 
@@ -9917,6 +10241,7 @@ class Intake:
             deadline_at=deadline_at,
             max_attempts=parse_one(headers, "X-Max-Attempts", number),
             queue=parse_one(headers, "X-Queue", self._queue_name),
+            concurrency_key=parse_one(headers, "X-Concurrency-Key", visible),
             app=app,
             hops=parse_one(headers, HOPS, number) or 0,
         )
@@ -9967,6 +10292,7 @@ class Intake:
             hops=controls.hops,
             traceparent=traceparent,
             tracestate=tracestate,
+            concurrency_key=controls.concurrency_key,
         )
         call_id = await self.queue.enqueue(call)
         self.metrics.submitted(queue).inc()

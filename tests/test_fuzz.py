@@ -181,6 +181,7 @@ URLS = st.builds(
 CONTROLS = {
     "X-Call-Id": TEXT,
     "Idempotency-Key": TEXT,
+    "X-Concurrency-Key": TEXT,
     "X-Delay": DURATIONS,
     "X-Not-Before": TIMES | NUMBERS,
     "X-Deadline": DURATIONS | TIMES | NUMBERS,

@@ -26,8 +26,9 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SECTIONS = (
     "Constants", "Errors", "Values", "Secrets", "Configuration", "Configuration file", "Domain data",
     "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
-    "SQLite file", "SQLite steps", "SQLite schedules", "SQLite queue",
-    "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records", "NATS work",
+    "SQLite index", "SQLite file", "SQLite keys", "SQLite steps", "SQLite schedules", "SQLite queue",
+    "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
+    "NATS work", "NATS keys", "NATS outcomes",
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",

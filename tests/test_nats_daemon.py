@@ -71,6 +71,29 @@ async def test_a_call_that_one_gateway_accepts_runs_on_another_host(
     assert (await here.final(call_id))["status"] == "success"
 
 
+async def test_calls_with_one_key_never_meet_on_two_hosts(hosts: StartHost, function: Server) -> None:
+    """Whichever gateway has accepted them; all of them run."""
+    one, other = [await hosts(one_function(function)) for _ in range(2)]
+    calls = await submit_all(20, one, other, X_Concurrency_Key="meter-7")
+    assert await ended(other, calls) == {"success": 20}
+    assert (sorted(function.call_ids), function.most_running) == (sorted(calls), 1)
+
+
+async def test_a_host_that_dies_leaves_its_keys_to_others(hosts: StartHost, function: Server, sink: Server) -> None:
+    """When the lease of its call is over: that one runs again, and those that waited do."""
+    lease = '[queues.faas-request]\nack_wait = "2s"'
+    function.behaviour = gate = Gate()
+    one = await hosts(one_function(function, lease))
+    first = await one.submit("it", X_Concurrency_Key="k")
+    await function.wait_for(1)
+    other = await hosts(one_function(sink, lease))
+    calls = [await other.submit("it", X_Concurrency_Key="k") for _ in range(3)]
+    await one.kill()
+    assert await ended(other, [first, *calls]) == {"success": 4}
+    assert (sorted(sink.call_ids), sink.most_running) == (sorted([first, *calls]), 1)
+    gate.open()
+
+
 async def test_every_host_knows_every_call(hosts: StartHost, function: Server) -> None:
     """Record, log and list are the same wherever one asks, from the 202 on."""
     function.behaviour = gate = Gate()

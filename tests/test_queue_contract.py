@@ -203,6 +203,7 @@ async def test_a_claim_has_all_that_came_in(bench: Bench) -> None:
         headers=pack_headers([(b"X-A", b"\xe4"), (b"x-a", b"")]),
         traceparent=TRACEPARENT,
         tracestate="a=1",
+        concurrency_key="k",
     )
     await bench.queue.enqueue(call)
     work = await bench.take()
@@ -1357,7 +1358,7 @@ async def test_a_record_is_the_same_alone_and_in_a_list(bench: Bench) -> None:
 
 async def test_the_document_of_a_record_is_what_people_see(bench: Bench) -> None:
     """Times in RFC 3339, nothing left out, both ids."""
-    own = await bench.add("a", callback_url=SINK, app="mine", traceparent=TRACEPARENT)
+    own = await bench.add("a", callback_url=SINK, app="mine", traceparent=TRACEPARENT, concurrency_key="k")
     await bench.run()
     record = await bench.queue.lookup("a")
     document = {
@@ -1382,6 +1383,7 @@ async def test_the_document_of_a_record_is_what_people_see(bench: Bench) -> None
         "response_bytes": 4,
         "app": "mine",
         "traceparent": TRACEPARENT,
+        "concurrency_key": "k",
     }
     assert await bench.record("a") == document
 
@@ -1390,7 +1392,7 @@ async def test_the_document_of_a_record_has_only_what_there_is(bench: Bench) -> 
     """An app is a label of Fn's routes, and of no others; few callers trace."""
     await bench.enqueue("a")
     assert (await bench.queue.lookup("a")).app is None
-    assert not {"app", "traceparent"} & {*await bench.record("a")}
+    assert not {"app", "traceparent", "concurrency_key"} & {*await bench.record("a")}
 
 
 async def test_a_trace_goes_on_with_the_callback_of_a_call_that_is_queued_again(bench: Bench) -> None:
@@ -1872,6 +1874,15 @@ async def test_a_bulk_that_matches_nothing_does_nothing(bench: Bench) -> None:
     assert await bench.queue.cancel_matching(filters) == BulkResult(0, 0)
     assert await bench.queue.redrive_matching(filters) == BulkResult(0, 0)
     assert await bench.claim() == ["a"]
+
+
+async def test_what_was_given_back_is_there_though_another_call_is_cancelled(bench: Bench) -> None:
+    """They are of one function, and only one of them is to go."""
+    await bench.enqueue_all("a", "b")
+    (_, given_back) = await bench.queue.claim(REQUESTS, 2, {})
+    assert await bench.queue.retry(given_back, None, 0.0)
+    await bench.queue.cancel("a")
+    assert await bench.claim() == ["b"]
 
 
 async def test_a_bulk_cancel_stops_the_owners_of_what_runs(bench: Bench) -> None:

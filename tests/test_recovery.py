@@ -447,7 +447,9 @@ async def test_nobody_else_reads_the_store(daemon: StartDaemon, function: Server
 def as_an_older_version(store: Path) -> None:
     """Make the file what version 1 of the schema was."""
     with contextlib.closing(sqlite3.connect(store)) as db:
-        for column in ("app", "history", "hops", "traceparent", "tracestate", "schedule", "scheduled_for"):
+        db.execute("DROP INDEX calls_turn")
+        new = ("traceparent", "tracestate", "schedule", "scheduled_for", "concurrency_key", "turn")
+        for column in ("app", "history", "hops", *new):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("ALTER TABLE requests DROP COLUMN method")
         db.execute("DROP TABLE schedules")

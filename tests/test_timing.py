@@ -2,6 +2,7 @@
 
 import asyncio
 import calendar
+import itertools
 import json
 import time
 from datetime import UTC, datetime
@@ -302,6 +303,30 @@ async def test_the_chosen_queue_survives_kill_9(daemon: StartDaemon, function: S
     assert (function.call_ids, function.most_running) == (calls, 1)
 
 
+# ---- one at a time ---------------------------------------------------------------------------------------------
+
+
+async def test_calls_with_one_key_never_meet(daemon: StartDaemon, function: Server) -> None:
+    """In the order in which they came, also after kill -9; others run beside them, and the record has the key."""
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 8')
+    function.behaviour = Gate()
+    calls = [await gateway.submit("it", X_Concurrency_Key="meter-7") for _ in range(5)]
+    others = [await gateway.submit("it", X_Concurrency_Key=f"meter-{number}") for number in range(3)]
+    await function.wait_for(4)
+    assert sorted(function.call_ids) == sorted([calls[0], *others])
+    assert (await gateway.record(calls[1]))["concurrency_key"] == "meter-7"
+    assert function.requests[0].headers["X-Concurrency-Key"] == "meter-7"
+    await gateway.kill()
+    function.requests.clear()
+    function.behaviour = answer()
+    await gateway.start()
+    records = [await gateway.final(call_id) for call_id in (*calls, *others)]
+    assert {record["status"] for record in records} == {"success"}
+    assert [call_id for call_id in function.call_ids if call_id in calls] == [*calls[1:], calls[0]]
+    started = sorted((record["started_at"], record["completed_at"]) for record in records[:5])
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(started))
+
+
 # ---- what is not understood ------------------------------------------------------------------------------------
 
 # By header: words of the form that is expected, and values that do not have it.
@@ -317,6 +342,7 @@ BAD: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "X-Queue": (("faas-request", "line"), ["", "nosuch", "LINE", "line,faas-request", "@callbacks"]),
     "X-Failure-Callback-Url": (("http",), ["", "/relative", "example.org", "ftp://example.org", "http://"]),
     "Idempotency-Key": (("ASCII",), ["", "caf\u00e9", "x" * 257]),
+    "X-Concurrency-Key": (("ASCII",), ["", "two words", "caf\u00e9", "x" * 257]),
 }  # fmt: skip
 
 
