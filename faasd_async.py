@@ -4,8 +4,10 @@
 # dependencies = [
 #     "aiohappyeyeballs>=2.4",
 #     "aiohttp>=3.14,<3.15",
+#     "cronsim>=2.6",
 #     "nats-py>=2.16,<3",
 #     "prometheus-client>=0.20",
+#     "tzdata>=2025.1",
 #     "uvloop>=0.21; platform_machine in 'x86_64 aarch64 arm64'",
 # ]
 # ///
@@ -34,6 +36,8 @@ Vocabulary
     claim       work handed to a consumer, with a receipt that names this claim and no other
     attempt     one run of a function for a call, from 1; its result is an outcome
     callback    the POST of a call's outcome to a URL; its attempts are deliveries
+    schedule    what has a function called by the clock, at its instants; an instant is settled
+                once it was fired, skipped or missed
     provider    faasd, which has functions that the file does not name
 
 States of a call
@@ -53,8 +57,8 @@ A call's life, by the names below
     CallRoutes shows the record all the time; CallRecords cancels it, or queues it again.
 
 Who owns which task or thread
-    Daemon             housekeeping and watchdog; at a stop the last answers. One of the first two
-                       that fails stops the daemon, as a dispatcher does
+    Daemon             housekeeping, watchdog and schedules; at a stop the last answers. One of the
+                       first three that fails stops the daemon, as a dispatcher does
     Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
@@ -94,6 +98,7 @@ import heapq
 import hmac
 import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -113,6 +118,7 @@ import threading
 import time
 import weakref
 import zlib
+import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
@@ -127,7 +133,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -156,6 +162,7 @@ try:
     from aiohttp.http_exceptions import HttpProcessingError
     from aiohttp.http_parser import HttpResponseParser, RawRequestMessage, RawResponseMessage
     from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+    from cronsim import CronSim, CronSimError
     from multidict import CIMultiDict
 except ImportError as exc:
     sys.exit(
@@ -784,6 +791,15 @@ def secret(path: Any) -> bytes:
     return content
 
 
+def whole_file(path: Any) -> bytes:
+    """What a file holds. Raises ValueError."""
+    name = os.path.expandvars(text(path))
+    try:
+        return Path(name).read_bytes()
+    except OSError as exc:
+        raise ValueError(f"{name}: {exc.strerror}") from None
+
+
 def signing_secret(path: Any) -> bytes:
     """What the file of callback.signing_secret_file holds. Raises ValueError."""
     content = secret(path)
@@ -844,6 +860,108 @@ def basic_auth(user: bytes | None, password: bytes | None) -> str | None:
     if not user:
         return None
     return "Basic " + base64.b64encode(user + b":" + (password or b"")).decode()
+
+
+# --- Cron expressions -----------------------------------------------------------------------------
+# When an expression is due. cronsim reads it and steps through local time. Which instants a local
+# time is, follows from Debian's cron(8): with a * in minute or hour a job runs whenever the clock
+# shows a time that matches, so not in an hour that is left out and twice in one that comes twice. A
+# job for certain times runs once: at the end of the gap, and the first time.
+
+REBOOT = "@reboot"
+MACROS: Mapping[str, str] = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+CRON_FORM = 'five fields such as "30 7 * * 1-5", or one of ' + ", ".join((*MACROS, REBOOT))
+
+
+def cron_expression(value: Any) -> str:
+    """An expression of five fields, or a macro. Raises ValueError, also where it never matches."""
+    if value == REBOOT or value in MACROS:
+        return str(value)
+    if not isinstance(value, str) or len(value.split()) != 5:
+        raise ValueError(f"expected {CRON_FORM}")
+    try:
+        next(CronSim(value, datetime(2000, 1, 1)))
+    except CronSimError as exc:
+        raise ValueError(f"{json.dumps(value)}: {str(exc).lower()}, or never matches") from None
+    except StopIteration:
+        raise ValueError(f"{json.dumps(value)} never matches") from None
+    return value
+
+
+def cron_expressions(value: Any) -> tuple[str, ...]:
+    """One expression, or several. Raises ValueError."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not listed:
+        raise ValueError(f"expected {CRON_FORM}")
+    return tuple(map(cron_expression, listed))
+
+
+@expects('a time zone such as "Europe/Berlin" or "UTC"')
+def time_zone(value: Any) -> str:
+    """The name of a zone in the system's data, else in the package tzdata."""
+    with contextlib.suppress(OSError):  # such as the name of a folder
+        zoneinfo.ZoneInfo(text(value))
+        return str(value)
+    raise ValueError
+
+
+def local_time(at: float, zone: tzinfo) -> datetime:
+    """What clocks show."""
+    return datetime.fromtimestamp(at, zone).replace(tzinfo=None, fold=0)
+
+
+def shown_at(local: datetime, zone: tzinfo) -> list[float]:
+    """The instants when clocks show this: one, none in a gap, two in an hour that comes twice."""
+    guesses = {local.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1)}
+    return sorted(at for at in guesses if local_time(at, zone) == local)
+
+
+def due_at(local: datetime, zone: tzinfo, wild: bool) -> list[float]:
+    """The instants at which a job for a local time runs; `wild`: it has a * in minute or hour."""
+    shown = shown_at(local, zone)
+    if wild:
+        return shown
+    while not shown:  # It is in a gap.
+        local += timedelta(minutes=1)
+        shown = shown_at(local, zone)
+    return shown[:1]
+
+
+def instants(expression: str, zone: tzinfo, after: float) -> Iterator[float]:
+    """The instants later than `after`, in their order, at which an expression is due."""
+    expression = MACROS.get(expression, expression)
+    wild = any(word.startswith("*") for word in expression.split()[:2])
+    start = local_time(after, zone)
+    # Where clocks are about to be set back, times that they have shown already come once more.
+    back = local_time(after + DAY_S, zone) - start - timedelta(days=1)
+    waiting: list[float] = []
+    last = after
+    for local in CronSim(expression, start + min(back, timedelta())):
+        at_once = due_at(local, zone, wild)
+        for at in at_once:
+            heapq.heappush(waiting, at)
+        while waiting and at_once and waiting[0] <= at_once[0]:
+            at = heapq.heappop(waiting)
+            if at > last:
+                yield at
+                last = at
+    yield from sorted(at for at in waiting if at > last)
+
+
+@functools.lru_cache(1024)
+def cron_words(expression: str) -> str:
+    """What an expression says."""
+    if expression == REBOOT:
+        return "once after each start of this machine"
+    return CronSim(MACROS.get(expression, expression), datetime(2000, 1, 1)).explain()
 
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -1123,6 +1241,86 @@ class Function:
         yield from tls_conflicts(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
 
 
+@expects("a table of header names and values")
+def header_table(value: Any) -> Mapping[str, str]:
+    """Headers as they can stand on the wire."""
+    headers = string_table(value)
+    for name, content in headers.items():
+        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name))
+        require(re.fullmatch(r"[\t -~\x80-\uffff]*", content))
+    return headers
+
+
+@expects("what comes after the function's name: a path that begins with /, or a query with ?")
+def call_target(value: Any) -> str:
+    """Path and query of a call."""
+    require(re.fullmatch(r"([/?][!-~]*)?", value))
+    return str(value)
+
+
+# Headers of a call that can't be the same each time, or have a key of their own.
+NOT_SCHEDULED = {
+    "X-Call-Id": "each call has an id of its own",
+    "Idempotency-Key": "each call would be taken for the first one",
+    "X-Not-Before": "that is what cron is for",
+    "X-Queue": "set queue",
+}
+SCHEDULED: Mapping[str, Callable[[str], object]] = {
+    "X-Callback-Url": callback_host,
+    "X-Failure-Callback-Url": callback_host,
+    "X-Delay": duration,
+    "X-Deadline": duration,
+    "X-Max-Attempts": number,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """[schedules.NAME], or what the annotations of a function ask for."""
+
+    name: str
+    function: str | None = key(text)
+    cron: tuple[str, ...] | None = key(cron_expressions)
+    timezone: str = key(time_zone, "UTC")
+    method: str = key(one_of("POST", "GET", "PUT", "PATCH", "DELETE"), "POST")
+    path: str = key(call_target, "")
+    headers: Mapping[str, str] = key(header_table, {})
+    body: str | None = key(text)
+    body_file: bytes | None = key(whole_file)
+    queue: str | None = key(queue_name)
+    overlap: str = key(one_of("skip", "queue", "replace"), "skip")
+    catch_up: str = key(one_of("last", "none", "all"), "last")
+    max_late: float = key(duration, "1h")
+    jitter: float = key(duration, "0s")
+    enabled: bool = key(boolean, True)
+
+    @property
+    def definition(self) -> str:
+        """What instants are counted by: with another one, they are counted from then on."""
+        return json.dumps([self.cron, self.timezone, self.enabled])
+
+    @functools.cached_property
+    def zone(self) -> tzinfo:
+        """The time zone."""
+        return UTC if self.timezone == "UTC" else zoneinfo.ZoneInfo(self.timezone)
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong."""
+        for needed in ("function", "cron"):
+            if getattr(self, needed) is None:
+                yield f"set {needed}"
+        if self.body is not None and self.body_file is not None:
+            yield "set either body or body_file"
+        given = {name.title(): value for name, value in self.headers.items()}
+        for name in given.keys() & NOT_SCHEDULED.keys():
+            yield f"headers: {name} is not for a schedule: {NOT_SCHEDULED[name]}"
+        for name in given.keys() & SCHEDULED.keys():
+            try:
+                SCHEDULED[name](given[name])
+            except ValueError as exc:
+                yield f"headers: {name}: {exc}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole file, checked. Immutable: a reload makes a new one."""
@@ -1138,6 +1336,7 @@ class Config:
     log: LogConfig = LogConfig()
     queues: Mapping[str, QueueConfig] = key(table, {})
     functions: Mapping[str, Function] = key(table, {})
+    schedules: Mapping[str, Schedule] = key(table, {})
 
     def queue(self, name: str) -> QueueConfig:
         """The settings of a queue; one that is only named somewhere has the defaults."""
@@ -1260,11 +1459,30 @@ def read_function(name: str, raw: Any, config: Config, problems: list[str]) -> F
     return read_table(base, raw, f"functions.{name}", problems)
 
 
+def read_schedules(
+    raw: Mapping[str, Any], config: Config, functions: Mapping[str, Function], problems: list[str]
+) -> dict[str, Schedule]:
+    """The schedules of the file. Without a provider their functions have to be there, too."""
+    schedules = {}
+    for name, keys in raw.items():
+        place = f"schedules.{name}"
+        schedule = read_table(Schedule(name=name), keys, place, problems)
+        schedules[name] = schedule
+        function = (schedule.function or "").removesuffix("." + config.gateway.namespace)
+        if function and function not in functions and config.provider.url is None:
+            close = difflib.get_close_matches(function, functions, 1)
+            hint = "".join(f" (did you mean {other}?)" for other in close)
+            problems.append(f"{place}.function: no such function: {function}{hint}")
+        if len(schedule.body_file or b"") > config.gateway.max_payload:
+            problems.append(f"{place}.body_file: is larger than gateway.max_payload")
+    return schedules
+
+
 def read_queues(
-    raw: Mapping[str, Any], functions: Iterable[Function], problems: list[str]
+    raw: Mapping[str, Any], names: Iterable[str], problems: list[str]
 ) -> dict[str, QueueConfig]:
-    """The queues of the file, and those that functions only name: they have the defaults."""
-    queues = {function.queue: QueueConfig() for function in functions}
+    """The queues of the file, and those that are only named somewhere: they have the defaults."""
+    queues = {name: QueueConfig() for name in names}
     queues[DEFAULT_QUEUE] = QueueConfig(max_inflight=4)
     for name, keys in raw.items():
         base = queues.get(name, QueueConfig())
@@ -1289,7 +1507,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     Raises ConfigError with every problem, each naming its key.
     """
     problems: list[str] = []
-    named = {kind: read_named(raw, kind, problems) for kind in ("queues", "functions")}
+    named = {kind: read_named(raw, kind, problems) for kind in ("queues", "functions", "schedules")}
     others = {name: value for name, value in raw.items() if name not in named}
     config = read_table(Config(), others, "", problems)
     functions = {
@@ -1298,10 +1516,13 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     }
     wrong = [function for function in functions.values() if not NAME.fullmatch(function.queue)]
     problems += [f"functions.{function.name}.queue: {NAME_RULE}" for function in wrong]
-    queues = read_queues(named["queues"], functions.values(), problems)
+    schedules = read_schedules(named["schedules"], config, functions, problems)
+    used = [function.queue for function in functions.values()]
+    used += [schedule.queue for schedule in schedules.values() if schedule.queue]
+    queues = read_queues(named["queues"], used, problems)
     if problems:
         raise ConfigError(problems)
-    return replace(config, queues=queues, functions=functions)
+    return replace(config, queues=queues, functions=functions, schedules=schedules)
 
 
 CONFIG_FILE = "faasd-async/config.toml"  # in the user's folder of configuration, and in /etc
@@ -2148,6 +2369,149 @@ def webhook_signature(
     }
 
 
+# --- Schedule rules -------------------------------------------------------------------------------
+# Pure: what is to be fired, given what was fired last and what time it is.
+
+PUNCTUAL_S = 60.0  # What runs in its own minute is not late, as cron has it.
+MOST_CAUGHT_UP = 100  # instants of one gap that are looked at: the last ones
+CLOCK_ERROR_S = 3 * 3600.0  # A clock that is set back by more was wrong: cron(8) of Debian.
+UNSURE_S = 120.0  # after a start of the machine, until a clock that nobody vouches for is taken
+PRUNED = "pruned"  # of a run whose record is gone
+SHOWN_RUNS = 20
+SHOWN_NEXT = 5
+
+
+class Due(NamedTuple):
+    """Instants up to now that were not settled: those to be fired, and how many are too late."""
+
+    fire: Sequence[float]
+    missed: Sequence[float]
+
+
+def next_instants(schedule: Schedule, after: float) -> Iterator[float]:
+    """The instants of a schedule later than `after`, in their order. @reboot has none."""
+    last = after
+    expressions = [line for line in schedule.cron or () if line != REBOOT]
+    for at in heapq.merge(*(instants(line, schedule.zone, after) for line in expressions)):
+        if at > last:
+            yield at
+            last = at
+
+
+def last_instants(schedule: Schedule, after: float, until: float) -> Sequence[float]:
+    """Up to MOST_CAUGHT_UP instants between two times, the last ones, without a walk of years."""
+    length_s = 3600.0
+    while True:
+        start = max(after, until - length_s)
+        coming = next_instants(schedule, start)
+        found = deque(itertools.takewhile(lambda at: at <= until, coming), MOST_CAUGHT_UP)
+        if start <= after or len(found) == MOST_CAUGHT_UP:
+            return found
+        length_s *= 4
+
+
+def settle(schedule: Schedule, last_at: float, now: float) -> Due:
+    """What is to be done with the instants after `last_at` up to now.
+
+    catch_up says which are run late, if any: the last one, or all. None that is later than
+    max_late, but what is in its own minute is never late.
+    """
+    past = last_instants(schedule, last_at, now)
+    limit_s = max(PUNCTUAL_S, 0.0 if schedule.catch_up == "none" else schedule.max_late)
+    fresh = [at for at in past if now - at < limit_s]
+    if schedule.catch_up != "all":
+        fresh = fresh[-1:]
+    return Due(fresh, [at for at in past if at not in fresh])
+
+
+def jitter_s(schedule: Schedule, host: str) -> float:
+    """By how much a host is late on purpose, so that not all come at once: always the same."""
+    digest = hashlib.blake2b(f"{host}/{schedule.name}".encode(), digest_size=4).digest()
+    return schedule.jitter * int.from_bytes(digest, "big") / 2**32
+
+
+def run_id(schedule: str, at: float) -> str:
+    """The id of the call of an instant: a UUIDv7 of that time, the same whoever makes it."""
+    digest = hashlib.blake2b(f"{schedule} {at:.3f}".encode(), digest_size=10).digest()
+    random_bits = int.from_bytes(digest, "big")
+    high, low = random_bits >> 68, random_bits & (2**62 - 1)
+    number = round(at * 1000) << 80 | 7 << 76 | high << 64 | 0b10 << 62 | low
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def unfinished(state: ScheduleState) -> Sequence[ScheduledRun]:
+    """The runs whose calls had not ended when they were looked at last."""
+    return [run for run in state.runs if run.id and run.status not in (*FINAL, PRUNED)]
+
+
+def followed(state: ScheduleState, runs: Sequence[ScheduledRun]) -> ScheduleState:
+    """A state with more runs, or with what has become of the ones that it has."""
+    ids = {run.id for run in runs if run.id}
+    others = [run for run in state.runs if run.id not in ids]
+    all_runs = sorted([*runs, *others], key=lambda run: run.scheduled_for, reverse=True)
+    ends = [run.completed_at for run in runs if run.status == "success" and run.completed_at]
+    last_success_at = max([state.last_success_at or 0.0, *ends]) or None
+    return state._replace(runs=all_runs[:SHOWN_RUNS], last_success_at=last_success_at)
+
+
+def run_of(record: CallRecord) -> ScheduledRun:
+    """What a schedule keeps of a call."""
+    return ScheduledRun(
+        record.scheduled_for or record.created_at,
+        record.id,
+        record.status,
+        record.completed_at,
+        record.duration_s,
+        record.error,
+    )
+
+
+def clock_doubt(synchronised: bool | None, uptime_s: float) -> str | None:
+    """Why the wall clock is not to be trusted yet. A machine without a battery starts in 1970.
+
+    None: somebody vouches for it, or nobody has for UNSURE_S.
+    """
+    if synchronised or uptime_s >= UNSURE_S:
+        return None
+    return "the clock is not synchronised, and this machine has just started"
+
+
+def schedule_words(schedule: Schedule) -> str:
+    """What a schedule says, for people."""
+    words = "; ".join(map(cron_words, schedule.cron or ()))
+    return f"{words} ({schedule.timezone})"
+
+
+def schedule_document(
+    schedule: Schedule, state: ScheduleState, following: Sequence[float]
+) -> dict[str, Any]:
+    """A schedule as the API shows it."""
+    runs = [run._asdict() for run in state.runs]
+    for run in runs:
+        run["scheduled_for"] = rfc3339(run["scheduled_for"])
+        run["completed_at"] = rfc3339(run["completed_at"])
+        run["duration_seconds"] = run.pop("duration_s")
+    return {
+        "name": schedule.name,
+        "function": schedule.function,
+        "cron": schedule.cron,
+        "timezone": schedule.timezone,
+        "words": schedule_words(schedule),
+        "enabled": schedule.enabled,
+        "paused": state.paused,
+        "overlap": schedule.overlap,
+        "catch_up": schedule.catch_up,
+        "max_late_seconds": schedule.max_late,
+        "jitter_seconds": schedule.jitter,
+        "queue": schedule.queue,
+        "next": list(map(rfc3339, following)),
+        "runs": runs,
+        "missed": state.missed,
+        "last_success_at": rfc3339(state.last_success_at),
+    }
+
+
 # --- Logging, metrics, sd_notify ------------------------------------------------------------------
 
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # of syslog(3)
@@ -2341,6 +2705,29 @@ class Activity:
         self.hour.count("ended", ended.queue)
         if ended.status in ("error", "timeout"):
             self.hour.count("failed", ended.queue)
+
+
+class ScheduleMetrics:
+    """What schedules are watched by. Their names come from the file, and from functions."""
+
+    def __init__(self, registry: prometheus_client.CollectorRegistry) -> None:
+        labels = ["schedule"]
+        self.last_success = by_label(
+            prometheus_client.Gauge(
+                "faasd_async_schedule_last_success_seconds",
+                "When a call of a schedule ended well last (Unix time).",
+                labels,
+                registry=registry,
+            )
+        )
+        self.missed = by_label(
+            prometheus_client.Counter(
+                "faasd_async_schedule_missed",
+                "Instants of a schedule that were not run.",
+                labels,
+                registry=registry,
+            )
+        )
 
 
 class Metrics:
@@ -10166,6 +10553,7 @@ class Consumers:
 class Controls:
     """What a caller asks of a call (the headers of the same names); None: nothing."""
 
+    id: str | None = None  # its own one, where it has to be the same each time
     call_id: str | None = None
     callback_url: str | None = None
     failure_url: str | None = None
@@ -10177,6 +10565,9 @@ class Controls:
     concurrency_key: str | None = None
     app: str | None = None
     hops: int = 0
+    method: str = "POST"
+    schedule: str | None = None
+    scheduled_for: float | None = None
 
 
 class Accepted(NamedTuple):
@@ -10215,7 +10606,7 @@ class Intake:
     """Accepts calls."""
 
     settings: Settings
-    queue: WorkQueue
+    queue: Queue
     metrics: Metrics
 
     def controls(self, headers: Mapping[str, str], app: str | None = None) -> Controls:
@@ -10265,14 +10656,39 @@ class Intake:
         controls: Controls,
     ) -> Accepted:
         """Queue a call; it is on disk when this returns. Raises StoreError, HttpError(422, 429)."""
+        call = self.invocation(function, target, headers, body, controls)
+        call_id = await self.queue.enqueue(call)
+        self._count(call)
+        return Accepted(call_id, call.start_time)
+
+    async def accept_scheduled(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
+        """Queue calls together with what follows for their schedule; see ScheduleStates.save."""
+        revision = await self.queue.schedules.save(state, calls)
+        for call in calls if revision else ():
+            self._count(call)
+        return revision
+
+    def _count(self, call: Invocation) -> None:
+        self.metrics.submitted(call.queue).inc()
+        self.metrics.activity.hour.count("accepted", call.queue)
+
+    def invocation(
+        self,
+        function: Function,
+        target: str,
+        headers: Sequence[Header],
+        body: bytes,
+        controls: Controls,
+    ) -> Invocation:
+        """A call as it is to be stored."""
         start_time = time.time_ns()
         now = start_time / 1e9
-        own_id = new_id()
+        own_id = controls.id or new_id()
         call_id = controls.call_id or own_id
         queue = controls.queue or function.queue
         ours = ((b"X-Call-Id", call_id.encode()), (b"X-Start-Time", b"%d" % start_time))
         traceparent, tracestate = trace_context(headers)
-        call = Invocation(
+        return Invocation(
             id=own_id,
             call_id=call_id,
             function=function.name,
@@ -10293,11 +10709,10 @@ class Intake:
             traceparent=traceparent,
             tracestate=tracestate,
             concurrency_key=controls.concurrency_key,
+            method=controls.method,
+            schedule=controls.schedule,
+            scheduled_for=controls.scheduled_for,
         )
-        call_id = await self.queue.enqueue(call)
-        self.metrics.submitted(queue).inc()
-        self.metrics.activity.hour.count("accepted", queue)
-        return Accepted(call_id, start_time)
 
 
 # --- HTTP front -----------------------------------------------------------------------------------
@@ -11059,6 +11474,7 @@ class CallRoutes:
             function=function,
             queue=parse_one(joined, "queue", text),
             call_id=parse_one(joined, "call_id", text),
+            schedule=parse_one(joined, "schedule", text),
             since=parse_one(joined, "since", parse_since),
             until=parse_one(joined, "until", parse_since),
         )
@@ -11661,10 +12077,451 @@ class FnRoutes:
         return record
 
 
+# --- Schedules ------------------------------------------------------------------------------------
+# Fires what is due. All that has to outlive a crash is in the store: a state is read before each
+# step, and written with what follows from it, if nobody else has written it meanwhile.
+
+UNSURE_CHECK_S = 1.0  # between looks at a clock that is not to be trusted yet: nobody tells
+SETTLED_AT_ONCE = 16  # schedules: so that others get their turn
+TIME_ERROR = 5  # adjtimex(2)
+TIMESYNC = Path("/run/systemd/timesync/synchronized")  # systemd-timesyncd.service(8)
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # random(4)
+
+
+def clock_synchronised() -> bool:
+    """Whether somebody vouches for the wall clock: systemd-timesyncd, or the kernel."""
+    if TIMESYNC.exists():
+        return True
+    import ctypes  # It costs memory, which who has no schedules does not need.
+
+    with contextlib.suppress(OSError, AttributeError):
+        # A struct timex of zeros changes nothing. Its size differs; no field of it is read.
+        state = int(ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(1024)))
+        return 0 <= state < TIME_ERROR
+    return False
+
+
+def boot_id() -> str:
+    """What tells one run of this machine from another; "": nobody knows."""
+    with contextlib.suppress(OSError):
+        return BOOT_ID.read_text().strip()
+    return ""
+
+
+class ScheduleNews:
+    """What the scheduler has to know of what happens elsewhere."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()  # something below has
+        self.stale = True  # the configuration, or what the provider has, is another one
+        self._ended: set[str] = set()  # schedules of which a call has ended
+        self._calls: dict[str, str] = {}  # whose calls are under way, by id
+
+    def replan(self) -> None:
+        """Schedules may have come, changed or gone."""
+        self.stale = True
+        self.changed.set()
+
+    def planned(self) -> None:
+        """That was looked at."""
+        self.stale = False
+
+    def expect(self, state: ScheduleState) -> None:
+        """The ends of these calls have to be noted."""
+        self._calls.update((run.id, state.name) for run in unfinished(state) if run.id)
+
+    def tell(self, ended: Ended) -> None:
+        """A call has ended."""
+        if name := self._calls.pop(ended.id, None):
+            self._ended.add(name)
+            self.changed.set()
+
+    def take_ended(self) -> set[str]:
+        """The schedules of which calls have ended since this was asked last."""
+        ended = self._ended
+        self._ended = set()
+        return ended
+
+
+class ScheduleSteps:
+    """What follows for a schedule now: its next state, and the calls that go with it."""
+
+    def __init__(self, records: CallRecords, intake: Intake, directory: FunctionDirectory) -> None:
+        self._records = records
+        self._intake = intake
+        self._directory = directory
+        self._host = socket.gethostname()
+        self._boot = boot_id()
+
+    def begin(self, schedule: Schedule, state: ScheduleState) -> ScheduleState:
+        """A schedule that is new or another one now is counted from now on."""
+        return state._replace(
+            definition=schedule.definition, last_at=time.time(), boots=self._booted(state)
+        )
+
+    def resume(self, state: ScheduleState) -> ScheduleState:
+        """What was paused is counted from now on."""
+        if not state.paused:
+            return state
+        return state._replace(paused=False, last_at=time.time(), boots=self._booted(state))
+
+    def next_at(self, schedule: Schedule, state: ScheduleState) -> float:
+        """When something follows. Infinity: never."""
+        if state.paused or not schedule.enabled:
+            return float("inf")
+        if self._has_booted(schedule, state):
+            return 0.0
+        return next(next_instants(schedule, state.last_at), float("inf")) + self._jitter_s(schedule)
+
+    def _jitter_s(self, schedule: Schedule) -> float:
+        return jitter_s(schedule, self._host)
+
+    def _has_booted(self, schedule: Schedule, state: ScheduleState) -> bool:
+        """Whether @reboot is due: once for each start of this machine."""
+        return REBOOT in (schedule.cron or ()) and state.boots.get(self._host) != self._boot
+
+    def _booted(self, state: ScheduleState) -> Mapping[str, str]:
+        return {**state.boots, self._host: self._boot}
+
+    async def refreshed(self, state: ScheduleState) -> ScheduleState:
+        """A state with what has become of its calls by now. Raises StoreError."""
+        running = unfinished(state)
+        if not running:
+            return state
+        return followed(state, await asyncio.gather(*map(self._look_up, running)))
+
+    async def _look_up(self, run: ScheduledRun) -> ScheduledRun:
+        try:
+            return run_of(await self._records.lookup(run.id or ""))
+        except HttpError:
+            return run._replace(status=PRUNED)
+
+    async def settle(
+        self, schedule: Schedule, stored: ScheduleState
+    ) -> tuple[ScheduleState, Sequence[Invocation]]:
+        """What follows from what is stored; the same state where nothing does.
+
+        Raises StoreError, and NotNow where it has to wait.
+        """
+        now = time.time()
+        due = settle(schedule, stored.last_at, now - self._jitter_s(schedule))
+        fire = list(due.fire)
+        booted = self._has_booted(schedule, stored)
+        if booted:
+            fire.append(now)
+        if stored.paused or not (fire or due.missed):
+            return stored, ()
+        state = await self.refreshed(stored)
+        runs, calls = await self._fire(schedule, state, fire)
+        missed = len(due.missed) + sum(run.status == "missed" for run in runs)
+        if due.missed:
+            reason = f"{len(due.missed)} too late"
+            runs.append(ScheduledRun(due.missed[-1], None, "missed", error=reason))
+        state = followed(state, runs)._replace(
+            last_at=max([stored.last_at, *due.fire, *due.missed]),
+            missed=stored.missed + missed,
+            boots=self._booted(stored) if booted else stored.boots,
+        )
+        return state, calls
+
+    async def _fire(
+        self, schedule: Schedule, state: ScheduleState, fire: Sequence[float]
+    ) -> tuple[list[ScheduledRun], Sequence[Invocation]]:
+        """What becomes of instants, beside calls that are still under way."""
+        running = unfinished(state)
+        if running and schedule.overlap == "skip":
+            reason = f"call {running[0].id} had not ended"
+            return [ScheduledRun(at, None, "skipped", error=reason) for at in fire], ()
+        try:
+            calls = [await self.call(schedule, at) for at in fire]
+        except NotNow:
+            raise
+        except HttpError as exc:  # There is no such function, or a header is not allowed.
+            return [ScheduledRun(at, None, "missed", error=exc.text) for at in fire], ()
+        if calls and schedule.overlap == "replace":
+            await asyncio.gather(*map(self._cancel, running))
+        runs = [ScheduledRun(at, call.id, "queued") for at, call in zip(fire, calls, strict=True)]
+        return runs, calls
+
+    async def _cancel(self, run: ScheduledRun) -> None:
+        with contextlib.suppress(HttpError):  # It has ended meanwhile.
+            await self._records.cancel(run.id or "")
+
+    async def call(self, schedule: Schedule, at: float, own_id: str | None = None) -> Invocation:
+        """The call of an instant. Raises HttpError: 400, 404, 503."""
+        function = await self._directory.find(schedule.function or "", stale=True)
+        if function is None:
+            raise HttpError(404, f"function {schedule.function} does not exist")
+        headers = [(name.encode(), value.encode()) for name, value in schedule.headers.items()]
+        headers.append((b"X-Schedule", schedule.name.encode()))
+        headers.append((b"X-Scheduled-For", (rfc3339(at) or "").encode()))
+        controls = replace(
+            self._intake.controls(CIMultiDict(schedule.headers)),
+            id=own_id or run_id(schedule.name, at),
+            queue=schedule.queue,
+            method=schedule.method,
+            schedule=schedule.name,
+            scheduled_for=at,
+        )
+        body = schedule.body_file or (schedule.body or "").encode()
+        return self._intake.invocation(function, schedule.path, headers, body, controls)
+
+
+async def in_batches(do: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
+    """Some at once, which share commits; then others get their turn."""
+    rest = list(items)
+    while rest:
+        await asyncio.gather(*map(do, rest[:SETTLED_AT_ONCE]))
+        rest = rest[SETTLED_AT_ONCE:]
+        await asyncio.sleep(0)
+
+
+def clock_is_right() -> bool:
+    """Whether the wall clock may be taken for what it shows."""
+    synchronised = clock_synchronised()
+    doubt = clock_doubt(synchronised, time.clock_gettime(time.CLOCK_BOOTTIME))
+    if doubt is None and not synchronised:
+        log.warning("schedules: the clock is not synchronised; its time is taken all the same")
+    return doubt is None
+
+
+def log_runs(old: ScheduleState, new: ScheduleState) -> None:
+    """Tell what has become of instants."""
+    known = {(run.scheduled_for, run.id) for run in old.runs}
+    for run in new.runs:
+        if (run.scheduled_for, run.id) not in known:
+            log_with(
+                logging.INFO if run.id else logging.WARNING,
+                f"schedule {run.status}",
+                schedule=new.name,
+                scheduled_for=rfc3339(run.scheduled_for),
+                call_id=run.id,
+                error=run.error,
+            )
+
+
+class Plan(NamedTuple):
+    """A schedule, how far it was when that was read last, and when it is to be looked at."""
+
+    schedule: Schedule
+    state: ScheduleState
+    at: float  # infinity: not at all
+
+
+class Scheduler:
+    """Settles the instants of all schedules, each at its time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: Queue,
+        intake: Intake,
+        steps: ScheduleSteps,
+        metrics: ScheduleMetrics,
+        news: ScheduleNews,
+    ) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._intake = intake
+        self._steps = steps
+        self._metrics = metrics
+        self._news = news
+        self._plans: dict[str, Plan] = {}
+        self._trusted = False  # the wall clock is
+        self._seen_at = 0.0  # what it showed last
+
+    async def run(self) -> None:
+        """Go on until this is cancelled."""
+        while True:
+            self._news.changed.clear()
+            try:
+                wait_s = await self._look()
+            except StoreError as exc:
+                log.warning("schedules wait: %s", exc)
+                wait_s = RETRY_STORE_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._news.changed.wait()
+
+    async def _look(self) -> float | None:
+        """Do what there is to do; for how many seconds there will be nothing. None: for ever."""
+        schedules = self.schedules()
+        self._plans = {name: plan for name, plan in self._plans.items() if name in schedules}
+        if not schedules:
+            return None
+        await self._replan(schedules)
+        for name in self._news.take_ended() & schedules.keys():
+            await self._note(schedules[name])
+        if not self._trusted:
+            return UNSURE_CHECK_S
+        now = time.time()
+        due = [plan for plan in self._plans.values() if plan.at <= now]
+        await in_batches(self._settle, due)
+        wait_s = min(plan.at for plan in self._plans.values()) - time.time()
+        # Short enough to notice a clock that was set, and a machine that has slept.
+        return min(max(0.0, wait_s), CLOCK_CHECK_S)
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        """All there are, by name."""
+        return self._settings().schedules
+
+    async def _replan(self, schedules: Mapping[str, Schedule]) -> None:
+        """Plan all of them, where that may lead to something else than before."""
+        now = time.time()
+        if now < self._seen_at - 1.0:  # The clock was set back.
+            self._news.replan()
+        self._seen_at = now
+        if not self._trusted and clock_is_right():
+            self._trusted = True
+            self._news.replan()
+        if not self._news.stale:
+            return
+        self._news.planned()
+        try:
+            states = await self._queue.schedules.states()
+            plans = [
+                Plan(schedule, states.get(name, ScheduleState(name)), 0.0)
+                for name, schedule in schedules.items()
+            ]
+            await in_batches(self._begin, plans)
+        except StoreError:
+            self._news.replan()
+            raise
+
+    async def _begin(self, plan: Plan) -> None:
+        schedule, state, _ = plan
+        other = state.definition != schedule.definition
+        wrong = state.last_at > time.time() + CLOCK_ERROR_S
+        if self._trusted and (other or wrong):
+            state = await self._change(schedule, functools.partial(self._steps.begin, schedule))
+        self._metrics.missed(schedule.name)
+        self._plan(schedule, state)
+
+    def _plan(self, schedule: Schedule, state: ScheduleState) -> None:
+        at = self._steps.next_at(schedule, state)
+        self._plans[schedule.name] = Plan(schedule, state, at)
+        self._news.expect(state)
+        if state.last_success_at is not None:
+            self._metrics.last_success(schedule.name).set(state.last_success_at)
+
+    async def _change(
+        self,
+        schedule: Schedule,
+        change: Callable[[ScheduleState], ScheduleState],
+        calls: Sequence[Invocation] = (),
+    ) -> ScheduleState:
+        """Write the state that follows from the one that is stored, and plan with it."""
+        revision = 0
+        while not revision:
+            state = change(await self._queue.schedules.state(schedule.name))
+            revision = await self._intake.accept_scheduled(state, calls)
+        state = state._replace(revision=revision)
+        self._plan(schedule, state)
+        return state
+
+    async def _note(self, schedule: Schedule) -> None:
+        """Keep how calls have ended, longer than their records are."""
+        stored = await self._queue.schedules.state(schedule.name)
+        state = await self._steps.refreshed(stored)
+        revision = stored.revision
+        if state != stored:
+            revision = await self._intake.accept_scheduled(state, ())
+        if revision:  # else another daemon has written something else, and plans with that
+            self._plan(schedule, state._replace(revision=revision))
+
+    async def _settle(self, plan: Plan) -> None:
+        """Do what is due."""
+        schedule = plan.schedule
+        try:
+            while True:
+                stored = await self._queue.schedules.state(schedule.name)
+                state, calls = await self._steps.settle(schedule, stored)
+                if state is stored:  # Another daemon was first, or has paused it.
+                    break
+                if revision := await self._intake.accept_scheduled(state, calls):
+                    log_runs(stored, state)
+                    self._metrics.missed(schedule.name).inc(state.missed - stored.missed)
+                    state = state._replace(revision=revision)
+                    break
+        except HttpError as exc:  # Its queue is full, or the provider away.
+            log_with(logging.WARNING, "schedule waits", schedule=schedule.name, error=exc.text)
+            self._plans[schedule.name] = plan._replace(at=time.time() + RETRY_STORE_S)
+            return
+        self._plan(schedule, state)
+
+    # What people ask for.
+
+    async def documents(self) -> Sequence[dict[str, Any]]:
+        """All schedules, as the API shows them. Raises StoreError."""
+        states = await self._queue.schedules.states()
+        documents = []
+        for name, schedule in sorted(self.schedules().items()):
+            state = await self._steps.refreshed(states.get(name, ScheduleState(name)))
+            after = max(time.time(), state.last_at)
+            begun = state.definition == schedule.definition
+            active = begun and schedule.enabled and not state.paused
+            coming = itertools.islice(next_instants(schedule, after), SHOWN_NEXT * active)
+            documents.append(schedule_document(schedule, state, list(coming)))
+            await asyncio.sleep(0)
+        return documents
+
+    async def fire_now(self, name: str) -> str:
+        """Have a schedule run, beside its instants and whatever runs; the id of its call.
+
+        Raises StoreError, HttpError.
+        """
+        schedule = self._find(name)
+        call = await self._steps.call(schedule, time.time(), new_id())
+        run = ScheduledRun(call.scheduled_for or 0.0, call.id, "queued")
+        await self._change(schedule, lambda state: followed(state, [run]), [call])
+        return call.id
+
+    async def pause(self, name: str, paused: bool) -> None:
+        """Have a schedule rest, or go on from now. Survives a restart."""
+        schedule = self._find(name)
+        if paused:
+            await self._change(schedule, lambda state: state._replace(paused=True))
+        else:
+            await self._change(schedule, self._steps.resume)
+        self._news.changed.set()
+
+    def _find(self, name: str) -> Schedule:
+        schedules = self.schedules()
+        if name not in schedules:
+            known = ", ".join(sorted(schedules)) or "none"
+            raise HttpError(404, f"no such schedule; there are {known}")
+        return schedules[name]
+
+
+@dataclass(frozen=True)
+class ScheduleRoutes:
+    """Schedules: how far they are, and what people ask of them."""
+
+    scheduler: Scheduler
+
+    async def list_schedules(self, request: Request) -> web.StreamResponse:
+        """All of them, with the next instants and the last runs."""
+        return reply({"schedules": await self.scheduler.documents()})
+
+    async def change(self, request: Request) -> web.StreamResponse:
+        """Run one now, pause it, or have it go on."""
+        name, action = request.parts
+        if action == "run":
+            call_id = await self.scheduler.fire_now(name)
+            log_with(logging.INFO, "schedule run by hand", schedule=name, call_id=call_id)
+            answer = {"schedule": name, "call_id": call_id}
+            return reply(answer, 202, call_headers(call_id))
+        await self.scheduler.pause(name, action == "pause")
+        log.info("schedule %s: %sd", name, action)
+        return reply({"schedule": name, "paused": action == "pause"})
+
+
 # --- Daemon ---------------------------------------------------------------------------------------
 # Puts the parts together, and owns their lifecycle.
 
 BACKLOG = 1024  # connections that wait to be accepted
+OWN_RESOURCES = "calls|queues|stats|events|schedules"  # of /system; others are OpenFaaS's
+NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
@@ -11682,8 +12539,10 @@ def route_table(
     health: HealthRoutes,
     rest: RestRoutes,
     fn: FnRoutes,
+    schedules: ScheduleRoutes,
 ) -> Sequence[Route]:
     """All routes there are. The first that fits is taken."""
+    operate = Access.OPERATE
     rows: Sequence[tuple[str, str, Access, Handler]] = (
         ("POST", "/async-function/…", Access.INVOKE, functions.queue),
         ("DELETE", "/async-function/{call}", Access.INVOKE, calls.cancel_call),
@@ -11692,29 +12551,26 @@ def route_table(
         ("*", "/r/{segment}/…", Access.INVOKE, fn.call),
         ("GET", "/healthz", Access.OPEN, health.healthz),
         ("GET", "/readyz", Access.OPEN, health.readyz),
-        ("GET", "/system/calls", Access.OPERATE, calls.list_calls),
-        ("POST", "/system/calls/retry", Access.OPERATE, calls.retry_matching),
-        ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
-        ("GET", "/system/calls/{call}/log", Access.OPERATE, calls.show_log),
-        ("GET", "/system/calls/{call}/result", Access.OPERATE, calls.show_result),
-        ("GET", "/system/calls/{call}/request", Access.OPERATE, calls.show_request),
-        ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
-        ("POST", "/system/calls/{call}/callback", Access.OPERATE, calls.resend_callback),
-        ("GET", "/system/calls/{call}", Access.OPERATE, calls.show_call),
-        ("GET", "/system/queues", Access.OPERATE, queues.list_queues),
-        (
-            "POST",
-            "/system/queues/{segment}/(pause|resume|purge)",
-            Access.OPERATE,
-            queues.change_queue,
-        ),
-        ("GET", "/system/stats", Access.OPERATE, stats.show_stats),
-        ("GET", "/system/events", Access.OPERATE, events.show_events),
-        ("GET", "/metrics", Access.OPERATE, queues.expose),
-        ("GET", "/v1/apps/{segment}/calls", Access.OPERATE, fn.list_calls),
-        ("GET", "/v1/apps/{segment}/calls/{segment}", Access.OPERATE, fn.show_call),
-        ("GET", "/v1/apps/{segment}/calls/{segment}/log", Access.OPERATE, fn.show_log),
-        ("*", r"/system(?!/(?:calls|queues|stats|events)\b)…", Access.OPERATE, rest.handle),
+        ("GET", "/system/calls", operate, calls.list_calls),
+        ("POST", "/system/calls/retry", operate, calls.retry_matching),
+        ("POST", "/system/calls/cancel", operate, calls.cancel_matching),
+        ("GET", "/system/calls/{call}/log", operate, calls.show_log),
+        ("GET", "/system/calls/{call}/result", operate, calls.show_result),
+        ("GET", "/system/calls/{call}/request", operate, calls.show_request),
+        ("POST", "/system/calls/{call}/retry", operate, calls.retry_call),
+        ("POST", "/system/calls/{call}/callback", operate, calls.resend_callback),
+        ("GET", "/system/calls/{call}", operate, calls.show_call),
+        ("GET", "/system/queues", operate, queues.list_queues),
+        ("POST", "/system/queues/{segment}/(pause|resume|purge)", operate, queues.change_queue),
+        ("GET", "/system/stats", operate, stats.show_stats),
+        ("GET", "/system/events", operate, events.show_events),
+        ("GET", "/system/schedules", operate, schedules.list_schedules),
+        ("POST", "/system/schedules/{segment}/(run|pause|resume)", operate, schedules.change),
+        ("GET", "/metrics", operate, queues.expose),
+        ("GET", "/v1/apps/{segment}/calls", operate, fn.list_calls),
+        ("GET", "/v1/apps/{segment}/calls/{segment}", operate, fn.show_call),
+        ("GET", "/v1/apps/{segment}/calls/{segment}/log", operate, fn.show_log),
+        ("*", f"/system(?!/(?:{OWN_RESOURCES})\\b)…", operate, rest.handle),
     )
     cors = ("/function/…", "/async-function/…", "/async-function/{call}")
     return [
@@ -11810,6 +12666,15 @@ def log_ended(ended: Ended) -> None:
     log_with(level, "call ended", **told)
 
 
+def reloaded(old: Config, new: Config) -> Config:
+    """The new settings, but for what needs a restart: that is told."""
+    kept = {name: getattr(old, name) for name in NEED_RESTART}
+    for name, value in kept.items():
+        if getattr(new, name) != value:
+            log.warning("[%s] has changed: that needs a restart", name)
+    return replace(new, **kept)
+
+
 class Daemon:
     """The composition root. Made inside a running event loop; `run()` returns the exit code."""
 
@@ -11822,6 +12687,7 @@ class Daemon:
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
         self._metrics = Metrics()
         self._waiters = CallWaiters()
+        self._schedule_news = ScheduleNews()
         self._queue = make_queue(config, self.settings, self._metrics.observe_commit)
         self._consumers = Consumers(self.settings, self._queue, self._ended)
         self._hub = EventHub(self._queue)
@@ -11841,7 +12707,7 @@ class Daemon:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
             stack.push_async_callback(self._queue.close)
             sockets = listening_sockets(self.config.gateway.listen)
-            front, jobs = self._compose(stack, [socket_url(sock) for sock in sockets])
+            front, jobs, scheduler = self._compose(stack, [socket_url(sock) for sock in sockets])
             server = Server(front, self.config.gateway.read_timeout)
             runner = web.ServerRunner(server, shutdown_timeout=0.1)  # The drain comes before.
             await runner.setup()
@@ -11851,7 +12717,7 @@ class Daemon:
                 log.info("listening on %s", socket_url(sock))
             names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
             self._consumers.start(jobs, names)
-            side = self._start_side_jobs()
+            side = self._start_side_jobs(scheduler)
             sd_notify("READY=1\nSTATUS=accepting calls")
             await self._stop.wait()
             await self._drain(runner, server)
@@ -11863,7 +12729,7 @@ class Daemon:
 
     def _compose(
         self, stack: contextlib.AsyncExitStack, urls: Sequence[str]
-    ) -> tuple[Front, Mapping[str, Job]]:
+    ) -> tuple[Front, Mapping[str, Job], Scheduler]:
         """Make the parts, on the addresses where this daemon is reached itself."""
         settings = self.settings
         http = HttpClient(environment=os.environ)
@@ -11885,6 +12751,10 @@ class Daemon:
         caller = FunctionCaller(http, provided_http, commands, directory)
         intake = Intake(settings, self._queue, self._metrics)
         metrics = self._metrics
+        steps = ScheduleSteps(self._queue, intake, directory)
+        news = self._schedule_news
+        watched = ScheduleMetrics(metrics.registry)
+        scheduler = Scheduler(settings, self._queue, intake, steps, watched, news)
         # To connect to 0.0.0.0 or [::] reaches ourselves.
         sender = CallbackJob(settings, callback_http, own_http, yarl.URL(own_address), metrics)
         invoker = InvocationJob(settings, directory, self._limits, caller, metrics)
@@ -11900,8 +12770,9 @@ class Daemon:
             HealthRoutes(self._queue, self._waiters),
             RestRoutes(settings, provider, directory, metrics),
             FnRoutes(functions, self._queue),
+            ScheduleRoutes(scheduler),
         )
-        return Front(settings, routes), {CALLBACKS: sender, "": invoker}
+        return Front(settings, routes), {CALLBACKS: sender, "": invoker}, scheduler
 
     def _callback_allowed(self, host: str, address: str) -> bool:
         return callback_allowed(host, address, self.config.callback)
@@ -11910,6 +12781,7 @@ class Daemon:
 
     def _final(self, ended: Ended) -> None:
         self._waiters.tell(ended)
+        self._schedule_news.tell(ended)
         self._metrics.activity.count_end(ended)
         if ended.elsewhere:
             return
@@ -11918,11 +12790,13 @@ class Daemon:
 
     # Side jobs: one that fails stops the daemon, as a dispatcher does.
 
-    def _start_side_jobs(self) -> Sequence[asyncio.Task[None]]:
-        side = [
-            asyncio.create_task(self._housekeeping(), name="housekeeping"),
-            asyncio.create_task(self._watchdog(), name="watchdog"),
-        ]
+    def _start_side_jobs(self, scheduler: Scheduler) -> Sequence[asyncio.Task[None]]:
+        jobs = {
+            "housekeeping": self._housekeeping(),
+            "watchdog": self._watchdog(),
+            "schedules": scheduler.run(),
+        }
+        side = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
         for task in side:
             task.add_done_callback(self._ended)
         return side
@@ -11964,30 +12838,20 @@ class Daemon:
         self._stop.set()
 
     def _reload(self) -> None:
-        """Take over functions, queues, retry, callback, calls and log; the rest needs a restart."""
+        """Take over all but what needs a restart."""
         try:
             new = load_config(self._path)
         except ConfigError as exc:
             for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
                 log.error("%s", line)
             return
-        old = self.config
-        self.config = replace(
-            new,
-            gateway=old.gateway,
-            auth=old.auth,
-            provider=old.provider,
-            store=old.store,
-            nats=old.nats,
-        )
-        self._warnings = tuple(config_warnings(self.config))
         setup_logging(new.log)
-        for name in ("gateway", "auth", "provider", "store", "nats"):
-            if getattr(new, name) != getattr(old, name):
-                log.warning("[%s] has changed: that needs a restart", name)
+        self.config = reloaded(self.config, new)
+        self._warnings = tuple(config_warnings(self.config))
         for name in new.queues:
             self._consumers.wake(name)
         self._limits.changed()
+        self._schedule_news.replan()
         log.info("configuration reloaded")
 
     async def _drain(self, runner: web.ServerRunner, server: Server) -> None:

@@ -39,10 +39,10 @@ class WallClock:
         self._control = control
         self.set(0)
 
-    def set(self, offset_s: int) -> None:
-        """So far from the true time."""
+    def set(self, offset_s: int, *, sure: bool = True) -> None:
+        """So far from the true time; `sure`: somebody vouches for it."""
         new = self._control.with_suffix(".new")
-        new.write_text(f"{offset_s:+d}\n")
+        new.write_text(f"{offset_s:+d}{'' if sure else '?'}\n")
         new.replace(self._control)
 
 

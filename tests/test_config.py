@@ -20,6 +20,7 @@ from faasd_async import (
     Function,
     QueueConfig,
     RetryPolicy,
+    Schedule,
     duration,
     load_config,
     local_moment,
@@ -30,7 +31,8 @@ from faasd_async import (
 
 ROOT = Path(__file__).resolve().parent.parent
 DETERMINISTIC = settings(derandomize=True, deadline=None)
-TABLES = {name: type(table) for name, table in vars(Config()).items() if name not in ("queues", "functions")}
+NAMED = {"queues": QueueConfig, "functions": Function, "schedules": Schedule}  # tables of tables
+TABLES = {name: type(table) for name, table in vars(Config()).items() if name not in NAMED}
 
 TLS_DEFAULTS = {"tls_ca_file": None, "tls_cert_file": None, "tls_key_file": None}
 
@@ -768,10 +770,10 @@ def example() -> str:
 
 
 def shown() -> Iterator[tuple[str, str, Any]]:
-    """Every key that the example shows: table (`queues.*` and `functions.*` without their names), key, value."""
+    """Every key that the example shows: table (`queues.*`, `functions.*` … without their names), key, value."""
     for name, table in tomllib.loads(uncommented(example())).items():
         for inner, value in table.items():
-            if name not in ("queues", "functions"):
+            if name not in NAMED:
                 yield name, inner, value
                 continue
             for key, item in value.items():
@@ -792,7 +794,7 @@ def test_the_example_is_valid_with_every_key_switched_on() -> None:
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [*TABLES.items(), ("queues.*", QueueConfig), ("functions.*", Function)],
+    [*TABLES.items(), *((f"{name}.*", table) for name, table in NAMED.items())],
 )
 def test_the_example_names_every_key_of_a_table_and_no_other(name: str, table: Any) -> None:
     """It is the manual of the file."""
@@ -824,7 +826,7 @@ def test_the_example_shows_the_defaults_of_the_default_queue() -> None:
 # ---- anything at all -------------------------------------------------------------------------------------------
 
 KEYS = [key for table in (*DEFAULTS.values(), QUEUE_DEFAULTS, FUNCTION_DEFAULTS) for key in table]
-NAMES = st.sampled_from(sorted({*TABLES, *KEYS, "queues", "functions", "it", "com.openfaas.retry.codes"}))
+NAMES = st.sampled_from(sorted({*TABLES, *NAMED, *KEYS, "it", "com.openfaas.retry.codes"}))
 SCALARS = (
     st.booleans()
     | st.integers()
@@ -862,7 +864,7 @@ def test_any_file_is_either_read_or_refused(tables: dict[str, Any]) -> None:
 @settings(DETERMINISTIC, max_examples=100)
 def test_any_value_of_any_known_key_is_either_read_or_refused(data: st.DataObject) -> None:
     """The same, with tables and keys that exist."""
-    name = data.draw(st.sampled_from([*TABLES, "queues", "functions"]))
-    table = {"queues": QueueConfig, "functions": Function, **TABLES}[name]
+    name = data.draw(st.sampled_from([*TABLES, *NAMED]))
+    table = {**NAMED, **TABLES}[name]
     keys = data.draw(st.dictionaries(st.sampled_from([*keys_of(table), "retry"]), VALUES, max_size=4))
-    parse_anything({name: {"it": keys} if name in ("queues", "functions") else keys})
+    parse_anything({name: {"it": keys} if name in NAMED else keys})

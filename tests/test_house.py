@@ -24,8 +24,8 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
-    "Constants", "Errors", "Values", "Secrets", "Configuration", "Configuration file", "Domain data",
-    "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
+    "Constants", "Errors", "Values", "Secrets", "Cron expressions", "Configuration", "Configuration file",
+    "Domain data", "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
     "SQLite index", "SQLite file", "SQLite keys", "SQLite steps", "SQLite schedules", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
     "NATS work", "NATS keys", "NATS outcomes",
@@ -38,7 +38,8 @@ SECTIONS = (
 )  # fmt: skip
 # A quarter of these is statements, which are text, a clause a line.
 LONG_SECTIONS = {"SQLite steps": 900}
-PARSERS = ("Values", "Configuration", "Configuration file")  # what they read can be anything, so they may return Any
+# What they read can be anything, so they may return Any.
+PARSERS = ("Values", "Cron expressions", "Configuration", "Configuration file")
 COLUMNS = 100
 NAME = r"(?<![\w.])[A-Za-z_]\w*"  # in an annotation; of `web.Request` only `web`
 

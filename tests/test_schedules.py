@@ -1,0 +1,420 @@
+"""Schedules as their users see them: the daemon has a wall clock that the test sets."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    PATIENCE,
+    Daemon,
+    Gate,
+    Server,
+    StartDaemon,
+    answer,
+    ask,
+    assert_refused,
+    preloaded,
+    to_toml,
+)
+from test_clock import WallClock
+
+LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))
+# A clock that is set, and a new boot, are noticed at once; nothing outside of the test vouches for the clock.
+BEFORE = """
+from pathlib import Path
+faasd_async.CLOCK_CHECK_S = 0.02
+faasd_async.UNSURE_CHECK_S = 0.02
+faasd_async.TIMESYNC = Path("no-such-file")
+faasd_async.BOOT_ID = Path("boot")
+"""
+
+
+def unix(text: str) -> float:
+    """Unix time of a time in UTC."""
+    return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+
+
+def begins(document: Mapping[str, Any], start: str) -> bool:
+    """Whether this is the next instant of a schedule."""
+    return any(at.startswith(start) for at in document["next"][:1])
+
+
+class Host:
+    """A machine with a clock that the test sets, and a daemon on it."""
+
+    def __init__(self, clock: WallClock, daemon: StartDaemon, folder: Path, function: Server) -> None:
+        self.gateway: Daemon
+        self.function = function
+        self._clock = clock
+        self._daemon = daemon
+        self._folder = folder
+        self.boot("first")
+
+    def boot(self, name: str) -> None:
+        """What tells this run of the machine from others."""
+        (self._folder / "boot").write_text(name + "\n")
+
+    def show(self, text: str, *, sure: bool = True) -> None:
+        """Set the clock; `sure`: somebody vouches for it."""
+        self._clock.set(round(unix(text) - time.time()), sure=sure)
+
+    async def start(self, shown: str, **keys: Any) -> Daemon:
+        """Start a daemon while the clock shows this, with one schedule, `one`."""
+        self.show(shown)
+        self.gateway = await self._daemon(self.settings(**keys), env=self._clock.env, before=BEFORE)
+        if keys:
+            await self.until(lambda document: document["next"] or document["paused"])
+        return self.gateway
+
+    def settings(self, more: str = "", **keys: Any) -> str:
+        """A function, and a schedule with these keys."""
+        tables: dict[str, Any] = {"functions": {"it": {"url": self.function.url}}}
+        if keys:
+            tables["schedules"] = {"one": {"function": "it", **keys}}
+        return f"{to_toml(tables)}\n{more}"
+
+    async def restart(self, shown: str) -> None:
+        """Stop the daemon, and start it at another time."""
+        await self.gateway.terminate()
+        self.show(shown)
+        await self.gateway.start()
+
+    async def reload(self, settings: str) -> None:
+        """Have it read another file."""
+        first_line = len(self.gateway.lines)
+        self.gateway.configure(settings)
+        self.gateway.signal(signal.SIGHUP)
+        await self.gateway.wait_for_log("configuration reloaded", first_line)
+
+    async def schedules(self) -> dict[str, dict[str, Any]]:
+        """All schedules, by name."""
+        reply = await ask(self.gateway.url, "/system/schedules")
+        assert reply.status == 200, reply
+        return {document["name"]: document for document in json.loads(reply.body)["schedules"]}
+
+    async def document(self) -> dict[str, Any]:
+        """The schedule."""
+        return (await self.schedules())["one"]
+
+    async def until(self, condition: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """The schedule as soon as something holds for it. Polls: the daemon tells nobody."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition(document := await self.document()):
+            assert time.monotonic() < deadline, f"waited in vain: {document}\n{self.gateway.log}"
+            await asyncio.sleep(0.01)
+        return document
+
+    async def settled(self, number: int) -> list[tuple[str, str]]:
+        """Instant and status of the runs, newest first, once there are so many and all have ended."""
+        ended = ("success", "error", "cancelled", "skipped", "missed")
+        document = await self.until(
+            lambda document: len(document["runs"]) >= number and all(run["status"] in ended for run in document["runs"])
+        )
+        return [(run["scheduled_for"][:16], run["status"]) for run in document["runs"]]
+
+    async def post(self, action: str, status: int = 200) -> dict[str, Any]:
+        """Do something with the schedule."""
+        reply = await ask(self.gateway.url, f"/system/schedules/one/{action}", method="POST")
+        assert reply.status == status, reply
+        return dict(json.loads(reply.body))
+
+
+@pytest.fixture
+async def host(tmp_path: Path, daemon: StartDaemon, function: Server) -> Host:
+    """A machine whose clock is right until the test sets it."""
+    clock = WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
+    return Host(clock, daemon, tmp_path, function)
+
+
+# ---- an instant ----------------------------------------------------------------------------------
+
+
+async def test_a_schedule_has_its_function_called_at_its_time(host: Host) -> None:
+    """With all that the file says; record, list, metrics and log say whose call it is."""
+    gateway = await host.start(
+        "2026-03-01T11:59:30",
+        cron="0 12 * * *",
+        timezone="Europe/London",
+        method="PUT",
+        path="/reports?kind=daily",
+        headers={"X-Kind": "daily", "Content-Type": "application/json"},
+        body='{"a": 1}',
+    )
+    document = await host.document()
+    assert document["next"][:2] == ["2026-03-01T12:00:00.000000Z", "2026-03-02T12:00:00.000000Z"]
+    assert document["words"] == "At 12:00 every day (Europe/London)"
+    assert (document["runs"], document["missed"], document["last_success_at"]) == ([], 0, None)
+    host.show("2026-03-01T12:00:05")
+    (request,) = await host.function.wait_for(1)
+    assert (request.method, request.target, request.body) == ("PUT", "/reports?kind=daily", b'{"a": 1}')
+    sent = {name: request.headers[name] for name in ("X-Schedule", "X-Scheduled-For", "X-Kind", "Content-Type")}
+    assert list(sent.values()) == ["one", "2026-03-01T12:00:00.000000Z", "daily", "application/json"]
+    record = await gateway.final(request.call_id)
+    assert (record["schedule"], record["scheduled_for"]) == ("one", "2026-03-01T12:00:00.000000Z")
+    assert await host.settled(1) == [("2026-03-01T12:00", "success")]
+    document = await host.until(lambda document: document["last_success_at"])
+    assert document["runs"][0]["id"] == record["id"]
+    assert document["next"][0] == "2026-03-02T12:00:00.000000Z"
+    await gateway.submit("it")
+    listed = json.loads((await ask(gateway.url, "/system/calls?schedule=one")).body)["calls"]
+    assert [call["id"] for call in listed] == [record["id"]]
+    text = (await ask(gateway.url, "/metrics")).body.decode()
+    assert f'faasd_async_schedule_last_success_seconds{{schedule="one"}} {unix("2026-03-01T12:00") / 1e9:.4}' in text
+    assert 'faasd_async_schedule_missed_total{schedule="one"} 0.0' in text
+    line = await gateway.wait_for_log("schedule queued")
+    assert f"schedule=one scheduled_for=2026-03-01T12:00:00.000000Z call_id={record['id']}" in line
+
+
+async def test_a_schedule_that_is_new_begins_with_its_next_instant(host: Host) -> None:
+    """What would have been before it was there is nobody's."""
+    await host.start("2026-03-01T12:00:10", cron="* * * * *")
+    host.show("2026-03-01T12:01:10")
+    assert await host.settled(1) == [("2026-03-01T12:01", "success")]
+
+
+async def test_control_headers_of_a_schedule_are_heeded(host: Host, sink: Server) -> None:
+    """As those of any caller: the result goes to a callback URL."""
+    host.function.behaviour = answer(200, b"21 C", Content_Type="text/plain")
+    await host.start("2026-03-01T12:00:30", cron="* * * * *", headers={"X-Callback-Url": f"{sink.url}/state"})
+    host.show("2026-03-01T12:01:05")
+    (told,) = await sink.wait_for(1)
+    assert (told.target, told.body, told.headers["Content-Type"]) == ("/state", b"21 C", "text/plain")
+    assert told.headers["X-Function-Name"] == "it"
+
+
+# ---- what was missed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown", "runs", "missed"),
+    [
+        ({}, "2026-03-04T12:30", [("2026-03-04T12:00", "success"), ("2026-03-03T12:00", "missed")], 2),
+        ({}, "2026-03-04T13:30", [("2026-03-04T12:00", "missed")], 3),
+        ({"catch_up": "none"}, "2026-03-04T12:30", [("2026-03-04T12:00", "missed")], 3),
+        (
+            {"catch_up": "all", "max_late": "2d"},
+            "2026-03-04T11:00",
+            [("2026-03-03T12:00", "success"), ("2026-03-02T12:00", "success")],
+            0,
+        ),
+    ],
+)
+async def test_what_a_daemon_that_was_down_has_missed_is_caught_up_with(
+    host: Host, keys: Mapping[str, Any], shown: str, runs: list[tuple[str, str]], missed: int
+) -> None:
+    """As much of it as the file says; the rest is counted, and shown."""
+    await host.start("2026-03-01T12:30", cron="0 12 * * *", **keys)
+    await host.restart(shown)
+    assert await host.settled(len(runs)) == runs
+    assert (await host.document())["missed"] == missed
+    text = (await ask(host.gateway.url, "/metrics")).body.decode()
+    assert f'faasd_async_schedule_missed_total{{schedule="one"}} {missed}.0' in text
+    late = [request.headers["X-Scheduled-For"][:16] for request in host.function.requests]
+    assert sorted(late) == sorted(at for at, status in runs if status == "success")
+
+
+async def test_a_full_queue_makes_a_schedule_wait(host: Host) -> None:
+    """Its instant is not lost."""
+    gateway = await host.start("2026-03-01T12:00:30", cron="* * * * *", queue="small")
+    await host.reload(host.settings("[queues.small]\nmax_pending = 1", cron="* * * * *", queue="small"))
+    await ask(gateway.url, "/system/queues/small/pause", method="POST")
+    first = await gateway.submit("it", X_Queue="small")
+    host.show("2026-03-01T12:01:05")
+    line = await gateway.wait_for_log("schedule waits")
+    assert "queue small is full" in line
+    await ask(gateway.url, "/system/queues/small/resume", method="POST")
+    await gateway.final(first)
+    assert await host.settled(1) == [("2026-03-01T12:01", "success")]
+
+
+# ---- overlap -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overlap", "expected"),
+    [
+        ("skip", [("2026-03-01T12:02", "skipped"), ("2026-03-01T12:01", "success")]),
+        ("queue", [("2026-03-01T12:02", "success"), ("2026-03-01T12:01", "success")]),
+        ("replace", [("2026-03-01T12:02", "success"), ("2026-03-01T12:01", "cancelled")]),
+    ],
+)
+async def test_an_instant_meets_a_call_that_has_not_ended(
+    host: Host, overlap: str, expected: list[tuple[str, str]]
+) -> None:
+    """One of the schedule itself: those of others do not matter."""
+    host.function.behaviour = gate = Gate()
+    gateway = await host.start("2026-03-01T12:00:30", cron="* * * * *", overlap=overlap)
+    await gateway.submit("it")
+    await host.function.wait_for(1)
+    host.show("2026-03-01T12:01:05")
+    await host.function.wait_for(2)
+    host.show("2026-03-01T12:02:05")
+    await host.until(lambda document: len(document["runs"]) == 2)
+    gate.open()
+    assert await host.settled(2) == expected
+
+
+# ---- what people do ------------------------------------------------------------------------------
+
+
+async def test_a_paused_schedule_rests_until_it_is_resumed(host: Host) -> None:
+    """Also over a restart. What was not run meanwhile is not missed, and nobody catches up with it."""
+    await host.start("2026-03-01T12:00:30", cron="* * * * *")
+    assert await host.post("pause") == {"schedule": "one", "paused": True}
+    await host.restart("2026-03-01T12:20:30")
+    document = await host.until(lambda document: document["paused"])
+    assert document["next"] == []
+    call_id = (await host.post("run", 202))["call_id"]
+    assert (await host.gateway.final(call_id))["schedule"] == "one"
+    assert await host.settled(1) == [("2026-03-01T12:20", "success")]
+    assert await host.post("resume") == {"schedule": "one", "paused": False}
+    host.show("2026-03-01T12:21:05")
+    assert await host.settled(2) == [("2026-03-01T12:21", "success"), ("2026-03-01T12:20", "success")]
+    assert (await host.document())["missed"] == 0
+
+
+async def test_a_schedule_that_is_not_there_is_told(host: Host) -> None:
+    """With the names of those that are; and what can be done with one."""
+    gateway = await host.start("2026-03-01T12:00:30", cron="* * * * *")
+    reply = await ask(gateway.url, "/system/schedules/other/run", method="POST")
+    assert_refused(reply, 404, "no such schedule; there are one")
+    assert (await ask(gateway.url, "/system/schedules/one/jump", method="POST")).status == 404
+    assert (await ask(gateway.url, "/system/schedules/one/run")).status == 405
+
+
+async def test_an_edited_expression_is_counted_from_then_on(host: Host) -> None:
+    """Also when the daemon was down while it was edited; other keys change nothing."""
+    gateway = await host.start("2026-03-01T12:00:30", cron="0 * * * *")
+    await host.reload(host.settings(cron="* * * * *"))
+    await host.until(lambda document: begins(document, "2026-03-01T12:01"))
+    host.show("2026-03-01T12:01:05")
+    assert await host.settled(1) == [("2026-03-01T12:01", "success")]
+    await gateway.terminate()
+    gateway.configure(host.settings(cron="*/10 * * * *"))
+    host.show("2026-03-01T12:15:30")
+    await gateway.start()
+    await host.until(lambda document: begins(document, "2026-03-01T12:20"))
+    await gateway.terminate()
+    gateway.configure(host.settings(cron="*/10 * * * *", body="more"))
+    host.show("2026-03-01T12:25:30")
+    await gateway.start()
+    assert await host.settled(2) == [("2026-03-01T12:20", "success"), ("2026-03-01T12:01", "success")]
+
+
+async def test_a_schedule_that_is_removed_or_disabled_fires_no_more(host: Host) -> None:
+    """Its calls stay, and so does what is known of it."""
+    gateway = await host.start("2026-03-01T12:00:30", cron="* * * * *")
+    host.show("2026-03-01T12:01:05")
+    await host.settled(1)
+    await host.reload(host.settings(cron="* * * * *", enabled=False))
+    document = await host.until(lambda document: not document["enabled"])
+    assert document["next"] == []
+    host.show("2026-03-01T12:30:30")
+    await host.reload(host.settings(cron="* * * * *"))
+    await host.until(lambda document: document["next"])
+    await host.reload(host.settings())
+    assert await host.schedules() == {}
+    listed = json.loads((await ask(gateway.url, "/system/calls?schedule=one")).body)["calls"]
+    assert [call["scheduled_for"][:16] for call in listed] == ["2026-03-01T12:01"]
+    await host.reload(host.settings(cron="* * * * *"))
+    assert await host.settled(1) == [("2026-03-01T12:01", "success")]
+    assert (await host.document())["missed"] == 0
+
+
+# ---- clocks --------------------------------------------------------------------------------------
+
+
+async def test_a_clock_that_is_set_back_fires_nothing_twice(host: Host) -> None:
+    """By a few minutes: what was fired is over. By a year: it had been wrong."""
+    await host.start("2026-03-01T12:00:30", cron="* * * * *")
+    host.show("2026-03-01T12:01:05")
+    assert await host.settled(1) == [("2026-03-01T12:01", "success")]
+    host.show("2026-03-01T11:55:30")
+    host.show("2026-03-01T12:01:10")
+    host.show("2026-03-01T12:02:05")
+    assert await host.settled(2) == [("2026-03-01T12:02", "success"), ("2026-03-01T12:01", "success")]
+    host.show("2027-03-01T12:00:30")
+    runs = await host.settled(4)
+    assert runs[:2] == [("2027-03-01T12:00", "success"), ("2027-03-01T11:59", "missed")]
+    host.show("2026-03-01T12:05:30")
+    await host.until(lambda document: begins(document, "2026-03-01T12:06"))
+    host.show("2026-03-01T12:06:05")
+    assert ("2026-03-01T12:06", "success") in await host.settled(5)
+    fired = [request.headers["X-Scheduled-For"][:16] for request in host.function.requests]
+    assert fired == ["2026-03-01T12:01", "2026-03-01T12:02", "2027-03-01T12:00", "2026-03-01T12:06"]
+
+
+async def test_nothing_fires_before_the_clock_is_right(host: Host) -> None:
+    """A machine without a battery begins in another year, and a schedule of its night would run at noon."""
+    await host.start("2026-03-01T12:30:30", cron="0 * * * *")
+    await host.gateway.terminate()
+    host.gateway.before = BEFORE + "faasd_async.UNSURE_S = 1e9\n"  # It has just started.
+    host.show("2026-03-01T12:59:58", sure=False)
+    await host.gateway.start()
+    host.show("2026-03-01T13:00:02", sure=False)
+    host.show("2026-03-01T13:20:02", sure=False)
+    assert (await host.document())["runs"] == []
+    assert (await host.post("run", 202))["schedule"] == "one"
+    await host.settled(1)
+    host.show("2026-03-05T08:10:00")
+    assert ("2026-03-05T08:00", "success") in await host.settled(3)
+    assert len(host.function.requests) == 2
+    assert "not synchronised" not in host.gateway.log
+
+
+async def test_a_clock_that_nobody_vouches_for_is_taken_after_two_minutes(host: Host) -> None:
+    """With a warning: there are machines without a network."""
+    host.show("2026-03-01T12:00:30", sure=False)
+    host.gateway = await host._daemon(host.settings(cron="* * * * *"), env=host._clock.env, before=BEFORE)
+    await host.gateway.wait_for_log("the clock is not synchronised")
+    await host.until(lambda document: document["next"])
+    host.show("2026-03-01T12:01:05", sure=False)
+    assert await host.settled(1) == [("2026-03-01T12:01", "success")]
+
+
+async def test_reboot_fires_once_after_each_start_of_the_machine(host: Host) -> None:
+    """Not after each start of the daemon, and not when it is new."""
+    await host.start("2026-03-01T12:00:30", cron=["@reboot", "0 0 1 1 *"])
+    await host.restart("2026-03-01T12:01:30")
+    await host.until(lambda document: document["next"])
+    host.boot("second")
+    await host.restart("2026-03-01T12:02:30")
+    assert await host.settled(1) == [("2026-03-01T12:02", "success")]
+    await host.restart("2026-03-01T12:03:30")
+    host.boot("third")
+    await host.restart("2026-03-01T12:04:30")
+    assert await host.settled(2) == [("2026-03-01T12:04", "success"), ("2026-03-01T12:02", "success")]
+    assert len(host.function.requests) == 2
+
+
+# ---- crashes -------------------------------------------------------------------------------------
+
+
+async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
+    """The daemon is killed around each instant, some milliseconds earlier or later."""
+    rng = random.Random(1)
+    kills = 200 if LONG else 20
+    await host.start("2026-03-01T12:00:30", cron="* * * * *", overlap="queue", catch_up="all")
+    minutes = [f"2026-03-01T{12 + minute // 60:02}:{minute % 60:02}" for minute in range(1, kills + 2)]
+    for minute in minutes[:-1]:
+        host.show(f"{minute}:30")
+        await asyncio.sleep(rng.random() * 0.05)
+        await host.gateway.kill()
+        await host.gateway.start()
+    host.show(f"{minutes[-1]}:30")
+    await host.until(lambda document: document["runs"] and document["runs"][0]["scheduled_for"].startswith(minutes[-1]))
+    listed = json.loads((await ask(host.gateway.url, "/system/calls?schedule=one&limit=1000")).body)["calls"]
+    assert sorted(call["scheduled_for"][:16] for call in listed) == minutes
+    for call in listed:
+        assert (await host.gateway.final(call["id"]))["status"] == "success"
+    fired = {request.headers["X-Scheduled-For"][:16] for request in host.function.requests}
+    assert sorted(fired) == minutes
+    assert (await host.document())["missed"] == 0
