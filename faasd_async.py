@@ -904,6 +904,11 @@ def cron_expressions(value: Any) -> tuple[str, ...]:
     return tuple(map(cron_expression, listed))
 
 
+def cron_list(value: str) -> tuple[str, ...]:
+    """Expressions in one line, with a semicolon between them. Raises ValueError."""
+    return tuple(cron_expression(part.strip()) for part in value.split(";"))
+
+
 @expects('a time zone such as "Europe/Berlin" or "UTC"')
 def time_zone(value: Any) -> str:
     """The name of a zone in the system's data, else in the package tzdata."""
@@ -1565,6 +1570,8 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
 def config_counts(config: Config) -> str:
     """How much is configured."""
     counts = [count_of(len(config.functions), "function"), count_of(len(config.queues), "queue")]
+    if config.schedules:
+        counts.append(count_of(len(config.schedules), "schedule"))
     return ", ".join(counts)
 
 
@@ -2481,6 +2488,11 @@ def schedule_words(schedule: Schedule) -> str:
     """What a schedule says, for people."""
     words = "; ".join(map(cron_words, schedule.cron or ()))
     return f"{words} ({schedule.timezone})"
+
+
+def instant_words(schedule: Schedule, at: float) -> str:
+    """An instant, by the clocks of its zone."""
+    return datetime.fromtimestamp(at, schedule.zone).strftime("%a %Y-%m-%d %H:%M %Z")
 
 
 def schedule_document(
@@ -13183,7 +13195,7 @@ CANCEL_ONE = "DELETE /async-function/{}"
 RETRY_ONE = "POST /system/calls/{}/retry"
 # What to ask for by filter instead, and how to say that it is done.
 CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
-FILTER_OPTIONS = ("status", "callback", "function", "queue", "since", "until")
+FILTER_OPTIONS = ("status", "callback", "function", "queue", "schedule", "since", "until")
 
 
 def filters_of(args: Arguments) -> dict[str, str]:
@@ -13583,6 +13595,76 @@ def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
         yield f"queue {name} is nearly full: {depth} of {queue['max_pending']} wait"
 
 
+# --- Schedule commands ----------------------------------------------------------------------------
+
+SCHEDULE_ROW = "{:24.24}  {:14.14}  {:19.19}  {:>5}  {}"
+
+
+def list_schedules(args: Arguments) -> None:
+    """With the next instant, by this machine's clock, and the last one."""
+    document = json.loads(Client(args).ask("GET /system/schedules"))
+    if args.json:
+        write_json(document)
+        return
+    write_row(SCHEDULE_ROW, "SCHEDULE", "FUNCTION", "NEXT", "MISS", "LAST, WHEN")
+    for schedule in document["schedules"]:
+        following = clock(schedule["next"][0]) if schedule["next"] else "-"
+        if schedule["paused"]:
+            following = "paused"
+        last = [f"{run['status']} {brief(ago(run['scheduled_for']))}" for run in schedule["runs"]]
+        told = "; ".join([*last[:1], schedule["words"]])
+        write_row(
+            SCHEDULE_ROW,
+            schedule["name"],
+            schedule["function"],
+            following,
+            schedule["missed"],
+            told,
+        )
+
+
+def show_next(args: Arguments) -> None:
+    """The next instants of an expression, which no daemon is needed for, or of a schedule."""
+    schedule = named_schedule(args)
+    following = list(itertools.islice(next_instants(schedule, time.time()), args.count or 10))
+    if args.json:
+        write_json({"words": schedule_words(schedule), "next": list(map(rfc3339, following))})
+        return
+    write(schedule_words(schedule) + "\n")
+    for at in following:
+        write(f"{instant_words(schedule, at)}  in {brief(at - time.time())}\n")
+
+
+def named_schedule(args: Arguments) -> Schedule:
+    """What an expression says, or what the daemon says of a schedule."""
+    if re.search("[ @]", args.schedule):
+        zone = args.timezone or "UTC"
+        try:
+            return Schedule(name="", cron=cron_list(args.schedule), timezone=zone)
+        except ValueError as exc:
+            raise HttpError(400, str(exc)) from None
+    schedules = json.loads(Client(args).ask("GET /system/schedules"))["schedules"]
+    for schedule in schedules:
+        if schedule["name"] == args.schedule:
+            zone = args.timezone or schedule["timezone"]
+            return Schedule(name="", cron=tuple(schedule["cron"]), timezone=zone)
+    names = [schedule["name"] for schedule in schedules]
+    raise HttpError(404, f"no schedule {args.schedule}{close_names(args.schedule, names)}")
+
+
+def change_schedule(args: Arguments) -> None:
+    """Run one now, and print the id of the call; or pause it, or have it go on."""
+    answer = Client(args).ask(args.request.format(quote(args.schedule, safe="")))
+    document = json.loads(answer)
+    if args.json:
+        write_json(document)
+    elif "call_id" in document:
+        write(document["call_id"] + "\n")
+    else:
+        state = "paused" if document["paused"] else "resumed"
+        write(f"{document['schedule']}: {state}\n")
+
+
 # --- Service commands -----------------------------------------------------------------------------
 
 
@@ -13633,13 +13715,20 @@ def serve(args: Arguments) -> int:
             log.removeHandler(handler)
 
 
+EXPLAINED = 3  # instants
+
+
 def check(args: Arguments) -> None:
-    """Check a configuration file."""
+    """Check a configuration file, and say what its schedules mean."""
     path = args.file or args.config or default_config()
     config = load_config(path)
     for line in config_warnings(config):
         print(f"{path or 'defaults'}: {line}", file=sys.stderr)
     print(f"{path or 'defaults'}: ok, {config_counts(config)}")
+    for name, schedule in config.schedules.items():
+        following = itertools.islice(next_instants(schedule, time.time()), EXPLAINED)
+        told = [schedule_words(schedule), *(instant_words(schedule, at) for at in following)]
+        print(f"schedules.{name}: {'; '.join(told)}")
 
 
 # --- Manual page ----------------------------------------------------------------------------------
@@ -13789,6 +13878,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "--function": {"metavar": "NAME", "help": "only calls of this function"},
     "--queue": {"metavar": "NAME", "help": "only calls of this queue"},
+    "--schedule": {"metavar": "NAME", "help": "only calls of this schedule"},
     "--since": {
         "metavar": "WHEN",
         "type": typed(local_moment),
@@ -13813,11 +13903,21 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "nargs": "*",
         "help": "call ids, or how they begin; - reads them from standard input",
     },
+    "--count": {"metavar": "N", "type": typed(number), "help": "so many (10)"},
+    "--timezone": {
+        "metavar": "ZONE",
+        "type": typed(time_zone),
+        "help": "by the clocks of Europe/Berlin, for instance (UTC, or the schedule's)",
+    },
+    "schedule": {
+        "metavar": "SCHEDULE",
+        "help": "its name; for next also an expression such as '30 7 * * 1-5', or several with ;",
+    },
     "name": {"metavar": "NAME", "help": "which one; of a function also its path: NAME/PATH?QUERY"},
     "file": {"metavar": "FILE", "nargs": "?", "help": "the file, as with --config"},
     "shell": {"metavar": "SHELL", "choices": SHELLS, "help": ", ".join(SHELLS)},
 }
-WHICH = "--status --callback --function --queue --since --until"
+WHICH = "--status --callback --function --queue --schedule --since --until"
 WHERE = " ".join(CLIENT_OPTIONS)
 
 
@@ -13891,13 +13991,35 @@ COMMANDS: Sequence[Command] = (
         *("queues purge", change_queue, "cancel what waits in a queue"),
         *(f"name --json {WHERE}", "POST /system/queues/{}/purge"),
     ),
+    Command("schedules", list_schedules, "list schedules, or what ACTION says", f"--json {WHERE}"),
+    Command("schedules list", list_schedules, "list schedules", f"--json {WHERE}"),
+    Command(
+        *(
+            "schedules next",
+            show_next,
+            "say what a schedule or an expression means, and when it is",
+        ),
+        f"schedule --count --timezone --json {WHERE}",
+    ),
+    Command(
+        *("schedules run", change_schedule, "run one now, and print the id of its call"),
+        *(f"schedule --json {WHERE}", "POST /system/schedules/{}/run"),
+    ),
+    Command(
+        *("schedules pause", change_schedule, "have one rest"),
+        *(f"schedule --json {WHERE}", "POST /system/schedules/{}/pause"),
+    ),
+    Command(
+        *("schedules resume", change_schedule, "have one go on, with its next instant"),
+        *(f"schedule --json {WHERE}", "POST /system/schedules/{}/resume"),
+    ),
     Command(
         *("invoke", invoke, "call a function"), f"name --data -H --async --wait --json {WHERE}"
     ),
     Command("man", print_manual, "print the manual page, for man", ""),
     Command("completion", print_completion, "print what a shell needs to complete", "shell"),
 )
-GROUPS = ("calls", "queues")  # of commands; the singular does as well
+GROUPS = ("calls", "queues", "schedules")  # of commands; the singular does as well
 
 
 class Parser(argparse.ArgumentParser):

@@ -33,7 +33,7 @@ SECTIONS = (
     "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes", "Operator's page",
-    "Schedules", "Daemon", "Client", "Client commands", "Operator commands", "Service commands",
+    "Schedules", "Daemon", "Client", "Client commands", "Operator commands", "Schedule commands", "Service commands",
     "Manual page", "Command line",
 )  # fmt: skip
 # A quarter of these is statements, which are text, a clause a line.

@@ -21,6 +21,7 @@ from conftest import (
     answer,
     ask,
     assert_refused,
+    faasd,
     preloaded,
     to_toml,
 )
@@ -418,3 +419,78 @@ async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
     fired = {request.headers["X-Scheduled-For"][:16] for request in host.function.requests}
     assert sorted(fired) == minutes
     assert (await host.document())["missed"] == 0
+
+
+# ---- from a shell --------------------------------------------------------------------------------
+
+
+async def test_a_shell_does_all_that_there_is_to_do_with_schedules(host: Host) -> None:
+    """List, next, run, pause, resume; and calls by schedule."""
+    gateway = await host.start("2026-03-01T12:00:30", cron="30 7 * * 1-5", timezone="Europe/Berlin")
+
+    async def command(*words: str, code: int = 0) -> str:
+        done = await faasd(*words, "--url", gateway.url, env={"TZ": "UTC", "COLUMNS": "200"})
+        assert done.code == code, done
+        return done.out + done.err
+
+    head, row = (await command("schedules")).splitlines()
+    assert head.split() == ["SCHEDULE", "FUNCTION", "NEXT", "MISS", "LAST,", "WHEN"]
+    assert row.split()[:5] == ["one", "it", "2026-03-02", "06:30:00", "0"]
+    assert row.endswith("At 07:30 on Monday through Friday (Europe/Berlin)")
+    call_id = (await command("schedules", "run", "one")).strip()
+    await gateway.final(call_id)
+    await host.settled(1)
+    (row,) = (
+        line for line in (await command("calls", "--schedule", "one", "--long")).splitlines() if "success" in line
+    )
+    assert row.startswith(call_id)
+    assert await command("schedules", "pause", "one") == "one: paused\n"
+    assert "paused" in (await command("schedules", "list")).splitlines()[1]
+    assert json.loads(await command("schedules", "resume", "one", "--json")) == {"schedule": "one", "paused": False}
+    lines = (await command("schedules", "next", "one", "--count", "2")).splitlines()
+    assert lines[0] == "At 07:30 on Monday through Friday (Europe/Berlin)"
+    assert [line.split()[2:4] for line in lines[1:]] == [["07:30", zone] for zone in [lines[1].split()[3]] * 2]
+    reason = await command("schedules", "next", "on", code=1)
+    assert "no schedule on (did you mean one?)" in reason
+
+
+async def test_the_meaning_of_an_expression_is_told_without_a_daemon() -> None:
+    """Before it is in any file, by the clocks of any zone."""
+    done = await faasd("schedules", "next", "--count", "3", "0 0 29 2 *; 0 12 29 2 *", "--timezone", "Asia/Tokyo")
+    words, *lines = done.out.splitlines()
+    assert words == "At 00:00 on February 29; At 12:00 on February 29 (Asia/Tokyo)"
+    shown = [line.split()[1:4] for line in lines]
+    assert len(shown) == 3
+    assert all(day.endswith("-02-29") and at in ("00:00", "12:00") and zone == "JST" for day, at, zone in shown)
+    done = await faasd("schedules", "next", "@daily", "--json")
+    assert len(json.loads(done.out)["next"]) == 10
+    for wrong in ("0 0 31 2 *", "@never", "* * * *"):
+        done = await faasd("schedules", "next", wrong)
+        assert (done.code, done.err.count("\n"), done.out) == (1, 1, "")
+    done = await faasd("schedules", "next", "@daily", "--timezone", "Mars")
+    assert done.code == 2
+    assert "expected a time zone" in done.err
+
+
+async def test_check_explains_schedules(tmp_path: Path) -> None:
+    """In words, with the next three instants; what is wrong ends in 78, a line each."""
+    file = tmp_path / "config.toml"
+    functions = '[functions.it]\ncommand = ["true"]\n'
+    file.write_text(f'{functions}[schedules.one]\nfunction = "it"\ncron = ["@yearly", "@reboot"]\n')
+    done = await faasd("check", file)
+    assert done.code == 0
+    ok, explained = done.out.splitlines()
+    assert ok.endswith("1 function, 1 queue, 1 schedule")
+    name, _, told = explained.partition(": ")
+    parts = told.split("; ")
+    assert name == "schedules.one"
+    assert parts[:2] == ["At 00:00 on January 1", "once after each start of this machine (UTC)"]
+    assert len(parts) == 5
+    assert all(part.endswith("-01-01 00:00 UTC") for part in parts[2:])
+    wrong = 'function = "its"\ncron = "0 0 30 2 *"\ntimezone = "Mars"\n'
+    file.write_text(f"{functions}[schedules.one]\n{wrong}")
+    done = await faasd("check", file)
+    assert done.code == 78
+    assert [line.split(": ")[1] for line in done.err.splitlines()] == [
+        f"schedules.one.{key}" for key in ("cron", "timezone", "function")
+    ]
