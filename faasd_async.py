@@ -93,6 +93,7 @@ import email.utils
 import enum
 import errno
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -2825,9 +2826,9 @@ class Metrics:
 
 
 def scraped(
-    overview: Overview, queues: Iterable[str], functions: Iterable[Function]
+    stats: Mapping[str, QueueStats], functions: Iterable[Function]
 ) -> prometheus_client.CollectorRegistry:
-    """What has a value only when somebody looks. `queues` are there even if nothing waits."""
+    """What has a value only when somebody looks."""
     registry = prometheus_client.CollectorRegistry()
     gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
@@ -2837,24 +2838,15 @@ def scraped(
         ["queue_name", "function_name"],
     )
     oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
-    paused = gauge("faasd_async_queue_paused", "Whether the queue is paused.", ["queue"])
-    used = gauge("faasd_async_store_used_bytes", "What the queue's file takes.")
-    used.set(overview.store.used_bytes)
-    if overview.store.free_bytes is not None:
-        free = gauge("faasd_async_store_free_bytes", "What is left where that is.")
-        free.set(overview.store.free_bytes)
-    for name in queues:
-        paused.labels(name).set(0)
     for function in functions:
         number = 1 if function.replicas is None else function.replicas
         replicas.labels(function.key).set(number)
         pending.labels(function.queue, function.key).set(0)
     now = time.time()
-    for name, queue in overview.queues.items():
+    for name, queue in stats.items():
         oldest.labels(name).set(max(0.0, now - queue.oldest_at))
-        if name == CALLBACKS:  # whose lanes are hosts, and which can't be paused
+        if name == CALLBACKS:  # whose lanes are hosts
             continue
-        paused.labels(name).set(queue.paused)
         for lane, waiting in queue.waiting.items():
             pending.labels(name, lane).set(waiting)
     return registry
@@ -11616,8 +11608,7 @@ class QueueRoutes:
 
     async def expose(self, request: Request) -> web.StreamResponse:
         """The exposition of Prometheus."""
-        queues = self.settings().queues
-        now = scraped(await self.records.overview(), queues, self.directory.all())
+        now = scraped(await self.records.stats(), self.directory.all())
         body = prometheus_client.generate_latest(self.metrics.registry)
         body += prometheus_client.generate_latest(now)
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
@@ -12099,6 +12090,1193 @@ class FnRoutes:
         return record
 
 
+# --- Page style -----------------------------------------------------------------------------------
+# The look of the operator's page.
+
+PAGE_STYLE = """\
+:root {
+  --back: #f6f7f8; --panel: #fff; --line: #dfe3e8; --edge: #7b8592; --hover: #f0f3f7;
+  --text: #1b1f24; --quiet: #565f6b; --accent: #1f5fc4; --on-accent: #fff;
+  --good: #17703a; --bad: #b3261e; --slow: #8a5300; --later: #6b3fa8; --wait: #3d5a6c;
+  --target: 34px;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #121519; --panel: #1a1e23; --line: #2d333b; --edge: #76818e; --hover: #22272e;
+    --text: #e5e8ec; --quiet: #a3adb8; --accent: #8db8ff; --on-accent: #0d1420;
+    --good: #6cd48f; --bad: #ff9b92; --slow: #f0b95a; --later: #c9adff; --wait: #a9c4d4;
+  }
+}
+@media (pointer: coarse), (max-width: 46rem) { :root { --target: 44px; } }
+
+* { box-sizing: border-box; }
+[hidden] { display: none; }
+html { color-scheme: light dark; background: var(--back); color: var(--text); }
+body {
+  margin: 0 auto; max-width: 80rem; padding: 0 1rem 3rem;
+  font: .9375rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+h1 { font-size: 1rem; margin: 0; }
+h2 { font-size: 1.25rem; margin: 1rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+p, dl, ul { margin: .5rem 0; }
+a { color: var(--accent); }
+pre, code, textarea { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { margin: 0; max-height: 24rem; overflow: auto; white-space: pre-wrap; }
+svg { width: 1em; height: 1em; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+
+button, .button, input[type=search], textarea {
+  min-height: var(--target); min-width: var(--target); padding: 0 .75rem;
+  border: 1px solid var(--edge); border-radius: 6px;
+  background: var(--panel); color: inherit; font: inherit;
+}
+textarea { width: 100%; min-height: 9rem; padding: .625rem; }
+button, .button { display: inline-flex; align-items: center; justify-content: center; }
+button, .button { cursor: pointer; text-decoration: none; }
+button:hover { text-decoration: underline; }
+.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+.danger { border-color: var(--bad); color: var(--bad); }
+.row, header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.row { margin: .75rem 0; }
+.grow, #words { flex: 1; min-width: 0; }
+
+header { border-bottom: 1px solid var(--line); min-height: 44px; }
+nav { display: flex; overflow-x: auto; scrollbar-width: none; }
+nav a {
+  display: inline-flex; flex: none; align-items: center; gap: .375rem;
+  min-height: 44px; padding: 0 .75rem; border-bottom: 2px solid transparent;
+  color: var(--quiet); text-decoration: none;
+}
+nav a:hover, nav a[aria-current] { color: var(--text); }
+nav a[aria-current] { border-color: var(--accent); font-weight: 600; }
+nav a:focus-visible { outline-offset: -3px; }
+#live { margin-left: auto; }
+#live::before { content: "○ "; }
+#live.on::before { content: "● "; color: var(--good); }
+#notice { padding: .625rem .875rem; border-left: 4px solid var(--bad); background: var(--panel); }
+#notice.done { border-color: var(--good); }
+
+.sheet, table { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
+.sheet { padding: .75rem .875rem; }
+ul.sheet { padding-left: 2rem; }
+table { width: 100%; border-spacing: 0; }
+th, td { padding: 0 .625rem; height: var(--target); text-align: left; white-space: nowrap; }
+thead th, dt, small, .empty { font-size: .8125rem; color: var(--quiet); }
+tbody td, tbody th { border-top: 1px solid var(--line); }
+tbody tr:hover, tbody tr:focus-within { background: var(--hover); }
+td a, th a { color: inherit; font-weight: 600; }
+td a:not(:hover), th a:not(:hover) { text-decoration: none; }
+.number, .actions { text-align: right; }
+.actions button { margin: 3px 0 3px .5rem; }
+.pick label { display: grid; place-items: center; min-height: var(--target); }
+.pick { width: 44px; padding: 0; }
+.why { width: 35%; max-width: 1px; overflow: hidden; text-overflow: ellipsis; }
+.hour { width: 96px; height: 22px; margin-right: .5rem; vertical-align: middle; }
+.hour { color: var(--accent); stroke-width: 1; }
+
+.state { display: inline-flex; align-items: center; gap: .375rem; vertical-align: bottom; }
+.success { color: var(--good); }
+.error { color: var(--bad); }
+.timeout, .paused { color: var(--slow); }
+.running { color: var(--accent); }
+.delayed { color: var(--later); }
+.queued { color: var(--wait); }
+.cancelled { color: var(--quiet); }
+
+.run { display: inline-flex; align-items: center; min-width: 24px; min-height: var(--target); }
+.run .state { width: 1em; overflow: hidden; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
+dd { margin: 0; }
+.bar { display: block; width: 100%; height: .5rem; margin: .25rem 0 .5rem; }
+.bar rect { fill: currentColor; stroke: none; }
+.line { list-style: none; margin: 0; padding: 0; }
+.line li { display: grid; grid-template-columns: 7rem 1fr auto; gap: 0 .75rem; padding: .375rem 0; }
+.line p { grid-column: 2 / -1; margin: 0; color: var(--quiet); }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.sides > * { min-width: 0; }
+
+dialog { width: min(36rem, calc(100vw - 2rem)); border: 1px solid var(--edge); }
+dialog { border-radius: 10px; background: var(--panel); color: inherit; }
+dialog::backdrop { background: rgb(0 0 0 / .5); }
+dialog h2 { margin-top: 0; }
+dialog dl { display: grid; grid-template-columns: 3rem 1fr; gap: .375rem; }
+kbd { padding: 0 .4rem; border: 1px solid var(--edge); border-radius: 4px; }
+
+@media (max-width: 46rem) {
+  nav#views { order: 1; flex-basis: 100%; }
+  .sides { grid-template-columns: 1fr; }
+  .line p { grid-column: 1 / -1; }
+  thead { position: absolute; clip-path: inset(50%); }
+  tbody, tbody td, tbody th { display: block; border: 0; height: auto; white-space: normal; }
+  tbody tr { display: flex; flex-wrap: wrap; align-items: center; padding: .25rem 0; }
+  tbody tr { border-top: 1px solid var(--line); }
+  td:empty { display: none; }
+  td[data-name]::before { content: attr(data-name) " "; color: var(--quiet); }
+  .why, .actions { flex-basis: 100%; max-width: none; }
+}
+"""
+
+# --- Page script ----------------------------------------------------------------------------------
+# One ES module, in parts that are joined: what all views use, then a part for each view.
+
+# Text goes in as text, whatever it says: nothing is ever parsed as markup.
+PAGE_TOOLS = """\
+const $ = (selector) => document.querySelector(selector);
+const LIKE = {
+  delivered: "success",
+  failed: "error",
+  pending: "delayed",
+  missed: "timeout",
+  skipped: "paused",
+  pruned: "cancelled",
+};
+const DRAWN = ["svg", "use", "path", "rect"];
+
+// An element, such as h("p.quiet", { id: "x" }, "text"). What is false or missing is left out.
+function h(name, ...content) {
+  const [tag, ...classes] = name.split(".");
+  const space = `http://www.w3.org/${DRAWN.includes(tag) ? "2000/svg" : "1999/xhtml"}`;
+  const node = document.createElementNS(space, tag);
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  for (const part of content.flat(3)) {
+    if (part?.constructor === Object) setAttributes(node, part);
+    else if (part || part === 0) node.append(part);
+  }
+  return node;
+}
+
+function setAttributes(node, attributes) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value || value === 0) node.setAttribute(name, value === true ? "" : value);
+  }
+}
+
+const icon = (name) =>
+  h("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, h("use", { href: `#i-${name}` }));
+const state = (name, label = name) => {
+  const kind = LIKE[name] ?? name; // whose colour and icon it has
+  return h(`span.state.${kind}`, icon(kind), label);
+};
+const button = (label, action, id, kind = "plain") =>
+  h(`button.${kind}`, { type: "button", "data-do": action, "data-id": id }, label);
+
+// Make `old` look like `fresh` and keep what is the same: focus, scrolling, selected text.
+function patch(old, fresh) {
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  for (const { name } of [...old.attributes]) {
+    if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+  }
+  for (const { name, value } of fresh.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  if ("checked" in old) old.checked = fresh.checked;
+  patchChildren(old, fresh);
+}
+
+// Children with an id keep their element wherever they move to, others their place.
+function patchChildren(old, fresh) {
+  const named = byId(old);
+  const stay = byId(fresh);
+  for (const [id, node] of named) if (!stay.has(id)) node.remove();
+  let at = old.firstChild;
+  for (const next of [...fresh.childNodes]) {
+    const same = next.id ? named.get(next.id) : twin(at, next);
+    if (same && same === at) at = at.nextSibling;
+    else old.insertBefore(same ?? next, at);
+    if (same) patch(same, next);
+  }
+  while (at) {
+    const rest = at.nextSibling;
+    at.remove();
+    at = rest;
+  }
+}
+
+const byId = ({ children }) =>
+  new Map([...children].filter((node) => node.id).map((node) => [node.id, node]));
+const twin = (node, next) => (node && !node.id && node.nodeName === next.nodeName ? node : null);
+
+// Numbers for people.
+
+const SIZES = ["B", "KiB", "MiB", "GiB", "TiB"];
+const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]; // prettier-ignore
+
+const count = (value) => value.toLocaleString("en");
+const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+const short = (value) => value.toFixed(value < 10 && !Number.isInteger(value) ? 1 : 0);
+const total = (values) => values.reduce((sum, value) => sum + value, 0);
+
+function span(seconds) {
+  if (seconds == null) return "";
+  if (seconds < 1) return `${short(seconds * 1000)} ms`;
+  if (seconds < 60) return `${short(seconds)} s`;
+  const [[large, name], [small, rest]] = UNITS.slice(UNITS.findIndex(([unit]) => seconds >= unit));
+  const left = Math.floor((seconds % large) / small);
+  return `${Math.floor(seconds / large)} ${name}${left ? ` ${left} ${rest}` : ""}`;
+}
+
+function size(bytes) {
+  if (bytes == null) return "";
+  const power = Math.min(SIZES.length - 1, Math.floor(Math.log2(bytes || 1) / 10));
+  return `${short(bytes / 1024 ** power)} ${SIZES[power]}`;
+}
+
+let skew = 0; // milliseconds by which the daemon's clock is ahead of this one
+const now = () => new Date(Date.now() + skew).toISOString();
+const between = (from, to) => Math.max(0, (Date.parse(to) - Date.parse(from)) / 1000);
+const distance = (at) => span(Math.floor(Math.abs(Date.parse(now()) - Date.parse(at)) / 1000));
+const age = (at) => at && h("time", { datetime: at, title: at }, rounded(at));
+const rounded = (at) => distance(at).split(" ", 2).join(" ");
+"""
+
+# What the daemon is asked, and what people are.
+PAGE_API = """\
+async function api(path, options) {
+  const response = await fetch(`../${path}`, { cache: "no-store", ...options });
+  if (response.ok) return response;
+  throw new Error((await response.text()).trim() || `status ${response.status}`);
+}
+
+const get = async (path, headers) => (await api(path, { headers })).json();
+const post = (path) => api(path, { method: "POST" });
+const callPath = (id) => `system/calls/${encodeURIComponent(id)}`;
+
+const reason = ({ name, message }) =>
+  name === "TypeError" ? "The daemon doesn't answer; trying again." : message;
+
+function tell(text, done = false) {
+  const notice = $("#notice");
+  notice.hidden = !text;
+  notice.textContent = text;
+  notice.classList.toggle("done", done);
+}
+
+// Do something that may fail, tell of it, and show what has come of it.
+async function attempt(step) {
+  try {
+    tell(await step(), true);
+  } catch (error) {
+    tell(reason(error));
+  }
+  await refresh();
+}
+
+// Whether to go on; without `yes` there is nothing to decide.
+function ask(title, content, yes, kind = "main") {
+  const dialog = $("#dialog");
+  const no = button(yes ? "Leave it" : "Close", "answer", "no");
+  const answers = h("div.row", h("span.grow"), no, yes && button(yes, "answer", "yes", kind));
+  dialog.replaceChildren(h("h2", { id: "question" }, title), ...content, answers);
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.onclose = () => resolve(dialog.returnValue === "yes");
+  });
+}
+"""
+
+# The list of calls, and what is done with many of them.
+PAGE_CALLS = r"""
+const OPEN = ["delayed", "queued", "running"];
+const FINAL = ["success", "error", "timeout", "cancelled"];
+const FILTERS = "status function queue schedule callback since until call_id".split(" ");
+const COLUMNS = "State,Function,Queue,Attempts,Age,Took,Callback,Error".split(",");
+const picked = new Map(); // calls that are ticked, by id
+
+const link = (query) => `#calls?${new URLSearchParams(query)}`;
+const callLink = (id) => `#call?${new URLSearchParams({ id })}`;
+
+// The parameters that choose calls, without those that turn pages.
+const filterOf = (query) => [...query].filter(([name]) => FILTERS.includes(name));
+const withoutState = (query) => filterOf(query).filter(([name]) => name !== "status");
+
+// "status:error function:cat 01a1…": a word without a name is an id.
+function parseFilter(text) {
+  const words = text.match(/\S+/g) ?? [];
+  return words.map((word) => {
+    const [name, value] = word.split(/:(.*)/);
+    return value && FILTERS.includes(name) ? [name, value] : ["call_id", word];
+  });
+}
+
+const filterText = (filter) =>
+  filter.map(([name, value]) => (name === "call_id" ? value : `${name}:${value}`)).join(" ");
+
+async function loadCalls({ query }) {
+  const page = await get(`system/calls?limit=50&${query}`);
+  const ids = page.calls.map(({ id }) => id);
+  for (const id of picked.keys()) if (!ids.includes(id)) picked.delete(id);
+  return page;
+}
+
+function drawCalls({ calls, next_cursor: older }, { query }) {
+  const filter = filterOf(query);
+  const place = "status:error function: queue: schedule: callback: since:24h until: or an id";
+  const field = { type: "search", id: "words", "aria-label": "Filter", placeholder: place };
+  const turn = (label, to) => h("a.button", { href: link(to) }, label);
+  return [
+    drawTabs(query),
+    h(
+      "form.row",
+      { id: "filter", role: "search" },
+      h("input", field, { value: filterText(filter), autocapitalize: "off", spellcheck: "false" }),
+      h("button", "Filter"),
+    ),
+    drawBulk(calls, filter),
+    calls.length ? drawCallTable(calls) : drawNoCalls(filter),
+    h(
+      "div.row",
+      query.has("cursor") && turn("Newest", filter),
+      older && turn("Older", [...filter, ["cursor", older]]),
+    ),
+  ];
+}
+
+function drawTabs(query) {
+  const others = withoutState(query);
+  const counts = others.length ? {} : stats.counts; // there are none for a filter
+  const tab = (name, label, chosen) => {
+    const current = query.get("status") === name && "page";
+    const to = { href: link([...chosen, ...others]), "aria-current": current };
+    return h("a", to, label, counts[name] !== undefined && h("small", count(counts[name])));
+  };
+  const states = [...OPEN, ...FINAL].map((name) => tab(name, state(name), [["status", name]]));
+  return h("nav", { "aria-label": "States" }, tab(null, "All", []), states);
+}
+
+function drawBulk(calls, filter) {
+  const some = picked.size > 0;
+  const which = some ? "these" : "all that match";
+  const text = plural(some ? picked.size : calls.length, "call");
+  return h(
+    "div.row",
+    h("span", text, some ? " selected" : " on this page"),
+    mayAct() &&
+      (some || (filter.length > 0 && calls.length > 0)) && [
+        button(`Retry ${which}…`, "change", "retry"),
+        button(`Cancel ${which}…`, "change", "cancel"),
+      ],
+  );
+}
+
+const drawNoCalls = (filter) =>
+  filter.length
+    ? drawEmpty("No call matches.")
+    : drawEmpty("No calls yet. Queue one: ", h("code", "faasd-async invoke NAME --async"));
+
+function drawCallTable(calls) {
+  const all = calls.every(({ id }) => picked.has(id));
+  return drawTable("calls", [tick("*", "Select all", all), ...COLUMNS], calls.map(drawCallRow));
+}
+
+const tick = (id, label, checked) =>
+  h(
+    "label",
+    h("input", {
+      type: "checkbox",
+      "data-do": "pick",
+      "data-id": id,
+      "aria-label": label,
+      checked,
+    }),
+  );
+
+function drawCallRow(call) {
+  const { id, callback, error } = call;
+  return h(
+    "tr",
+    { id, "data-id": id },
+    h("td.pick", tick(id, `Select ${call.function}, ${call.status}`, picked.has(id))),
+    h("td", state(call.status)),
+    h("td", h("a", { href: callLink(id) }, call.function)),
+    cell("queue", call.queue),
+    figure("attempts", `${call.attempts}/${call.max_attempts}`),
+    figure("age", age(call.created_at)),
+    figure("took", span(call.duration_seconds)),
+    cell("callback", callback.status !== "none" && state(callback.status)),
+    h("td.why", error && h("span", { title: error }, error)),
+  );
+}
+
+// Retry and cancel: the call on screen, those that are ticked, or all that match.
+
+const CHANGES = {
+  retry: {
+    label: "Retry",
+    kind: "main",
+    done: "queued again",
+    narrow: { status: FINAL, callback: ["none", "delivered", "failed"] },
+    text: "What they did so far stays in their history.",
+    one: (id) => post(`${callPath(id)}/retry`),
+  },
+  cancel: {
+    label: "Cancel",
+    kind: "danger",
+    done: "cancelled",
+    narrow: { status: OPEN },
+    text: "Those that wait will not run; those that run are stopped.",
+    one: (id) => api(`async-function/${encodeURIComponent(id)}`, { method: "DELETE" }),
+  },
+};
+
+function change(name) {
+  if (shown.data.call) return changeThese(name, [shown.data.call]);
+  return picked.size ? changeThese(name, [...picked.values()]) : changeMatching(name);
+}
+
+async function changeThese(name, calls) {
+  const { label, kind, done, text, one } = CHANGES[name];
+  const able = calls.filter((call) => isAble(name, call));
+  const what = plural(able.length, "call");
+  if (!able.length) return tell(`That can't be ${done} as it stands.`);
+  const left = able.length < calls.length && ` It can't be done for ${calls.length - able.length}.`;
+  const asked = h("p", text, left);
+  const harmless = name === "retry" && calls.length === 1;
+  if (!harmless && !(await ask(`${label} ${what}?`, [asked], `${label} ${what}`, kind))) return;
+  const results = await Promise.allSettled(able.map(({ id }) => one(id)));
+  const failures = results.filter(({ status }) => status === "rejected");
+  picked.clear();
+  await attempt(async () => {
+    if (failures.length) throw failures[0].reason;
+    return `${what} ${done}.`;
+  });
+}
+
+const isFinal = (call) => FINAL.includes(call.status);
+const isAble = (name, call) =>
+  call.callback.status === "pending" ? name === "cancel" : isFinal(call) === (name === "retry");
+
+// The filter for those of the calls that match now which it can be done for.
+function narrowed(name) {
+  const filter = new URLSearchParams(filterOf(route().query));
+  if (!filter.has("until")) filter.set("until", now());
+  for (const [key, able] of Object.entries(CHANGES[name].narrow)) {
+    const asked = filter.get(key)?.split(",") ?? able;
+    filter.set(key, able.filter((value) => asked.includes(value)).join(","));
+  }
+  return filter;
+}
+
+async function countMatching(filter) {
+  let number = 0;
+  let cursor = "";
+  do {
+    const page = await get(`system/calls?${filter}&limit=1000${cursor}`);
+    number += page.calls.length;
+    cursor = page.next_cursor && `&cursor=${page.next_cursor}`;
+  } while (cursor);
+  return number;
+}
+
+async function changeMatching(name) {
+  const { label, kind, done, text } = CHANGES[name];
+  const filter = narrowed(name);
+  const possible = [...filter.values()].every(Boolean);
+  const number = possible ? await countMatching(filter) : 0;
+  if (!number) return tell(`None of them can be ${done} as they stand.`);
+  const what = plural(number, "call");
+  const content = [h("p", text), h("p.quiet", filterText([...filter]))];
+  if (!(await ask(`${label} ${what}?`, content, `${label} ${what}`, kind))) return;
+  await attempt(async () => {
+    const result = await (await post(`system/calls/${name}?${filter}`)).json();
+    return `${plural(result.done, "call")} of ${count(result.matched)} ${done}.`;
+  });
+}
+"""
+
+# --- Page views -----------------------------------------------------------------------------------
+# Each view has a function that loads what it shows, and one that draws it, which gives elements.
+
+# One call: how long it waited, how it ran, what became of its callback.
+PAGE_CALL = r"""
+const MOST_TEXT = 100_000; // characters that are shown of a body
+let details = {}; // of the call on screen: its request, result and output
+let reading = new AbortController(); // of its output
+
+async function loadCall({ query }) {
+  const id = query.get("id");
+  const call = await get(callPath(id));
+  const version = [id, call.status, call.attempts, call.completed_at].join();
+  if (details.version !== version) {
+    const path = callPath(id);
+    const [body, request, result] = await Promise.all([
+      loadBody(`${path}/request`),
+      get(`${path}/request`, { Accept: "application/json" }).catch(() => ({})),
+      isFinal(call) ? loadBody(`${path}/result`) : { missing: "There is none yet." },
+    ]);
+    details = { version, body, request, result, output: "" };
+    readOutput(call, details);
+  }
+  return { call, ...details };
+}
+
+// A body and, where it is text, its text; or the reason why there is none.
+async function loadBody(path) {
+  try {
+    const response = await api(path);
+    const bytes = new Uint8Array(await response.arrayBuffer());
+    const body = { bytes: bytes.length, type: response.headers.get("Content-Type"), text: null };
+    return bytes.includes(0) ? body : { ...body, text: decoded(bytes) };
+  } catch (error) {
+    return { missing: reason(error) };
+  }
+}
+
+function decoded(bytes) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    return null;
+  }
+}
+
+// Read what the function writes, as it writes it, until something else is on screen.
+async function readOutput(call, into) {
+  reading.abort();
+  reading = new AbortController();
+  const path = `${callPath(call.id)}/log${isFinal(call) ? "" : "?follow=1"}`;
+  try {
+    const { body } = await api(path, { signal: reading.signal });
+    const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      into.output = (into.output + part.value).slice(-MOST_TEXT);
+      if (shown.data.version === into.version) Object.assign(shown.data, into);
+      paintSoon();
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") into.output += `\n${reason(error)}`;
+  }
+}
+
+function drawCall({ call, body, result, output }) {
+  const section = (title, ...content) => h("section", h("h3", title), content);
+  return [
+    h("h2.row", call.function, state(call.status)),
+    drawCallActions(call, body),
+    h(
+      "dl.sheet.facts",
+      fact("Id", h("code", call.id)),
+      call.call_id !== call.id && fact("Call id", h("code", call.call_id)),
+      fact("Queue", h("a", { href: link({ queue: call.queue }) }, call.queue)),
+      call.schedule &&
+        fact("Schedule", h("a", { href: link({ schedule: call.schedule }) }, call.schedule)),
+      fact("Accepted", age(call.created_at), " ago"),
+      fact("Answer", call.http_status ? `status ${call.http_status}` : "none"),
+      fact("Request", size(call.request_bytes)),
+      fact("Result", size(call.response_bytes) || "none"),
+    ),
+    section(
+      "What happened",
+      h("div.sheet", drawBar(call), h("ol.line", happenings(call).map(drawHappening))),
+    ),
+    h(
+      "div.sides",
+      section("Request", drawBody("Request", body)),
+      section("Result", drawBody("Result", result)),
+    ),
+    output && output !== result.text && section("Output", drawText("Output", output)),
+  ];
+}
+
+const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
+
+function drawCallActions(call, body) {
+  const { status } = call.callback;
+  const told = ["delivered", "failed"].includes(status);
+  return h(
+    "div.row",
+    mayAct() && [
+      isAble("retry", call) && button("Run again", "change", "retry", "main"),
+      body.text && button("Run with another body…", "edit"),
+      isAble("retry", call) &&
+        told &&
+        button("Send callback again", "post", `${callPath(call.id)}/callback`),
+      isAble("cancel", call) && button("Cancel…", "change", "cancel", "danger"),
+    ],
+    body.text && button("Copy as curl", "curl"),
+  );
+}
+
+// In order: name, state, when, for how long, and why.
+function happenings(call) {
+  const { history = [], callback, started_at: began } = call;
+  const attempts = (run) => plural(run.attempts, "attempt");
+  const why = (...parts) => parts.filter(Boolean).join(": ");
+  const waited = between(call.created_at, began ?? call.completed_at ?? now());
+  const due = call.status === "delayed" && `until ${local(call.due_at)}`;
+  const list = history.map((run) => [
+    "Earlier",
+    run.status,
+    run.started_at,
+    null,
+    why(attempts(run), run.error),
+  ]);
+  list.push(["Waited", "queued", call.created_at, waited, due]);
+  if (began)
+    list.push([
+      "Ran",
+      call.status,
+      began,
+      call.duration_seconds,
+      why(`${attempts(call)} of ${call.max_attempts}`, call.error),
+    ]);
+  if (callback.url)
+    list.push([
+      "Callback",
+      callback.status,
+      null,
+      null,
+      why(callback.url, `${plural(callback.attempts, "time")} sent`, callback.error),
+    ]);
+  return list;
+}
+
+const local = (at) => new Date(at).toLocaleString();
+
+const drawHappening = ([name, kind, at, took, why]) =>
+  h("li", state(kind, name), h("span", at && local(at)), h("span", span(took)), why && h("p", why));
+
+// Waiting and running, in proportion.
+function drawBar(call) {
+  const end = call.completed_at ?? now();
+  const began = call.started_at ?? end;
+  const share = between(call.created_at, began) / (between(call.created_at, end) || 1);
+  const part = (kind, x, width) => h(`rect.${kind}`, { x, width, height: 1 });
+  return h(
+    "svg.bar",
+    { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" },
+    part("queued", 0, share),
+    part(call.status, share, 1 - share),
+  );
+}
+
+function drawBody(name, { missing, bytes, text, type }) {
+  if (missing) return drawEmpty(missing);
+  if (!bytes) return drawEmpty("Empty.");
+  return text === null ? drawEmpty(`${size(bytes)} of ${type}`) : drawText(name, indented(text));
+}
+
+function drawText(name, text) {
+  const rest = text.length - MOST_TEXT;
+  const more = rest > 0 && `\n… and ${plural(rest, "character")} more`;
+  const scrolls = { tabindex: 0, role: "region", "aria-label": `${name} as text` };
+  return h("pre.sheet", scrolls, text.slice(0, MOST_TEXT), more);
+}
+
+// JSON with a line for each value, and each number with all its digits; other text as it came.
+function indented(text) {
+  const exact = (key, value, { source }) =>
+    typeof value === "number" ? JSON.rawJSON(source) : value;
+  try {
+    return JSON.stringify(JSON.parse(text, exact), null, 2);
+  } catch {
+    return text;
+  }
+}
+"""
+
+# Queues and functions, schedules, the host.
+PAGE_OVERVIEWS = """\
+const QUEUES = "Queue,State,Waiting,Running,Oldest,Last hour,Failed,Actions".split(",");
+const FUNCTIONS = "Function,Kind,Queue,Running,Replicas,Calls,Last hour,Failed".split(",");
+const SCHEDULES = "Schedule,Function,When,Next in,Last runs,Actions".split(",");
+
+const drawQueues = () => [
+  h("h2", "Queues"),
+  drawTable("queues", QUEUES, stats.queues.map(drawQueueRow)),
+  h("h2", "Functions"),
+  stats.functions.length
+    ? drawTable("functions", FUNCTIONS, stats.functions.map(drawFunctionRow))
+    : drawEmpty("No functions yet: name one under [functions] in the TOML file."),
+];
+
+function drawTable(id, titles, rows) {
+  const kind = (i) => ({ scope: "col", class: rows[0]?.children[i].className });
+  const head = titles.map((title, i) => h("th", kind(i), title));
+  return h("table", { id }, h("thead", h("tr", head)), h("tbody", rows));
+}
+
+const drawEmpty = (...text) => h("p.sheet.empty", text);
+const cell = (name, ...value) => h("td", { "data-name": name }, value);
+const figure = (name, value) => h("td.number", { "data-name": name }, value);
+const drawName = (name, query) =>
+  h("th", { scope: "row" }, query ? h("a", { href: link(query) }, name) : name);
+
+function drawQueueRow({ name, paused, depth, hour, ...queue }) {
+  const own = !name.startsWith("@");
+  return h(
+    "tr",
+    { id: `queue-${name}` },
+    drawName(own ? name : "callbacks", own && { queue: name }),
+    h("td", paused ? state("paused") : "open"),
+    figure("waiting", count(depth)),
+    figure("running", `${queue.inflight} of ${queue.max_inflight}`),
+    figure("oldest", depth > 0 && span(queue.oldest_seconds)),
+    cell("last hour", hour && drawHour(hour.accepted)),
+    figure("failed", hour && count(total(hour.failed))),
+    drawActions(
+      own && depth > 0 && button("Purge…", "purge", name, "danger"),
+      own && pauseButton(queuePath(name), paused),
+    ),
+  );
+}
+
+const queuePath = (name) => `system/queues/${encodeURIComponent(name)}`;
+const drawActions = (...buttons) => h("td.actions", mayAct() && buttons);
+const pauseButton = (path, paused) =>
+  paused ? button("Resume", "post", `${path}/resume`) : button("Pause", "post", `${path}/pause`);
+
+function drawFunctionRow({ name, namespace, kind, queue, hour, counts, ...figures }) {
+  const most = figures.max_inflight ? ` of ${figures.max_inflight}` : "";
+  return h(
+    "tr",
+    { id: `function-${name}.${namespace}` },
+    drawName(name, { function: name }),
+    cell("kind", kind ?? "gone"),
+    cell("queue", queue),
+    figure("running", kind && `${figures.inflight}${most}`),
+    figure("replicas", kind === "provider" && figures.replicas),
+    figure("calls", count(total(Object.values(counts)))),
+    cell("last hour", hour && drawHour(hour.calls)),
+    figure("failed", hour && count(total(hour.failures))),
+  );
+}
+
+// An hour, minute by minute, and its sum.
+function drawHour(minutes) {
+  const most = Math.max(1, ...minutes);
+  const points = minutes.map((value, i) => `${i} ${short(20 - (18 * value) / most)}`);
+  const frame = { viewBox: "0 0 59 22", preserveAspectRatio: "none", "aria-hidden": "true" };
+  const line = h("path", { d: `M${points.join("L")}` });
+  return [h("svg.hour", frame, line), count(total(minutes))];
+}
+
+async function purge(name) {
+  const { depth } = stats.queues.find((queue) => queue.name === name);
+  const what = plural(depth, "waiting call");
+  const text = h("p", "None of them will run. Calls that run already go on.");
+  if (!(await ask(`Cancel ${what} of ${name}?`, [text], `Cancel ${what}`, "danger"))) return;
+  await attempt(async () => {
+    const { cancelled } = await (await post(`${queuePath(name)}/purge`)).json();
+    return `${plural(cancelled, "call")} of ${name} cancelled.`;
+  });
+}
+
+// Schedules.
+
+const drawSchedules = ({ schedules }) => [
+  h("h2", "Schedules"),
+  schedules.length
+    ? drawTable("schedules", SCHEDULES, schedules.map(drawScheduleRow))
+    : drawEmpty("No schedules yet: the TOML file has them as ", h("code", "[schedules.NAME]")),
+];
+
+function drawScheduleRow({ name, paused, enabled, ...schedule }) {
+  const path = `system/schedules/${encodeURIComponent(name)}`;
+  const next = enabled ? age(schedule.next[0]) : "off";
+  return h(
+    "tr",
+    { id: `schedule-${name}` },
+    drawName(name, { schedule: name }),
+    cell("function", schedule.function),
+    cell("when", h("span", { title: schedule.words }, `${schedule.cron} (${schedule.timezone})`)),
+    cell("next in", paused ? state("paused") : next),
+    cell("last runs", schedule.runs.map(drawRun)),
+    drawActions(button("Run now", "post", `${path}/run`), pauseButton(path, paused)),
+  );
+}
+
+// What an instant has led to: a call, or none.
+const drawRun = ({ id, status, scheduled_for: at }) =>
+  h(id ? "a.run" : "span.run", { href: id && callLink(id), title: at }, state(status));
+
+// The host.
+
+function drawHost() {
+  const { store, warnings, callbacks, commit_seconds: commit } = stats;
+  const failed = h("a", { href: link({ callback: "failed" }) }, count(callbacks.failed));
+  return [
+    h("h2", "Host"),
+    h(
+      "dl.sheet.facts",
+      fact("Version", stats.version),
+      fact("Up for", span(stats.uptime_seconds)),
+      fact("Memory", size(stats.memory_bytes)),
+      fact("Store", size(store.used_bytes)),
+      fact("Left on its disk", size(store.free_bytes) || "not known"),
+      fact("Commit, half · 99 %", `${span(commit.p50) || "none"} · ${span(commit.p99) || "none"}`),
+      fact("Callbacks failed", failed),
+      fact(`Store (${store.backend})`, h("code", store.place)),
+    ),
+    h("h2", "What a 202 means"),
+    h("p.sheet.empty", state(stats.durable ? "success" : "timeout", stats.guarantee)),
+    h("h2", "Warnings"),
+    warnings.length
+      ? h(
+          "ul.sheet",
+          warnings.map((text) => h("li", text)),
+        )
+      : drawEmpty("None."),
+  ];
+}
+"""
+
+# --- Page actions ---------------------------------------------------------------------------------
+# The address says what is on screen: #calls?status=error, #call?id=ID, #queues, …
+
+PAGE_LIVE = """\
+const VIEWS = {
+  calls: { load: loadCalls, draw: drawCalls },
+  call: { load: loadCall, draw: drawCall },
+  queues: { draw: drawQueues },
+  schedules: { load: () => get("system/schedules"), draw: drawSchedules },
+  host: { draw: drawHost },
+};
+const PACE = 500; // milliseconds between looks at least: two a second
+
+let stats = {}; // the daemon in figures
+let shown = { look: 0, data: {} }; // what is on screen, and which look gave it
+let looks = 0; // begun
+let looked = 0; // when the last one began
+let pace = PACE;
+let due = null; // the timer of the next look
+let painting = null; // the timer of what is painted without one
+let failing = false; // the last look failed
+let stream = null;
+
+const mayAct = () => stats.access !== "view";
+
+function route() {
+  const [view, query] = location.hash.slice(1).split("?");
+  return { view: Object.hasOwn(VIEWS, view) ? view : "calls", query: new URLSearchParams(query) };
+}
+
+function paint() {
+  if (shown.address !== location.hash) return;
+  const here = route();
+  document.title = `${here.view} · faasd-async`;
+  patchChildren($("#view"), h("main", VIEWS[here.view].draw(shown.data, here)));
+  for (const tab of document.querySelectorAll("#views a")) {
+    if (tab.hash.startsWith(`#${here.view}`)) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+}
+
+function paintSoon() {
+  painting ??= setTimeout(() => {
+    painting = null;
+    paint();
+  }, PACE);
+}
+
+// Look again, and show what there is now. A daemon that takes its time is asked less often.
+async function refresh() {
+  const look = ++looks;
+  const address = location.hash;
+  const here = route();
+  looked = Date.now();
+  try {
+    const [data, figures] = await Promise.all([VIEWS[here.view].load?.(here), get("system/stats")]);
+    if (address !== location.hash || look < shown.look) return;
+    stats = figures;
+    skew = Date.parse(stats.started_at) + stats.uptime_seconds * 1000 - Date.now();
+    shown = { look, data: data ?? {}, address };
+    if (failing) tell("");
+    failing = false;
+    paint();
+  } catch (error) {
+    failing = true;
+    tell(reason(error));
+  }
+  pace = Math.max(PACE, 2 * (Date.now() - looked));
+}
+
+function changed() {
+  showLive();
+  if (document.hidden) return;
+  due ??= setTimeout(
+    () => {
+      due = null;
+      refresh();
+    },
+    Math.max(0, looked + pace - Date.now()),
+  );
+}
+
+// The stream of changes. Where it is cut the browser asks for what came after the last id; where
+// there is none, the page looks every five seconds.
+function connect() {
+  stream?.close();
+  stream = null;
+  if (!document.hidden) {
+    stream = new EventSource("../system/events");
+    for (const kind of ["open", "call", "gap"]) stream.addEventListener(kind, changed);
+    stream.onerror = () => {
+      if (stream.readyState === EventSource.CLOSED) setTimeout(connect, 30_000);
+      showLive();
+    };
+  }
+  showLive();
+}
+
+const isLive = () => stream?.readyState === EventSource.OPEN;
+
+function showLive() {
+  $("#live").classList.toggle("on", isLive());
+  $("#live").textContent = isLive() ? "live" : "every 5 s";
+}
+"""
+
+# What buttons and keys do.
+PAGE_ACTIONS = r"""
+const ACTIONS = {
+  pick,
+  change,
+  purge,
+  edit,
+  curl,
+  help,
+  post: (path) => attempt(() => post(path).then(() => "Done.")),
+  answer: (value) => $("#dialog").close(value),
+};
+
+function pick(id) {
+  const { calls } = shown.data;
+  const these = id === "*" ? calls : calls.filter((call) => call.id === id);
+  const all = these.every((call) => picked.has(call.id));
+  for (const call of these) {
+    if (all) picked.delete(call.id);
+    else picked.set(call.id, call);
+  }
+  paint();
+}
+
+// The call's request as a new call: by hand, or with another body.
+
+function newCall() {
+  const { call, request } = shown.data;
+  const [, type] = (request.headers ?? []).find(([name]) => /^content-type$/i.test(name)) ?? [];
+  const path = `async-function/${call.function}.${call.namespace}${request.target ?? ""}`;
+  return { path, headers: { "Content-Type": type ?? "text/plain", "X-Queue": call.queue } };
+}
+
+function field(label, value) {
+  const area = h("textarea", { id: "field", "aria-label": label, spellcheck: "false" });
+  area.value = value;
+  return area;
+}
+
+async function edit() {
+  const { path, headers } = newCall();
+  const text = h("p", "A new call is queued with this body. It has no callback.");
+  const body = field("Body", shown.data.body.text);
+  if (!(await ask("Run with another body", [text, body], "Queue it"))) return;
+  await attempt(async () => {
+    const answer = await api(path, { method: "POST", headers, body: body.value });
+    location.hash = callLink(answer.headers.get("X-Call-Id"));
+    return "Queued.";
+  });
+}
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+async function curl() {
+  const { path, headers } = newCall();
+  const words = Object.entries(headers).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`);
+  const url = quoted(new URL(`../${path}`, location).href);
+  const command = ["curl", url, ...words, "--data-binary", quoted(shown.data.body.text)].join(" ");
+  try {
+    await navigator.clipboard.writeText(command);
+    tell("Copied.", true);
+  } catch {
+    ask("Copy this", [field("Command", command)]); // No clipboard without https.
+    $("#field").select();
+  }
+}
+
+// Keys.
+
+const KEYS = {
+  "/": ["to the filter", () => $("#words")?.focus()],
+  j: ["next call", () => step(1)],
+  k: ["previous call", () => step(-1)],
+  x: ["select the call, or not", () => row() && pick(row().id)],
+  r: ["retry the call, or those that are selected", () => changeHere("retry")],
+  c: ["cancel the call, or those that are selected", () => changeHere("cancel")],
+  "?": ["these keys", help],
+};
+
+const row = () => document.activeElement.closest("#calls tbody tr");
+
+function step(by) {
+  const links = [...document.querySelectorAll("#calls tbody a")];
+  const at = links.findIndex((one) => row()?.contains(one));
+  links[Math.min(links.length - 1, Math.max(0, at + by))]?.focus();
+}
+
+function changeHere(name) {
+  if (!mayAct()) return;
+  const here = row() && shown.data.calls.filter(({ id }) => id === row().id);
+  if (shown.data.call || picked.size) change(name);
+  else if (here) changeThese(name, here);
+}
+
+function help() {
+  const keys = Object.entries(KEYS).map(([key, [text]]) => [h("dt", h("kbd", key)), h("dd", text)]);
+  ask("Keys", [h("dl", keys)]);
+}
+
+document.addEventListener("keydown", (event) => {
+  const { target, key } = event;
+  const typing = target.closest("input:not([type=checkbox]), textarea, dialog");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(KEYS, key)) return;
+  event.preventDefault();
+  KEYS[key][1]();
+});
+
+document.addEventListener("click", ({ target }) => {
+  const control = target.closest("[data-do]");
+  if (control) ACTIONS[control.dataset.do](control.dataset.id);
+});
+
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  location.hash = link(parseFilter($("#words").value));
+});
+
+addEventListener("hashchange", () => {
+  picked.clear();
+  tell("");
+  refresh();
+});
+
+document.addEventListener("visibilitychange", connect);
+
+setInterval(() => {
+  if (!isLive() || !["calls", "call"].includes(route().view)) changed();
+}, 5000);
+
+setInterval(() => {
+  for (const time of document.querySelectorAll("time")) time.textContent = rounded(time.dateTime);
+}, 1000);
+
+connect();
+refresh();
+"""
+
+# --- Operator's page ------------------------------------------------------------------------------
+# The page is one document: nothing else is loaded, neither from here nor from elsewhere.
+
+PAGE_SCRIPT = "\n".join(
+    (PAGE_TOOLS, PAGE_API, PAGE_CALLS, PAGE_CALL, PAGE_OVERVIEWS, PAGE_LIVE, PAGE_ACTIONS)
+)
+PAGE = f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>faasd-async</title>
+<link rel="icon" href="data:,">
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+<svg hidden>
+<path id="i-delayed" d="M8 2a6 6 0 1 0 .01 0zM8 5v3l2 2"/>
+<path id="i-queued" d="M3 4h10M3 8h10M3 12h10"/>
+<path id="i-running" d="M5 3v10l8-5z"/>
+<path id="i-success" d="m3 8.5 3.5 3.5L13 4.5"/>
+<path id="i-error" d="m4 4 8 8m0-8-8 8"/>
+<path id="i-timeout" d="M4 2h8M4 14h8M5 2c0 6 6 6 6 12M11 2c0 6-6 6-6 12"/>
+<path id="i-cancelled" d="M8 2a6 6 0 1 0 .01 0zM4 12l8-8"/>
+<path id="i-paused" d="M5 3v10m6-10v10"/>
+</svg>
+<header>
+<h1>faasd-async</h1>
+<nav id="views" aria-label="Views">
+<a href="#calls">Calls</a>
+<a href="#queues">Queues</a>
+<a href="#schedules">Schedules</a>
+<a href="#host">Host</a>
+</nav>
+<span id="live" role="status"></span>
+<button type="button" data-do="help" aria-label="Keys">?</button>
+</header>
+<noscript>
+<p>This page needs JavaScript. Without it: <code>faasd-async calls list</code></p>
+</noscript>
+<p id="notice" role="status" hidden></p>
+<main id="view" tabindex="-1"></main>
+<dialog id="dialog" aria-labelledby="question"></dialog>
+<script type="module">{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def content_hash(text: str) -> str:
+    """What names an inline script or style in a Content-Security-Policy (CSP 3, 2.3.1)."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+# The script and the style of the page and no others, and requests to this daemon only. Nothing that
+# a function, a caller or a receiver has said can become markup: that takes a trusted type, and
+# there is none.
+PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        f"script-src {content_hash(PAGE_SCRIPT)}",
+        f"style-src {content_hash(PAGE_STYLE)}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+
+
+class PageRoutes:
+    """The operator's page."""
+
+    def __init__(self) -> None:
+        self._body = PAGE.encode()
+        self._packed = gzip.compress(self._body, mtime=0)
+        self._headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": PAGE_POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",  # for browsers that don't know frame-ancestors
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "private, no-cache",  # kept, and asked for again by its tag
+            "ETag": f'"{hashlib.sha256(self._body).hexdigest()[:32]}"',
+            "Vary": "Accept-Encoding",
+        }
+
+    async def home(self, request: Request) -> web.StreamResponse:
+        """GET /: people who type the address want the page."""
+        return web.Response(status=302, headers={"Location": "/ui/"})
+
+    async def show(self, request: Request) -> web.StreamResponse:
+        """The page, or that the browser has it already."""
+        if self._headers["ETag"] in request.headers.get("If-None-Match", ""):
+            return web.Response(status=304, headers=self._headers)
+        if "gzip" in request.headers.get("Accept-Encoding", ""):
+            packed = {**self._headers, "Content-Encoding": "gzip"}
+            return web.Response(body=self._packed, headers=packed)
+        return web.Response(body=self._body, headers=self._headers)
+
+
 # --- Schedules ------------------------------------------------------------------------------------
 # Fires what is due. All that has to outlive a crash is in the store: a state is read before each
 # step, and written with what follows from it, if nobody else has written it meanwhile.
@@ -12542,6 +13720,7 @@ class ScheduleRoutes:
 # Puts the parts together, and owns their lifecycle.
 
 BACKLOG = 1024  # connections that wait to be accepted
+Row = tuple[str, str, Access, Handler]  # method, path, who may use it
 OWN_RESOURCES = "calls|queues|stats|events|schedules"  # of /system; others are OpenFaaS's
 NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
@@ -12550,6 +13729,21 @@ def path_pattern(path: str) -> re.Pattern[str]:
     """A path with {segment}, {call} (what may have slashes) and … (whatever may follow)."""
     pattern = path.replace("…", ".*").replace("{segment}", "([^/]+)").replace("{call}", "(.+)")
     return re.compile(pattern)
+
+
+def call_rows(calls: CallRoutes) -> Sequence[Row]:
+    """The routes of calls that have been queued."""
+    return (
+        ("GET", "/system/calls", Access.OPERATE, calls.list_calls),
+        ("POST", "/system/calls/retry", Access.OPERATE, calls.retry_matching),
+        ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
+        ("GET", "/system/calls/{call}/log", Access.OPERATE, calls.show_log),
+        ("GET", "/system/calls/{call}/result", Access.OPERATE, calls.show_result),
+        ("GET", "/system/calls/{call}/request", Access.OPERATE, calls.show_request),
+        ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
+        ("POST", "/system/calls/{call}/callback", Access.OPERATE, calls.resend_callback),
+        ("GET", "/system/calls/{call}", Access.OPERATE, calls.show_call),
+    )
 
 
 def route_table(
@@ -12562,10 +13756,11 @@ def route_table(
     rest: RestRoutes,
     fn: FnRoutes,
     schedules: ScheduleRoutes,
+    page: PageRoutes,
 ) -> Sequence[Route]:
     """All routes there are. The first that fits is taken."""
     operate = Access.OPERATE
-    rows: Sequence[tuple[str, str, Access, Handler]] = (
+    rows: Sequence[Row] = (
         ("POST", "/async-function/…", Access.INVOKE, functions.queue),
         ("DELETE", "/async-function/{call}", Access.INVOKE, calls.cancel_call),
         ("*", "/async-function/…", Access.INVOKE, functions.refuse),
@@ -12573,15 +13768,7 @@ def route_table(
         ("*", "/r/{segment}/…", Access.INVOKE, fn.call),
         ("GET", "/healthz", Access.OPEN, health.healthz),
         ("GET", "/readyz", Access.OPEN, health.readyz),
-        ("GET", "/system/calls", operate, calls.list_calls),
-        ("POST", "/system/calls/retry", operate, calls.retry_matching),
-        ("POST", "/system/calls/cancel", operate, calls.cancel_matching),
-        ("GET", "/system/calls/{call}/log", operate, calls.show_log),
-        ("GET", "/system/calls/{call}/result", operate, calls.show_result),
-        ("GET", "/system/calls/{call}/request", operate, calls.show_request),
-        ("POST", "/system/calls/{call}/retry", operate, calls.retry_call),
-        ("POST", "/system/calls/{call}/callback", operate, calls.resend_callback),
-        ("GET", "/system/calls/{call}", operate, calls.show_call),
+        *call_rows(calls),
         ("GET", "/system/queues", operate, queues.list_queues),
         ("POST", "/system/queues/{segment}/(pause|resume|purge)", operate, queues.change_queue),
         ("GET", "/system/stats", operate, stats.show_stats),
@@ -12589,6 +13776,9 @@ def route_table(
         ("GET", "/system/schedules", operate, schedules.list_schedules),
         ("POST", "/system/schedules/{segment}/(run|pause|resume)", operate, schedules.change),
         ("GET", "/metrics", operate, queues.expose),
+        ("GET", "/", Access.OPEN, page.home),
+        ("GET", "/ui", Access.OPEN, page.home),
+        ("GET", "/ui/", operate, page.show),
         ("GET", "/v1/apps/{segment}/calls", operate, fn.list_calls),
         ("GET", "/v1/apps/{segment}/calls/{segment}", operate, fn.show_call),
         ("GET", "/v1/apps/{segment}/calls/{segment}/log", operate, fn.show_log),
@@ -12793,6 +13983,7 @@ class Daemon:
             RestRoutes(settings, provider, directory, metrics),
             FnRoutes(functions, self._queue),
             ScheduleRoutes(scheduler),
+            PageRoutes(),
         )
         return Front(settings, routes), {CALLBACKS: sender, "": invoker}, scheduler
 
@@ -13371,16 +14562,6 @@ def print_call(args: Arguments) -> None:
     write(client.ask(args.request.format(quote(call_id, safe=""))))
 
 
-def print_request(args: Arguments) -> None:
-    """The body of what a call asks its function; in JSON method, path and headers."""
-    client = Client(args)
-    request = f"GET /system/calls/{quote(client.full_id(args.id), safe='')}/request"
-    if args.json:
-        write_json(json.loads(client.ask(request, headers=[("Accept", "application/json")])))
-    else:
-        write(client.ask(request))
-
-
 def change_calls(args: Arguments) -> None:
     """Cancel or retry calls: those that match the filters, or those with the ids."""
     filters = filters_of(args)
@@ -13956,14 +15137,6 @@ COMMANDS: Sequence[Command] = (
     Command(
         *("calls log", print_call, "print what a call's function wrote"),
         *(f"id {WHERE}", "GET /system/calls/{}/log"),
-    ),
-    Command(
-        *("calls result", print_call, "print a function's answer, and nothing else"),
-        *(f"id {WHERE}", "GET /system/calls/{}/result"),
-    ),
-    Command(
-        *("calls request", print_request, "print what a call asks; with --json its headers"),
-        f"id --json {WHERE}",
     ),
     Command(
         *("calls cancel", change_calls, "cancel calls by id, or by filter"),

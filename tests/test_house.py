@@ -32,7 +32,8 @@ SECTIONS = (
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
-    "Function routes", "Operator routes", "Live view", "OpenFaaS routes", "Operator's page",
+    "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
+    "Page style", "Page script", "Page views", "Page actions", "Operator's page",
     "Schedules", "Daemon", "Client", "Client commands", "Operator commands", "Schedule commands", "Service commands",
     "Manual page", "Command line",
 )  # fmt: skip

@@ -1,0 +1,332 @@
+"""The operator's page, in a real browser, on a real daemon with real calls."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, DRIVER, Browser, chromium
+from conftest import SCRIPT, Daemon, Gate, Server, StartDaemon, answer, ask
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+
+SETTINGS = """
+[functions.it]
+url = "{url}"
+[functions.shell]
+command = ["sh", "-c", "cat; echo told >&2"]
+[functions.later]
+url = "{url}"
+queue = "slow"
+[queues.slow]
+max_inflight = 2
+[schedules.nightly]
+function = "it"
+cron = "0 3 * * *"
+[retry]
+attempts = 2
+min_wait = "1ms"
+"""
+
+AXE = SCRIPT.parent / "node_modules" / "axe-core" / "axe.min.js"
+SHOTS = os.environ.get("FAASD_ASYNC_SHOTS")  # a folder for pictures of what the tests saw
+
+
+class Page:
+    """The operator's page of one daemon."""
+
+    def __init__(self, browser: Browser, gateway: Daemon) -> None:
+        self.browser = browser
+        self.gateway = gateway
+
+    async def open(self, place: str = "") -> None:
+        """Show a view, as if its address was typed in."""
+        await self.browser.open(f"{self.gateway.url}/ui/{place}")
+        view = place.strip("#").partition("?")[0] or "calls"
+        await self.browser.until(f"document.title.startsWith({view!r})")
+
+    async def rows(self, number: int, table: str = "calls") -> None:
+        """Wait until a table has so many rows."""
+        await self.browser.until(f"document.querySelectorAll('#{table} tbody tr').length === {number}")
+
+    async def states(self) -> list[str]:
+        """The states of the calls on screen, from the top."""
+        script = "return [...document.querySelectorAll('#calls tbody .state')].map(one => one.innerText)"
+        shown: list[str] = await self.browser.run(script)
+        return shown
+
+    async def picture(self, name: str) -> None:
+        """Keep a picture, where somebody wants to look at it."""
+        if SHOTS:
+            await self.browser.do(self.browser.driver.save_screenshot, str(Path(SHOTS) / f"{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    """One Chromium for all tests here."""
+    if not Path(CHROMIUM).exists() or not Path(DRIVER).exists():
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture
+async def browser(driver: webdriver.Chrome) -> AsyncIterator[Browser]:
+    """Its window, which shows nothing yet."""
+    window = Browser(driver)
+    await window.complaints()
+    yield window
+    await window.open("about:blank")
+
+
+@pytest.fixture
+async def page(browser: Browser, daemon: StartDaemon, function: Server) -> Page:
+    """The page of a daemon whose function `it` is the test's server."""
+    return Page(browser, await daemon(SETTINGS.format(url=function.url)))
+
+
+async def test_the_page_is_one_document_that_may_load_nothing_else(daemon: StartDaemon) -> None:
+    """Its policy names the one script and the one style that it has, by what is in them."""
+    gateway = await daemon("")
+    reply = await ask(gateway.url, "/ui/")
+    text = reply.body.decode()
+    policy = dict(rule.partition(" ")[::2] for rule in reply.headers["Content-Security-Policy"].split("; "))
+    for kind in ("script", "style"):
+        (content,) = re.findall(rf"<{kind}[^>]*>(.*?)</{kind}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy.pop(f"{kind}-src") == f"'sha256-{digest}'"
+    assert policy == {
+        "default-src": "'none'",
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert reply.headers["Referrer-Policy"] == "no-referrer"
+    assert not re.search(r"<[^>]+ on\w+=|https?://(?!www\.w3\.org/)", text)
+    assert len(reply.body) <= 40 * 1024
+
+
+async def test_the_page_is_loaded_again_only_when_it_has_changed(daemon: StartDaemon) -> None:
+    """The browser asks by its tag, and gets it packed if it likes."""
+    gateway = await daemon("")
+    first = await ask(gateway.url, "/ui/", "Accept-Encoding: gzip")
+    assert first.headers["Content-Encoding"] == "gzip"
+    assert len(first.body) < 16 * 1024
+    again = await ask(gateway.url, "/ui/", f"If-None-Match: {first.headers['ETag']}")
+    assert (again.status, again.body) == (304, b"")
+    assert again.headers["Content-Security-Policy"] == first.headers["Content-Security-Policy"]
+    home = await ask(gateway.url, "/")
+    assert (home.status, home.headers["Location"]) == (302, "/ui/")
+
+
+async def test_calls_are_listed_by_state_with_counts(page: Page, function: Server) -> None:
+    """A tab shows the calls of a state; the address says what is shown, so going back works."""
+    browser, gateway = page.browser, page.gateway
+    await gateway.final(await gateway.submit("it"))
+    function.behaviour = answer(400)
+    await gateway.final(await gateway.submit("it"))
+    await gateway.submit("it", X_Delay="1h")
+    await page.open()
+    await page.rows(3)
+    assert await page.states() == ["delayed", "error", "success"]
+    tabs = (await browser.text("nav[aria-label=States]")).split()
+    assert " ".join(tabs) == "All delayed 1 queued 0 running 0 success 1 error 1 timeout 0 cancelled 0"
+    await browser.click("nav[aria-label=States] a:nth-child(6)")
+    await page.rows(1)
+    assert await page.states() == ["error"]
+    assert (await browser.run("return location.hash")) == "#calls?status=error"
+    assert (await browser.run("return document.querySelector('#words').value")) == "status:error"
+    await browser.shows("function it answered 400", "#calls")
+    await browser.do(browser.driver.back)
+    await page.rows(3)
+    await page.picture("calls")
+
+
+async def test_a_filter_is_one_line(page: Page) -> None:
+    """Names with values, and an id; what does not match is said, and what is wrong, too."""
+    browser, gateway = page.browser, page.gateway
+    ids = [await gateway.submit("it", X_Delay="1h") for _ in range(2)]
+    await gateway.submit("later", X_Delay="1h")
+    await page.open()
+    await page.rows(3)
+    await browser.press("/")
+    for words, number in (("queue:slow", 1), ("function:it status:delayed", 2), (ids[0], 1)):
+        await browser.press(Keys.ESCAPE, words, Keys.ENTER)
+        await page.rows(number)
+    await page.open("#calls?function=nobody")
+    await browser.shows("No call matches")
+    await browser.open(f"{gateway.url}/ui/#calls?status=wrong")
+    await browser.shows('status: "wrong": expected one of', "#notice")
+
+
+async def test_a_change_shows_by_itself(page: Page, function: Server) -> None:
+    """The stream tells of it; nothing is loaded anew, and where the reader is stays as it is."""
+    browser, gateway = page.browser, page.gateway
+    await gateway.final(await gateway.submit("it"))
+    await page.open()
+    await browser.shows("live", "#live")
+    await browser.press("j")
+    await browser.run("document.activeElement.closest('tr').witness = true")
+    function.behaviour = gate = Gate()
+    await gateway.submit("it")
+    await page.rows(2)
+    await browser.until("document.querySelector('#calls tbody .running')")
+    gate.open()
+    await browser.until("document.querySelectorAll('#calls tbody .success').length === 2")
+    assert await browser.run("return document.activeElement.closest('tr').witness")
+
+
+async def test_a_daemon_that_comes_back_is_shown_again(page: Page) -> None:
+    """That it is away is said; what was on screen stays there until there is news."""
+    browser, gateway = page.browser, page.gateway
+    await gateway.submit("it", X_Delay="1h")
+    await page.open()
+    await browser.shows("live", "#live")
+    await gateway.terminate()
+    await browser.shows("doesn't answer", "#notice")
+    assert await page.states() == ["delayed"]
+    await gateway.start(same_port=True)
+    await gateway.submit("it", X_Delay="1h")
+    await page.rows(2)
+    await browser.shows("live", "#live")
+    assert await browser.run("return document.querySelector('#notice').hidden")
+
+
+async def test_without_a_stream_the_page_looks_by_itself(page: Page) -> None:
+    """As many streams as there may be are open: one more page still shows what happens."""
+    browser, gateway = page.browser, page.gateway
+    async with contextlib.AsyncExitStack() as streams:
+        for _ in range(8):
+            await streams.enter_async_context(gateway.http.get(f"{gateway.url}/system/events"))
+        await page.open()
+        await browser.shows("every 5 s", "#live")
+        await gateway.submit("it", X_Delay="1h")
+        await page.rows(1)
+
+
+async def test_what_is_selected_is_retried(page: Page, function: Server) -> None:
+    """The question says how many, that many are done, and no others."""
+    browser, gateway = page.browser, page.gateway
+    function.behaviour = answer(400)
+    for _ in range(3):
+        await gateway.final(await gateway.submit("it"))
+    await gateway.submit("it", X_Delay="1h")
+    function.behaviour = answer(200)
+    await page.open()
+    await page.rows(4)
+    for row in (1, 2, 3):
+        await browser.click(f"#calls tbody tr:nth-child({row}) input")
+    await browser.shows("3 calls selected")
+    await browser.click("=Retry these…")
+    await browser.shows("Retry 2 calls?", "#dialog")  # for the first, which waits, it can't be done
+    await browser.click("=Retry 2 calls")
+    await browser.shows("2 calls queued again", "#notice")
+    await browser.until("document.querySelectorAll('#calls tbody .success').length === 2")
+    assert await page.states() == ["delayed", "success", "success", "error"]
+
+
+async def test_all_that_match_are_done_at_once_as_many_as_was_said(page: Page, function: Server) -> None:
+    """More than a page shows; what comes after the question was asked is not meant."""
+    browser, gateway = page.browser, page.gateway
+    await asyncio.gather(*(gateway.submit("it", X_Delay="1h") for _ in range(60)))
+    await gateway.submit("later", X_Delay="1h")
+    await page.open("#calls?function=it&status=delayed")
+    await page.rows(50)
+    await browser.click("=Cancel all that match…")
+    await browser.shows("Cancel 60 calls?", "#dialog")
+    kept = await gateway.submit("it", X_Delay="1h")
+    await browser.click("=Leave it")
+    await browser.click("=Cancel all that match…")
+    await browser.shows("Cancel 61 calls?", "#dialog")
+    another = await gateway.submit("it", X_Delay="1h")
+    await browser.click("=Cancel 61 calls")
+    await browser.shows("61 calls of 61 cancelled", "#notice")
+    assert (await gateway.record(kept))["status"] == "cancelled"
+    assert (await gateway.record(another))["status"] == "delayed"
+    await page.open("#calls?status=cancelled")
+    await page.rows(50)
+    await browser.click("=Older")
+    await page.rows(11)
+
+
+async def test_queues_are_paused_resumed_and_purged(page: Page, function: Server) -> None:
+    """Each with its figures; a purge says how many first."""
+    browser, gateway = page.browser, page.gateway
+    await gateway.submit("later", X_Delay="1h")
+    await gateway.final(await gateway.submit("it"))
+    await page.open("#queues")
+    await page.rows(3, "queues")
+    slow = "document.querySelector('#queue-slow').innerText"
+    await browser.click("#queue-slow td:last-child button:last-child")
+    await browser.until(f"{slow}.includes('paused')")
+    await page.picture("queues")
+    await browser.click("#queue-slow td:last-child button:last-child")
+    await browser.until(f"{slow}.includes('open')")
+    await browser.click("#queue-slow .danger")
+    await browser.shows("Cancel 1 waiting call of slow?", "#dialog")
+    await browser.click("=Cancel 1 waiting call")
+    await browser.shows("1 call of slow cancelled", "#notice")
+    await browser.until(f"!{slow}.includes('Purge')")
+
+
+async def test_a_schedule_is_run_now_and_paused(page: Page) -> None:
+    """When it runs next, and what became of its runs."""
+    browser = page.browser
+    await page.open("#schedules")
+    await page.rows(1, "schedules")
+    await browser.click("=Run now")
+    await browser.until("document.querySelector('#schedules a.run .success')")
+    await browser.click("=Pause")
+    await browser.shows("paused", "#schedules")
+    await page.picture("schedules")
+    await browser.click("=Resume")
+    await browser.until("!document.querySelector('#schedules .paused')")
+    await browser.click("#schedules a.run")
+    await browser.shows("nightly", "#view .facts")
+    await browser.click("=nightly")
+    await page.rows(1)
+    assert await browser.run("return location.hash") == "#calls?schedule=nightly"
+
+
+async def test_the_host_is_shown_with_what_is_wrong(browser: Browser, daemon: StartDaemon) -> None:
+    """Figures, the guarantee, and the warnings of the configuration."""
+    gateway = await daemon('[functions.gone]\ncommand = ["/no/such/program"]')
+    await Page(browser, gateway).open("#host")
+    for text in ("Version", "Up for", "a call is on disk before its 202", "there is no program /no/such/program"):
+        await browser.shows(text)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_that_keeps_people_out(page: Page, function: Server, scheme: str) -> None:
+    """Contrast, names, roles and order, in every view, and in a dialog."""
+    if not AXE.exists():
+        pytest.skip("needs axe-core: npm install --no-save axe-core")
+    browser, gateway = page.browser, page.gateway
+    function.behaviour = answer(400, b'{"why": "no"}', Content_Type="application/json")
+    call = await gateway.submit("it", b'{"a": 1}', X_Callback_Url=f"{function.url}/gone")
+    await gateway.until(call, lambda record: record["callback"]["attempts"] > 0)
+    await gateway.submit("later", X_Delay="1h")
+    await browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    found: dict[str, list[str]] = {}
+    for place in ("#calls", f"#call?id={call}", "#queues", "#schedules", "#host", "?"):
+        if place == "?":
+            await browser.press("?")
+        else:
+            await page.open(place)
+        await browser.run(AXE.read_text())
+        script = "axe.run().then((result) => arguments[0](result.violations))"
+        violations = await browser.do(browser.driver.execute_async_script, script)
+        found[place] = [f"{one['id']}: {node['html']}" for one in violations for node in one["nodes"]]
+        await page.picture(f"{scheme}-{place.strip('#?').partition('?')[0] or 'help'}")
+    assert found == {place: [] for place in found}
+    await browser.cdp("Emulation.setEmulatedMedia", features=[])
