@@ -8584,6 +8584,7 @@ PROXY_VARIABLES = {
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
 ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
 TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
+HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
 CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
 
 AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
@@ -8730,7 +8731,7 @@ class Wire(asyncio.Protocol):
         self._headless = False  # whether the parser expects answers without a body (HEAD)
         self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
         self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
-        self._head_bytes = 0  # that came in while the head was missing
+        self._head = b""  # what has come in while it is missing
         self._room: asyncio.Future[None] | None = None  # while the peer takes nothing
         self._keep = True  # whether another request may follow
         self._before = TcpInfo(ESTABLISHED)  # when it was used again
@@ -8747,17 +8748,8 @@ class Wire(asyncio.Protocol):
         headless = method == "HEAD"
         if self._parser is None or headless != self._headless:
             self._headless = headless
-            self._parser = HttpResponseParser(
-                cast(Any, self),  # It only hands it on to its streams.
-                self._loop,
-                READ_BYTES,
-                max_line_size=MAX_HEADER_BYTES,
-                max_field_size=MAX_HEADER_BYTES,
-                response_with_body=not headless,
-                read_until_eof=True,
-                auto_decompress=False,
-            )
-        self._head_bytes = 0
+            self._parser = self._new_parser()
+        self._head = b""
         self.silent = True
         self.unseen = False
         answer: asyncio.Future[Head] = self._loop.create_future()
@@ -8766,6 +8758,18 @@ class Wire(asyncio.Protocol):
         else:
             self._answer = answer
         return answer
+
+    def _new_parser(self) -> HttpResponseParser:
+        return HttpResponseParser(
+            cast(Any, self),  # It only hands it on to its streams.
+            self._loop,
+            READ_BYTES,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            response_with_body=not self._headless,
+            read_until_eof=True,
+            auto_decompress=False,
+        )
 
     def write(self, data: bytes) -> None:
         """Send a piece of a request, unless the connection has ended."""
@@ -8841,6 +8845,7 @@ class Wire(asyncio.Protocol):
         try:
             messages, _, _ = self._parser.feed_data(data)
         except HttpProcessingError:
+            self._parse_head(self._head + data)
             said = "did not answer in valid HTTP"
             if data.startswith(b"\x15\x03"):  # the alert of a TLS server
                 said = "speaks TLS: its URL begins with https://"
@@ -8849,9 +8854,23 @@ class Wire(asyncio.Protocol):
         for message, body in messages:
             self._answered(message, body)
         if self._answer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
+            self._head += data
+            if len(self._head) > MAX_HEAD_BYTES:
                 self.fail(RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP"))
+
+    def _parse_head(self, data: bytes) -> None:
+        """Take the answer in data that are no valid HTTP: its head, or even its body, may be whole.
+
+        The parser tells nothing of what came in one piece with something that is wrong.
+        """
+        parser = self._new_parser()
+        with contextlib.suppress(HttpProcessingError):
+            for part in HEADS.findall(data):
+                if self._answer is None:
+                    parser.feed_data(part)
+                    continue
+                for message, body in parser.feed_data(part)[0]:
+                    self._answered(message, body)
 
     def _answered(self, message: RawResponseMessage, body: StreamReader) -> None:
         if 100 <= message.code < 200 and message.code != 101:

@@ -360,6 +360,10 @@ LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connect
     "until the end": (b"HTTP/1.1 200 OK\r\n\r\nok", 200, b"ok"),
     "in HTTP/1.0": (b"HTTP/1.0 200 OK\r\n\r\nok", 200, b"ok"),
     "with Connection: close": (b"HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", 500, b"ok"),
+    # What follows is wrong, but the answer is there.
+    "with something behind it": (OK + b"more", 200, b"ok"),
+    "with another behind it": (b"HTTP/1.1 100 Go\r\n\r\n" + OK + b"HTTP/1.1 5", 200, b"ok"),
+    "204 with a body": (b"HTTP/1.1 204 No\r\nContent-Length: 2\r\n\r\nok", 204, b""),
 }
 
 
