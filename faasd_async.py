@@ -8559,45 +8559,17 @@ class NatsQueue:
         return self._parts.schedules
 
 
-# --- HTTP connections -----------------------------------------------------------------------------
-# To functions, the provider and receivers. This section and the next know which library is behind
-# them, and no other does: aiohttp's parser, which is C, and its streams of bytes. What a
-# ClientSession does beside that costs three times as much as all that is done here.
+# --- HTTP failures --------------------------------------------------------------------------------
+# Why a peer has not answered, in words; and how long it may take.
 
-READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
-MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
-DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
-STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
-DNS_CACHE_S = 10.0
-PROOF_S = 1.0  # idle for so long, a connection shows that its peer does keep connections
-MAX_UNPROVEN = 2  # connections that are kept to find that out
-MAX_ORIGINS = 1_000  # of which is known that they do
 LATE_S = 0.1  # A timer that is so late was held up, and so was what it limits.
 MAX_GRACE_S = 1.0
-IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
-BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
-FRAMING = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection"))
-PROXY_VARIABLES = {
-    "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
-    "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
-}
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
-ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
-TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
-HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
-CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
-
-AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
-Head = tuple[RawResponseMessage, StreamReader]
-
-
-# -- what goes wrong
 
 
 def unreachable(exc: OSError, host: str) -> Exception:
     """Why no connection could be made: RequestFailed, or Shortage where it is our own."""
-    is_lookup = isinstance(exc, socket.gaierror)
-    if out_of_descriptors() if is_lookup else exc.errno in Shortage.ERRORS:
+    if exc.errno in Shortage.ERRORS or out_of_descriptors():
         return Shortage("this machine has no descriptors or memory left for a connection")
     if isinstance(exc, ssl.SSLError):
         reason = tls_reason(exc)
@@ -8615,7 +8587,7 @@ def unreachable(exc: OSError, host: str) -> Exception:
 
 
 def out_of_descriptors() -> bool:
-    """Whether none can be had: resolvers tell that as a name that is not found."""
+    """Whether none can be had: resolvers tell that in many ways, as of a name too."""
     try:
         socket.socket().close()
     except OSError as exc:
@@ -8695,6 +8667,35 @@ class TimeLimit:
             raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}") from None
 
 
+# --- HTTP connections -----------------------------------------------------------------------------
+# To functions, the provider and receivers. This section and the next know which library is behind
+# them, and no other does: aiohttp's parser, which is C, and its streams of bytes. What a
+# ClientSession does beside that costs three times as much as all that is done here.
+
+READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
+MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
+DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
+STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
+DNS_CACHE_S = 10.0
+PROOF_S = 1.0  # idle for so long, a connection shows that its peer does keep connections
+MAX_UNPROVEN = 2  # connections that are kept to find that out
+MAX_ORIGINS = 1_000  # of which is known that they do
+IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
+BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
+FRAMING = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection"))
+PROXY_VARIABLES = {
+    "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
+    "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
+}
+ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
+TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
+HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
+CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
+
+AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
+Head = tuple[RawResponseMessage, StreamReader]
+
+
 # -- a connection
 
 
@@ -8716,6 +8717,30 @@ def tcp_info(sock: socket.socket) -> TcpInfo:
     return TcpInfo(ESTABLISHED)
 
 
+def new_parser(wire: Wire, headless: bool) -> HttpResponseParser:
+    """A parser of answers, `headless` for those that have no body (HEAD)."""
+    return HttpResponseParser(
+        cast(Any, wire),  # It only hands it on to its streams.
+        asyncio.get_running_loop(),
+        READ_BYTES,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+        response_with_body=not headless,
+        read_until_eof=True,
+        auto_decompress=False,
+    )
+
+
+def whole_heads(parser: HttpResponseParser, data: bytes) -> Iterator[Head]:
+    """The answers in data that are not valid to the end, with what has come of their bodies.
+
+    The parser tells nothing of what came in one piece with something that is wrong.
+    """
+    with contextlib.suppress(HttpProcessingError):
+        for part in HEADS.findall(data):
+            yield from parser.feed_data(part)[0]
+
+
 class Wire(asyncio.Protocol):
     """A connection to a peer, and the exchange that is under way on it.
 
@@ -8728,7 +8753,7 @@ class Wire(asyncio.Protocol):
         self._sock = sock
         self._transport: asyncio.Transport | None = None
         self._parser: HttpResponseParser | None = None
-        self._headless = False  # whether the parser expects answers without a body (HEAD)
+        self._headless = False  # whether that expects answers without a body
         self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
         self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
         self._head = b""  # what has come in while it is missing
@@ -8748,7 +8773,7 @@ class Wire(asyncio.Protocol):
         headless = method == "HEAD"
         if self._parser is None or headless != self._headless:
             self._headless = headless
-            self._parser = self._new_parser()
+            self._parser = new_parser(self, headless)
         self._head = b""
         self.silent = True
         self.unseen = False
@@ -8758,18 +8783,6 @@ class Wire(asyncio.Protocol):
         else:
             self._answer = answer
         return answer
-
-    def _new_parser(self) -> HttpResponseParser:
-        return HttpResponseParser(
-            cast(Any, self),  # It only hands it on to its streams.
-            self._loop,
-            READ_BYTES,
-            max_line_size=MAX_HEADER_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-            response_with_body=not self._headless,
-            read_until_eof=True,
-            auto_decompress=False,
-        )
 
     def write(self, data: bytes) -> None:
         """Send a piece of a request, unless the connection has ended."""
@@ -8845,7 +8858,9 @@ class Wire(asyncio.Protocol):
         try:
             messages, _, _ = self._parser.feed_data(data)
         except HttpProcessingError:
-            self._parse_head(self._head + data)
+            parser = new_parser(self, self._headless)
+            for message, body in whole_heads(parser, self._head + data):
+                self._answered(message, body)
             said = "did not answer in valid HTTP"
             if data.startswith(b"\x15\x03"):  # the alert of a TLS server
                 said = "speaks TLS: its URL begins with https://"
@@ -8857,20 +8872,6 @@ class Wire(asyncio.Protocol):
             self._head += data
             if len(self._head) > MAX_HEAD_BYTES:
                 self.fail(RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP"))
-
-    def _parse_head(self, data: bytes) -> None:
-        """Take the answer in data that are no valid HTTP: its head, or even its body, may be whole.
-
-        The parser tells nothing of what came in one piece with something that is wrong.
-        """
-        parser = self._new_parser()
-        with contextlib.suppress(HttpProcessingError):
-            for part in HEADS.findall(data):
-                if self._answer is None:
-                    parser.feed_data(part)
-                    continue
-                for message, body in parser.feed_data(part)[0]:
-                    self._answered(message, body)
 
     def _answered(self, message: RawResponseMessage, body: StreamReader) -> None:
         if 100 <= message.code < 200 and message.code != 101:

@@ -30,7 +30,7 @@ SECTIONS = (
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
     "NATS work", "NATS keys", "NATS outcomes",
     "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
-    "HTTP connections", "HTTP client", "Commands",
+    "HTTP failures", "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
     "Page style", "Page script", "Page views", "Page actions", "Operator's page",
