@@ -8623,32 +8623,47 @@ class Limit(NamedTuple):
     key: str = ""  # of the configuration, where it comes from there
 
 
-class TimeLimit:
-    """RequestFailed when a block takes longer.
+class Timer:
+    """Calls back when a time is over.
 
-    What is there already when the time is over wins: a timer that fires late was held up with all
-    the rest (a machine that slept), and what has come in meanwhile gets some time to be read.
+    What is there already then wins: a timer that fires late was held up with all the rest (a
+    machine that slept), and what has come in meanwhile gets some time to be read.
     """
+
+    def __init__(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._callback = callback
+        until = self._loop.time() + seconds
+        self._handle = self._loop.call_at(until, self._expire, until, MAX_GRACE_S)
+
+    def cancel(self) -> None:
+        """Do not call back any more."""
+        self._handle.cancel()
+
+    def _expire(self, until: float, grace_s: float) -> None:
+        late_s = self._loop.time() - until
+        if late_s > LATE_S and grace_s:
+            grace_s = min(late_s, grace_s)
+            self._handle = self._loop.call_later(grace_s, self._expire, self._loop.time(), 0.0)
+        else:
+            self._callback()
+
+
+class TimeLimit:
+    """RequestFailed when a block takes longer; see Timer."""
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit
         self._timeout = asyncio.timeout(None)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
         if self._limit.seconds is not None:
-            loop = asyncio.get_running_loop()
-            until = loop.time() + self._limit.seconds
-            self._timer = loop.call_at(until, self._expire, until, MAX_GRACE_S)
+            self._timer = Timer(self._limit.seconds, self._expire)
 
-    def _expire(self, until: float, grace_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        late_s = loop.time() - until
-        if late_s > LATE_S and grace_s:
-            self._timer = loop.call_later(min(late_s, grace_s), self._expire, loop.time(), 0.0)
-        else:
-            self._timeout.reschedule(loop.time())
+    def _expire(self) -> None:
+        self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def __aexit__(
         self,
@@ -10872,7 +10887,8 @@ async def body_chunks(
     Raises HttpError(400, 408).
     """
     loop = asyncio.get_running_loop()
-    if request.headers.get("Expect", "").lower() == "100-continue":
+    expected = request.headers.get("Expect", "").lower()
+    if expected == "100-continue" and request.version >= (1, 1):
         # RFC 9110 10.1.1: the client waits to be asked.
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # The response itself has not begun.
@@ -10880,13 +10896,13 @@ async def body_chunks(
     length = 0
     try:
         while most is None or length <= most:
-            async with asyncio.timeout_at(loop.time() + timeout_s if most is None else until):
+            async with TimeLimit(Limit(timeout_s if most is None else until - loop.time())):
                 chunk = await request.content.readany()
             if not chunk:
                 return
             length += len(chunk)
             yield chunk
-    except TimeoutError:
+    except RequestFailed:
         raise HttpError(408, "no body within gateway.read_timeout", HANG_UP) from None
     except (
         aiohttp.ClientError,
@@ -10956,7 +10972,7 @@ async def write_in_time(
     response: web.StreamResponse, data: bytes, transport: asyncio.Transport, limit_s: float
 ) -> None:
     """Write a piece. A client that takes nothing for too long is cut off."""
-    timer = asyncio.get_running_loop().call_later(limit_s, transport.abort)
+    timer = Timer(limit_s, transport.abort)
     try:
         await response.write(data)
     finally:
@@ -11203,8 +11219,9 @@ class Connection(web.RequestHandler):
         super().__init__(server, loop=loop, **options)
         self._gone = server.front.gone
         self._newest_body: aiohttp.StreamReader | None = None  # of the last request that has come
+        self._patient = False  # whether it may be idle for a moment longer
         self._line = b""  # the beginning of a request's first line
-        self._half_closed: asyncio.TimerHandle | None = None  # ends it: the client sends no more
+        self._half_closed: Timer | None = None  # ends it: the client sends no more
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
@@ -11257,8 +11274,17 @@ class Connection(web.RequestHandler):
         if idle or self._newest_body is None or not self._newest_body.is_eof():
             return False
         self.close()  # after that answer
-        self._half_closed = self._loop.call_later(HALF_CLOSED_S, self.force_close)
+        self._half_closed = Timer(HALF_CLOSED_S, self.force_close)
         return True
+
+    def _process_keepalive(self) -> None:
+        """The connection has been idle for gateway.read_timeout, or it was us who slept."""
+        late_s = self._loop.time() - self._next_keepalive_close_time
+        self._patient = late_s > LATE_S and not self._patient
+        if self._patient:  # A request may be there, unread.
+            self._loop.call_later(min(late_s, MAX_GRACE_S), self._process_keepalive)
+        else:
+            super()._process_keepalive()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The client has gone."""
