@@ -57,8 +57,8 @@ A call's life, by the names below
     CallRoutes shows the record all the time; CallRecords cancels it, or queues it again.
 
 Who owns which task or thread
-    Daemon             housekeeping, watchdog and schedules; at a stop the last answers. One of the
-                       first three that fails stops the daemon, as a dispatcher does
+    Daemon             its chores: housekeeping, watchdog, Scheduler, ProvidedSchedules; at a stop
+                       the last answers. A chore that fails stops the daemon, as a dispatcher does
     Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
@@ -1484,6 +1484,32 @@ def read_schedules(
     return schedules
 
 
+def annotated_schedule(key: str, annotations: Mapping[str, str]) -> Schedule | None:
+    """What cron-connector's annotations ask for, of the function NAME.NAMESPACE.
+
+    Like its own name, that of the schedule has a dot: none of the file can be hidden by it.
+    """
+    topics = [topic.strip() for topic in annotations.get("topic", "").split(",")]
+    if "cron-function" not in topics:
+        return None
+    try:
+        return Schedule(
+            name=key,
+            function=key,
+            cron=cron_list(annotations.get("schedule", "")),
+            timezone=time_zone(annotations.get("timezone", "UTC")),
+        )
+    except ValueError as exc:
+        warn_once(f"function {key}: its annotations make no schedule: {exc}")
+        return None
+
+
+def annotated_schedules(functions: Iterable[Function]) -> dict[str, Schedule]:
+    """The schedules that functions have in their annotations."""
+    found = (annotated_schedule(function.key, function.annotations) for function in functions)
+    return {schedule.name: schedule for schedule in found if schedule}
+
+
 def read_queues(
     raw: Mapping[str, Any], names: Iterable[str], problems: list[str]
 ) -> dict[str, QueueConfig]:
@@ -1522,7 +1548,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     }
     wrong = [function for function in functions.values() if not NAME.fullmatch(function.queue)]
     problems += [f"functions.{function.name}.queue: {NAME_RULE}" for function in wrong]
-    schedules = read_schedules(named["schedules"], config, functions, problems)
+    schedules = annotated_schedules(functions.values())
+    schedules |= read_schedules(named["schedules"], config, functions, problems)
     used = [function.queue for function in functions.values()]
     used += [schedule.queue for schedule in schedules.values() if schedule.queue]
     queues = read_queues(named["queues"], used, problems)
@@ -9944,6 +9971,28 @@ class Provider:
             replicas=document.get("availableReplicas", 0),
         )
 
+    async def annotations(self) -> Mapping[str, Mapping[str, str]]:
+        """Those of all functions, by NAME.NAMESPACE. Raises ProviderAway."""
+        found: dict[str, Mapping[str, str]] = {}
+        for namespace in await self._documents("/system/namespaces"):
+            query = urlencode({"namespace": namespace})
+            for document in await self._documents(f"/system/functions?{query}"):
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # It is none.
+                    name = text(document["name"])
+                    annotations = string_table(document.get("annotations") or {})
+                    found[f"{name}.{namespace}"] = annotations
+        return found
+
+    async def _documents(self, target: str) -> list[Any]:
+        answer = await self.ask("GET", target)
+        try:
+            require(answer.status == 200)
+            listed = json.loads(answer.body)
+            require(isinstance(listed, list))
+        except ValueError:
+            raise ProviderAway(f"the provider answered {answer.status} to {target}") from None
+        return list(listed)
+
     async def scale_up(self, function: Function) -> None:
         """Ask for one replica. Raises ProviderAway; HttpError(503) with the provider's reason."""
         name = function.name
@@ -9972,6 +10021,7 @@ class FunctionDirectory:
         self._provider = provider
         self._limits = limits
         self._changes = 0
+        self.changed = asyncio.Event()  # something has, at the provider
         # By key, the least recently used first. What is not fresh is kept for longer, so that
         # calls can be queued while the provider is away.
         self._seen: OrderedDict[str, Seen] = OrderedDict()
@@ -10019,6 +10069,7 @@ class FunctionDirectory:
     def expire(self) -> None:
         """Something has changed at the provider: what was looked up before is looked up again."""
         self._changes += 1
+        self.changed.set()
 
     async def awake(self, function: Function) -> None:
         """Have a function without replicas started, and wait until it has one.
@@ -13323,12 +13374,14 @@ class PageRoutes:
         return web.Response(body=self._body, headers=self._headers)
 
 
-# --- Schedules ------------------------------------------------------------------------------------
+# --- Schedule steps -------------------------------------------------------------------------------
 # Fires what is due. All that has to outlive a crash is in the store: a state is read before each
 # step, and written with what follows from it, if nobody else has written it meanwhile.
 
 UNSURE_CHECK_S = 1.0  # between looks at a clock that is not to be trusted yet: nobody tells
 SETTLED_AT_ONCE = 16  # schedules: so that others get their turn
+PROVIDED_S = 60.0  # between looks at the annotations of the provider's functions…
+PROVIDED_LEAST_S = 1.0  # …and at least, however often something changes through us
 TIME_ERROR = 5  # adjtimex(2)
 TIMESYNC = Path("/run/systemd/timesync/synchronized")  # systemd-timesyncd.service(8)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # random(4)
@@ -13360,6 +13413,7 @@ class ScheduleNews:
     def __init__(self) -> None:
         self.changed = asyncio.Event()  # something below has
         self.stale = True  # the configuration, or what the provider has, is another one
+        self.provided: Mapping[str, Schedule] = {}  # by annotations of the provider's functions
         self._ended: set[str] = set()  # schedules of which a call has ended
         self._calls: dict[str, str] = {}  # whose calls are under way, by id
 
@@ -13367,6 +13421,12 @@ class ScheduleNews:
         """Schedules may have come, changed or gone."""
         self.stale = True
         self.changed.set()
+
+    def provide(self, schedules: Mapping[str, Schedule]) -> None:
+        """What the provider's functions ask for."""
+        if schedules != self.provided:
+            self.provided = schedules
+            self.replan()
 
     def planned(self) -> None:
         """That was looked at."""
@@ -13513,6 +13573,48 @@ class ScheduleSteps:
         return self._intake.invocation(function, schedule.path, headers, body, controls)
 
 
+class ProvidedSchedules:
+    """Keeps up with the annotations of the provider's functions, which tells nobody of changes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        provider: Provider,
+        directory: FunctionDirectory,
+        news: ScheduleNews,
+    ) -> None:
+        self._settings = settings
+        self._provider = provider
+        self._directory = directory
+        self._news = news
+
+    async def run(self) -> None:
+        """Go on until this is cancelled; end at once where there is no provider."""
+        changed = self._directory.changed
+        while self._provider.url is not None:
+            changed.clear()
+            try:
+                self._news.provide(self._schedules(await self._provider.annotations()))
+            except ProviderAway as exc:  # What was known goes on.
+                log.debug("schedules of functions are not looked up: %s", exc)
+            await asyncio.sleep(PROVIDED_LEAST_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROVIDED_S):
+                    await changed.wait()
+
+    def _schedules(self, found: Mapping[str, Mapping[str, str]]) -> Mapping[str, Schedule]:
+        hidden = {function.key for function in self._settings().functions.values()}
+        schedules = {}
+        for key, annotated in found.items():
+            schedule = annotated_schedule(key, annotated)
+            if schedule and key not in hidden:
+                schedules[key] = schedule
+        return schedules
+
+
+# --- Schedules ------------------------------------------------------------------------------------
+
+
 async def in_batches(do: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
     """Some at once, which share commits; then others get their turn."""
     rest = list(items)
@@ -13609,7 +13711,7 @@ class Scheduler:
 
     def schedules(self) -> Mapping[str, Schedule]:
         """All there are, by name."""
-        return self._settings().schedules
+        return {**self._news.provided, **self._settings().schedules}
 
     async def _replan(self, schedules: Mapping[str, Schedule]) -> None:
         """Plan all of them, where that may lead to something else than before."""
@@ -13768,6 +13870,7 @@ class ScheduleRoutes:
 BACKLOG = 1024  # connections that wait to be accepted
 Row = tuple[str, str, Access, Handler]  # method, path, who may use it
 OWN_RESOURCES = "calls|queues|stats|events|schedules"  # of /system; others are OpenFaaS's
+Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon stops
 NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
@@ -13965,7 +14068,7 @@ class Daemon:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
             stack.push_async_callback(self._queue.close)
             sockets = listening_sockets(self.config.gateway.listen)
-            front, jobs, scheduler = self._compose(stack, [socket_url(sock) for sock in sockets])
+            front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])
             server = Server(front, self.config.gateway.read_timeout)
             runner = web.ServerRunner(server, shutdown_timeout=0.1)  # The drain comes before.
             await runner.setup()
@@ -13975,7 +14078,7 @@ class Daemon:
                 log.info("listening on %s", socket_url(sock))
             names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
             self._consumers.start(jobs, names)
-            side = self._start_side_jobs(scheduler)
+            side = self._start_side_jobs(chores)
             sd_notify("READY=1\nSTATUS=accepting calls")
             await self._stop.wait()
             await self._drain(runner, server)
@@ -13987,7 +14090,7 @@ class Daemon:
 
     def _compose(
         self, stack: contextlib.AsyncExitStack, urls: Sequence[str]
-    ) -> tuple[Front, Mapping[str, Job], Scheduler]:
+    ) -> tuple[Front, Mapping[str, Job], Sequence[Chore]]:
         """Make the parts, on the addresses where this daemon is reached itself."""
         settings = self.settings
         http = HttpClient(environment=os.environ)
@@ -14013,6 +14116,7 @@ class Daemon:
         news = self._schedule_news
         watched = ScheduleMetrics(metrics.registry)
         scheduler = Scheduler(settings, self._queue, intake, steps, watched, news)
+        chores = (scheduler.run, ProvidedSchedules(settings, provider, directory, news).run)
         # To connect to 0.0.0.0 or [::] reaches ourselves.
         sender = CallbackJob(settings, callback_http, own_http, yarl.URL(own_address), metrics)
         invoker = InvocationJob(settings, directory, self._limits, caller, metrics)
@@ -14031,7 +14135,7 @@ class Daemon:
             ScheduleRoutes(scheduler),
             PageRoutes(),
         )
-        return Front(settings, routes), {CALLBACKS: sender, "": invoker}, scheduler
+        return Front(settings, routes), {CALLBACKS: sender, "": invoker}, chores
 
     def _callback_allowed(self, host: str, address: str) -> bool:
         return callback_allowed(host, address, self.config.callback)
@@ -14049,13 +14153,9 @@ class Daemon:
 
     # Side jobs: one that fails stops the daemon, as a dispatcher does.
 
-    def _start_side_jobs(self, scheduler: Scheduler) -> Sequence[asyncio.Task[None]]:
-        jobs = {
-            "housekeeping": self._housekeeping(),
-            "watchdog": self._watchdog(),
-            "schedules": scheduler.run(),
-        }
-        side = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
+    def _start_side_jobs(self, chores: Sequence[Chore]) -> Sequence[asyncio.Task[None]]:
+        chores = (self._housekeeping, self._watchdog, *chores)
+        side = [asyncio.create_task(chore(), name=chore.__qualname__) for chore in chores]
         for task in side:
             task.add_done_callback(self._ended)
         return side

@@ -188,9 +188,16 @@ class Provider:
         self._idle.clear()
         return len(idle)
 
+    @property
+    def asked(self) -> list[Request]:
+        """The requests so far, without the daemon's own looks at the annotations of all functions."""
+        looks = re.compile(r"/system/namespaces|/system/functions\?namespace=.*")
+        own = [one for one in self.server.requests if looks.fullmatch(one.target) and "Content-Type" in one.headers]
+        return [one for one in self.server.requests if one not in own]
+
     def seen(self, path: str, method: str = "GET") -> list[Request]:
-        """The requests so far with this method and a path that begins like this."""
-        return [one for one in self.server.requests if one.method == method and one.target.startswith(path)]
+        """Those of them with this method and a path that begins like this."""
+        return [one for one in self.asked if one.method == method and one.target.startswith(path)]
 
     def look_ups(self, name: str = "") -> list[Request]:
         """The look-ups so far, of one function or of all."""

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +23,11 @@ from conftest import (
     ask,
     assert_refused,
     faasd,
+    merge,
     preloaded,
     to_toml,
 )
+from provider import credential_files, running_provider
 from test_clock import WallClock
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))
@@ -53,6 +56,7 @@ class Host:
 
     def __init__(self, clock: WallClock, daemon: StartDaemon, folder: Path, function: Server) -> None:
         self.gateway: Daemon
+        self.before = BEFORE
         self.function = function
         self._clock = clock
         self._daemon = daemon
@@ -70,17 +74,17 @@ class Host:
     async def start(self, shown: str, **keys: Any) -> Daemon:
         """Start a daemon while the clock shows this, with one schedule, `one`."""
         self.show(shown)
-        self.gateway = await self._daemon(self.settings(**keys), env=self._clock.env, before=BEFORE)
-        if keys:
+        self.gateway = await self._daemon(self.settings(**keys), env=self._clock.env, before=self.before)
+        if "cron" in keys:
             await self.until(lambda document: document["next"] or document["paused"])
         return self.gateway
 
     def settings(self, more: str = "", **keys: Any) -> str:
-        """A function, and a schedule with these keys."""
+        """A function, and a schedule with these keys; the tables of `more` are laid over that."""
         tables: dict[str, Any] = {"functions": {"it": {"url": self.function.url}}}
         if keys:
             tables["schedules"] = {"one": {"function": "it", **keys}}
-        return f"{to_toml(tables)}\n{more}"
+        return to_toml(merge(tables, tomllib.loads(more)))
 
     async def restart(self, shown: str) -> None:
         """Stop the daemon, and start it at another time."""
@@ -101,17 +105,23 @@ class Host:
         assert reply.status == 200, reply
         return {document["name"]: document for document in json.loads(reply.body)["schedules"]}
 
+    async def until_schedules(
+        self, condition: Callable[[dict[str, dict[str, Any]]], object]
+    ) -> dict[str, dict[str, Any]]:
+        """All of them, as soon as something holds for them."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition(found := await self.schedules()):
+            assert time.monotonic() < deadline, f"waited in vain: {found}\n{self.gateway.log}"
+            await asyncio.sleep(0.01)
+        return found
+
     async def document(self) -> dict[str, Any]:
         """The schedule."""
         return (await self.schedules())["one"]
 
     async def until(self, condition: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """The schedule as soon as something holds for it. Polls: the daemon tells nobody."""
-        deadline = time.monotonic() + PATIENCE
-        while not condition(document := await self.document()):
-            assert time.monotonic() < deadline, f"waited in vain: {document}\n{self.gateway.log}"
-            await asyncio.sleep(0.01)
-        return document
+        return (await self.until_schedules(lambda found: condition(found["one"])))["one"]
 
     async def settled(self, number: int) -> list[tuple[str, str]]:
         """Instant and status of the runs, newest first, once there are so many and all have ended."""
@@ -419,6 +429,50 @@ async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
     fired = {request.headers["X-Scheduled-For"][:16] for request in host.function.requests}
     assert sorted(fired) == minutes
     assert (await host.document())["missed"] == 0
+
+
+# ---- functions that ask for it themselves --------------------------------------------------------
+
+
+async def test_annotations_of_a_function_make_a_schedule(host: Host) -> None:
+    """Those of cron-connector, in the file: a semicolon stands between several, the time zone is ours."""
+    annotated = {"topic": "cron-function", "schedule": "0 12 * * *; 30 12 * * *", "timezone": "Europe/Paris"}
+    functions = {"it": annotated, "other": {**annotated, "topic": "orders"}, "wrong": {**annotated, "schedule": "soon"}}
+    tables = {name: {"url": host.function.url, "annotations": given} for name, given in functions.items()}
+    gateway = await host.start("2026-03-01T10:59:30", more=to_toml({"functions": tables}))
+    await gateway.wait_for_log("function wrong.openfaas-fn: its annotations make no schedule: expected five fields")
+    (document,) = (await host.until_schedules(lambda found: all(one["next"] for one in found.values()))).values()
+    assert (document["name"], document["cron"]) == ("it.openfaas-fn", ["0 12 * * *", "30 12 * * *"])
+    assert document["next"][:2] == ["2026-03-01T11:00:00.000000Z", "2026-03-01T11:30:00.000000Z"]
+    host.show("2026-03-01T11:00:05")
+    (request,) = await host.function.wait_for(1)
+    assert (request.method, request.body, request.headers["X-Schedule"]) == ("POST", b"", "it.openfaas-fn")
+    assert (await gateway.final(request.call_id))["function"] == "it"
+
+
+async def test_annotations_of_the_providers_functions_make_schedules(host: Host, tmp_path: Path) -> None:
+    """Of all its namespaces. What is deployed or removed through the gateway is noticed soon, the rest by and by."""
+    annotations = {"topic": "cron-function", "schedule": "* * * * *"}
+    async with running_provider() as provider:
+        provider.deploy("env", annotations=annotations)
+        provider.deploy("env", namespace="other", annotations=annotations)
+        provider.deploy("it", annotations=annotations)  # The one in the file wins.
+        provider.deploy("quiet")
+        files = credential_files(tmp_path, "provider", provider.user, provider.password)
+        host.before = BEFORE + "faasd_async.PROVIDED_LEAST_S = 0.01\n"
+        settings = f'[provider]\nurl = "{provider.url}"\n{files}'
+        gateway = await host.start("2026-03-01T12:00:30", more=settings)
+        names = {"env.openfaas-fn", "env.other"}
+        await host.until_schedules(lambda found: found.keys() == names and all(one["next"] for one in found.values()))
+        host.show("2026-03-01T12:01:05")
+        found = await host.until_schedules(lambda found: all(one["last_success_at"] for one in found.values()))
+        assert {one["runs"][0]["scheduled_for"][:16] for one in found.values()} == {"2026-03-01T12:01"}
+        called = {key: len(one.requests) for key, one in provider.functions.items()}
+        assert {key for key, number in called.items() if number} == {("openfaas-fn", "env"), ("other", "env")}
+        document = {"service": "fresh", "image": "x", "annotations": annotations}
+        deployed = await ask(gateway.url, "/system/functions", method="POST", body=json.dumps(document).encode())
+        assert deployed.status == 202
+        await host.until_schedules(lambda found: "fresh.openfaas-fn" in found)
 
 
 # ---- from a shell --------------------------------------------------------------------------------
