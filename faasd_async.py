@@ -119,7 +119,6 @@ import threading
 import time
 import weakref
 import zlib
-import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
@@ -639,9 +638,9 @@ ADDRESS_FORM = '"HOST:PORT" and "unix:/path"'
 @expects(ADDRESS_FORM)
 def canonical_address(value: Any) -> str:
     """HOST:PORT or unix:/path; also as people, browsers and systemd write these."""
-    address = re.sub(r"^unix:(//)?(?=/)|^(?=/)", "unix:", text(value))
+    address = re.sub(r"^unix:(//)?(?=/)|^(?=/(?!/))", "unix:", text(value))
     if not address.startswith("unix:"):
-        address = re.sub(r"^http://|/$", "", address)
+        address = re.sub(r"^(http:)?//|/$", "", address)
         address = re.sub(r"^(\*:)?(?=\d+$)", ":", address)  # a port, of every address
     tcp = TCP_ADDRESS.fullmatch(address)
     unix = UNIX_ADDRESS.fullmatch(address)
@@ -910,11 +909,20 @@ def cron_list(value: str) -> tuple[str, ...]:
     return tuple(cron_expression(part.strip()) for part in value.split(";"))
 
 
+def find_zone(name: str) -> tzinfo:
+    """A zone of the system's data, else of the package tzdata. Raises ValueError, OSError."""
+    if name == "UTC":
+        return UTC
+    import zoneinfo  # It costs 2 ms, which who has no schedules does not need.
+
+    return zoneinfo.ZoneInfo(name)
+
+
 @expects('a time zone such as "Europe/Berlin" or "UTC"')
 def time_zone(value: Any) -> str:
-    """The name of a zone in the system's data, else in the package tzdata."""
+    """The name of a zone that is known here."""
     with contextlib.suppress(OSError):  # such as the name of a folder
-        zoneinfo.ZoneInfo(text(value))
+        find_zone(text(value))
         return str(value)
     raise ValueError
 
@@ -1308,7 +1316,7 @@ class Schedule:
     @functools.cached_property
     def zone(self) -> tzinfo:
         """The time zone."""
-        return UTC if self.timezone == "UTC" else zoneinfo.ZoneInfo(self.timezone)
+        return find_zone(self.timezone)
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
@@ -1606,13 +1614,8 @@ def config_counts(config: Config) -> str:
 def config_warnings(config: Config) -> Iterator[str]:
     """What is right by itself, and still looks wrong on this machine now."""
     for name, function in config.functions.items():
-        if function.command:
-            program = find_program(function)
-            if program is None:
-                yield f"functions.{name}.command: there is no program {function.command[0]}"
-            elif interpreter := missing_interpreter(program):
-                reason = f"its first line names {interpreter}, which is not there"
-                yield f"functions.{name}.command: {program} can't be run: {reason}"
+        if function.command and not find_program(function):
+            yield f"functions.{name}.command: there is no program {function.command[0]}"
         others = set(config.queues) - {function.queue}
         close = difflib.get_close_matches(function.queue, others, 1, 0.8)
         if close and config.queues[function.queue] == QueueConfig():
@@ -1631,6 +1634,16 @@ def find_program(function: Function) -> str | None:
     if "/" in word:
         return shutil.which(str(Path(function.cwd or ".") / word))
     return shutil.which(word, path=function.env.get("PATH"))
+
+
+def script_warnings(config: Config) -> Iterator[str]:
+    """Programs that can't be run. Reads them, so it waits for the disks that they are on."""
+    for name, function in config.functions.items():
+        program = find_program(function) if function.command else None
+        interpreter = missing_interpreter(program) if program else None
+        if interpreter:
+            reason = f"its first line names {interpreter}, which is not there"
+            yield f"functions.{name}.command: {program} can't be run: {reason}"
 
 
 def missing_interpreter(program: str) -> str | None:
@@ -14036,6 +14049,15 @@ def reloaded(old: Config, new: Config) -> Config:
     return replace(new, **kept)
 
 
+async def keep_house(records: CallRecords) -> None:
+    """Prune what is past its time, until the daemon stops."""
+    while True:
+        with contextlib.suppress(StoreError):  # The queue keeps the reason for /readyz.
+            while await records.prune():
+                pass
+        await asyncio.sleep(HOUSEKEEPING_S)
+
+
 class Daemon:
     """The composition root. Made inside a running event loop; `run()` returns the exit code."""
 
@@ -14064,10 +14086,13 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        introduced = introduction(self.config, self._path)
         async with contextlib.AsyncExitStack() as stack:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
             stack.push_async_callback(self._queue.close)
             sockets = listening_sockets(self.config.gateway.listen)
+            for level, line in introduced:  # Where no start comes of it, one line says why.
+                log.log(level, "%s", line)
             front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])
             server = Server(front, self.config.gateway.read_timeout)
             runner = web.ServerRunner(server, shutdown_timeout=0.1)  # The drain comes before.
@@ -14154,8 +14179,9 @@ class Daemon:
     # Side jobs: one that fails stops the daemon, as a dispatcher does.
 
     def _start_side_jobs(self, chores: Sequence[Chore]) -> Sequence[asyncio.Task[None]]:
-        chores = (self._housekeeping, self._watchdog, *chores)
+        chores = (self._watchdog, *chores)
         side = [asyncio.create_task(chore(), name=chore.__qualname__) for chore in chores]
+        side.append(asyncio.create_task(keep_house(self._queue), name="housekeeping"))
         for task in side:
             task.add_done_callback(self._ended)
         return side
@@ -14167,14 +14193,6 @@ class Daemon:
             log.critical("%s failed, stopping", task.get_name(), exc_info=failure)
             self._exit_code = 1
             self._stop.set()
-
-    async def _housekeeping(self) -> None:
-        """Prune what is past its time."""
-        while True:
-            with contextlib.suppress(StoreError):  # The queue keeps the reason for /readyz.
-                while await self._queue.prune():
-                    pass
-            await asyncio.sleep(HOUSEKEEPING_S)
 
     async def _watchdog(self) -> None:
         """Tell systemd that we are alive, after event loop and writer have both answered.
@@ -14234,41 +14252,45 @@ class Daemon:
         await asyncio.gather(answered, hurried, return_exceptions=True)
 
 
-def introduction(config: Config, path: str | None) -> Iterator[str]:
-    """What is about to run, on what, and what it promises."""
+def introduction(config: Config, path: str | None) -> Sequence[tuple[int, str]]:
+    """What is about to run, on what, and what it promises: levels and lines.
+
+    Asked before the store is opened, so that it tells whether there was one.
+    """
     source = f"configuration {path}" if path else "no configuration file"
-    yield f"faasd-async {VERSION} on Python {platform.python_version()}"
-    yield f"{source}: {config_counts(config)}"
+    lines = [
+        f"faasd-async {VERSION} on Python {platform.python_version()}",
+        f"{source}: {config_counts(config)}",
+        store_line(config),
+    ]
+    told = [(logging.INFO, line) for line in lines]
+    if not config.functions and not config.provider.url:
+        told.append((logging.WARNING, f"there is no function: {next_step(path)}"))
+    return told
+
+
+def store_line(config: Config) -> str:
+    """Where calls are kept, and what that promises."""
     if config.store.backend != "sqlite":
         servers = show_url(" ".join(config.nats.servers))
-        yield f"store {servers}: the stream {config.nats.stream}"
-        return
+        return f"store {servers}: the stream {config.nats.stream}"
     store = store_path(config)
     state = "a new one"
     if store.exists():
         state = brief_size(store_figures(store).used_bytes)
-    yield f"store {store}: {state}; {DURABLE}"
+    return f"store {store}: {state}; {DURABLE}"
 
 
-def next_steps(config: Config, path: str | None) -> Iterator[str]:
+def next_step(path: str | None) -> str:
     """What to do where nothing can be called yet."""
-    if config.functions or config.provider.url:
-        return
     if path:
-        yield f"there is no function: add a table [functions.NAME] to {path}, or [provider]"
-    else:
-        yield (
-            f"there is no function: name a file with --config, or write ~/.config/{CONFIG_FILE} "
-            f"or /etc/{CONFIG_FILE}, with a table [functions.NAME] or [provider]"
-        )
+        return f"add a table [functions.NAME] to {path}, or [provider]"
+    places = f"~/.config/{CONFIG_FILE} or /etc/{CONFIG_FILE}"
+    return f"name a file with --config, or write {places}, with a table [functions.NAME]"
 
 
 async def run_daemon(config: Config, path: str | None) -> int:
     """Serve until a signal; the exit code. Raises ConfigError, StoreError."""
-    for line in introduction(config, path):
-        log.info("%s", line)
-    for line in next_steps(config, path):
-        log.warning("%s", line)
     return await Daemon(config, path).run()
 
 
@@ -15049,7 +15071,7 @@ def check(args: Arguments) -> None:
     """Check a configuration file, and say what its schedules mean."""
     path = args.file or args.config or default_config()
     config = load_config(path)
-    for line in config_warnings(config):
+    for line in itertools.chain(config_warnings(config), script_warnings(config)):
         print(f"{path or 'defaults'}: {line}", file=sys.stderr)
     print(f"{path or 'defaults'}: ok, {config_counts(config)}")
     for name, schedule in config.schedules.items():

@@ -730,7 +730,7 @@ async def test_calls_list_has_exactly_those_that_its_filters_mean(gateway: Daemo
     assert await listed("--status", "delayed", "--function", "cat") == [delayed]
     assert await listed("--queue", "cats") == [delayed]
     assert await listed("--status", "error", "--queue", "cats") == []
-    shown = await command(gateway, "calls", "show", failed)
+    shown = await command(gateway, "calls", "show", failed, "--json")
     assert json.loads(shown.out) == await gateway.record(failed)
 
 
