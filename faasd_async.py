@@ -216,7 +216,7 @@ KILL_S = 1.0  # after which a command that was killed and is still there can't b
 SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
-HALF_CLOSED_S = 2.0  # what a client gets that sends no more, and may have gone for good
+HALF_CLOSED_S = 1.0  # between looks whether a client that sends no more has gone for good
 LINGER_S = 1.0  # what a client that has connected before a stop gets to ask
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
@@ -10833,6 +10833,9 @@ class Intake:
 # What scripts of a page elsewhere may read of an answer, beside its body (Fetch standard 3.2.3).
 EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
 PREFLIGHT_MAX_AGE_S = 600
+INTERIM = (
+    b"HTTP/1.1 100 Continue\r\n\r\n"  # clients ignore what they did not ask for: RFC 9110 15.2
+)
 
 
 # aiohttp's parser refuses bytes above 127 in a target. It gets such a target in ASCII, behind this.
@@ -10954,7 +10957,7 @@ async def body_chunks(
     expected = request.headers.get("Expect", "").lower()
     if expected == "100-continue" and request.version >= (1, 1):
         # RFC 9110 10.1.1: the client waits to be asked.
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await request.writer.write(INTERIM)
         request.writer.output_size = 0  # The response itself has not begun.
     until = loop.time() + timeout_s
     length = 0
@@ -11285,7 +11288,7 @@ class Connection(web.RequestHandler):
         self._newest_body: aiohttp.StreamReader | None = None  # of the last request that has come
         self._patient = False  # whether it may be idle for a moment longer
         self._line = b""  # the beginning of a request's first line
-        self._half_closed: Timer | None = None  # ends it: the client sends no more
+        self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
@@ -11330,16 +11333,32 @@ class Connection(web.RequestHandler):
                 error.__traceback__ = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. Who has sent a whole request gets its answer.
-
-        Whether it has gone altogether only the attempt to write would tell: so not for long.
-        """
+        """The client sends no more. Who has sent a whole request gets its answer."""
         idle = self._waiter is not None and not self._messages
         if idle or self._newest_body is None or not self._newest_body.is_eof():
             return False
-        self.close()  # after that answer
-        self._half_closed = Timer(HALF_CLOSED_S, self.force_close)
+        self._look_later()
+        self.begin()
         return True
+
+    def begin(self) -> None:
+        """A request is about to be answered, or its client sends no more."""
+        if self._half_closed is not None and not self._messages:
+            self.close()  # after this answer
+
+    def _look_later(self) -> None:
+        self._half_closed = self._loop.call_later(HALF_CLOSED_S, self._look)
+
+    def _look(self) -> None:
+        """Whether the client is still there only the attempt to write tells, the second at last.
+
+        The end of a connection cancels what is done for it.
+        """
+        request = self._current_request
+        if request is not None and request.version >= (1, 1) and not request.writer.output_size:
+            assert self.transport is not None
+            self.transport.write(INTERIM)
+        self._look_later()
 
     def _process_keepalive(self) -> None:
         """The connection has been idle for gateway.read_timeout, or it was us who slept."""
@@ -11385,6 +11404,12 @@ class Server(web.Server):
             max_field_size=MAX_HEADER_BYTES,
         )
         self.front = front
+
+    def _make_request(self, *parts: Any) -> web.BaseRequest:
+        """A request that is about to be answered."""
+        connection: Connection = parts[2]
+        connection.begin()
+        return super()._make_request(*parts)
 
     def __call__(self) -> web.RequestHandler:
         """A new connection's protocol."""
