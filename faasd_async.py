@@ -11289,6 +11289,7 @@ class Connection(web.RequestHandler):
         self._patient = False  # whether it may be idle for a moment longer
         self._line = b""  # the beginning of a request's first line
         self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
+        self._written = 0  # bytes of the answer, when it was looked last
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in."""
@@ -11352,10 +11353,16 @@ class Connection(web.RequestHandler):
     def _look(self) -> None:
         """Whether the client is still there only the attempt to write tells, the second at last.
 
-        The end of a connection cancels what is done for it.
+        The end of a connection cancels what is done for it. In an answer that has begun nothing can
+        be tried: its own pieces have to come.
         """
         request = self._current_request
-        if request is not None and request.version >= (1, 1) and not request.writer.output_size:
+        written = request.writer.output_size if request is not None else 0
+        if written and written == self._written:
+            self.force_close()
+            return
+        self._written = written
+        if request is not None and request.version >= (1, 1) and not written:
             assert self.transport is not None
             self.transport.write(INTERIM)
         self._look_later()
