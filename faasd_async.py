@@ -2866,9 +2866,9 @@ class Metrics:
 
 
 def scraped(
-    stats: Mapping[str, QueueStats], functions: Iterable[Function]
+    overview: Overview, queues: Iterable[str], functions: Iterable[Function]
 ) -> prometheus_client.CollectorRegistry:
-    """What has a value only when somebody looks."""
+    """What has a value only when somebody looks. `queues` are there even if nothing waits."""
     registry = prometheus_client.CollectorRegistry()
     gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
@@ -2878,15 +2878,24 @@ def scraped(
         ["queue_name", "function_name"],
     )
     oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
+    paused = gauge("faasd_async_queue_paused", "Whether the queue is paused.", ["queue"])
+    used = gauge("faasd_async_store_used_bytes", "What the queue's file takes.")
+    used.set(overview.store.used_bytes)
+    if overview.store.free_bytes is not None:
+        free = gauge("faasd_async_store_free_bytes", "What is left where that is.")
+        free.set(overview.store.free_bytes)
+    for name in queues:
+        paused.labels(name).set(0)
     for function in functions:
         number = 1 if function.replicas is None else function.replicas
         replicas.labels(function.key).set(number)
         pending.labels(function.queue, function.key).set(0)
     now = time.time()
-    for name, queue in stats.items():
+    for name, queue in overview.queues.items():
         oldest.labels(name).set(max(0.0, now - queue.oldest_at))
-        if name == CALLBACKS:  # whose lanes are hosts
+        if name == CALLBACKS:  # whose lanes are hosts, and which can't be paused
             continue
+        paused.labels(name).set(queue.paused)
         for lane, waiting in queue.waiting.items():
             pending.labels(name, lane).set(waiting)
     return registry
@@ -11750,7 +11759,8 @@ class QueueRoutes:
 
     async def expose(self, request: Request) -> web.StreamResponse:
         """The exposition of Prometheus."""
-        now = scraped(await self.records.stats(), self.directory.all())
+        queues = self.settings().queues
+        now = scraped(await self.records.overview(), queues, self.directory.all())
         body = prometheus_client.generate_latest(self.metrics.registry)
         body += prometheus_client.generate_latest(now)
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
@@ -14762,6 +14772,16 @@ def print_call(args: Arguments) -> None:
     write(client.ask(args.request.format(quote(call_id, safe=""))))
 
 
+def print_request(args: Arguments) -> None:
+    """The body of what a call asks its function; in JSON method, path and headers."""
+    client = Client(args)
+    request = f"GET /system/calls/{quote(client.full_id(args.id), safe='')}/request"
+    if args.json:
+        write_json(json.loads(client.ask(request, headers=[("Accept", "application/json")])))
+    else:
+        write(client.ask(request))
+
+
 def change_calls(args: Arguments) -> None:
     """Cancel or retry calls: those that match the filters, or those with the ids."""
     filters = filters_of(args)
@@ -15337,6 +15357,14 @@ COMMANDS: Sequence[Command] = (
     Command(
         *("calls log", print_call, "print what a call's function wrote"),
         *(f"id {WHERE}", "GET /system/calls/{}/log"),
+    ),
+    Command(
+        *("calls result", print_call, "print a function's answer, and nothing else"),
+        *(f"id {WHERE}", "GET /system/calls/{}/result"),
+    ),
+    Command(
+        *("calls request", print_request, "print what a call asks; with --json its headers"),
+        f"id --json {WHERE}",
     ),
     Command(
         *("calls cancel", change_calls, "cancel calls by id, or by filter"),

@@ -234,6 +234,25 @@ async def test_a_call_is_shown_for_people(cli: Cli, function: Server) -> None:
     }
 
 
+async def test_what_a_call_asked_and_got_is_printed_byte_for_byte(cli: Cli, function: Server) -> None:
+    """So that it can be piped on; its headers are a document without secrets."""
+    function.behaviour = answer(200, bytes(range(256)), Content_Type="image/x")
+    call_id = await cli.gateway.submit("it/path?q=1", b"\r\nasked\n", Authorization="Bearer s3cret", X_One="1")
+    await cli.gateway.final(call_id)
+    arguments = ("--url", cli.gateway.url)
+    process = await start_program("calls", "result", call_id, *arguments, stdout=PIPE)
+    assert (await process.communicate())[0] == bytes(range(256))
+    assert (await cli("calls", "request", call_id)).out == "\r\nasked\n"
+    document = json.loads(await cli.out("calls", "request", call_id, "--json"))
+    assert (document["method"], document["target"]) == ("POST", "/path?q=1")
+    headers = {name.lower(): value for name, value in document["headers"]}
+    assert (headers["x-one"], headers["authorization"]) == ("1", "***")
+    function.behaviour = answer(500)
+    failed = await cli.gateway.submit("it")
+    await cli.gateway.final(failed)
+    assert "there is no answer" in (await cli("calls", "result", failed, code=1)).err
+
+
 async def test_a_call_is_found_by_how_its_id_begins(cli: Cli) -> None:
     """If no other begins like that; the list shows enough of it."""
     first, second = [await cli.gateway.submit("upper", body) for body in (b"one", b"two")]
