@@ -233,6 +233,7 @@ CHANGES_S = (
     500  # that are told one by one in a second: nobody follows more, and calls need the time
 )
 BULK_PERIOD_S = 0.04  # from one such step to the next: 12,500 calls a second
+MAX_FAILURES = 20  # that a call's record keeps of attempts and deliveries
 SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 
 EARLIEST = 1e8  # 1973: what is less is no time that anybody means
@@ -1795,6 +1796,17 @@ class CallbackRecord(NamedTuple):
     error: str | None
 
 
+class Failure(NamedTuple):
+    """An attempt or a delivery that led to another one."""
+
+    of: str  # "attempt" or "callback"
+    number: int  # of the attempt or the delivery, from 1
+    failed_at: float
+    duration_s: float
+    http_status: int | None
+    error: str | None
+
+
 class CallRecord(NamedTuple):
     """What is known of a call. A queued call that is not due has the status "delayed"."""
 
@@ -1823,6 +1835,7 @@ class CallRecord(NamedTuple):
     concurrency_key: str | None
     callback: CallbackRecord
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again, oldest first
+    failures: Sequence[Failure] = ()  # since then, oldest first: the last MAX_FAILURES
 
 
 class CallFilter(NamedTuple):
@@ -1973,9 +1986,26 @@ class Overview(NamedTuple):
     complete: bool = True
 
 
+def failure_of(of: str, number: int, outcome: Outcome, now: float) -> Failure:
+    """What a record keeps of an outcome that leads to another attempt or delivery."""
+    no_status = of == "callback" and not outcome.answered
+    http_status = None if no_status else outcome.status
+    return Failure(of, number, round(now, 6), outcome.duration_s, http_status, outcome.error)
+
+
+def failure_document(failure: Failure) -> dict[str, Any]:
+    """A failure as the API shows it."""
+    shown = failure._asdict()
+    shown["failed_at"] = rfc3339(failure.failed_at)
+    shown["duration_seconds"] = shown.pop("duration_s")
+    return shown
+
+
 def record_document(record: CallRecord) -> dict[str, Any]:
     """A record as the API shows it."""
     shown = record._asdict()
+    if failures := shown.pop("failures"):
+        shown["failures"] = list(map(failure_document, failures))
     for name in ("created_at", "started_at", "completed_at", "due_at", "scheduled_for"):
         shown[name] = rfc3339(shown[name])
     history = shown.pop("history")
@@ -3320,6 +3350,7 @@ MIGRATIONS = {  # from this version to the next
     "ALTER TABLE requests ADD COLUMN method TEXT NOT NULL DEFAULT 'POST';"
     "ALTER TABLE calls ADD COLUMN concurrency_key TEXT;"
     "ALTER TABLE calls ADD COLUMN turn INTEGER;"
+    "ALTER TABLE calls ADD COLUMN failures TEXT;"
     "CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);"
     + COUNTS
     + TURNS
@@ -3356,7 +3387,8 @@ CREATE TABLE calls (
     traceparent TEXT, tracestate TEXT,
     schedule TEXT, scheduled_for REAL, -- whose call it is, and of which instant
     concurrency_key TEXT,
-    turn INTEGER                  -- of its key: 1 has it, 0 waits for it; NULL: no key, or final
+    turn INTEGER,                 -- of its key: 1 has it, 0 waits for it; NULL: no key, or final
+    failures TEXT                 -- JSON: what led to another attempt or delivery; NULL: nothing
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
@@ -3821,16 +3853,23 @@ END_CALLBACK = """
         work = NULL, lane = NULL, due_at = NULL
     WHERE seq = ? AND claims = ? AND work = '@callbacks' AND due_at IS NULL
 """
-RETRY_CALL = """
-    UPDATE calls SET status = 'queued', due_at = ?, deadline_at = NULL, http_status = ?, error = ?
+NOTE_FAILURE = f"""
+    failures = json_insert(
+        iif(json_array_length(failures) >= {MAX_FAILURES},
+            json_remove(failures, '$[0]'), coalesce(failures, '[]')),
+        '$[#]', json(?))
+"""
+RETRY_CALL = f"""
+    UPDATE calls SET status = 'queued', due_at = ?, deadline_at = NULL, http_status = ?, error = ?,
+        {NOTE_FAILURE}
     WHERE seq = ? AND claims = ? AND status = 'running'
 """
 RETURN_CALL = """
     UPDATE calls SET status = 'queued', due_at = ?, attempts = attempts - 1
     WHERE seq = ? AND claims = ? AND status = 'running'
 """
-RETRY_CALLBACK = """
-    UPDATE calls SET due_at = ?, callback_http_status = ?, callback_error = ?
+RETRY_CALLBACK = f"""
+    UPDATE calls SET due_at = ?, callback_http_status = ?, callback_error = ?, {NOTE_FAILURE}
     WHERE seq = ? AND claims = ? AND work = '@callbacks' AND due_at IS NULL
 """
 RETURN_CALLBACK = """
@@ -3861,7 +3900,7 @@ RECORD_COLUMNS = """
     http_status, error, start_time / 1e9, started_at, completed_at,
     iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
     traceparent, schedule, scheduled_for, concurrency_key,
-    callback_status, callback_attempts, callback_http_status, callback_error, history,
+    callback_status, callback_attempts, callback_http_status, callback_error, history, failures,
     callback_url, failure_url, seq
 """
 # Lists are JSON; an empty one, like NULL, matches everything.
@@ -3936,7 +3975,7 @@ REDRIVE_CALLS = f"""
         due_at = :now, attempts = 0, interrupted = 0, http_status = NULL, error = NULL,
         started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
         callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
-        callback_error = NULL,
+        callback_error = NULL, failures = NULL,
         history = json_insert(coalesce(history, '[]'), '$[#]', json_object(
             'status', status, 'attempts', attempts, 'http_status', http_status, 'error', error,
             'started_at', CAST(round(started_at * 1e6) AS INTEGER),
@@ -4252,7 +4291,8 @@ def requeue(file: SqliteFile, claim: Claim, statement: str, delay_s: float, *tol
 
 def step_retry(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float) -> bool:
     """Queue a call again, the attempt charged."""
-    if not requeue(file, claim, RETRY_CALL, delay_s, outcome.status, outcome.error):
+    told = (outcome.status, outcome.error, failure_text("attempt", claim, outcome))
+    if not requeue(file, claim, RETRY_CALL, delay_s, *told):
         return False
     save_output(file, cast(Receipt, claim.receipt).seq, outcome)
     return True
@@ -4261,7 +4301,13 @@ def step_retry(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float)
 def step_retry_callback(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float) -> bool:
     """Queue a callback again, the delivery charged."""
     http_status = outcome.status if outcome.answered else None
-    return requeue(file, claim, RETRY_CALLBACK, delay_s, http_status, outcome.error)
+    told = (http_status, outcome.error, failure_text("callback", claim, outcome))
+    return requeue(file, claim, RETRY_CALLBACK, delay_s, *told)
+
+
+def failure_text(of: str, claim: Claim, outcome: Outcome) -> str:
+    """An entry of the column `failures`."""
+    return json.dumps(failure_of(of, claim.attempt, outcome, time.time()))
 
 
 def step_return(file: SqliteFile, claim: Claim, delay_s: float) -> bool:
@@ -4323,10 +4369,11 @@ def find_seq(file: SqliteFile, call_id: str) -> int:
 
 def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
-    *told, history, callback_url, failure_url, _ = row[23:]
+    *told, history, failures, callback_url, failure_url, _ = row[23:]
     url = callback_target(row[5], callback_url, failure_url)
     earlier = tuple(map(read_past, json.loads(history))) if history else ()
-    return CallRecord._make([*row[:23], CallbackRecord(url, *told), earlier])
+    failed = tuple(map(Failure._make, json.loads(failures))) if failures else ()
+    return CallRecord._make([*row[:23], CallbackRecord(url, *told), earlier, failed])
 
 
 def read_past(past: dict[str, Any]) -> dict[str, Any]:
@@ -4346,7 +4393,7 @@ def read_changed(file: SqliteFile, seqs: Sequence[int]) -> list[CallRecord]:
     """The records of these rows as `Changes` has them, in this order, as far as they are there."""
     where = {"seqs": json.dumps(seqs), "now": time.time()}
     rows = {row[-1]: row for row in file.db.execute(SELECT_CHANGED, where).fetchall()}
-    return [read_record(rows[seq])._replace(history=()) for seq in seqs if seq in rows]
+    return [read_record(rows[seq])._replace(history=(), failures=()) for seq in seqs if seq in rows]
 
 
 def select_window(
@@ -5099,6 +5146,7 @@ class NatsCall(NamedTuple):
     scheduled_for: float | None = None
     concurrency_key: str | None = None
     history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again
+    failures: Sequence[Sequence[Any]] = ()  # since then, as fields of Failure
     owner: str | None = None  # the process that has claimed the call or its callback
 
     @property
@@ -5242,6 +5290,7 @@ def nats_record(call: NatsCall, now: float) -> CallRecord:
             error=call.callback_error,
         ),
         history=tuple(call.history),
+        failures=tuple(map(Failure._make, call.failures)),
     )
 
 
@@ -6339,7 +6388,7 @@ class NatsChanges:
         if self._watcher is None and time.monotonic() > self._watched_until:
             return
         if self._budget.take(1):
-            self._calls.append(call._replace(history=()))
+            self._calls.append(call._replace(history=(), failures=()))
         else:
             self._missed += 1
         self._some.set()
@@ -6709,22 +6758,29 @@ def same_end(record: NatsCall, call: NatsCall) -> bool:
     return record._replace(owner=None) == call._replace(owner=None)
 
 
-def retried_call(call: NatsCall, outcome: Outcome | None) -> NatsCall:
+def retried_call(call: NatsCall, outcome: Outcome | None, now: float) -> NatsCall:
     """A call that is queued again; without an outcome, as if it had not been claimed."""
     if outcome is None:
         return call._replace(status="queued", attempts=call.attempts - 1)
+    failures = (*call.failures, failure_of("attempt", call.attempts, outcome, now))
     return call._replace(
-        status="queued", deadline_at=None, http_status=outcome.status, error=outcome.error
+        status="queued",
+        deadline_at=None,
+        http_status=outcome.status,
+        error=outcome.error,
+        failures=failures[-MAX_FAILURES:],
     )
 
 
-def retried_callback(call: NatsCall, outcome: Outcome | None) -> NatsCall:
+def retried_callback(call: NatsCall, outcome: Outcome | None, now: float) -> NatsCall:
     """A callback that is queued again; without an outcome, as if it had not been claimed."""
     if outcome is None:
         return call._replace(callback_attempts=call.callback_attempts - 1)
+    failures = (*call.failures, failure_of("callback", call.callback_attempts, outcome, now))
     return call._replace(
         callback_http_status=outcome.status if outcome.answered else None,
         callback_error=outcome.error,
+        failures=failures[-MAX_FAILURES:],
     )
 
 
@@ -7090,9 +7146,9 @@ class NatsEnds:
         call, parts = held.stored.call, held.stored.parts
         call = call._replace(due_at=self._calls.now() + delay_s, owner=None)
         if held.queue == CALLBACKS:
-            call = retried_callback(call, outcome)
+            call = retried_callback(call, outcome, self._calls.now())
         else:
-            call = retried_call(call, outcome)
+            call = retried_call(call, outcome, self._calls.now())
             keep = self._settings().calls.keep_output
             if outcome is not None:
                 told = (b"", outcome.body[:keep], outcome.stderr[:keep])
@@ -12340,6 +12396,7 @@ td a:not(:hover), th a:not(:hover) { text-decoration: none; }
 .run { display: inline-flex; align-items: center; min-width: 24px; min-height: var(--target); }
 .run .state { width: 1em; overflow: hidden; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
+.facts > :first-child { grid-column: span 2; }
 dd { margin: 0; }
 .bar { display: block; width: 100%; height: .5rem; margin: .25rem 0 .5rem; }
 .bar rect { fill: currentColor; stroke: none; }
@@ -12806,7 +12863,7 @@ async function readOutput(call, into) {
 }
 
 function drawCall({ call, body, result, output }) {
-  const section = (title, ...content) => h("section", h("h3", title), content);
+  const part = (title, draw, data) => h("section", h("h3", title), draw(title, data));
   return [
     h("h2.row", call.function, state(call.status)),
     drawCallActions(call, body),
@@ -12822,32 +12879,23 @@ function drawCall({ call, body, result, output }) {
       fact("Request", size(call.request_bytes)),
       fact("Result", size(call.response_bytes) || "none"),
     ),
-    section(
-      "What happened",
-      h("div.sheet", drawBar(call), h("ol.line", happenings(call).map(drawHappening))),
-    ),
-    h(
-      "div.sides",
-      section("Request", drawBody("Request", body)),
-      section("Result", drawBody("Result", result)),
-    ),
-    output && output !== result.text && section("Output", drawText("Output", output)),
+    h("div.sheet", drawBar(call), h("ol.line", happenings(call).map(drawHappening))),
+    h("div.sides", part("Request", drawBody, body), part("Result", drawBody, result)),
+    output && output !== result.text && part("Output", drawText, output),
   ];
 }
 
 const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
 
 function drawCallActions(call, body) {
-  const { status } = call.callback;
-  const told = ["delivered", "failed"].includes(status);
+  const final = isAble("retry", call);
+  const told = final && call.callback.status !== "none";
   return h(
     "div.row",
     mayAct() && [
-      isAble("retry", call) && button("Run again", "change", "retry", "main"),
+      final && button("Run again", "change", "retry", "main"),
       body.text && button("Run with another body…", "edit"),
-      isAble("retry", call) &&
-        told &&
-        button("Send callback again", "post", `${callPath(call.id)}/callback`),
+      told && button("Send callback again", "post", `${callPath(call.id)}/callback`),
       isAble("cancel", call) && button("Cancel…", "change", "cancel", "danger"),
     ],
     body.text && button("Copy as curl", "curl"),
@@ -12856,36 +12904,30 @@ function drawCallActions(call, body) {
 
 // In order: name, state, when, for how long, and why.
 function happenings(call) {
-  const { history = [], callback, started_at: began } = call;
-  const attempts = (run) => plural(run.attempts, "attempt");
-  const why = (...parts) => parts.filter(Boolean).join(": ");
-  const waited = between(call.created_at, began ?? call.completed_at ?? now());
-  const due = call.status === "delayed" && `until ${local(call.due_at)}`;
-  const list = history.map((run) => [
-    "Earlier",
-    run.status,
-    run.started_at,
-    null,
-    why(attempts(run), run.error),
-  ]);
-  list.push(["Waited", "queued", call.created_at, waited, due]);
-  if (began)
-    list.push([
-      "Ran",
-      call.status,
-      began,
-      call.duration_seconds,
-      why(`${attempts(call)} of ${call.max_attempts}`, call.error),
-    ]);
-  if (callback.url)
-    list.push([
-      "Callback",
-      callback.status,
-      null,
-      null,
-      why(callback.url, `${plural(callback.attempts, "time")} sent`, callback.error),
-    ]);
-  return list;
+  const { history = [], failures = [], callback, status, started_at: began, attempts } = call;
+  const failed = (kind) => failures.filter(({ of }) => of === kind).map(failure);
+  const waits = ["delayed", "queued"].includes(status);
+  const target = [callback.url, callback.error].filter(Boolean).join(": ");
+  return [
+    ...history.map((run) => ["run before", run.status, run.started_at, null, run.error]),
+    ["waited", "queued", call.created_at, between(call.created_at, begin(call))],
+    ...failed("attempt"),
+    waits && ["waits", status, call.due_at],
+    began && !waits && [`attempt ${attempts}`, status, began, call.duration_seconds, call.error],
+    ...failed("callback"),
+    callback.url && [`callback ${callback.attempts || ""}`, callback.status, null, null, target],
+  ].filter(Boolean);
+}
+
+function failure({ of, number, failed_at: at, duration_seconds: took, error }) {
+  return [`${of} ${number}`, "error", at, took, error];
+}
+
+// When its first attempt began, if it did.
+function begin(call) {
+  const [first] = call.failures ?? [];
+  if (first?.of !== "attempt") return call.started_at ?? call.completed_at ?? now();
+  return new Date(Date.parse(first.failed_at) - first.duration_seconds * 1000).toISOString();
 }
 
 const local = (at) => new Date(at).toLocaleString();
@@ -12895,14 +12937,13 @@ const drawHappening = ([name, kind, at, took, why]) =>
 
 // Waiting and running, in proportion.
 function drawBar(call) {
-  const end = call.completed_at ?? now();
-  const began = call.started_at ?? end;
-  const share = between(call.created_at, began) / (between(call.created_at, end) || 1);
+  const share =
+    between(call.created_at, begin(call)) / between(call.created_at, call.completed_at ?? now());
   const part = (kind, x, width) => h(`rect.${kind}`, { x, width, height: 1 });
   return h(
     "svg.bar",
     { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" },
-    part("queued", 0, share),
+    part("queued", 0, 1),
     part(call.status, share, 1 - share),
   );
 }
@@ -13109,6 +13150,7 @@ function route() {
 }
 
 function paint() {
+  painting = null;
   if (shown.address !== location.hash) return;
   const here = route();
   document.title = `${here.view} · faasd-async`;
@@ -13120,10 +13162,7 @@ function paint() {
 }
 
 function paintSoon() {
-  painting ??= setTimeout(() => {
-    painting = null;
-    paint();
-  }, PACE);
+  painting ??= setTimeout(paint, PACE);
 }
 
 // Look again, and show what there is now. A daemon that takes its time is asked less often.
@@ -13132,6 +13171,7 @@ async function refresh() {
   const address = location.hash;
   const here = route();
   looked = Date.now();
+  due = null;
   try {
     const [data, figures] = await Promise.all([VIEWS[here.view].load?.(here), get("system/stats")]);
     if (address !== location.hash || look < shown.look) return;
@@ -13151,13 +13191,7 @@ async function refresh() {
 function changed() {
   showLive();
   if (document.hidden) return;
-  due ??= setTimeout(
-    () => {
-      due = null;
-      refresh();
-    },
-    Math.max(0, looked + pace - Date.now()),
-  );
+  due ??= setTimeout(refresh, Math.max(0, looked + pace - Date.now()));
 }
 
 // The stream of changes. Where it is cut the browser asks for what came after the last id; where

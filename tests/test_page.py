@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, DRIVER, Browser, chromium
-from conftest import SCRIPT, Daemon, Gate, Server, StartDaemon, answer, ask
+from conftest import SCRIPT, Daemon, Gate, Server, StartDaemon, answer, ask, run
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
@@ -330,3 +330,81 @@ async def test_axe_finds_nothing_that_keeps_people_out(page: Page, function: Ser
         await page.picture(f"{scheme}-{place.strip('#?').partition('?')[0] or 'help'}")
     assert found == {place: [] for place in found}
     await browser.cdp("Emulation.setEmulatedMedia", features=[])
+
+
+async def test_a_call_is_told_from_its_beginning(page: Page, function: Server, sink: Server) -> None:
+    """How long it waited, each attempt and each delivery with its reason; request and result as they are."""
+    browser, gateway = page.browser, page.gateway
+    answers = iter([answer(503, b"busy"), answer(200, b'{"big": 12345678901234567890}')])
+    function.behaviour = lambda request, seen: next(answers)(request, seen)
+    replies = iter([answer(500), answer(200)])
+    sink.behaviour = lambda request, seen: next(replies)(request, seen)
+    call = await gateway.submit("it", b"<b>hello</b>", X_Callback_Url=f"{sink.url}/done")
+    await gateway.final(call)
+    await page.open(f"#call?id={call}")
+    happened = (await browser.text("#view .line")).split("\n")
+    assert [line for line in happened if re.match("waited|attempt|callback|function|the|http", line)] == [
+        "waited",
+        "attempt 1",
+        "function it answered 503",
+        "attempt 2",
+        "callback 1",
+        "the callback URL answered 500",
+        "callback 2",
+        f"{sink.url}/done",
+    ]
+    assert await browser.text("#view .sides section:first-child pre") == "<b>hello</b>"
+    assert await browser.text("#view .sides section:last-child pre") == '{\n  "big": 12345678901234567890\n}'
+    await page.picture("call")
+
+
+async def test_a_call_is_run_again_cancelled_and_called_back_again(page: Page, function: Server, sink: Server) -> None:
+    """Where it is shown, with its buttons."""
+    browser, gateway = page.browser, page.gateway
+    function.behaviour = gate = Gate()
+    call = await gateway.submit("it", b"1", X_Callback_Url=sink.url)
+    await function.wait_for(1)
+    await page.open(f"#call?id={call}")
+    await browser.click("=Cancel…")
+    await browser.shows("Cancel 1 call?", "#dialog")
+    await browser.click("=Cancel 1 call")
+    await browser.shows("cancelled", "#view h2")
+    gate.open()
+    await browser.click("=Run again")
+    await browser.shows("success", "#view h2")
+    await browser.click("=Send callback again")
+    await sink.wait_for(2)
+    assert [request.body for request in function.requests] == [b"1", b"1"]
+
+
+async def test_a_call_is_run_with_another_body(page: Page, function: Server) -> None:
+    """As a new call of the same function, with the same path, type and queue."""
+    browser, gateway = page.browser, page.gateway
+    call = await gateway.submit("later/way?x=1", b"\xc3\xa9", Content_Type="text/x-mine")
+    await gateway.final(call)
+    await page.open(f"#call?id={call}")
+    await browser.click("=Run with another body…")
+    await browser.press("two")
+    await browser.click("=Queue it")
+    await function.wait_for(2)
+    one, two = function.requests
+    assert (one.target, two.target) == ("/way?x=1", "/way?x=1")
+    assert two.body.decode() == "étwo"
+    assert two.headers["Content-Type"] == "text/x-mine"
+    await browser.until(f"document.title.startsWith('call') && !location.hash.includes({call!r})")
+    await browser.shows("slow", "#view .facts")
+
+
+async def test_a_call_is_copied_as_a_command(page: Page, function: Server) -> None:
+    """Which does the same when a shell runs it, whatever quotes are in the body."""
+    browser, gateway = page.browser, page.gateway
+    body = b'it\'s "quoted" $HOME `x` \\ \xc3\xa9\n'
+    call = await gateway.submit("it/way?x=1&y", body, Content_Type="text/x-mine")
+    await gateway.final(call)
+    await page.open(f"#call?id={call}")
+    await browser.run("navigator.clipboard.writeText = (text) => { window.copied = text; }")
+    await browser.click("=Copy as curl")
+    await browser.shows("Copied", "#notice")
+    await run("sh", "-c", await browser.run("return window.copied"))
+    one, two = await function.wait_for(2)
+    assert (two.target, two.body, two.headers["Content-Type"]) == (one.target, body, "text/x-mine")

@@ -32,6 +32,7 @@ from queues import (
 from faasd_async import (
     CALLBACKS,
     CHANGES_S,
+    MAX_FAILURES,
     BulkResult,
     CallFilter,
     Claim,
@@ -580,6 +581,32 @@ async def test_an_uncharged_retry_never_happened(bench: Bench) -> None:
     assert await bench.queue.retry(await bench.take(), None, 0.0)
     assert (await bench.record("a"))["attempts"] == 0
     assert (await bench.take()).attempt == 1
+
+
+async def test_what_led_to_another_attempt_or_delivery_is_told(bench: Bench) -> None:
+    """One after the other, with its number, time and reason, the last ones also after a power cut."""
+    await bench.enqueue("a", callback_url=SINK)
+    began = time.time()
+    await bench.queue.retry(await bench.take(), BAD, 0.0)
+    await bench.queue.retry(await bench.take(), None, 0.0)
+    await bench.queue.retry(await bench.take(), LATE, 0.0)
+    await bench.run()
+    await bench.queue.retry(await bench.take(CALLBACKS), LATE, 0.0)
+    await bench.crash()
+    failures = (await bench.queue.lookup("a")).failures
+    told = [(one.of, one.number, one.duration_s, one.http_status, one.error) for one in failures]
+    assert told == [
+        ("attempt", 1, BAD.duration_s, 500, BAD.error),
+        ("attempt", 2, LATE.duration_s, 504, LATE.error),
+        ("callback", 1, LATE.duration_s, None, LATE.error),
+    ]
+    assert all(began - 1 <= one.failed_at <= time.time() + 1 for one in failures)
+    shown = (await bench.record("a"))["failures"][0]
+    assert list(shown) == ["of", "number", "failed_at", "http_status", "error", "duration_seconds"]
+    for _ in range(MAX_FAILURES):
+        await bench.queue.retry(await bench.take(CALLBACKS), LATE, 0.0)
+    numbers = [one.number for one in (await bench.queue.lookup("a")).failures]
+    assert numbers == list(range(2, MAX_FAILURES + 2))
 
 
 async def test_an_uncharged_retry_leaves_what_the_attempt_before_it_gave(bench: Bench) -> None:

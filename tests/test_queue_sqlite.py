@@ -178,7 +178,7 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
     await sqlite.queue.close()
     with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
         db.execute("DROP INDEX calls_turn")
-        new = ("traceparent", "tracestate", "schedule", "scheduled_for", "concurrency_key", "turn")
+        new = ("traceparent", "tracestate", "schedule", "scheduled_for", "concurrency_key", "turn", "failures")
         for column in ("app", "history", "hops", *new):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("ALTER TABLE requests DROP COLUMN method")
