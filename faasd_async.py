@@ -210,6 +210,7 @@ DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
 # Patience.
 MAX_RETRY_AFTER_S = 86_400.0  # A function may ask for patience, not for eternity.
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and ourselves
+RETRY_SOON_S = 0.05  # the same once the queue seems to work again
 PROVIDER_S = 10.0  # what a look-up at the provider may take
 COMMAND_GRACE_S = 0.5  # what a command has left behind gets to end by itself
 KILL_S = 1.0  # after which a command that was killed and is still there can't be killed
@@ -3156,6 +3157,28 @@ class Budget:
         return taken
 
 
+class Refusals:
+    """Requests that are refused because nothing can be stored: one line when that begins and ends.
+
+    The single ones are told at `debug`: while a queue is away, there may be thousands a second.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0  # since the last call was stored
+
+    def count(self, reason: StoreError) -> None:
+        """A request is refused."""
+        level = logging.DEBUG if self._number else logging.ERROR
+        log.log(level, "requests are refused: %s", reason)
+        self._number += 1
+
+    def over(self) -> None:
+        """A call was stored."""
+        if self._number:
+            log.info("calls are stored again: %d requests were refused", self._number)
+            self._number = 0
+
+
 class CallWaiters:
     """Who waits for a call to end."""
 
@@ -5081,11 +5104,13 @@ class SqliteQueue:
 NATS_REQUIRED = (2, 12)  # schedules and message TTLs
 PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
 NATS_LATE_S = 0.01  # what a message that is stored takes to become known to its consumer
+MAX_HEAD_BYTES = 128 * KIB  # of a message beside its parts: URLs, and what was before a redrive
 PROBE_BYTES = 64 * KIB  # that are stored to see whether there is room
 FENCE_S = 10.0  # and two leases: how long a record is there beyond its time, and not shown
-YOUNG_S = 15.0  # since a connection was made: what a server has forgotten shows by then
 SETTLED_S = 3.0  # after which all daemons that are there have connected to a server again
 CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
+RESEND_S = 2.0  # what it takes at most to write a record, once that has been prepared
+CLAIM_AGAIN_S = 0.5  # after which a claim that could not be stored is tried again
 POLL_S = 1.0  # between looks at all lanes, and what other daemons have said since
 WATCHED_S = 5 * POLL_S  # since another daemon has said that it wants to hear of changes
 TELL_S = 0.05  # for which changes are collected before they are told
@@ -5093,10 +5118,12 @@ DEADLINES = "@deadlines"  # the queue of deadlines that pass
 WRONG_SEQUENCE = (10071, 10164)
 NO_REPLICAS = 10074  # the server is alone
 NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
+RECENT_ACKS = 1000  # What a connection may lose at its end is less than that.
 MANY_NATS_REQUESTS = 64  # under way at once for an operator
 NAMED_SUBJECTS = 1000  # that one request for records may name: the server takes 1,024
 
 
+@functools.lru_cache(MAX_SEEN)
 def nats_token(name: str) -> str:
     """A name as one token of a subject: what is no letter, digit, `_`, `-` or `@` is =XX."""
     return quote(name, safe="@").replace(".", "%2E").replace("~", "%7E").replace("%", "=") or "="
@@ -5165,6 +5192,10 @@ class NatsCall(NamedTuple):
         return self.status in FINAL and self.callback_status != "pending"
 
 
+# What a message need not say; None where a field has no default, which is no value of it either.
+CALL_DEFAULTS = [NatsCall._field_defaults.get(name) for name in NatsCall._fields]
+
+
 class Parts(NamedTuple):
     """The bytes of a call: its request while it may be needed, and what the last attempt gave."""
 
@@ -5221,9 +5252,9 @@ class Held(NamedTuple):
 
 
 def pack_fields(call: NatsCall) -> dict[str, Any]:
-    """A call as JSON has it: what is not set is not there."""
-    values = zip(call._fields, call, strict=True)
-    return {name: value for name, value in values if value is not None}
+    """A call as JSON has it: what is as it is at first is not there."""
+    values = zip(call._fields, call, CALL_DEFAULTS, strict=True)
+    return {name: value for name, value, default in values if value != default}
 
 
 def unpack_fields(document: Mapping[str, Any]) -> NatsCall:
@@ -5486,11 +5517,58 @@ class NatsRefused(StoreError):
         self.code = code
 
 
-class Answers(NamedTuple):
-    """Who waits for one answer (`many` is None), or for all up to the one that ends them."""
+class Awaited(NamedTuple):
+    """One answer that somebody waits for (`many` is None), or all up to the one that ends them."""
 
     future: asyncio.Future[nats.aio.msg.Msg]
     many: list[nats.aio.msg.Msg] | None
+    limit: asyncio.TimerHandle
+
+
+class NatsAnswers:
+    """Answers to requests: all come to one inbox, each to a number of its own."""
+
+    def __init__(self) -> None:
+        self.inbox = f"_INBOX.{new_id()}"
+        self._awaited: dict[str, Awaited] = {}  # by number
+        self._count = 0
+
+    def expect(self, many: list[nats.aio.msg.Msg] | None, timeout_s: float) -> str:
+        """An answer is going to be asked for: its number."""
+        loop = asyncio.get_running_loop()
+        self._count += 1
+        number = str(self._count)
+        limit = loop.call_later(timeout_s, self._fail, number, "NATS did not answer in time")
+        self._awaited[number] = Awaited(loop.create_future(), many, limit)
+        return number
+
+    async def get(self, number: str) -> nats.aio.msg.Msg:
+        """Wait for it. Raises StoreError."""
+        return await self._awaited[number].future
+
+    def forget(self, number: str) -> None:
+        """Nobody waits for it any more."""
+        self._awaited.pop(number).limit.cancel()
+
+    async def heard(self, message: nats.aio.msg.Msg) -> None:
+        """One has come."""
+        awaited = self._awaited.get(message.subject.rpartition(".")[2])
+        if awaited is None or awaited.future.done():
+            return
+        if awaited.many is None or (message.headers and "Status" in message.headers):
+            awaited.future.set_result(message)
+        else:
+            awaited.many.append(message)
+
+    def _fail(self, number: str, reason: str) -> None:
+        future = self._awaited[number].future
+        if not future.done():
+            future.set_exception(StoreError(reason))
+
+    def break_off(self) -> None:
+        """What was asked on a connection that is gone is not answered any more."""
+        for number in self._awaited:
+            self._fail(number, "the connection to NATS was lost")
 
 
 class NatsLink:
@@ -5503,13 +5581,12 @@ class NatsLink:
     def __init__(self, config: NatsConfig) -> None:
         self._config = config
         self._client: nats.aio.client.Client | None = None
-        self._inbox = f"_INBOX.{new_id()}"
+        self._answers = NatsAnswers()
         self.clock_offset_s = 0.0  # that the servers' clock is ahead; 0: it is right enough
         self.failure: str | None = None  # why the last message could not be stored
         self._error: str | None = None  # what the client said last
         self._since = float("inf")  # monotonic; since when there is a connection
-        self._answers: dict[str, Answers] = {}  # by the last token of the reply's subject
-        self._sent = 0
+        self._closed = False
 
     async def open(self, reconnected: Callable[[], Awaitable[None]]) -> None:
         """Connect. Raises StoreError."""
@@ -5519,7 +5596,13 @@ class NatsLink:
             self._error = str(exc) or type(exc).__name__
             log.debug("NATS: %s", self._error)
 
+        async def lost() -> None:
+            if not self._closed:
+                log.warning("NATS is away: %s", self._error or "the connection was lost")
+            self._answers.break_off()
+
         async def again() -> None:
+            log.info("NATS is back: connected to %s", self.server)
             self._since = time.monotonic()
             self._error = None
             await reconnected()
@@ -5530,7 +5613,7 @@ class NatsLink:
                     servers=list(self._config.servers),
                     name=f"{USER_AGENT} {socket.gethostname()}",
                     error_cb=report,
-                    disconnected_cb=self._lost,
+                    disconnected_cb=lost,
                     reconnected_cb=again,
                     connect_timeout=2,
                     reconnect_time_wait=cast(int, 0.2),
@@ -5540,7 +5623,7 @@ class NatsLink:
                     pending_size=-1,
                     **nats_login(self._config),
                 )
-                await self.subscribe(f"{self._inbox}.*", self._answered)
+                await self.subscribe(f"{self._answers.inbox}.*", self._answers.heard)
                 self._since = time.monotonic()
         except (OSError, TimeoutError, nats.errors.Error) as exc:
             servers = " ".join(self._config.servers)
@@ -5549,7 +5632,8 @@ class NatsLink:
 
     async def close(self) -> None:
         """Send what was begun, and end the connection."""
-        await self._lost()
+        self._closed = True
+        self._answers.break_off()
         if self._client is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
@@ -5585,15 +5669,15 @@ class NatsLink:
         return self._client
 
     @property
-    def version(self) -> str:
-        """The server's."""
-        return str(self._open_client.connected_server_version)
+    def server(self) -> str:
+        """The address of the one that we are connected to."""
+        url = self._open_client.connected_url
+        return url.netloc.rpartition("@")[2] if url else "nobody"
 
     @property
-    def has_jetstream(self) -> bool:
-        """Whether the server can store anything. One of a cluster may have others do it."""
-        info = self._open_client._server_info
-        return bool(info.get("jetstream") or info.get("cluster"))
+    def info(self) -> Mapping[str, Any]:
+        """What the server has said of itself."""
+        return cast(Mapping[str, Any], self._open_client._server_info)
 
     @property
     def max_payload(self) -> int:
@@ -5648,33 +5732,12 @@ class NatsLink:
         many: list[nats.aio.msg.Msg] | None,
         timeout_s: float | None,
     ) -> nats.aio.msg.Msg:
-        self._sent += 1
-        number = str(self._sent)
-        future: asyncio.Future[nats.aio.msg.Msg] = asyncio.get_running_loop().create_future()
-        self._answers[number] = Answers(future, many)
+        number = self._answers.expect(many, timeout_s or self._config.publish_timeout)
         try:
-            async with asyncio.timeout(timeout_s or self._config.publish_timeout):
-                await self.send(subject, payload, f"{self._inbox}.{number}", headers)
-                return await future
-        except TimeoutError:
-            raise StoreError("NATS did not answer in time") from None
+            await self.send(subject, payload, f"{self._answers.inbox}.{number}", headers)
+            return await self._answers.get(number)
         finally:
-            del self._answers[number]
-
-    async def _answered(self, message: nats.aio.msg.Msg) -> None:
-        waiting = self._answers.get(message.subject.rpartition(".")[2])
-        if waiting is None or waiting.future.done():
-            return
-        if waiting.many is None or (message.headers and "Status" in message.headers):
-            waiting.future.set_result(message)
-        else:
-            waiting.many.append(message)
-
-    async def _lost(self) -> None:
-        """What was asked on a connection that is gone is not answered any more."""
-        for waiting in self._answers.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(StoreError("the connection to NATS was lost"))
+            self._answers.forget(number)
 
     async def api(self, verb: str, body: object = None) -> dict[str, Any]:
         """A request of JetStream's API, and its answer. Raises NatsRefused, StoreError."""
@@ -5683,16 +5746,30 @@ class NatsLink:
         return nats_answer(message)
 
     async def publish(self, subject: str, payload: bytes, **headers: object) -> int:
-        """Store a message; its sequence. Raises NatsRefused, StoreError."""
+        """Store a message; its sequence, or 0 if one with this Nats-Msg-Id was stored before.
+
+        It replaces what the subject had. That is said in the message, and no limit of the stream:
+        what such a limit has deleted comes back when a server is killed, once its successor is gone
+        (seen with 2.15). Raises NatsRefused, StoreError.
+        """
         lines = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+        lines["Nats-Rollup"] = "sub"
         try:
-            answer = nats_answer(await self.request(subject, payload, lines or None))
+            answer = nats_answer(await self.request(subject, payload, lines))
         except StoreError as exc:
             if not (isinstance(exc, NatsRefused) and exc.code in WRONG_SEQUENCE):
-                self.failure = str(exc)
+                self._failed(str(exc))
             raise
-        self.failure = None
-        return int(answer["seq"])
+        if self.failure is not None:
+            log.info("NATS stores messages again")
+            self.failure = None
+        return 0 if answer.get("duplicate") else int(answer["seq"])
+
+    def _failed(self, reason: str) -> None:
+        """A message could not be stored: one line, until one can be again."""
+        if self.failure is None and not self.away:
+            log.error("NATS stores no messages: %s", reason)
+        self.failure = reason
 
 
 def nats_answer(message: nats.aio.msg.Msg) -> dict[str, Any]:
@@ -5742,10 +5819,11 @@ def stream_config(config: NatsConfig) -> dict[str, Any]:
         "max_bytes": -1,
         "max_age": 0,
         "max_msg_size": -1,
-        "max_msgs_per_subject": 1,
+        "max_msgs_per_subject": -1,
         "num_replicas": config.replicas,
         "allow_msg_ttl": True,
         "allow_msg_schedules": True,
+        "allow_rollup_hdrs": True,
         "allow_direct": True,
     }
 
@@ -5768,11 +5846,12 @@ async def ensure_stream(link: NatsLink, config: NatsConfig) -> None:
     Nothing of that is changed, but what an older version of this program lacks is added.
     Raises StoreError, ConfigError.
     """
-    if not link.has_jetstream:
+    # One of a cluster may have others do it.
+    if not (link.info.get("jetstream") or link.info.get("cluster")):
         raise ConfigError(["nats.servers: the server has no JetStream"])
-    version = tuple(map(int, re.findall(r"\d+", link.version)[:2]))
-    if version < NATS_REQUIRED:
-        raise ConfigError([f"nats: the server is {link.version}: the queue needs 2.12 or later"])
+    version = link.info["version"]
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < NATS_REQUIRED:
+        raise ConfigError([f"nats: the server is {version}: the queue needs 2.12 or later"])
     wanted = stream_config(config)
     try:
         there = (await link.api(f"STREAM.INFO.{config.stream}"))["config"]
@@ -5905,11 +5984,13 @@ class NatsLane:
             self._released.clear()
             self._end_pull()
 
-    def lost(self) -> None:
-        """The connection is another one: nobody waits at the server for us."""
+    def lost(self) -> Sequence[Delivery]:
+        """The connection is another one: nobody waits at the server for us. What we had."""
         self._parked = None
+        had = tuple(self.buffer)
         self.buffer.clear()
         self._end_pull()
+        return had
 
     def park(self, number: str) -> None:
         """The next message will be sent to us."""
@@ -6025,6 +6106,57 @@ class NatsPulls:
         await self._link.send(subject, json.dumps(body).encode(), reply)
 
 
+class NatsReplies:
+    """What a consumer is told of the messages that it has sent: that work is done, goes on, or has
+    to be delivered again. What a broken connection may have swallowed is said once more.
+    """
+
+    def __init__(self, link: NatsLink) -> None:
+        self._link = link
+        self._acked: deque[Delivery] = deque(maxlen=RECENT_ACKS)  # the last ones
+        self._owed: list[Delivery] = []  # what could not be given back yet
+
+    async def ack(self, delivery: Delivery) -> None:
+        """The work is done: its message is deleted."""
+        self._acked.append(delivery)
+        with contextlib.suppress(StoreError):  # See `reconnected`.
+            await self._link.send(delivery.reply, b"+ACK")
+
+    async def extend(self, delivery: Delivery) -> None:
+        """The work goes on: nobody else is to have it."""
+        with contextlib.suppress(StoreError):
+            await self._link.send(delivery.reply, b"+WPI")
+
+    async def give_back(self, delivery: Delivery) -> None:
+        """Have a message delivered again, to us or another daemon, before all that wait."""
+        try:
+            await self._link.request(delivery.reply, b"-NAK")
+        except StoreError:
+            self._owed.append(delivery)
+
+    async def put_off(self, delivery: Delivery, delay_s: float) -> None:
+        """Have a message delivered again after a while."""
+        try:
+            await self._link.send(delivery.reply, b'-NAK {"delay": %d}' % round(delay_s * 1e9))
+        except StoreError:
+            self._owed.append(delivery)
+
+    def owe(self, deliveries: Iterable[Delivery]) -> None:
+        """These came on a connection that is gone, and are not wanted now."""
+        self._owed += deliveries
+
+    async def reconnected(self) -> None:
+        """Say once more what may have been lost with the connection."""
+        owed = self._owed
+        self._owed = []
+        for delivery in owed:
+            await self.put_off(delivery, RETRY_SOON_S)
+        acked = list(self._acked)
+        self._acked.clear()
+        for delivery in acked:
+            await self.ack(delivery)
+
+
 # --- NATS turns -----------------------------------------------------------------------------------
 # -- whose turn it is
 
@@ -6036,7 +6168,9 @@ class NatsLanes:
     comes when none is wanted is given back at once: other daemons may have room.
     """
 
-    def __init__(self, link: NatsLink, settings: Settings, wake: Tell[str]) -> None:
+    def __init__(
+        self, link: NatsLink, settings: Settings, replies: NatsReplies, wake: Tell[str]
+    ) -> None:
         self.queues: defaultdict[str, NatsTurns] = defaultdict(NatsTurns)
         self.paused: set[str] = set()
         self.by_consumer: dict[str, NatsLane] = {}
@@ -6044,6 +6178,7 @@ class NatsLanes:
         self._settings = settings
         self._wake = wake
         self.stream = settings().nats.stream
+        self._replies = replies
         self._pulls = NatsPulls(link, self.stream)
         self._started = False
 
@@ -6170,8 +6305,7 @@ class NatsLanes:
         """Have a message delivered again, to us or another daemon, before all that wait."""
         lane.release(delivery.seq)
         self.queues[lane.queue].ready[lane.name] = lane
-        with contextlib.suppress(StoreError):  # Then its lease runs out.
-            await self._link.request(delivery.reply, b"-NAK")
+        await self._replies.give_back(delivery)
 
     async def _arrived(self, message: nats.aio.msg.Msg) -> None:
         """A message of a lane, or that there is none for a pull."""
@@ -6207,16 +6341,16 @@ class NatsLanes:
         if lane := self.queues[queue].lanes.get(name):
             lane.drop(own_id)
 
-    async def renew(self, extend: Callable[[Delivery], Awaitable[None]]) -> None:
+    async def renew(self) -> None:
         """Extend the leases of what is here and not claimed."""
         for lane in list(self.by_consumer.values()):
             for delivery in list(lane.buffer):
-                await extend(delivery)
+                await self._replies.extend(delivery)
 
     def reconnected(self) -> None:
-        """What was sent on the old connection may be sent again to others."""
+        """What was sent on the old connection is nobody's until it is given back."""
         for lane in self.by_consumer.values():
-            lane.lost()
+            self._replies.owe(lane.lost())
             self.queues[lane.queue].ready[lane.name] = lane
             self._wake(lane.queue)
 
@@ -6438,6 +6572,8 @@ class NatsChanges:
 
 def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
     """A final call as a message of this many bytes can hold it: what is missed least goes first."""
+    if sum(map(len, parts)) < most - MAX_HEAD_BYTES:
+        return call, parts
     if len(pack_call(call, parts)) > most:
         parts = with_request(parts, Parts())
     over = len(pack_call(call, parts)) - most
@@ -6475,6 +6611,10 @@ class NatsCalls:
         name, seq, data = found
         is_record = name.startswith(self._subjects.every("call")[:-1])
         return unpack_call(data, seq if is_record else None)
+
+    async def record_of(self, call: NatsCall) -> Stored | None:
+        """The record of a call, if there is one already."""
+        return await self.read(self._subjects.record(call))
 
     async def noted(self, subject: str) -> Note | None:
         """A small document, if it is there."""
@@ -6669,12 +6809,6 @@ class NatsWaiting:
         self._subjects = subjects
         self._stream = stream
 
-    async def first_seq(self, pattern: str) -> float:
-        """The sequence of the first message of a subject with wildcards. Infinity: none."""
-        body = json.dumps({"next_by_subj": pattern, "seq": 1}).encode()
-        message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
-        return float((message.headers or {}).get("Nats-Sequence", "inf"))
-
     async def between(self, pattern: str, first: int, last: int) -> list[tuple[int, bytes, str]]:
         """The messages of a subject with wildcards from one sequence to another."""
         found: list[tuple[int, bytes, str]] = []
@@ -6753,9 +6887,12 @@ def cut_answer(parts: Parts, keep: int) -> Parts:
     return parts._replace(answer_headers=b"", output=parts.output[:keep])
 
 
-def same_end(record: NatsCall, call: NatsCall) -> bool:
-    """Whether a record is what we have written ourselves, though its answer got lost."""
-    return record._replace(owner=None) == call._replace(owner=None)
+def timeless(call: NatsCall) -> NatsCall:
+    """A call without what differs when the same is written again.
+
+    So one knows one's own record, when the answer to it got lost.
+    """
+    return call._replace(due_at=0.0, completed_at=None, owner=None)
 
 
 def retried_call(call: NatsCall, outcome: Outcome | None, now: float) -> NatsCall:
@@ -6793,14 +6930,19 @@ class NatsMessages:
         subjects: NatsSubjects,
         consumers: NatsConsumers,
         lanes: NatsLanes,
+        replies: NatsReplies,
     ) -> None:
         self._link = link
         self._subjects = subjects
         self._consumers = consumers
         self._lanes = lanes
+        self._replies = replies
 
-    async def store(self, root: str, stored: Stored, queue: str, lane: str, dedup: str) -> None:
-        """Publish a work message ("work"), or one that becomes it when it is due ("later")."""
+    async def store(self, root: str, stored: Stored, queue: str, lane: str, dedup: str) -> bool:
+        """Publish a work message ("work"), or one that becomes it when it is due ("later").
+
+        False: it was stored before.
+        """
         call = stored.call
         await self._consumers.ensure("work", queue, lane)
         subject = self._subjects.place(root, queue, lane, call.id)
@@ -6816,6 +6958,7 @@ class NatsMessages:
             self._lanes.expect_later(queue, lane)
         else:
             self._lanes.expect(queue, lane, seq)
+        return seq > 0
 
     async def put_aside(self, stored: Stored) -> None:
         """Keep a call where it is counted and found, and no consumer hands it out."""
@@ -6830,9 +6973,8 @@ class NatsMessages:
         await self.store("later", stored, queue, lane, f"{stored.call.id}-{stored.seq}")
 
     async def ack(self, delivery: Delivery) -> None:
-        """The work is done: its message is deleted. If that gets lost, it is delivered again."""
-        with contextlib.suppress(StoreError):
-            await self._link.send(delivery.reply, b"+ACK")
+        """The work is done: its message is deleted."""
+        await self._replies.ack(delivery)
 
     async def callback(self, stored: Stored) -> None:
         """Have the outcome of a call delivered, whose record says that this is to be done."""
@@ -6868,12 +7010,22 @@ class NatsMessages:
         """A message that was sent to us is not to be claimed."""
         self._lanes.drop(queue, name, own_id)
 
+    async def put_off(self, delivery: Delivery, delay_s: float) -> None:
+        """Have a message delivered again after a while."""
+        await self._replies.put_off(delivery, delay_s)
+
+    async def set_aside(self, delivery: Delivery) -> None:
+        """Nobody can do anything with a message: delete it."""
+        await self._link.send(delivery.reply, b"+TERM")
+
     async def answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
-        """Ack a message, or have it delivered again."""
+        """Ack a message, or have it delivered again; without a verb after a moment."""
         if verb == b"-NAK":
             await self._lanes.give_back(lane, delivery)
-        elif verb is not None:
+        elif verb == b"+ACK":
             await self.ack(delivery)
+        else:
+            await self.put_off(delivery, CLAIM_AGAIN_S)
 
     async def give_back(self, queue: str, name: str, delivery: Delivery) -> None:
         """Have a message delivered again, to us or another daemon."""
@@ -7077,8 +7229,8 @@ class NatsEnds:
         except NatsRefused as exc:
             if exc.code not in WRONG_SEQUENCE:
                 raise
-        record = await self._calls.read(self._subjects.record(call))
-        same = record is not None and same_end(record.call, call)
+        record = await self._calls.record_of(call)
+        same = record is not None and timeless(record.call) == timeless(call)
         return record.seq if record is not None and same else None
 
     async def complete(self, held: Held, outcome: Outcome, status: str) -> bool:
@@ -7120,7 +7272,8 @@ class NatsEnds:
     async def finish(self, stored: Stored, delivery: Delivery | None) -> None:
         """What follows from a final record, also when a crash came between."""
         call = stored.call
-        if call.callback_status == "pending":
+        claimed = call.owner is not None or call.callback_attempts
+        if call.callback_status == "pending" and not claimed:
             await self._messages.callback(stored)
         await self._calls.keep_notes(call)
         await self.keys.release(call)
@@ -7218,7 +7371,8 @@ class NatsEnds:
         return True
 
 
-# -- claims
+# --- NATS owners ----------------------------------------------------------------------------------
+# Which daemon has claimed what.
 
 
 def process_id() -> str:
@@ -7249,19 +7403,98 @@ def has_died(owner: str, own: str) -> bool:
     return former or process_start(int(pid)) != start
 
 
-async def is_gone(link: NatsLink, place: str, own_id: str, lease_over: bool) -> bool:
-    """Whether the daemon that had claimed a call does not have it any more.
+class NatsHoldings:
+    """What this daemon has claimed."""
 
-    One that does not answer may be frozen, or cut off for a moment: it has lost the call when its
-    lease is over, and others have had the time to connect again.
-    """
-    try:
-        answer = await link.request(place, own_id.encode(), timeout_s=1.0)
-    except StoreError:
-        return lease_over and link.age_s > SETTLED_S
-    if answer.data:
-        return bool(answer.data != b"1")
-    return lease_over and link.age_s > SETTLED_S
+    def __init__(self) -> None:
+        self.owner = process_id()
+        self.held: dict[str, Held] = {}  # by id
+        self.busy: set[str] = set()  # ids of claims whose end is being stored
+
+    def __contains__(self, own_id: object) -> bool:
+        return own_id in self.held or own_id in self.busy
+
+    def hold(self, held: Held) -> None:
+        """A claim was made."""
+        self.held[held.stored.call.id] = held
+
+    def release(self, receipt: Hashable) -> Held | None:
+        """Take a claim out, if it is still valid."""
+        if isinstance(receipt, NatsReceipt):
+            held = self.held.get(receipt.id)
+            if held is not None and held.stored.seq == receipt.seq:
+                return self.held.pop(receipt.id)
+        return None
+
+    async def settle(self, claim: Claim, end: Callable[[Held], Awaitable[bool]]) -> bool:
+        """End a claim. False: it is not valid any more."""
+        held = self.release(claim.receipt)
+        if held is None:
+            return False
+        self.busy.add(claim.id)
+        try:
+            return await end(held)
+        except BaseException:  # It may be tried again.
+            self.held.setdefault(claim.id, held)
+            raise
+        finally:
+            self.busy.discard(claim.id)
+
+
+class NatsOwners:
+    """Who has claimed what, and is still there."""
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        settings: Settings,
+        holdings: NatsHoldings,
+        messages: NatsMessages,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._holdings = holdings
+        self._messages = messages
+
+    async def has_lost(self, call: NatsCall, delivery: Delivery) -> bool:
+        """Whether who has claimed a call does not have it any more. If not, ask again later."""
+        owner = call.owner or ""
+        if owner == self._holdings.owner:
+            return not await self._is_ours(call.id, delivery)
+        if has_died(owner, self._holdings.owner) or await self._denies(owner, call.id, delivery):
+            return True
+        wait_s = self._settings().queue(call.queue).ack_wait
+        wait_s = wait_s if self._link.age_s > SETTLED_S else min(wait_s, SETTLED_S)
+        await self._messages.put_off(delivery, wait_s)
+        return False
+
+    async def _is_ours(self, own_id: str, delivery: Delivery) -> bool:
+        """Whether a call is ours. This is then the message that has to be acked in the end: the one
+        that we had was stored again, or its server has forgotten that it was sent to us.
+        """
+        if own_id in self._holdings.held:
+            held = self._holdings.held[own_id]
+            self._holdings.hold(held._replace(delivery=delivery))
+            return True
+        if own_id in self._holdings.busy:
+            await self._messages.put_off(delivery, CLAIM_AGAIN_S)
+            return True
+        return False
+
+    async def _denies(self, owner: str, own_id: str, delivery: Delivery) -> bool:
+        """Whether another daemon says that it does not have a call.
+
+        One that does not answer may be frozen, or cut off for a moment: it has lost the call when
+        its lease is over, and others have had the time to connect again.
+        """
+        with contextlib.suppress(StoreError):
+            place = self._subjects.owner(owner)
+            answer = await self._link.request(place, own_id.encode(), timeout_s=1.0)
+            if answer.data:
+                return bool(answer.data != b"1")
+        return delivery.again and self._link.age_s > SETTLED_S
 
 
 # --- NATS claims ----------------------------------------------------------------------------------
@@ -7283,7 +7516,6 @@ class NatsSlots:
         news: NatsNews,
         owner: str,
     ) -> None:
-        self.waiting: set[str] = set()  # queues that have work and no slot
         self._link = link
         self._subjects = subjects
         self._settings = settings
@@ -7291,6 +7523,7 @@ class NatsSlots:
         self._news = news
         self._owner = owner
         self._seqs: dict[tuple[str, int], int] = {}  # ours
+        self._changing = asyncio.Lock()  # one of them: what was given back is not to be renewed
         self._used: dict[str, tuple[str, int]] = {}  # by the id of the call
 
     async def take(self, queue: str, wanted: int) -> list[int]:
@@ -7310,9 +7543,6 @@ class NatsSlots:
                 seq = await self._left_behind(queue, number)
             if seq >= 0 and await self._put(queue, number, seq):
                 found.append(number)
-        self.waiting.discard(queue)
-        if not found:
-            self.waiting.add(queue)
         return found
 
     async def _left_behind(self, queue: str, number: int) -> int:
@@ -7348,17 +7578,19 @@ class NatsSlots:
 
     async def give_back(self, queue: str, number: int) -> None:
         """A slot is not needed any more: whoever waits for one hears of it."""
-        seq = self._seqs.pop((queue, number), 0)
         stream = self._settings().nats.stream
         with contextlib.suppress(StoreError):  # Then its lease runs out.
-            await delete_message(self._link, stream, seq)
+            async with self._changing:
+                await delete_message(self._link, stream, self._seqs.pop((queue, number), 0))
             await self._news.tell(wake=queue)
 
     async def renew(self) -> None:
         """Extend the leases of our slots."""
-        for (queue, number), seq in list(self._seqs.items()):
-            if not await self._put(queue, number, seq):
-                self._seqs.pop((queue, number), None)
+        for queue, number in list(self._seqs):
+            async with self._changing:
+                seq = self._seqs.get((queue, number))
+                if seq is not None and not await self._put(queue, number, seq):
+                    del self._seqs[queue, number]
 
 
 # -- what this daemon has claimed
@@ -7369,23 +7601,20 @@ class NatsClaims:
 
     def __init__(
         self,
-        link: NatsLink,
-        subjects: NatsSubjects,
         settings: Settings,
         calls: NatsCalls,
         messages: NatsMessages,
         ends: NatsEnds,
+        holdings: NatsHoldings,
+        owners: NatsOwners,
     ) -> None:
-        self.owner = process_id()
         self.keys = ends.keys
-        self.held: dict[str, Held] = {}  # by id
-        self.busy: set[str] = set()  # ids of claims whose end is being stored
-        self._link = link
-        self._subjects = subjects
+        self.holdings = holdings
         self._settings = settings
         self._calls = calls
         self._messages = messages
         self._ends = ends
+        self._owners = owners
 
     async def begin(self, lane: NatsLane, delivery: Delivery) -> Claim | None:
         """Write that a call runs. None: somebody else has it, or it has nothing to do any more."""
@@ -7395,7 +7624,7 @@ class NatsClaims:
             log.error(
                 "NATS: a message on %s is none of ours (%s): set aside", delivery.subject, exc
             )
-            await self._link.send(delivery.reply, b"+TERM")
+            await self._messages.set_aside(delivery)
             return None
         request = stored.parts
         fresh = lane.queue != CALLBACKS
@@ -7404,7 +7633,7 @@ class NatsClaims:
                 fresh = False
                 claimed = await self._started(stored, delivery, None)
             else:
-                record = await self._calls.read(self._subjects.record(stored.call))
+                record = await self._calls.record_of(stored.call)
                 if record is not None:
                     stored = record
                     claimed = await self._follow(lane, record, delivery, request)
@@ -7427,7 +7656,7 @@ class NatsClaims:
                     raise
                 continue
             held = Held(delivery, Stored(seq, claimed, parts), lane.queue, lane.name)
-            self.held[claimed.id] = held
+            self.holdings.hold(held)
             return nats_claim(held)
 
     async def _follow(
@@ -7448,8 +7677,8 @@ class NatsClaims:
                 await self._messages.ack(delivery)
                 return None
             return await self._started(record, delivery, request)
-        if await self._is_gone(call, delivery):
-            if call.owner == self.owner:  # The answer got lost: it never ran.
+        if await self._owners.has_lost(call, delivery):
+            if call.owner == self.holdings.owner:  # The answer got lost: it never ran.
                 return call
             await self._messages.answer(lane, delivery, await self.interrupted(record, request))
         return None
@@ -7461,13 +7690,15 @@ class NatsClaims:
         if call.callback_status != "pending":
             await self._messages.ack(delivery)
             return None
-        if call.owner == self.owner and await self._is_gone(call, delivery):
+        if call.owner == self.holdings.owner and await self._owners.has_lost(call, delivery):
             return call  # The answer got lost: it was never sent.
         if call.owner is not None:
-            if await self._is_gone(call, delivery):
+            if await self._owners.has_lost(call, delivery):
                 await self._messages.answer(lane, delivery, await self.interrupted(record, None))
             return None
-        return call._replace(callback_attempts=call.callback_attempts + 1, owner=self.owner)
+        return call._replace(
+            callback_attempts=call.callback_attempts + 1, owner=self.holdings.owner
+        )
 
     async def _started(
         self, stored: Stored, delivery: Delivery, request: Parts | None
@@ -7481,23 +7712,8 @@ class NatsClaims:
             await self._messages.ack(delivery)
             return None
         return call._replace(
-            status="running", attempts=call.attempts + 1, started_at=now, owner=self.owner
+            status="running", attempts=call.attempts + 1, started_at=now, owner=self.holdings.owner
         )
-
-    async def _is_gone(self, call: NatsCall, delivery: Delivery) -> bool:
-        """Whether who has claimed a call does not have it any more. If not, ask again later."""
-        owner = call.owner or ""
-        if owner == self.owner:
-            return call.id not in self.held and call.id not in self.busy
-        gone = has_died(owner, self.owner)
-        if not gone:
-            place = self._subjects.owner(owner)
-            gone = await is_gone(self._link, place, call.id, delivery.again)
-        if not gone:
-            wait_s = self._settings().queue(call.queue).ack_wait
-            wait_s = wait_s if self._link.age_s > SETTLED_S else min(wait_s, SETTLED_S)
-            await self._link.send(delivery.reply, b'-NAK {"delay": %d}' % round(wait_s * 1e9))
-        return gone
 
     async def interrupted(self, record: Stored, request: Parts | None) -> bytes | None:
         """Queue again what a dead daemon had claimed; how to answer its message.
@@ -7520,8 +7736,8 @@ class NatsClaims:
             if call.interrupted >= self._settings().max_interruptions(call.function):
                 error = f"interrupted {call.interrupted} times: the daemon died each time"
                 again = Stored(record.seq, call, parts)
-                await self._ends.give_up(again, "error", f"{error} while it ran")
-                return b"+ACK"
+                ended = await self._ends.give_up(again, "error", f"{error} while it ran")
+                return b"+ACK" if ended else None
             seq = await self._calls.write(call, record.parts, record.seq)
         except NatsRefused as exc:
             if exc.code not in WRONG_SEQUENCE:
@@ -7531,14 +7747,6 @@ class NatsClaims:
         await self._messages.store("work", again, call.queue, call.lane, f"{call.id}-{seq}")
         await self.keys.release(call)
         return b"+ACK"
-
-    def release(self, receipt: Hashable) -> Held | None:
-        """Take a claim out, if it is still valid."""
-        if isinstance(receipt, NatsReceipt):
-            held = self.held.get(receipt.id)
-            if held is not None and held.stored.seq == receipt.seq:
-                return self.held.pop(receipt.id)
-        return None
 
     async def complete(self, claim: Claim, outcome: Outcome, status: str) -> bool:
         """See WorkQueue."""
@@ -7550,19 +7758,10 @@ class NatsClaims:
         return await self._settle(claim, lambda held: self._ends.retry(held, outcome, delay_s))
 
     async def _settle(self, claim: Claim, end: Callable[[Held], Awaitable[bool]]) -> bool:
-        """End a claim in one of the ways below. False: it is not valid any more."""
-        held = self.release(claim.receipt)
-        if held is None:
+        done = await self.holdings.settle(claim, end)
+        if not done:
             await self.keys.stopped(claim)
-            return False
-        self.busy.add(claim.id)
-        try:
-            return await end(held)
-        except BaseException:  # It may be tried again.
-            self.held.setdefault(claim.id, held)
-            raise
-        finally:
-            self.busy.discard(claim.id)
+        return done
 
 
 class NatsTaker:
@@ -7575,12 +7774,14 @@ class NatsTaker:
         lanes: NatsLanes,
         claims: NatsClaims,
         slots: NatsSlots,
+        replies: NatsReplies,
     ) -> None:
         self._link = link
         self._settings = settings
         self._lanes = lanes
         self._claims = claims
         self._slots = slots
+        self._replies = replies
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by queue
 
     async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
@@ -7595,7 +7796,7 @@ class NatsTaker:
                 elif not self._link.away:
                     await self._claim(queue, limit, dict(room), made)
             except StoreError as exc:
-                log.warning("queue %s: no more work can be claimed for now: %s", queue, exc)
+                log.debug("queue %s: no more work can be claimed for now: %s", queue, exc)
         return made
 
     async def _claim_with_slots(
@@ -7630,9 +7831,10 @@ class NatsTaker:
             begun = await asyncio.gather(
                 *(self._claims.begin(*item) for item in taken), return_exceptions=True
             )
-            for (lane, _), claim in zip(taken, begun, strict=True):
+            for (lane, delivery), claim in zip(taken, begun, strict=True):
                 if isinstance(claim, StoreError):
-                    log.warning("queue %s: a call could not be claimed: %s", queue, claim)
+                    log.debug("queue %s: a call could not be claimed: %s", queue, claim)
+                    await self._replies.put_off(delivery, CLAIM_AGAIN_S)
                 elif isinstance(claim, BaseException):
                     raise claim
                 elif claim is not None:
@@ -7734,33 +7936,37 @@ class NatsOperator:
 
     async def stop(self, receipt: NatsReceipt) -> None:
         """A claim was cancelled: if it is ours, who runs it has to end."""
-        held = self._claims.release(receipt)
+        held = self._claims.holdings.release(receipt)
         if held is not None:
             await self._messages.ack(held.delivery)
             self._news.stopped(receipt)
 
     async def redrive(self, stored: Stored) -> bool:
-        """Queue a final call again, as if new. False: its request is not stored any more."""
-        if not stored.parts.has_request:
-            return False
+        """Queue a final call again, as if new. False: somebody else has done that.
+
+        The message comes first: a record that says "queued" would have nothing to run it, after a
+        crash. Of those who ask at once, one stores it; the others' is the same one.
+        """
         old = stored.call
         call = NatsCall(**{name: getattr(old, name) for name in KEPT_FIELDS})
         history = (*old.history, nats_past(old))
         call = call._replace(due_at=self._calls.now(), history=history)
         fresh = Stored(stored.seq, call, with_request(Parts(), stored.parts))
         dedup = f"{call.id}-{stored.seq}"
-        await self._messages.store("work", fresh, call.queue, call.lane, dedup)
+        first = await self._messages.store("work", fresh, call.queue, call.lane, dedup)
         with contextlib.suppress(NatsRefused):  # Then it runs already.
             await self._calls.write(call, Parts(), stored.seq)
-        return True
+        return first
 
     async def redrive_one(self, call_id: str) -> None:
         """See CallRecords."""
         stored = await self._calls.find(call_id)
         if not stored.call.finished:
             raise HttpError(409, "the call, or its callback, has not finished yet")
-        if not await self.redrive(stored):
+        if not stored.parts.has_request:
             raise HttpError(410, NO_REQUEST)
+        if not await self.redrive(stored):
+            raise HttpError(409, "the call has been queued again already")
 
     async def resend(self, call_id: str) -> None:
         """See CallRecords."""
@@ -7778,9 +7984,18 @@ class NatsOperator:
             callback_attempts=0,
             callback_http_status=None,
             callback_error=None,
-            due_at=self._calls.now(),
+            due_at=self._calls.now() + RESEND_S,
         )
-        seq = await self._calls.write(fresh, parts, stored.seq)
+        # A record that says "pending" has a message, also after a crash. Before the record says so,
+        # that message would lead to nothing, so it comes later, and once more at once.
+        lane = callback_lane(call.callback_target)
+        await self._messages.later(Stored(stored.seq, fresh, Parts()), CALLBACKS, lane)
+        try:
+            seq = await self._calls.write(fresh, parts, stored.seq)
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+            raise HttpError(409, "the call has changed meanwhile") from None
         await self._messages.callback(Stored(seq, fresh, parts))
 
     async def cancel_all(self, call_id: str) -> int:
@@ -7799,7 +8014,8 @@ class NatsOperator:
 
     async def redrive_finished(self, stored: Stored) -> bool:
         """Queue a call again if it is final."""
-        return stored.call.finished and await self.redrive(stored)
+        possible = stored.call.finished and stored.parts.has_request
+        return possible and await self.redrive(stored)
 
     async def bulk(
         self, filters: CallFilter, change: Callable[[Stored], Awaitable[bool]]
@@ -7832,19 +8048,19 @@ class NatsOperator:
         stored = await self._calls.current(own_id)
         return stored is not None and await self.cancel(stored, waiting_only=True)
 
-    async def prune(self, kept_s: float) -> int:
-        """Delete a batch of final records that were to be kept for `kept_s`, and now are not."""
-        keep = self._settings().calls.keep
-        if keep >= kept_s:  # The server does it.
-            return 0
-        gone: list[NatsCall] = []
-        async for batch in self._calls.matching(CallFilter(statuses=FINAL), None, BATCH):
-            gone += [stored.call for stored in batch if self._calls.is_past(stored.call)]
-            if len(gone) >= BATCH:
-                break
-        gone = gone[:BATCH]
-        await asyncio.gather(*map(self._calls.forget, gone))
-        return len(gone)
+
+async def nats_prune(calls: NatsCalls, kept_s: float, settings: Settings) -> int:
+    """Delete a batch of final records that were to be kept for `kept_s`, and now are not."""
+    if settings().calls.keep >= kept_s:  # The server does it.
+        return 0
+    gone: list[NatsCall] = []
+    async for batch in calls.matching(CallFilter(statuses=FINAL), None, BATCH):
+        gone += [stored.call for stored in batch if calls.is_past(stored.call)]
+        if len(gone) >= BATCH:
+            break
+    gone = gone[:BATCH]
+    await asyncio.gather(*map(calls.forget, gone))
+    return len(gone)
 
 
 class NatsDeadlines:
@@ -8082,35 +8298,17 @@ class NatsRecovery:
 
     def __init__(
         self,
-        link: NatsLink,
         subjects: NatsSubjects,
         calls: NatsCalls,
         waiting: NatsWaiting,
         messages: NatsMessages,
         claims: NatsClaims,
     ) -> None:
-        self._link = link
         self._subjects = subjects
         self._calls = calls
         self._waiting = waiting
         self._messages = messages
         self._claims = claims
-
-    async def adopt(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Store work again that is there and that its consumer will not hand out.
-
-        A server that was killed may take what it had sent to somebody for acked.
-        """
-        for name, info in consumers.items():
-            root, queue, lane = name.split("+")
-            floor = info["ack_floor"]["stream_seq"]
-            place = self._subjects.place("work", nats_name(queue), nats_name(lane), ">")
-            if root == "work" and await self._waiting.first_seq(place) <= floor:
-                for seq, data, subject in await self._waiting.between(place, 1, floor):
-                    with contextlib.suppress(NatsRefused):  # Then it was acked meanwhile.
-                        await self._link.publish(
-                            subject, data, Nats_Expected_Last_Subject_Sequence=seq
-                        )
 
     async def recover(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what daemons had that are gone, without waiting for their leases to run out."""
@@ -8137,12 +8335,12 @@ class NatsRecovery:
             message = unpack_call(data)
         except (ValueError, TypeError, KeyError):
             return b"-NAK"  # Who gets it tells.
-        record = await self._calls.read(self._subjects.record(message.call))
+        record = await self._calls.record_of(message.call)
         if record is None or record.call.owner is None:
             return b"-NAK"
-        if record.call.owner == self._claims.owner:
-            return None if record.call.id in self._claims.held else b"-NAK"
-        if not has_died(record.call.owner, self._claims.owner):
+        if record.call.owner == self._claims.holdings.owner:
+            return None if record.call.id in self._claims.holdings else b"-NAK"
+        if not has_died(record.call.owner, self._claims.holdings.owner):
             return None  # Its lease decides.
         return await self._claims.interrupted(record, None if queue == CALLBACKS else message.parts)
 
@@ -8155,24 +8353,20 @@ class NatsLeases:
     """Has the servers know that what we have is under way."""
 
     def __init__(
-        self, link: NatsLink, lanes: NatsLanes, claims: NatsClaims, slots: NatsSlots
+        self, replies: NatsReplies, lanes: NatsLanes, holdings: NatsHoldings, slots: NatsSlots
     ) -> None:
-        self._link = link
+        self._replies = replies
         self._lanes = lanes
-        self._claims = claims
+        self._holdings = holdings
         self._slots = slots
 
     async def renew(self) -> None:
         """Extend all of them."""
-        for held in list(self._claims.held.values()):
-            await self._extend(held.delivery)
-        await self._lanes.renew(self._extend)
+        for held in list(self._holdings.held.values()):
+            await self._replies.extend(held.delivery)
+        await self._lanes.renew()
         with contextlib.suppress(StoreError):
             await self._slots.renew()
-
-    async def _extend(self, delivery: Delivery) -> None:
-        with contextlib.suppress(StoreError):
-            await self._link.send(delivery.reply, b"+WPI")
 
 
 class NatsPeers:
@@ -8183,21 +8377,21 @@ class NatsPeers:
         link: NatsLink,
         subjects: NatsSubjects,
         lanes: NatsLanes,
-        claims: NatsClaims,
+        holdings: NatsHoldings,
         operator: NatsOperator,
         news: NatsNews,
     ) -> None:
         self._link = link
         self._subjects = subjects
         self._lanes = lanes
-        self._claims = claims
+        self._holdings = holdings
         self._operator = operator
         self._news = news
 
     async def listen(self) -> None:
         """Begin."""
         await self._link.subscribe(self._subjects.news, self._heard)
-        await self._link.subscribe(self._subjects.owner(self._claims.owner), self._asked)
+        await self._link.subscribe(self._subjects.owner(self._holdings.owner), self._asked)
 
     async def _heard(self, message: nats.aio.msg.Msg) -> None:
         """Another daemon has told something."""
@@ -8218,7 +8412,7 @@ class NatsPeers:
     async def _asked(self, message: nats.aio.msg.Msg) -> None:
         """Another daemon asks whether we hold a claim."""
         own_id = message.data.decode()
-        held = own_id in self._claims.held or own_id in self._claims.busy
+        held = own_id in self._holdings
         with contextlib.suppress(StoreError):
             await self._link.send(message.reply, b"1" if held else b"0")
 
@@ -8262,8 +8456,8 @@ class NatsChores(NamedTuple):
     """What is done by the keeper, and how it is done elsewhere."""
 
     begin: Callable[[], Awaitable[None]]
-    adopt: Callable[[Mapping[str, Mapping[str, Any]]], Awaitable[None]]
     renew: Callable[[], Awaitable[None]]
+    give_back: Callable[[], Awaitable[None]]
     expire: Callable[[Delivery], Awaitable[None]]
 
 
@@ -8341,13 +8535,12 @@ class NatsKeeper:
         await self._changes.announce()
         if fresh:
             await self._chores.renew()
+            await self._chores.give_back()
         for queue, turns in list(self._lanes.queues.items()):
             if turns.ready and not turns.wanted:  # Slots may be free now.
                 self._lanes.wake(queue)
         try:
-            consumers = await self._consumers.poll()
-            if self._link.age_s < YOUNG_S:
-                await self._chores.adopt(consumers)
+            await self._consumers.poll()
         except NatsRefused as exc:
             if exc.code in NOT_THERE:
                 log.error("%s", exc)
@@ -8512,35 +8705,36 @@ class NatsQueue:
 
     def _compose(self, listener: Listener) -> None:
         """Make the parts."""
-        link = self._link
-        subjects = self._subjects
-        settings = self._settings
-        calls = self._calls
+        link, subjects = self._link, self._subjects
+        settings, calls = self._settings, self._calls
         news = NatsNews(link, subjects, listener, calls.changes)
-        lanes = NatsLanes(link, settings, self._wake)
+        replies = NatsReplies(link)
+        lanes = NatsLanes(link, settings, replies, self._wake)
         consumers = NatsConsumers(link, subjects, settings, lanes)
-        messages = NatsMessages(link, subjects, consumers, lanes)
+        messages = NatsMessages(link, subjects, consumers, lanes, replies)
         keys = NatsKeys(link, subjects, settings().nats.stream, calls, messages)
         ends = NatsEnds(subjects, settings, calls, messages, news, keys)
-        claims = NatsClaims(link, subjects, settings, calls, messages, ends)
-        slots = NatsSlots(link, subjects, settings, calls, news, claims.owner)
+        holdings = NatsHoldings()
+        owners = NatsOwners(link, subjects, settings, holdings, messages)
+        claims = NatsClaims(settings, calls, messages, ends, holdings, owners)
+        slots = NatsSlots(link, subjects, settings, calls, news, holdings.owner)
         operator = NatsOperator(subjects, settings, calls, claims, messages, news)
         intake = NatsIntake(link, subjects, settings, calls, messages, lanes)
-        deadlines = NatsDeadlines(calls, ends, messages, operator)
-        leases = NatsLeases(link, lanes, claims, slots)
-        recovery = NatsRecovery(link, subjects, calls, self._waiting, messages, claims)
-        chores = NatsChores(self._begin, recovery.adopt, leases.renew, deadlines.expire)
+        expire = NatsDeadlines(calls, ends, messages, operator).expire
+        renew = NatsLeases(replies, lanes, holdings, slots).renew
+        recovery = NatsRecovery(subjects, calls, self._waiting, messages, claims)
+        chores = NatsChores(self._begin, renew, replies.reconnected, expire)
         self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
         self._parts = NatsParts(
             lanes=lanes,
             consumers=consumers,
             claims=claims,
             slots=slots,
-            taker=NatsTaker(link, settings, lanes, claims, slots),
+            taker=NatsTaker(link, settings, lanes, claims, slots, replies),
             operator=operator,
             intake=intake,
             news=news,
-            peers=NatsPeers(link, subjects, lanes, claims, operator, news),
+            peers=NatsPeers(link, subjects, lanes, holdings, operator, news),
             recovery=recovery,
             takeover=NatsTakeover(link, subjects, settings, intake),
             schedules=NatsSchedules(link, subjects, calls, intake),
@@ -8641,10 +8835,10 @@ class NatsQueue:
         await self._parts.news.tell(pause=(name, paused))
 
     async def stats(self) -> Mapping[str, QueueStats]:
-        if self._link.away:
-            return {}
-        await self._parts.consumers.poll()
-        return await nats_stats(self._parts.lanes, self._waiting)
+        with contextlib.suppress(StoreError):  # Who starts or looks goes on all the same.
+            await self._parts.consumers.poll()
+            return await nats_stats(self._parts.lanes, self._waiting)
+        return {}
 
     def watch(self, tell: Tell[Changes] | None) -> None:
         self._calls.changes.watch(tell)
@@ -8654,7 +8848,7 @@ class NatsQueue:
         return await nats_overview(self._link, self._settings().nats, self._parts.lanes, stats)
 
     async def prune(self) -> int:
-        number = await self._parts.operator.prune(self._kept_s)
+        number = await nats_prune(self._calls, self._kept_s, self._settings)
         self._kept_s = self._kept_s if number else self._settings().calls.keep
         return number
 
@@ -10543,6 +10737,8 @@ class Consumer:
         self._queue = queue
         self._job = job
         self._wake = asyncio.Event()
+        self._told = asyncio.Event()  # set, and another one then, by what the queue tells
+        self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
         self._running: dict[Hashable, Running] = {}  # by receipt
         self._tasks: set[asyncio.Task[None]] = set()  # these, and those that store their outcome
         self._claiming = False
@@ -10557,8 +10753,10 @@ class Consumer:
         return len(self._running)
 
     def wake(self) -> None:
-        """There may be something to claim."""
+        """There may be something to claim: so the queue works, perhaps again."""
         self._wake.set()
+        self._told.set()
+        self._told = asyncio.Event()
 
     def cancel(self, receipt: Hashable) -> None:
         """End the attempt of a claim whose work was cancelled, if it is one of this queue.
@@ -10607,7 +10805,7 @@ class Consumer:
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
                 await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
-                self.wake()
+                self._wake.set()
                 continue
             for claim in claims:
                 if claim.receipt not in self._revoked:
@@ -10615,7 +10813,7 @@ class Consumer:
             self._claiming = False
             self._revoked.clear()
             if len(claims) >= free:
-                self.wake()
+                self._wake.set()
 
     def _start(self, claim: Claim) -> None:
         task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
@@ -10633,12 +10831,12 @@ class Consumer:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
         task = self._running.pop(claim.receipt).task
-        self.wake()
+        self._wake.set()
         try:
             await self._settle(claim, outcome)
         finally:
             self._tasks.discard(task)
-            self.wake()
+            self._wake.set()
 
     async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Store what became of an attempt, however long the disk is full: the function has run."""
@@ -10646,17 +10844,29 @@ class Consumer:
         if outcome is not None:
             decision = self._job.decide(claim, outcome)
         while True:
+            told = self._told
             try:
                 stored = await self._store(claim, outcome, decision)
                 break
             except StoreError as exc:
-                log.error("the outcome of call %s can't be stored yet: %s", claim.call_id, exc)
+                level = logging.DEBUG if self._stuck else logging.ERROR  # One line is enough.
+                text = "the outcome of call %s can't be stored yet: %s"
+                log.log(level, text, claim.call_id, exc)
+                self._stuck.add(claim.id)
                 if self._stopping.done():
                     log.error("stopping: call %s will run again", claim.call_id)
                     return
-                await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
+            await self._until_told(told)
+        self._stuck.discard(claim.id)
         if stored and outcome is not None:
             self._job.ended(claim, outcome, decision)
+
+    async def _until_told(self, told: asyncio.Event) -> None:
+        """Wait until the queue has told something, which it does when it works again."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_STORE_S):
+                await told.wait()
+                await asyncio.sleep(RETRY_SOON_S)
 
     async def _store(self, claim: Claim, outcome: Outcome | None, decision: Decision) -> bool:
         if outcome is not None and decision.delay_s is None:
@@ -10785,6 +10995,7 @@ class Intake:
     settings: Settings
     queue: Queue
     metrics: Metrics
+    refusals: Refusals
 
     def controls(self, headers: Mapping[str, str], app: str | None = None) -> Controls:
         """What the headers of a request ask for. Raises HttpError(400)."""
@@ -10835,6 +11046,7 @@ class Intake:
         """Queue a call; it is on disk when this returns. Raises StoreError, HttpError(422, 429)."""
         call = self.invocation(function, target, headers, body, controls)
         call_id = await self.queue.enqueue(call)
+        self.refusals.over()
         self._count(call)
         return Accepted(call_id, call.start_time)
 
@@ -11150,9 +11362,10 @@ class Route(NamedTuple):
 class Front:
     """Every request comes here: it is guarded, and handed to the first route that fits."""
 
-    def __init__(self, settings: Settings, routes: Sequence[Route]) -> None:
+    def __init__(self, settings: Settings, routes: Sequence[Route], refusals: Refusals) -> None:
         self._settings = settings
         self._routes = routes
+        self._refusals = refusals
         self._own_names = machine_names()
         self._requests: set[asyncio.Task[Any] | None] = set()  # that are being answered
         self._asked: weakref.WeakSet[Any] = weakref.WeakSet()  # connections with a request
@@ -11209,7 +11422,7 @@ class Front:
             parts = tuple(map(unquote, raw))
             response = await route.handler(Request(request, target, parts, origin))
         except StoreError as exc:
-            log.error("request refused: %s", exc)
+            self._refusals.count(exc)
             text = f"the queue can't store this now, try again later: {exc}"
             response = error_reply(target, HttpError(503, text, LATER))
         except HttpError as exc:
@@ -14211,7 +14424,8 @@ class Daemon:
         commands = CommandRunner()
         commands.watch_orphans()
         caller = FunctionCaller(http, provided_http, commands, directory)
-        intake = Intake(settings, self._queue, self._metrics)
+        refusals = Refusals()
+        intake = Intake(settings, self._queue, self._metrics, refusals)
         metrics = self._metrics
         steps = ScheduleSteps(self._queue, intake, directory)
         news = self._schedule_news
@@ -14236,7 +14450,7 @@ class Daemon:
             ScheduleRoutes(scheduler),
             PageRoutes(),
         )
-        return Front(settings, routes), {CALLBACKS: sender, "": invoker}, chores
+        return Front(settings, routes, refusals), {CALLBACKS: sender, "": invoker}, chores
 
     def _callback_allowed(self, host: str, address: str) -> bool:
         return callback_allowed(host, address, self.config.callback)

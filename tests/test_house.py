@@ -29,7 +29,7 @@ SECTIONS = (
     "SQLite index", "SQLite file", "SQLite keys", "SQLite steps", "SQLite schedules", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
     "NATS work", "NATS keys", "NATS outcomes",
-    "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
+    "NATS owners", "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP failures", "HTTP connections", "HTTP client", "Commands",
     "Functions", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes",

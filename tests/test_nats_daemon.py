@@ -1,6 +1,7 @@
 """Hosts that share a queue on NATS, as an outsider sees them: any gateway accepts, any host runs, everybody knows."""
 
 import asyncio
+import base64
 import collections
 import json
 import os
@@ -226,15 +227,21 @@ async def test_a_key_that_comes_to_two_gateways_at_once_is_one_call(hosts: Start
 
 
 async def test_a_finished_call_is_run_again_from_another_host(hosts: StartHost, function: Server) -> None:
-    """With its own request."""
+    """With its own request; of many who ask at once, at either host, one is told that it will be."""
     function.behaviour = answer(400)
-    one, other = [await hosts(one_function(function)) for _ in range(2)]
-    call_id = await one.submit("it/path?q", b"body")
-    assert (await one.final(call_id))["status"] == "error"
-    function.behaviour = answer(200)
-    assert (await post(other, f"/system/calls/{call_id}/retry")).status == 202
-    assert (await other.until(call_id, lambda record: record["status"] == "success"))["call_id"] == call_id
-    assert [(request.target, request.body) for request in function.requests] == [("/path?q", b"body")] * 2
+    pair = [await hosts(one_function(function)) for _ in range(2)]
+    calls = await submit_all(5, pair[0])
+    assert await ended(pair[1], calls) == {"error": 5}
+    function.behaviour = gate = Gate()
+    for call_id in calls:
+        asking = (post(host, f"/system/calls/{call_id}/retry") for host in pair * 4)
+        replies = await asyncio.gather(*asking)
+        assert sorted(reply.status for reply in replies) == [202, *[409] * 7]
+    gate.open()
+    for call_id in calls:
+        await pair[0].until(call_id, lambda record: record["status"] == "success")
+    assert collections.Counter(function.call_ids) == collections.Counter(calls * 2)
+    assert {request.body for request in function.requests} == {b"x"}
 
 
 async def test_matching_calls_are_changed_from_another_host(hosts: StartHost, function: Server) -> None:
@@ -256,6 +263,16 @@ async def test_matching_calls_are_changed_from_another_host(hosts: StartHost, fu
 
 
 # ---- who is next -------------------------------------------------------------------------------------------------
+
+
+async def test_a_global_limit_of_one_is_kept_by_two_hosts(hosts: StartHost, function: Server) -> None:
+    """The function never sees two of their calls at once, and both hosts go on."""
+    limits = "[queues.faas-request]\nmax_inflight = 4\nmax_inflight_global = 1"
+    one, other = [await hosts(one_function(function, limits)) for _ in range(2)]
+    calls = await submit_all(20, one, other)
+    assert await ended(one, calls) == {"success": 20}
+    assert function.most_running == 1
+    assert len(function.requests) == 20
 
 
 async def test_a_slot_of_a_dead_host_is_free_again(hosts: StartHost, function: Server) -> None:
@@ -547,6 +564,47 @@ async def test_a_large_answer_does_not_keep_a_call_from_its_end(
     gateway = await hosts(one_function(function), server.url)
     record = await gateway.final(await gateway.submit("it"))
     assert (record["status"], record["response_bytes"]) == ("success", 60_000)
+
+
+# ---- OpenFaaS's own messages ---------------------------------------------------------------------
+
+
+async def test_the_messages_of_an_openfaas_gateway_are_taken_over(
+    hosts: StartHost, server: NatsServer, function: Server, sink: Server
+) -> None:
+    """Method, path, query, headers, body and callback are what its gateway wrote; nonsense among them is set aside."""
+    gateway = await hosts(one_function(function))
+    message = {
+        "Header": {"X-Call-Id": ["theirs"], "X-Own": ["a", "b"], "X-Start-Time": ["1700000000000000000"]},
+        "Host": "gateway.example",
+        "Body": base64.b64encode(bytes(range(256))).decode(),
+        "Method": "POST",
+        "Path": "/a/b",
+        "QueryString": "c=d",
+        "Function": "it",
+        "QueueName": "faas-request",
+        "Annotations": None,
+        "CallbackUrl": {
+            "Scheme": "http",
+            "Opaque": "",
+            "User": None,
+            "Host": f"127.0.0.1:{sink.port}",
+            "Path": "/back",
+        },
+    }
+    async with server.client() as client:
+        for data in (b"no JSON", b'{"Function": 5}', b"[]", json.dumps(message).encode()):
+            await client.publish("faas-request", data)
+        await client.flush()
+    (request,) = await function.wait_for(1)
+    assert (request.method, request.target, request.body) == ("POST", "/a/b?c=d", bytes(range(256)))
+    assert (request.call_id, request.headers.getall("X-Own")) == ("theirs", ["a", "b"])
+    (callback,) = await sink.wait_for(1)
+    assert (callback.target, callback.call_id) == ("/back", "theirs")
+    assert (await gateway.final("theirs"))["status"] == "success"
+    await gateway.wait_for_log("faas-request")
+    assert "no JSON" not in gateway.log
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
 
 
 # ---- retention -----------------------------------------------------------------------------------

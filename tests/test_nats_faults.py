@@ -42,7 +42,9 @@ from jetstream import (
     post,
     submit_all,
 )
+from test_crash import CANCELLED, ENDS, TOLD, Witness, is_done
 
+KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 8))  # 200 for the long form
 MANY = "[queues.faas-request]\nmax_inflight = 16\n[retry]\nattempts = 1000\n"
 
 
@@ -607,7 +609,7 @@ async def assert_it_ended_once(stage: Stage, client: Client) -> None:
     ("name", "how"),
     [
         *((name, "killed") for name in SCENARIOS),
-        *((name, "unacknowledged") for name in ("retry", "key")),
+        *((name, "unacknowledged") for name in ("callback", "retry", "key")),
     ],
 )
 async def test_no_step_is_the_wrong_moment(name: str, how: str, tmp_path: Path) -> None:
@@ -627,3 +629,114 @@ async def test_no_step_is_the_wrong_moment(name: str, how: str, tmp_path: Path) 
         if not all(results):
             break
     assert reached >= 2
+
+
+# ---- all at random -------------------------------------------------------------------------------
+
+
+async def clients_of(witness: Witness) -> None:
+    """Clients that end when their host is gone, or can't store what they ask for."""
+    try:
+        await witness.client()
+    except AssertionError as error:
+        if "503" not in str(error):
+            raise
+
+
+class Siege:
+    """One server, two hosts, and clients of both, while they are killed in turns."""
+
+    def __init__(self, server: NatsServer, pair: Sequence[Daemon], sink: Server) -> None:
+        self.server, self.pair = server, pair
+        self.witnesses = [Witness(host, sink) for host in pair]
+        self.first, self.second = self.witnesses
+        self.second.stories, self.second.wrong = self.first.stories, self.first.wrong
+        self.chance = self.first.chance
+        self.killed = 0  # hosts
+
+    async def kill(self, victim: NatsServer | Daemon) -> None:
+        """Kill and start one of them at any moment under load, and wait until both hosts are ready."""
+        stories = self.first.stories
+        self.first.some_accepted.clear()
+        clients = [asyncio.create_task(clients_of(witness)) for witness in self.witnesses for _ in range(3)]
+        # The moment of the kill is the thing here: any moment in the first fifth of a second under load.
+        await asyncio.sleep(self.chance.uniform(0, 0.2))
+        await self.first.some_accepted.wait()
+        self.killed += victim is not self.server
+        await victim.kill()
+        await victim.start()
+        for client in clients:
+            client.cancel()
+        for result in await asyncio.gather(*clients, return_exceptions=True):
+            assert result is None or isinstance(result, asyncio.CancelledError), result
+        self.first.life = self.second.life = self.first.life + 1
+        for host in self.pair:
+            await eventually(functools.partial(ready, host))
+        for call_id, found in (await self.first.records()).items():
+            if found["completed_at"] is None and stories[call_id].path in ("", *CANCELLED):
+                await self.first.cancel(call_id, stories[call_id])
+
+    async def everything_ends(self) -> dict[str, dict[str, Any]]:
+        """The records, once no call has anything left to do, and neither has the server."""
+        left: list[object] = []
+
+        async def all_done() -> bool:
+            left[:] = [record for record in (await self.second.records()).values() if not is_done(record)]
+            left.extend(subject for subject in await self._subjects() if ".work." in subject)
+            return not left
+
+        try:
+            await eventually(all_done)
+        except TimeoutError:
+            raise AssertionError(left) from None
+        return await self.second.records()
+
+    async def _subjects(self) -> list[str]:
+        async with self.server.jetstream() as jetstream:
+            return list((await jetstream.stream_info(STREAM, subjects_filter=">")).state.subjects or {})
+
+    async def end(self) -> str:
+        """Compare what the records say with what was seen of each call that was accepted; what there was to see."""
+        records = await self.everything_ends()
+        accepted = {key: story for key, story in self.first.stories.items() if story.accepted}
+        lost, again = 0, 0
+        for call_id, story in accepted.items():
+            if (record := records.get(call_id)) is not None:
+                assert (record["status"], record["callback"]["status"]) in ENDS[story.path], (record, story)
+                assert story.runs <= record["attempts"] or story.redriven, (record, story)
+            elif not (story.cancelled is not None if story.path in CANCELLED else story.answer):
+                lost += 1  # else its record was pruned, after the end
+            assert bool(story.callbacks) == (story.path in TOLD), story
+            again += story.runs > 1 and story.path in ("/plain", "/delayed")
+        assert self.first.wrong == []
+        assert {story.path for story in accepted.values()} == set(ENDS)
+        most = self.killed * MOST_RUNNING
+        told = f"{len(accepted)} calls accepted, {again} run twice (at most {most}), {lost} lost"
+        assert lost == 0, told
+        assert again <= most, told
+        return told
+
+
+MOST_RUNNING = 16 + 4  # calls of one host at once
+
+
+@pytest.mark.parametrize("who", ["server", "anybody"])
+async def test_random_kills_break_no_promise(
+    hosts: StartHost, server: NatsServer, function: Server, sink: Server, who: str
+) -> None:
+    """Whoever is killed and whenever: each accepted call ends in one state and stays there, is told of only once it has
+    ended, and does not run again once its outcome is stored; with retries, delays, cancels, redrives and pruning.
+    Only what a killed host was running may run twice."""
+    settings = (
+        f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 16\n[queues.slow]\n'
+        'max_inflight = 4\nack_wait = "1s"\n[retry]\nattempts = 1000\nmax_interruptions = 1000\nmax_wait = "50ms"\n'
+        '[callback]\nattempts = 1000\n[calls]\nkeep = "4s"'
+    )
+    pair = [await hosts(settings) for _ in range(2)]
+    siege = Siege(server, pair, sink)
+    function.behaviour, sink.behaviour = siege.first.function, siege.first.callback
+    victims: list[NatsServer | Daemon] = [server] if who == "server" else [server, *pair]
+    for _ in range(KILLS):
+        await siege.kill(siege.chance.choice(victims))
+    told = await siege.end()
+    print(f"{KILLS} kills of {who}: {told}")
