@@ -8692,13 +8692,13 @@ class NatsQueue:
             await ensure_stream(self._link, config)
             self._notice = await check_promise(self._link, config)
             await parts.peers.listen()
+            await parts.takeover.listen()
             for subject in await self._calls.subjects(self._subjects.pauses):
                 if note := await self._calls.note(subject):
                     parts.lanes.pause(note["queue"], note["paused"])
             await parts.consumers.ensure("work", DEADLINES, "all")
             await parts.recovery.recover(await parts.consumers.poll())
             await parts.lanes.start()
-            await parts.takeover.listen()
         except BaseException:
             await self._link.close()
             raise
