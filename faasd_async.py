@@ -5118,7 +5118,6 @@ DEADLINES = "@deadlines"  # the queue of deadlines that pass
 WRONG_SEQUENCE = (10071, 10164)
 NO_REPLICAS = 10074  # the server is alone
 NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
-RECENT_ACKS = 1000  # What a connection may lose at its end is less than that.
 MANY_NATS_REQUESTS = 64  # under way at once for an operator
 NAMED_SUBJECTS = 1000  # that one request for records may name: the server takes 1,024
 
@@ -5984,13 +5983,11 @@ class NatsLane:
             self._released.clear()
             self._end_pull()
 
-    def lost(self) -> Sequence[Delivery]:
-        """The connection is another one: nobody waits at the server for us. What we had."""
+    def lost(self) -> None:
+        """The connection is another one: nobody waits at the server for us."""
         self._parked = None
-        had = tuple(self.buffer)
         self.buffer.clear()
         self._end_pull()
-        return had
 
     def park(self, number: str) -> None:
         """The next message will be sent to us."""
@@ -6108,18 +6105,15 @@ class NatsPulls:
 
 class NatsReplies:
     """What a consumer is told of the messages that it has sent: that work is done, goes on, or has
-    to be delivered again. What a broken connection may have swallowed is said once more.
+    to be delivered again. What gets lost with a connection, NatsRecovery finds after the next.
     """
 
     def __init__(self, link: NatsLink) -> None:
         self._link = link
-        self._acked: deque[Delivery] = deque(maxlen=RECENT_ACKS)  # the last ones
-        self._owed: list[Delivery] = []  # what could not be given back yet
 
     async def ack(self, delivery: Delivery) -> None:
         """The work is done: its message is deleted."""
-        self._acked.append(delivery)
-        with contextlib.suppress(StoreError):  # See `reconnected`.
+        with contextlib.suppress(StoreError):
             await self._link.send(delivery.reply, b"+ACK")
 
     async def extend(self, delivery: Delivery) -> None:
@@ -6129,32 +6123,13 @@ class NatsReplies:
 
     async def give_back(self, delivery: Delivery) -> None:
         """Have a message delivered again, to us or another daemon, before all that wait."""
-        try:
+        with contextlib.suppress(StoreError):
             await self._link.request(delivery.reply, b"-NAK")
-        except StoreError:
-            self._owed.append(delivery)
 
     async def put_off(self, delivery: Delivery, delay_s: float) -> None:
         """Have a message delivered again after a while."""
-        try:
+        with contextlib.suppress(StoreError):
             await self._link.send(delivery.reply, b'-NAK {"delay": %d}' % round(delay_s * 1e9))
-        except StoreError:
-            self._owed.append(delivery)
-
-    def owe(self, deliveries: Iterable[Delivery]) -> None:
-        """These came on a connection that is gone, and are not wanted now."""
-        self._owed += deliveries
-
-    async def reconnected(self) -> None:
-        """Say once more what may have been lost with the connection."""
-        owed = self._owed
-        self._owed = []
-        for delivery in owed:
-            await self.put_off(delivery, RETRY_SOON_S)
-        acked = list(self._acked)
-        self._acked.clear()
-        for delivery in acked:
-            await self.ack(delivery)
 
 
 # --- NATS turns -----------------------------------------------------------------------------------
@@ -6348,9 +6323,9 @@ class NatsLanes:
                 await self._replies.extend(delivery)
 
     def reconnected(self) -> None:
-        """What was sent on the old connection is nobody's until it is given back."""
+        """What was sent on the old connection may be sent again to others."""
         for lane in self.by_consumer.values():
-            self._replies.owe(lane.lost())
+            lane.lost()
             self.queues[lane.queue].ready[lane.name] = lane
             self._wake(lane.queue)
 
@@ -8294,7 +8269,9 @@ class NatsSchedules:
 
 
 class NatsRecovery:
-    """What is done at a start for daemons that are gone."""
+    """Work that was sent to somebody who does not have it any more, or never got it: it is
+    looked for at a start and whenever there is a connection again.
+    """
 
     def __init__(
         self,
@@ -8311,7 +8288,7 @@ class NatsRecovery:
         self._claims = claims
 
     async def recover(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what daemons had that are gone, without waiting for their leases to run out."""
+        """Have it delivered again, without waiting for leases to run out."""
         await self._claims.keys.look_after()
         for name, info in consumers.items():
             root, queue, lane = name.split("+")
@@ -8457,7 +8434,7 @@ class NatsChores(NamedTuple):
 
     begin: Callable[[], Awaitable[None]]
     renew: Callable[[], Awaitable[None]]
-    give_back: Callable[[], Awaitable[None]]
+    recover: Callable[[Mapping[str, Mapping[str, Any]]], Awaitable[None]]
     expire: Callable[[Delivery], Awaitable[None]]
 
 
@@ -8535,12 +8512,13 @@ class NatsKeeper:
         await self._changes.announce()
         if fresh:
             await self._chores.renew()
-            await self._chores.give_back()
         for queue, turns in list(self._lanes.queues.items()):
             if turns.ready and not turns.wanted:  # Slots may be free now.
                 self._lanes.wake(queue)
         try:
-            await self._consumers.poll()
+            consumers = await self._consumers.poll()
+            if fresh:
+                await self._chores.recover(consumers)
         except NatsRefused as exc:
             if exc.code in NOT_THERE:
                 log.error("%s", exc)
@@ -8723,7 +8701,7 @@ class NatsQueue:
         expire = NatsDeadlines(calls, ends, messages, operator).expire
         renew = NatsLeases(replies, lanes, holdings, slots).renew
         recovery = NatsRecovery(subjects, calls, self._waiting, messages, claims)
-        chores = NatsChores(self._begin, renew, replies.reconnected, expire)
+        chores = NatsChores(self._begin, renew, recovery.recover, expire)
         self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
         self._parts = NatsParts(
             lanes=lanes,
