@@ -802,6 +802,51 @@ def whole_file(path: Any) -> bytes:
         raise ValueError(f"{name}: {exc.strerror}") from None
 
 
+@expects("a table of header names and values")
+def header_table(value: Any) -> Mapping[str, str]:
+    """Headers as they can stand on the wire."""
+    headers = string_table(value)
+    for name, content in headers.items():
+        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name))
+        require(re.fullmatch(r"[\t -~\x80-\uffff]*", content))
+    return headers
+
+
+NOT_GIVEN = HOP_BY_HOP | {b"host", b"content-length"}  # what belongs to a connection or a body
+Pairs = tuple[tuple[str, str], ...]
+
+
+def headers_by_host(path: Any) -> tuple[tuple[str, Pairs], ...]:
+    """What the file of callback.headers_file holds: in TOML, a table of headers for each host.
+
+    A host may have a port. Raises ValueError, whose text repeats no header's value.
+    """
+    try:
+        tables = tomllib.loads(secret(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        place = re.search(r"\(at .*\)", str(exc))
+        raise ValueError(f"{path}: not valid TOML {place[0] if place else ''}".rstrip()) from None
+    hosts = []
+    for host, headers in flat_tables(tables):
+        try:
+            require(host)
+            hosts.append((host.lower(), tuple(header_table(headers).items())))
+            require(not NOT_GIVEN & {name.lower().encode() for name in headers})
+        except ValueError:
+            form = '["HOST"] with lines such as Authorization = "Bearer …"'
+            raise ValueError(f"{path}: {host or 'above all tables'}: expected {form}") from None
+    return tuple(hosts)
+
+
+def flat_tables(tables: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables that have values, by name: [a.b] is what ["a.b"] is."""
+    inner = {key: value for key, value in tables.items() if isinstance(value, dict)}
+    if values := {key: value for key, value in tables.items() if key not in inner}:
+        yield name, values
+    for key, value in inner.items():
+        yield from flat_tables(value, f"{name}.{key}".lstrip("."))
+
+
 def signing_secret(path: Any) -> bytes:
     """What the file of callback.signing_secret_file holds. Raises ValueError."""
     content = secret(path)
@@ -1161,6 +1206,7 @@ class CallbackConfig:
     )
     max_hops: int = key(count, 32)
     signing_secret_file: bytes | None = key(signing_secret)
+    headers_file: tuple[tuple[str, Pairs], ...] | None = key(headers_by_host)
     tls_ca_file: str | None = key(pem_file)
     tls_cert_file: str | None = key(pem_file)
     tls_key_file: str | None = key(pem_file)
@@ -1169,6 +1215,14 @@ class CallbackConfig:
     def tls(self) -> ssl.SSLContext | None:
         """See `tls_context`."""
         return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
+
+    def headers(self, host: str, port: int | None) -> Mapping[str, str]:
+        """What a receiver gets beside the function's headers."""
+        found: dict[str, str] = {}
+        for name, headers in self.headers_file or ():
+            if name in (host, f"{host}:{port}"):
+                found.update(headers)
+        return found
 
     @property
     def policy(self) -> RetryPolicy:
@@ -1255,16 +1309,6 @@ class Function:
         if self.command and (self.tls_ca_file or self.tls_cert_file or not self.keepalive):
             yield "keepalive and the tls_ files are for a url"
         yield from tls_conflicts(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
-
-
-@expects("a table of header names and values")
-def header_table(value: Any) -> Mapping[str, str]:
-    """Headers as they can stand on the wire."""
-    headers = string_table(value)
-    for name, content in headers.items():
-        require(re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name))
-        require(re.fullmatch(r"[\t -~\x80-\uffff]*", content))
-    return headers
 
 
 @expects("what comes after the function's name: a path that begins with /, or a query with ?")
@@ -10653,14 +10697,16 @@ class CallbackJob:
             "X-Retry": str(max(0, claim.runs - 1)),
             "X-Retry-Max": str(claim.max_attempts),
         }
-        if secret := self.settings().callback.signing_secret_file:
+        config = self.settings().callback
+        url = yarl.URL(claim.target, encoded=True)
+        given = config.headers((url.host or "").lower(), url.port)
+        ours = {name: value for name, value in given.items() if name.title() not in ours} | ours
+        if secret := config.signing_secret_file:
             # Another outcome of the same call is another message.
             message_id = f"{claim.id}.{claim.redrives}" if claim.redrives else claim.id
             ours |= webhook_signature(secret, message_id, int(time.time()), claim.body)
         drop = STEERING
-        if (
-            claim.traceparent
-        ):  # The trace is that of the call, whatever the function has made of it.
+        if claim.traceparent:  # The trace is the call's, whatever the function has made of it.
             ours["traceparent"] = claim.traceparent
             drop |= {b"tracestate"}
         if claim.tracestate:
@@ -13694,7 +13740,7 @@ class ScheduleNews:
         self.changed = asyncio.Event()  # something below has
         self.stale = True  # the configuration, or what the provider has, is another one
         self.provided: Mapping[str, Schedule] = {}  # by annotations of the provider's functions
-        self._ended: set[str] = set()  # schedules of which a call has ended
+        self.ended: set[str] = set()  # schedules of which calls have ended, until that is noted
         self._calls: dict[str, str] = {}  # whose calls are under way, by id
 
     def replan(self) -> None:
@@ -13719,14 +13765,8 @@ class ScheduleNews:
     def tell(self, ended: Ended) -> None:
         """A call has ended."""
         if name := self._calls.pop(ended.id, None):
-            self._ended.add(name)
+            self.ended.add(name)
             self.changed.set()
-
-    def take_ended(self) -> set[str]:
-        """The schedules of which calls have ended since this was asked last."""
-        ended = self._ended
-        self._ended = set()
-        return ended
 
 
 class ScheduleSteps:
@@ -13978,8 +14018,13 @@ class Scheduler:
         if not schedules:
             return None
         await self._replan(schedules)
-        for name in self._news.take_ended() & schedules.keys():
-            await self._note(schedules[name])
+        for name in self._news.ended & schedules.keys():
+            self._news.ended.discard(name)  # Another call may end meanwhile.
+            try:
+                await self._note(schedules[name])
+            except StoreError:
+                self._news.ended.add(name)
+                raise
         if not self._trusted:
             return UNSURE_CHECK_S
         now = time.time()
@@ -14049,13 +14094,12 @@ class Scheduler:
 
     async def _note(self, schedule: Schedule) -> None:
         """Keep how calls have ended, longer than their records are."""
-        stored = await self._queue.schedules.state(schedule.name)
-        state = await self._steps.refreshed(stored)
-        revision = stored.revision
-        if state != stored:
-            revision = await self._intake.accept_scheduled(state, ())
-        if revision:  # else another daemon has written something else, and plans with that
-            self._plan(schedule, state._replace(revision=revision))
+        while True:
+            stored = await self._queue.schedules.state(schedule.name)
+            state = await self._steps.refreshed(stored)
+            if state == stored or await self._intake.accept_scheduled(state, ()):
+                break
+        self._plan(schedule, state)
 
     async def _settle(self, plan: Plan) -> None:
         """Do what is due."""

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -530,3 +531,37 @@ async def test_openssl_finds_the_signature_right(
     assert result.code == 0, result.err
     signature = base64.b64encode(bytes.fromhex(result.out.split()[-1])).decode()
     assert request.headers.getall("webhook-signature") == [f"v1,{signature}"]
+
+
+async def test_a_receiver_gets_the_headers_that_the_file_has_for_it(
+    daemon: StartDaemon, function: Server, sink: Server, tmp_path: Path
+) -> None:
+    """And no other receiver does. They are read anew on reload, and shown nowhere."""
+    other = Server()
+    await other.start()
+    file = tmp_path / "headers.toml"
+    address = sink.url.removeprefix("http://")
+    more = 'Content-Type = "text/x-mine"\nX-Call-Id = "forged"'
+    file.write_text(
+        f'[127.0.0.9]\nAuthorization = "not for them"\n["{address}"]\nAuthorization = "Bearer t0ken"\n{more}\n'
+    )
+    function.behaviour = answer(200, b"21", Authorization="Basic x", Content_Type="text/plain", X_Own="1")
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n[callback]\nheaders_file = "{file}"')
+    call_id = await gateway.submit("it", X_Callback_Url=f"{sink.url}/state")
+    (told,) = await sink.wait_for(1)
+    sent = {name: told.headers.getall(name) for name in ("Authorization", "Content-Type", "X-Call-Id", "X-Own")}
+    assert list(sent.values()) == [["Bearer t0ken"], ["text/x-mine"], [call_id], ["1"]]
+    await gateway.submit("it", X_Callback_Url=other.url)
+    (told,) = await other.wait_for(1)
+    assert "Authorization" not in told.headers
+    assert told.headers["Content-Type"] == "text/plain"
+    file.write_text(f'["{address}"]\nAuthorization = "Bearer an0ther"\n')
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
+    again = await gateway.submit("it", X_Callback_Url=sink.url)
+    assert (await sink.wait_for(2))[1].headers.getall("Authorization") == ["Bearer an0ther"]
+    record = json.dumps([await gateway.final(one) for one in (call_id, again)])
+    for text in (gateway.log, record):
+        assert "t0ken" not in text
+        assert "an0ther" not in text
+    await other.stop()

@@ -94,6 +94,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gateway_hosts": ("gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local"),
         "max_hops": 32,
         "signing_secret_file": None,
+        "headers_file": None,
         **TLS_DEFAULTS,
     },
     "calls": {"keep": 86_400.0, "keep_output": 64 * 1024},
@@ -242,6 +243,17 @@ PROBLEMS = {
     "auth (invoke, user_file, password_file)": "[auth]\ninvoke = true",
 }
 
+# Lines of callback.headers_file, and what is said of it.
+HEADERS_FILES = {
+    "[ha.local": "not valid TOML (at ",
+    "Authorization = 's3cret'": "above all tables: expected",
+    "[ha.local]\nAuthorization = 1": "ha.local: expected",
+    "['ha.local:8123']\nno-good: = 's3cret'": "not valid TOML (at line 2, column 8)",
+    "['ha.local:8123']\n'no good' = 's3cret'": "ha.local:8123: expected",
+    '[ha.local]\nA = "s3cret\\n"': "ha.local: expected",
+    "[ha.local]\nHost = 's3cret'": "ha.local: expected",
+}
+
 
 @pytest.mark.parametrize("key", PROBLEMS)
 def test_a_mistake_is_one_line_that_names_its_key(key: str) -> None:
@@ -252,6 +264,24 @@ def test_a_mistake_is_one_line_that_names_its_key(key: str) -> None:
     (line,) = problems(PROBLEMS[key])
     assert re.match(rf"config\.toml: {re.escape(where)}: \S", line)
     assert all(name in line for name in named.rstrip(")").split(", "))
+
+
+@pytest.mark.parametrize("content", HEADERS_FILES)
+def test_a_mistake_in_the_headers_of_callbacks_is_told_without_them(content: str) -> None:
+    """They are secrets."""
+    Path("headers.toml").write_text(content)
+    (line,) = problems("[callback]\nheaders_file = 'headers.toml'")
+    assert line.startswith(f"config.toml: callback.headers_file: headers.toml: {HEADERS_FILES[content]}"), line
+    assert "s3cret" not in line
+
+
+def test_headers_of_callbacks_go_to_a_host_or_to_one_of_its_ports() -> None:
+    """A name in TOML may have its dots without quotes."""
+    Path("headers.toml").write_text("[HA.local]\nA = '1'\nB = '2'\n['ha.local:8123']\nB = '3'\n")
+    callback = load("[callback]\nheaders_file = 'headers.toml'").callback
+    assert callback.headers("ha.local", 80) == {"A": "1", "B": "2"}
+    assert callback.headers("ha.local", 8123) == {"A": "1", "B": "3"}
+    assert callback.headers("local", 8123) == callback.headers("x.ha.local", 80) == {}
 
 
 def test_an_unknown_key_is_answered_with_the_closest_one() -> None:
