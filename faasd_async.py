@@ -14746,11 +14746,15 @@ class Client:
             raise TimeoutError
         return left_s
 
+    @property
+    def late(self) -> bool:
+        """Whether --timeout is over."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
     def _failure(self, exc: Exception) -> str:
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
         if isinstance(exc, TimeoutError):
-            over = self._deadline is not None and time.monotonic() >= self._deadline
-            reason = "no answer within --timeout" if over else "it takes no connection"
+            reason = "no answer within --timeout" if self.late else "it takes no connection"
         elif isinstance(exc, http.client.IncompleteRead):
             reason = "its answer broke off"
         return f"the daemon at {self._url} can't be reached: {reason}"
@@ -14763,7 +14767,12 @@ class Client:
         if wait:
             request += "?wait=60s"
         while True:
-            record: dict[str, Any] = json.loads(self.ask(request))
+            try:
+                record: dict[str, Any] = json.loads(self.ask(request))
+            except HttpError:
+                if wait and self.late:
+                    raise HttpError(503, "the call has not ended within --timeout") from None
+                raise
             if record["status"] in FINAL or not wait:
                 return record
 
@@ -14928,7 +14937,11 @@ def list_calls(args: Arguments) -> None:
     filters = filters_of(args)
     limit = args.limit or 20
     if args.watch:
-        watch_calls(client, filters, limit, args)
+        try:
+            watch_calls(client, filters, limit, args)
+        except HttpError:
+            if not client.late:
+                raise
         return
     calls, more = client.records(filters, limit)
     if args.json:
@@ -15040,6 +15053,14 @@ def print_call(args: Arguments) -> None:
     client = Client(args)
     call_id = client.full_id(args.id)
     write(client.ask(args.request.format(quote(call_id, safe=""))))
+
+
+def print_log(args: Arguments) -> None:
+    """What a call's function wrote; with --follow also what it still writes, to its end."""
+    client = Client(args)
+    request = f"GET /system/calls/{quote(client.full_id(args.id), safe='')}/log"
+    for piece in client.stream(request + ("?follow=1" if args.follow else "")):
+        write(piece)
 
 
 def print_request(args: Arguments) -> None:
@@ -15463,12 +15484,14 @@ def roff_option(name: str, keys: Mapping[str, Any], brackets: bool) -> str:
     """An option or argument with its value, in bold and italics."""
     if not name.startswith("-"):
         value = f"\\fI{roff(keys['metavar'])}\\fR"
-        return f"[{value}]" if brackets and "nargs" in keys else value
-    shown = f"\\fB{roff(name)}\\fR"
+        several = " ..." if keys.get("nargs") == "*" else ""
+        return f"[{value}{several}]" if brackets and "nargs" in keys else value
+    *short, long = name.split("/")
+    shown = ", ".join(f"\\fB{roff(flag)}\\fR" for flag in [*short, long])
     if keys.get("action") != "store_true":
-        value = keys.get("metavar") or name.strip("-").upper()
+        value = keys.get("metavar") or long.strip("-").upper()
         shown += f" \\fI{roff(value.strip(chr(39)))}\\fR"
-    return f"[{shown}]" if brackets else shown
+    return f"[{shown.replace(', ', '|')}]" if brackets else shown
 
 
 def manual_page(commands: Sequence[Command], options: Mapping[str, Mapping[str, Any]]) -> str:
@@ -15556,15 +15579,21 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": 'only calls from then on: 24h, 7d, 03:00, yesterday, "2030-01-31 08:00"',
     },
     "--until": {"metavar": "WHEN", "type": typed(local_moment), "help": "only calls before then"},
-    "--limit": {"metavar": "N", "type": typed(number), "help": "at most so many (20)"},
+    "-n/--limit": {"metavar": "N", "type": typed(number), "help": "at most so many (20)"},
     "--watch": {"action": "store_true", "help": "go on with what is new or changes, until Ctrl-C"},
     "--wait": {"action": "store_true", "help": "until the call has ended"},
+    "-f/--follow": {
+        "action": "store_true",
+        "help": "go on with what it writes, to its end",
+    },
     "--async": {"action": "store_true", "dest": "queued", "help": "queue it and print its id"},
-    "--data": {"metavar": "TEXT", "help": "the body; @FILE: a file's; - or a pipe: standard input"},
-    "-H": {
+    "-d/--data": {
+        "metavar": "TEXT",
+        "help": "the body; @FILE: a file's; - or a pipe: standard input",
+    },
+    "-H/--header": {
         "metavar": "'NAME: VALUE'",
         "action": "append",
-        "dest": "header",
         "type": typed(header_line),
         "help": "a header; may be there several times",
     },
@@ -15614,19 +15643,19 @@ COMMANDS: Sequence[Command] = (
     Command("status", show_status, "tell how the daemon is", f"--json {WHERE}"),
     Command(
         *("calls", list_calls, "list calls, or what ACTION says"),
-        f"{WHICH} --limit --long --watch --json {WHERE}",
+        f"{WHICH} -n/--limit --long --watch --json {WHERE}",
     ),
     Command(
         *("calls list", list_calls, "list calls, newest first"),
-        f"{WHICH} --limit --long --watch --json {WHERE}",
+        f"{WHICH} -n/--limit --long --watch --json {WHERE}",
     ),
     Command(
         *("calls show", show_call, "print a call's record and what its function said"),
         f"id --wait --json {WHERE}",
     ),
     Command(
-        *("calls log", print_call, "print what a call's function wrote"),
-        *(f"id {WHERE}", "GET /system/calls/{}/log"),
+        *("calls log", print_log, "print what a call's function wrote"),
+        f"id -f/--follow {WHERE}",
     ),
     Command(
         *("calls result", print_call, "print a function's answer, and nothing else"),
@@ -15685,7 +15714,8 @@ COMMANDS: Sequence[Command] = (
         *(f"schedule --json {WHERE}", "POST /system/schedules/{}/resume"),
     ),
     Command(
-        *("invoke", invoke, "call a function"), f"name --data -H --async --wait --json {WHERE}"
+        *("invoke", invoke, "call a function"),
+        f"name -d/--data -H/--header --async --wait --json {WHERE}",
     ),
     Command("man", print_manual, "print the manual page, for man", ""),
     Command("completion", print_completion, "print what a shell needs to complete", "shell"),
@@ -15725,15 +15755,17 @@ def make_parser(complete_files: object = None) -> argparse.ArgumentParser:
                 epilog=epilog(),
             )
         for option in command.options.split():
-            action = parser.add_argument(option, default=argparse.SUPPRESS, **OPTIONS[option])
+            flags = option.split("/")
+            action = parser.add_argument(*flags, default=argparse.SUPPRESS, **OPTIONS[option])
             if OPTIONS[option].get("metavar") == "FILE":
                 vars(action)["complete"] = complete_files
         parser.set_defaults(run=command.run, request=command.request)
         if command.words in ("", *GROUPS):
             metavar = "ACTION" if command.words else "COMMAND"
             groups[command.words] = parser.add_subparsers(metavar=metavar)
-    absent = {name.strip("-").replace("-", "_"): None for name in OPTIONS}
-    top.set_defaults(**absent, queued=False, header=())
+    names = [option.split("/")[-1] for option in OPTIONS]
+    absent = {name.strip("-").replace("-", "_"): None for name in names}
+    top.set_defaults(**{**absent, "header": ()}, queued=False)
     return top
 
 

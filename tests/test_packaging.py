@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, Finished, namespaces, run
+from conftest import SCRIPT, Finished, run
 
 ROOT = SCRIPT.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -64,20 +64,6 @@ async def test_the_wheel_is_complete_and_leaves_nothing_behind(source: Path, tmp
     assert "faasd-async=faasd_async:main" in files["entry_points.txt"].replace(" ", "")
     assert "License-Expression: MIT" in files["METADATA"]
     assert (ROOT / "README.md").read_text().strip() in files["METADATA"]
-
-
-async def test_it_is_installed_from_a_folder_of_wheels_without_a_network(source: Path, tmp_path: Path) -> None:
-    """As the README says, on a machine that has nothing but Python and the folder."""
-    wheels, venv = tmp_path / "wheels", tmp_path / "venv"
-    collected = await run(*PIP, "wheel", "--wheel-dir", wheels, source)
-    assert collected.code == 0, collected
-    alone = namespaces("net")
-    install = f"""
-        {sys.executable} -m venv {venv} &&
-        {venv}/bin/pip install --quiet --no-index --find-links {wheels} faasd-async &&
-        {venv}/bin/faasd-async check --config {ROOT}/config.example.toml"""
-    installed = await run(*alone, "env", "-u", "PYTHONPATH", "sh", "-c", install)
-    assert (installed.code, "ok" in installed.out) == (0, True), installed
 
 
 # ---- a script on a machine that lacks something ----------------------------------------------------------------

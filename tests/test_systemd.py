@@ -36,7 +36,7 @@ def installed(folder: Path, dropin: str | None = None) -> list[Path]:
     return units
 
 
-@pytest.mark.parametrize(("dropin", "most"), [(None, 1.3), ("strict", 1.0), ("loose", 3.0)])
+@pytest.mark.parametrize(("dropin", "most"), [(None, 1.3), ("strict", 1.0), ("loose", 3.0), ("home", 2.5)])
 async def test_the_units_are_valid_and_as_tight_as_they_say(tmp_path: Path, dropin: str | None, most: float) -> None:
     """systemd itself finds nothing wrong with them, and little that a function could do to the machine."""
     units = installed(tmp_path, dropin)

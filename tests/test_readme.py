@@ -1,0 +1,164 @@
+"""The commands of the README, run as they are printed, on a host of their own.
+
+A host is made of namespaces: no network but its own, processes of its own, and folders that are written to without
+harm. Where a person gives root's password, waits for the journal or has systemd, there is a script in its place.
+"""
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPT, namespaces
+
+ROOT = SCRIPT.parent
+README = (ROOT / "README.md").read_text()
+LONGEST_S = 300.0  # A host is installed several times; never reached when all is well.
+CODE = re.compile(r"(?ms)^#+ (?P<heading>[^\n]+)$|^```sh\n(?P<commands>.*?)^```$")
+
+# A new host: what is written to these folders is gone with it. The network has nobody but ourselves in it.
+HOST = """
+set -eu
+layers=$(mktemp -d)
+mount -t tmpfs layers "$layers"
+for folder in etc opt usr/local usr/share var; do
+    mkdir -p "$layers/$folder/upper" "$layers/$folder/work"
+    new="upperdir=$layers/$folder/upper,workdir=$layers/$folder/work"
+    mount -t overlay -o "lowerdir=/$folder,$new" overlay "/$folder"
+done
+ip link set lo up
+install -m 755 "$1"/bin/* /usr/local/bin
+cd "$1/source"
+export HOME="$1/home" PATH="/usr/local/bin:$PATH" PIP_NO_INDEX=1 PIP_FIND_LINKS="$2" PIP_DISABLE_PIP_VERSION_CHECK=1
+exec env -u PYTHONPATH -u CREDENTIALS_DIRECTORY bash "$1/commands"
+"""
+
+LISTENING = "until curl -so /dev/null http://127.0.0.1:8080/healthz; do sleep 0.1; done"
+ROOTS_PASSWORD = 'exec "$@"'
+NOTHING = ":"
+SYSTEMD = f"""
+start() {{
+    mkdir -p -m 700 /var/lib/private/faasd-async
+    ln -sfn private/faasd-async /var/lib/faasd-async
+    STATE_DIRECTORY=/var/lib/faasd-async setsid $(sed -n 's/^ExecStart=//p' /etc/systemd/system/faasd-async.service) &
+    {LISTENING}
+}}
+stop() {{
+    pkill -f '/opt/faasd-async/bin/faasd-async serve'
+    while pgrep -f '/opt/faasd-async/bin/faasd-async serve' >/dev/null; do sleep 0.1; done
+}}
+case "$*" in
+    "enable --now faasd-async.socket faasd-async" | "start faasd-async.socket faasd-async") start ;;
+    "disable --now faasd-async.socket faasd-async" | "stop faasd-async.socket faasd-async") stop ;;
+    "restart faasd-async") stop; start ;;
+    daemon-reload) ;;
+    *) echo "systemctl $*: not known here" >&2; exit 1 ;;
+esac
+"""
+# Not run: there is no Docker here (test_packaging.py looks at the image), and the tests are what runs this.
+NOT_RUN = ("docker compose", "'.[test]'")
+
+
+def blocks(heading: str) -> list[str]:
+    """The commands under a heading, block by block."""
+    found, under = [], ""
+    for match in CODE.finditer(README):
+        under = match["heading"] or under
+        if match["commands"] and under == heading:
+            found.append(match["commands"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip finds where there is no network."""
+    folder = tmp_path_factory.mktemp("wheels")
+    needed = ("flit_core>=3.12", "shtab", ".")
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    subprocess.run([*pip, "wheel", "--wheel-dir", folder, *needed], cwd=ROOT, check=True)
+    return folder
+
+
+def prepare(folder: Path, commands: str) -> None:
+    """The source as somebody has fetched it, and what a host has that is not ours."""
+    sources = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in sources.stdout.split():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "source" / name)
+    for name in ("bin", "home"):
+        (folder / name).mkdir()
+    scripts = {"sudo": ROOTS_PASSWORD, "apt": NOTHING, "journalctl": NOTHING, "systemctl": SYSTEMD}
+    scripts["python3"] = f'exec {sys.base_prefix}/bin/python3 "$@"'
+    for name, script in scripts.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+    # A daemon that is started by hand stays in front of its person, who goes on in another window.
+    started = re.sub(r"(?m)^(.* serve --config config.example.toml)$", rf"\1 &\n{LISTENING}", commands)
+    (folder / "commands").write_text(f"set -ex\nshopt -s expand_aliases\n{started}")
+
+
+async def on_a_host(folder: Path, wheels: Path, commands: str) -> str:
+    """What commands say that are run to their end; each of them has to do well."""
+    await asyncio.to_thread(prepare, folder, commands)
+    host = namespaces("mount", "net", "pid", "fork", "kill-child", "mount-proc")
+    command = (*host, "bash", "-c", HOST, "host", str(folder), str(wheels))
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), LONGEST_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    said = out.decode()
+    assert process.returncode == 0, said
+    return said
+
+
+async def test_the_first_minutes_are_as_they_are_printed(tmp_path: Path, wheels: Path) -> None:
+    """From nothing to a call that survives kill -9, and all that a shell can do with calls."""
+    *tour, plug = blocks("Five minutes with curl")
+    commands = [*blocks("faasd-async")[:1], *tour, *blocks("From a shell"), *blocks("Fn Project's interface"), plug]
+    commands.append("fa calls list --function slow --limit 100 --json > slow.json\n")
+    commands.append("""grep -q '"interrupted": 1' slow.json && test $(grep -c '"call_id"' slow.json) -ge 21\n""")
+    said = await on_a_host(tmp_path, wheels, "\n".join(commands))
+    for text in ("HELLO", "HTTP/1.1 202 Accepted", "X-Function-Name: upper", '"status": "success"', "All is well."):
+        assert text in said, said
+    assert re.search(r"(?m)^slow-queue: paused$", said)
+
+
+async def test_it_is_installed_upgraded_backed_up_restored_moved_and_removed(tmp_path: Path, wheels: Path) -> None:
+    """What was accepted is still there after each of them, until it is removed."""
+    upgrade, roll_back, leave, arrive, remove = blocks("Upgrade, roll back, move, uninstall")
+    back_up, restore = blocks("Back up and restore")
+    look = 'faasd-async calls show "$first" --json | grep -q \'"status": "success"\'\n'
+    later = 'later=$(faasd-async invoke upper --async -d later)\nfaasd-async calls show "$later" --wait\n'
+    gone = 'if faasd-async calls show "$later"; then exit 1; fi\n'
+    commands = [
+        *blocks("Install"),
+        "first=$(faasd-async invoke upper --async -d first)\nfaasd-async calls show $first --wait\n",
+        *blocks("Scripts of yours, in /home"),
+        *(look, upgrade, look, later, roll_back, look, gone),
+        *("mkdir -p /var/backups\n", back_up, later, restore, look, gone),
+        *(leave, "mv /var/lib/private/faasd-async elsewhere; mkdir /var/lib/private/faasd-async\n", arrive, look),
+        "mkdir -p /etc/prometheus\n",
+        *blocks("Prometheus"),
+        remove,
+        "for left in $(find /etc /opt /usr/local /usr/share /var -name '*faasd-async*' -newer \"$HOME\"); do\n"
+        '    case $left in *rules.yml | /var/backups/*) ;; *) echo "$left is left"; exit 1 ;; esac\ndone\n',
+        *blocks("Without a network"),
+        "/opt/faasd-async/bin/faasd-async check config.example.toml\n",
+    ]
+    said = await on_a_host(tmp_path, wheels, "\n".join(commands))
+    assert "\nconfig.example.toml: ok, 4 functions, " in said
+
+
+async def test_each_command_is_run() -> None:
+    """A new block belongs to one of the tests above."""
+    here = ["Five minutes with curl", "From a shell", "Fn Project's interface", "Install", "Scripts of yours, in /home"]
+    here += ["Upgrade, roll back, move, uninstall", "Back up and restore", "Prometheus", "Without a network"]
+    known = [blocks("faasd-async")[0], *(block for heading in here for block in blocks(heading))]
+    everywhere = [match["commands"] for match in CODE.finditer(README) if match["commands"]]
+    rest = [block for block in everywhere if block not in known]
+    assert [block for block in rest if not any(word in block for word in NOT_RUN)] == []
