@@ -121,6 +121,7 @@ import weakref
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -202,6 +203,7 @@ MIB = 1024 * KIB
 MAX_HEADER_BYTES = 32 * KIB
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (callback, command)
 MAX_STDERR_BYTES = 64 * KIB  # of one command
+LAST_LINE = 200  # characters of it, which a record's `error` has
 PIPE_BYTES = 64 * KIB  # that are read from a command at once: what a pipe holds (pipe(7))
 MAX_VARIABLE_BYTES = 128 * KIB  # of one environment variable: MAX_ARG_STRLEN of execve(2)
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larger one is streamed
@@ -451,6 +453,12 @@ def words_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
         return tuple(word(item.strip()) for item in value.split(","))
 
     return words
+
+
+@expects("1 or 0")
+def switch(value: str) -> bool:
+    """A parameter that is on or off; its name alone is on."""
+    return {"": True, "1": True, "true": True, "0": False, "false": False}[value]
 
 
 @expects("a string")
@@ -2389,6 +2397,55 @@ def forward_headers(headers: Iterable[Header], drop: frozenset[bytes]) -> list[H
     return [item for item in kept if item[0].lower() not in named]
 
 
+MARKER_BYTES = 64  # room for the line that stands for what is missing
+
+
+def leave_middle_out(start: bytes, end: bytes, size: int, keep: int) -> bytes:
+    """Of `size` bytes, which begin with `start` and end with `end`, as much of both as fits.
+
+    A line stands for what is missing; no character is cut. What has too little room for that line
+    is only the beginning.
+    """
+    if size <= keep:
+        return start
+    room = keep - MARKER_BYTES
+    if room < MARKER_BYTES:
+        return start[:keep]
+    first = re.sub(rb"[\xc0-\xff][\x80-\xbf]{0,2}$", b"", start[: room // 2])
+    last = re.sub(rb"^[\x80-\xbf]{1,3}", b"", end[-(room - len(first)) :])
+    missing = size - len(first) - len(last)
+    return first + f"\n… {missing} bytes are not kept …\n".encode() + last
+
+
+def shorten(data: bytes, keep: int) -> bytes:
+    """The beginning and the end of something that is longer than `keep`."""
+    return leave_middle_out(data, data, len(data), keep)
+
+
+class Kept:
+    """What comes piece by piece: its size, and all of it or its beginning and end."""
+
+    def __init__(self, keep: int) -> None:
+        self.size = 0
+        self._keep = keep
+        self._start = bytearray()
+        self._end = bytearray()  # what came after that, at least the last `keep` bytes of it
+
+    def add(self, piece: bytes) -> None:
+        """The next piece."""
+        self.size += len(piece)
+        free = self._keep - len(self._start)
+        self._start += piece[:free] if free > 0 else b""
+        self._end += piece[max(0, free) :]
+        if len(self._end) > 2 * self._keep:
+            del self._end[: -self._keep]
+
+    def whole(self) -> bytes:
+        """All of it, unless it was longer than `keep`."""
+        end = bytes(self._start[len(self._end) :] + self._end)
+        return leave_middle_out(bytes(self._start), end, self.size, self._keep)
+
+
 DESCRIBING = frozenset((b"content-type", b"content-encoding", b"content-language"))
 SECRET_HEADER = re.compile(
     r"authorization|cookie|token|secret|passw|api-?key|signature", re.IGNORECASE
@@ -3232,14 +3289,20 @@ class CallWaiters:
         self._ends = weakref.WeakValueDictionary()  # by id or call id, while somebody waits
 
     def event(self, call_id: str) -> asyncio.Event:
-        """Set when a call with this id, or call id, ends, or nobody is to wait any more."""
+        """Set when it is time to look at a call with this id or call id: it ends, or begins to
+        write, or nobody is to wait any more.
+        """
         return self._ends.setdefault(call_id, asyncio.Event())
 
     def tell(self, ended: Ended) -> None:
         """A call has ended."""
         for call_id in {ended.id, ended.call_id}:
-            if event := self._ends.pop(call_id, None):
-                event.set()
+            self.stir(call_id)
+
+    def stir(self, own_id: str) -> None:
+        """Have who waits for a call look at it."""
+        if event := self._ends.pop(own_id, None):
+            event.set()
 
     def close(self) -> None:
         """Let go of everybody who waits: the daemon stops."""
@@ -3946,10 +4009,8 @@ RETURN_CALLBACK = """
 DROP_REQUEST = "DELETE FROM requests WHERE seq = ?"
 DROP_OUTPUT = "DELETE FROM outputs WHERE seq = ?"
 INSERT_OUTPUT = "INSERT OR REPLACE INTO outputs (seq, headers, body, stderr) VALUES (?, ?, ?, ?)"
-CUT_OUTPUT = """
-    UPDATE outputs SET headers = NULL, body = substr(body, 1, :keep)
-    WHERE seq = :seq AND length(body) > :keep
-"""
+SELECT_LONG_OUTPUT = "SELECT body FROM outputs WHERE seq = ? AND length(body) > ?"
+CUT_OUTPUT = "UPDATE outputs SET headers = NULL, body = ? WHERE seq = ?"
 EXPIRE_CALLS = """
     UPDATE calls SET deadline_at = NULL
     WHERE seq IN (
@@ -4388,23 +4449,26 @@ def step_return(file: SqliteFile, claim: Claim, delay_s: float) -> bool:
 def save_answer(file: SqliteFile, seq: int, outcome: Outcome) -> None:
     """Keep the whole answer with its headers, for the callback."""
     headers = pack_headers(outcome.headers)
-    stderr = outcome.stderr[: file.settings().calls.keep_output]
+    stderr = shorten(outcome.stderr, file.settings().calls.keep_output)
     file.db.execute(INSERT_OUTPUT, (seq, headers, outcome.body, stderr))
 
 
 def save_output(file: SqliteFile, seq: int, outcome: Outcome) -> None:
-    """Keep the beginning of what an attempt gave, for people."""
+    """Keep what an attempt gave, for people; of a lot its beginning and end."""
     if not outcome.body and not outcome.stderr:
         file.db.execute(DROP_OUTPUT, (seq,))
         return
     keep = file.settings().calls.keep_output
     headers = describing_headers(outcome.headers) if outcome.size <= keep else None
-    file.db.execute(INSERT_OUTPUT, (seq, headers, outcome.body[:keep], outcome.stderr[:keep]))
+    output = (shorten(outcome.body, keep), shorten(outcome.stderr, keep))
+    file.db.execute(INSERT_OUTPUT, (seq, headers, *output))
 
 
 def cut_output(file: SqliteFile, seq: int) -> None:
-    """Once the callback needs an answer no more, its beginning will do."""
-    file.db.execute(CUT_OUTPUT, {"keep": file.settings().calls.keep_output, "seq": seq})
+    """Once the callback needs an answer no more, its beginning and end will do."""
+    keep = file.settings().calls.keep_output
+    for (body,) in file.db.execute(SELECT_LONG_OUTPUT, (seq, keep)).fetchall():
+        file.db.execute(CUT_OUTPUT, (shorten(body, keep), seq))
 
 
 def step_expire(file: SqliteFile) -> None:
@@ -6598,7 +6662,7 @@ def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
     over = len(pack_call(call, parts)) - most
     if over > 0:
         parts = parts._replace(answer_headers=b"", stderr=b"")
-        parts = parts._replace(output=parts.output[: max(0, len(parts.output) - over)])
+        parts = parts._replace(output=shorten(parts.output, max(0, len(parts.output) - over)))
         if call.callback_status == "pending":
             error = "the answer is larger than a message of the NATS server may be"
             call = call._replace(callback_status="failed", callback_error=error)
@@ -6903,7 +6967,7 @@ def cut_answer(parts: Parts, keep: int) -> Parts:
     """What is left of an answer once no callback needs it: all of a short one, to be sent again."""
     if len(parts.output) <= keep:
         return parts
-    return parts._replace(answer_headers=b"", output=parts.output[:keep])
+    return parts._replace(answer_headers=b"", output=shorten(parts.output, keep))
 
 
 def timeless(call: NatsCall) -> NatsCall:
@@ -7268,7 +7332,7 @@ class NatsEnds:
             owner=None,
         )
         headers = describing_headers(outcome.headers) if outcome.size <= keep else b""
-        told = (headers, outcome.body[:keep], outcome.stderr[:keep])
+        told = (headers, shorten(outcome.body, keep), shorten(outcome.stderr, keep))
         parts = Parts(*held.stored.parts[:2], *told)
         if call.callback_target:
             call = call._replace(callback_status="pending")
@@ -7323,7 +7387,7 @@ class NatsEnds:
             call = retried_call(call, outcome, self._calls.now())
             keep = self._settings().calls.keep_output
             if outcome is not None:
-                told = (b"", outcome.body[:keep], outcome.stderr[:keep])
+                told = (b"", shorten(outcome.body, keep), shorten(outcome.stderr, keep))
                 if not self._calls.fit(call, Parts(*parts[:2], *told))[1].has_request:
                     told = (b"", b"", b"")
                 parts = Parts(*parts[:2], *told)
@@ -8824,7 +8888,7 @@ class NatsQueue:
         keep = self._settings().calls.keep_output
         whole = stored.call.callback_status == "pending"
         body = stored.parts.output
-        return Output(body if whole else body[:keep], stored.parts.stderr)
+        return Output(body if whole else shorten(body, keep), stored.parts.stderr)
 
     async def answer(self, call_id: str) -> StoredAnswer:
         return await nats_result(self._calls, call_id)
@@ -9511,16 +9575,18 @@ class HttpResponse:
         """What came in since; nothing: that was the end. Raises RequestFailed."""
         return await self._body.readany()
 
-    async def read(self, keep: int, whole: bool) -> tuple[bytes, int]:
+    async def read(
+        self, keep: int, whole: bool, tell: Tell[bytes] | None = None
+    ) -> tuple[bytes, int]:
         """Read to the end; see `gather`. Raises RequestFailed."""
         if self._body.is_eof():
             body = self._body.read_nowait()
-            if len(body) <= keep:
-                return body, len(body)
-            if not whole:
-                return body[:keep], len(body)
-            raise too_long(keep)
-        return await gather(self.read_chunk, keep, whole)
+            if tell is not None:
+                tell(body)
+            if len(body) > keep and whole:
+                raise too_long(keep)
+            return shorten(body, keep), len(body)
+        return await gather(self.read_chunk, keep, whole, tell)
 
     async def discard(self) -> None:
         """Let a short rest come in, so that the connection can be used again."""
@@ -9530,20 +9596,21 @@ class HttpResponse:
                     await self.read(READ_BYTES, whole=True)
 
 
-async def gather(read: Callable[[], Awaitable[bytes]], keep: int, whole: bool) -> tuple[bytes, int]:
-    """What `read` gives to the end: the first `keep` bytes, and the size of it all.
+async def gather(
+    read: Callable[[], Awaitable[bytes]], keep: int, whole: bool, tell: Tell[bytes] | None = None
+) -> tuple[bytes, int]:
+    """What `read` gives to the end, and its size; of what is longer than `keep` see `shorten`.
 
-    With `whole`, a byte too many raises RequestFailed.
+    With `whole`, a byte too many raises RequestFailed. Each piece is told as it comes.
     """
-    parts: list[bytes] = []
-    length = 0
-    while chunk := await read():
-        if length < keep:
-            parts.append(chunk[: keep - length])
-        length += len(chunk)
-        if whole and length > keep:
+    kept = Kept(keep)
+    while piece := await read():
+        kept.add(piece)
+        if tell is not None:
+            tell(piece)
+        if whole and kept.size > keep:
             raise too_long(keep)
-    return b"".join(parts), length
+    return kept.whole(), kept.size
 
 
 def too_long(keep: int) -> RequestFailed:
@@ -9781,12 +9848,12 @@ def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
 
 
 class PipeReader:
-    """Takes what comes out of a pipe: the first `keep` bytes, and the size of it all."""
+    """Takes what comes out of a pipe, and tells it as it comes."""
 
-    def __init__(self, pipe: IO[bytes], keep: int) -> None:
+    def __init__(self, pipe: IO[bytes], keep: int, tell: Tell[bytes] | None) -> None:
         self.keep = keep
-        self.body = bytearray()
-        self.size = 0
+        self.kept = Kept(keep)
+        self._tell = tell
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self.overflowed: asyncio.Future[None] = self._loop.create_future()  # more than `keep` came
@@ -9802,9 +9869,10 @@ class PipeReader:
         if not chunk:
             self.close()
             return
-        self.body += chunk[: max(0, self.keep - self.size)]
-        self.size += len(chunk)
-        if self.size > self.keep and not self.overflowed.done():
+        self.kept.add(chunk)
+        if self._tell is not None:
+            self._tell(chunk)
+        if self.kept.size > self.keep and not self.overflowed.done():
             self.overflowed.set_result(None)
 
     def close(self) -> None:
@@ -9818,12 +9886,14 @@ class PipeReader:
 class Program:
     """A process that runs for one request, in a session of its own, with pipes of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], keep: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], keep: int, tell: Tell[bytes] | None
+    ) -> None:
         assert process.stdin and process.stdout and process.stderr
         self.pid = process.pid
         self._pidfd = os.pidfd_open(process.pid)  # first, because it can fail
-        self.stdout = PipeReader(process.stdout, keep)
-        self.stderr = PipeReader(process.stderr, MAX_STDERR_BYTES)
+        self.stdout = PipeReader(process.stdout, keep, tell)
+        self.stderr = PipeReader(process.stderr, MAX_STDERR_BYTES, tell)
         self._process = process
         self._stdin = process.stdin
         os.set_blocking(self._stdin.fileno(), False)
@@ -9920,9 +9990,16 @@ class CommandRunner:
         self._starting = 0
 
     async def run(
-        self, function: Function, request: FunctionRequest, limit: Limit, keep: int
+        self,
+        function: Function,
+        request: FunctionRequest,
+        limit: Limit,
+        keep: int,
+        tell: Tell[bytes] | None = None,
     ) -> Outcome:
         """Start a command for one request. Its process group never outlives the call.
+
+        What it writes, to stdout and stderr, is told as it comes.
 
         Raises RequestFailed when it can't be started, writes more than `keep` bytes or takes too
         long; Shortage; and what the request's body raises.
@@ -9931,7 +10008,8 @@ class CommandRunner:
         program: Program | None = None
         try:
             async with TimeLimit(command_limit(function, limit)):
-                program = await self._start(function, request, keep)
+                process = await self._start(function, request)
+                program = self._follow(function, process, keep, tell)
                 await program.talk(request.body)
             await program.take_rest()
         except RequestFailed as exc:
@@ -9945,7 +10023,7 @@ class CommandRunner:
             self.reap_orphans()
         return command_outcome(function, request, program, time.perf_counter() - started)
 
-    async def _start(self, function: Function, request: FunctionRequest, keep: int) -> Program:
+    async def _start(self, function: Function, request: FunctionRequest) -> subprocess.Popen[bytes]:
         """Raises RequestFailed, Shortage."""
         loop = asyncio.get_running_loop()
         starting: asyncio.Future[subprocess.Popen[bytes]] = loop.create_future()
@@ -9965,8 +10043,18 @@ class CommandRunner:
             raise start_failure(function, exc) from exc
         finally:
             self._starting -= 1
+        return process
+
+    def _follow(
+        self,
+        function: Function,
+        process: subprocess.Popen[bytes],
+        keep: int,
+        tell: Tell[bytes] | None,
+    ) -> Program:
+        """Raises RequestFailed, Shortage."""
         try:
-            return Program(process, keep)
+            return Program(process, keep, tell)
         except OSError as exc:
             self._pids.discard(process.pid)
             discard(process)
@@ -10046,17 +10134,25 @@ def command_outcome(
 ) -> Outcome:
     """What a program that has ended gave."""
     code = program.exited.result()
-    body = bytes(program.stdout.body)
-    stderr = bytes(program.stderr.body)
+    body = program.stdout.kept.whole()
+    stderr = program.stderr.kept.whole()
     error = None
     if code != 0:
         body = body or stderr
         how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-        error = f"function {function.name}: {how}"
+        said = last_line(stderr)
+        error = f"function {function.name}: {how}" + (f": {said}" if said else "")
     content_type = looks_like(body) if error else command_content_type(function, request, body)
     headers = ((b"Content-Type", content_type),)
     status = 500 if error else 200
     return Outcome(status, not error, duration_s, headers, body, len(body), stderr, error)
+
+
+def last_line(written: bytes) -> str:
+    """The last line that says something, for people: cut, and without what steers a terminal."""
+    lines = [line for line in written.splitlines() if line.strip()]
+    said = lines[-1].decode(errors="replace") if lines else ""
+    return "".join(char if char.isprintable() else " " for char in said).strip()[:LAST_LINE]
 
 
 def start_failure(function: Function, exc: Exception) -> Exception:
@@ -10457,20 +10553,24 @@ class FunctionCaller:
             return await self.provided.request(request.method, url, headers, request.body)
 
     async def call(
-        self, function: Function, request: FunctionRequest, limit: Limit, keep: int, whole: bool
+        self,
+        function: Function,
+        request: FunctionRequest,
+        limit: Limit,
+        keep: tuple[int, bool],
+        tell: Tell[bytes],
     ) -> Outcome:
-        """Call a function and read its answer: the first `keep` bytes.
+        """Call a function and read its answer, which is told as it comes; see `gather` for `keep`.
 
-        With `whole`, a longer answer is a failure. Never raises for what the function does; raises
-        NotNow.
+        Never raises for what the function does; raises NotNow.
         """
         started = time.perf_counter()
         try:
             if function.command:
-                most = max(keep, MAX_RESPONSE_BYTES)
-                return await self.commands.run(function, request, limit, most)
+                most = max(keep[0], MAX_RESPONSE_BYTES)
+                return await self.commands.run(function, request, limit, most, tell)
             async with TimeLimit(limit), await self.request(function, request) as response:
-                body, size = await response.read(keep, whole)
+                body, size = await response.read(*keep, tell)
         except RequestFailed as exc:
             who = f"function {function.name}"
             return unanswered(exc, who, time.perf_counter() - started)
@@ -10484,6 +10584,114 @@ class FunctionCaller:
         headers = tuple(forward_headers(response.headers, CONTENT_LENGTH))
         duration_s = time.perf_counter() - started
         return Outcome(status, ok, duration_s, headers, body, size, error=error)
+
+
+# --- Live output ----------------------------------------------------------------------------------
+# What is written while a call runs.
+
+MAX_UNSENT_BYTES = 256 * KIB  # that wait for a slow reader: more is left out
+RECENT_BYTES = 64 * KIB  # of what a call has written so far, for who comes later
+LEFT_OUT = "\n… what was not read in time is left out …\n".encode()
+
+
+class Unsent:
+    """What one reader is still to be sent: never more than MAX_UNSENT_BYTES."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+        self._some = asyncio.Event()
+
+    def put(self, piece: bytes) -> bool:
+        """Have it sent. False: there was no room, and it and all that waited is gone."""
+        self._pieces.append(piece)
+        self._bytes += len(piece)
+        self._some.set()
+        if self._bytes <= MAX_UNSENT_BYTES:
+            return True
+        self._clear()
+        return False
+
+    def wake(self) -> None:
+        """Have `take` return."""
+        self._some.set()
+
+    async def take(self, limit_s: float | None = None) -> bytes:
+        """What there is, as soon as there is something; nothing when the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._some.wait()
+        self._some.clear()
+        data = b"".join(self._pieces)
+        self._clear()
+        return data
+
+    def _clear(self) -> None:
+        self._pieces.clear()
+        self._bytes = 0
+
+
+class LiveOutput:
+    """What one attempt writes: for who reads along, and the last of it for who comes later."""
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.ended = False
+        self._recent = bytearray()
+        self._readers: set[Unsent] = set()
+
+    def write(self, piece: bytes) -> None:
+        """It has written this. Nobody who reads slowly holds it up."""
+        self._recent += piece
+        if len(self._recent) > 2 * RECENT_BYTES:
+            del self._recent[:-RECENT_BYTES]
+        for reader in self._readers:
+            if not reader.put(piece):
+                reader.put(LEFT_OUT)
+                reader.put(piece)
+
+    def end(self) -> None:
+        """It writes no more."""
+        self.ended = True
+        for reader in self._readers:
+            reader.wake()
+
+    async def follow(self) -> AsyncGenerator[bytes, None]:
+        """What it has written and writes, to its end."""
+        reader = Unsent()
+        reader.put(bytes(self._recent))
+        self._readers.add(reader)
+        try:
+            while not self.ended:
+                yield await reader.take()
+            reader.wake()
+            yield await reader.take()
+        finally:
+            self._readers.discard(reader)
+
+
+class LiveOutputs:
+    """What all calls write that run here now."""
+
+    def __init__(self, waiters: CallWaiters) -> None:
+        self._waiters = waiters
+        self._running: dict[str, LiveOutput] = {}  # by id
+
+    def find(self, own_id: str) -> LiveOutput | None:
+        """That of a call, if it runs here."""
+        return self._running.get(own_id)
+
+    @contextlib.contextmanager
+    def collect(self, claim: Claim) -> Iterator[Tell[bytes]]:
+        """Take what is written in this block."""
+        output = LiveOutput(claim.attempt)
+        self._running[claim.id] = output
+        self._waiters.stir(claim.id)
+        try:
+            yield output.write
+        finally:
+            del self._running[claim.id]
+            output.end()
 
 
 # --- Jobs -----------------------------------------------------------------------------------------
@@ -10517,6 +10725,7 @@ class InvocationJob:
     directory: FunctionDirectory
     limits: FunctionLimits
     caller: FunctionCaller
+    outputs: LiveOutputs
     metrics: Metrics
     rng: random.Random = field(default_factory=random.Random)
 
@@ -10565,8 +10774,9 @@ class InvocationJob:
             self.limits.hold(claim.lane),
             self.metrics.counted(claim.lane) as tell_status,
             running.track_inprogress(),
+            self.outputs.collect(claim) as tell,
         ):
-            outcome = await self.caller.call(function, request, limit, keep, whole)
+            outcome = await self.caller.call(function, request, limit, (keep, whole), tell)
             tell_status(outcome.status)
         if queue.adaptive:
             self.limits.learn(claim.lane, outcome.status, started)
@@ -11955,13 +12165,6 @@ class CallRoutes:
         log_with(logging.INFO, f"calls {done}", filters=query, **result._asdict())
         return reply(result._asdict())
 
-    async def show_log(self, request: Request) -> web.StreamResponse:
-        """What the function wrote: its answer's body, and a command's stderr."""
-        output = await self.records.output(request.parts[0])
-        return web.Response(
-            body=output.written, content_type="text/plain", charset="utf-8", headers=HARMLESS
-        )
-
     async def show_result(self, request: Request) -> web.StreamResponse:
         """The function's answer: its body, as what it says that it is."""
         stored = await self.records.answer(request.parts[0])
@@ -12165,11 +12368,77 @@ def states_of(counts: Mapping[tuple[str, str], int], status: str) -> int:
     return sum(found)
 
 
+# -- output
+
+LOOK_S = 2.0  # between looks whether a call has begun at another host, which is not told
+ELSEWHERE = (
+    "faasd-async: the call does not run here, or not yet; what it writes at another host is shown"
+    " when it has ended\n"
+)
+
+
+@dataclass(frozen=True)
+class LogRoutes:
+    """What functions write."""
+
+    settings: Settings
+    records: CallRecords
+    waiters: CallWaiters
+    outputs: LiveOutputs
+
+    async def show_log(self, request: Request) -> web.StreamResponse:
+        """What the function wrote: its answer's body, and a command's stderr."""
+        call_id = request.parts[0]
+        headers = {**HARMLESS, "Content-Type": "text/plain; charset=utf-8"}
+        if not parse_one(request.query, "follow", switch):
+            output = await self.records.output(call_id)
+            return web.Response(body=output.written, headers=headers)
+        record = await self.records.lookup(call_id)
+        response = web.StreamResponse(headers=headers | {"X-Accel-Buffering": "no"})
+        if request.http.method == "HEAD":
+            return response
+        transport = request.http.transport
+        assert transport
+        limit_s = self.settings().gateway.write_timeout
+        try:
+            await response.prepare(request.http)
+            async with contextlib.aclosing(self._follow(record)) as pieces:
+                async for piece in pieces:
+                    if piece:
+                        await write_in_time(response, piece, transport, limit_s)
+            await response.write_eof()
+        except ConnectionError:
+            pass  # The client has gone away.
+        return response
+
+    async def _follow(self, record: CallRecord) -> AsyncGenerator[bytes, None]:
+        """What a call writes, attempt by attempt, to its end; of one that ran elsewhere, then."""
+        shared = self.settings().store.backend == "nats"
+        followed = 0  # the last attempt of which this was
+        while True:
+            changed = self.waiters.event(record.id)
+            if output := self.outputs.find(record.id):
+                followed = output.attempt
+                async with contextlib.aclosing(output.follow()) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            record = await self.records.lookup(record.id)
+            if record.status in FINAL or self.waiters.closed:
+                break
+            if shared and record.status == "running" and followed != record.attempts:
+                shared = False
+                yield ELSEWHERE.encode()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S if shared else None):
+                    await changed.wait()
+        if record.attempts != followed and record.status in FINAL:
+            yield (await self.records.output(record.id)).written
+
+
 # -- events
 
 EVENTS_KEPT = 1000  # for streams that begin again where they were cut
 MAX_STREAMS = 8  # a browser allows six to one host
-MAX_UNSENT_BYTES = 256 * KIB  # that wait for a slow reader: then it is told that it has missed some
 STREAM_PERIOD_S = 0.2  # between writes to one stream: what has happened meanwhile goes together
 PING_S = 15.0  # Proxies cut connections on which nothing happens, nginx after 60 s.
 GAP_S = 0.25  # between two events that tell of missed changes
@@ -12195,42 +12464,16 @@ def event_text(event_id: str, kind: str, document: object) -> bytes:
     return f"id: {event_id}\nevent: {kind}\ndata: {data}\n\n".encode()
 
 
-class EventStream:
-    """What one reader is still to be sent: never more than MAX_UNSENT_BYTES."""
+class EventStream(NamedTuple):
+    """A reader, and what it wants."""
 
-    def __init__(self, wants: Callable[[CallRecord], bool]) -> None:
-        self._wants = wants
-        self._unsent: list[bytes] = []
-        self._unsent_bytes = 0
-        self._some = asyncio.Event()
+    wants: Callable[[CallRecord], bool]
+    unsent: Unsent
 
     def put(self, event: Event) -> bool:
         """Send an event, if it is wanted. False: there was no room, and what waited is gone."""
-        if event.record is not None and not self._wants(event.record):
-            return True
-        self._unsent.append(event.payload)
-        self._unsent_bytes += len(event.payload)
-        self._some.set()
-        if self._unsent_bytes <= MAX_UNSENT_BYTES:
-            return True
-        self._unsent.clear()
-        self._unsent_bytes = 0
-        return False
-
-    def wake(self) -> None:
-        """Have `take` return."""
-        self._some.set()
-
-    async def take(self) -> bytes:
-        """What there is to be sent, as soon as there is something; nothing after PING_S."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PING_S):
-                await self._some.wait()
-        self._some.clear()
-        data = b"".join(self._unsent)
-        self._unsent.clear()
-        self._unsent_bytes = 0
-        return data
+        wanted = event.record is None or self.wants(event.record)
+        return not wanted or self.unsent.put(event.payload)
 
 
 class EventHub:
@@ -12262,7 +12505,7 @@ class EventHub:
         if not self._watching:
             self._records.watch(self._tell)
             self._watching = True
-        stream = EventStream(wants)
+        stream = EventStream(wants, Unsent())
         missed = self._since(last_id)
         opening = event_text(self._last_id, "open", {"resumed": missed is not None})
         stream.put(Event(self._number, None, b"retry: 2000\n" + opening))
@@ -12286,7 +12529,7 @@ class EventHub:
             if timer is not None:
                 timer.cancel()
         for stream in self._streams:
-            stream.wake()
+            stream.unsent.wake()
 
     def ping(self) -> bytes:
         """Something that is no event. A reader has had all that it wants up to this id."""
@@ -12363,7 +12606,7 @@ class EventRoutes:
         try:
             await response.prepare(request.http)
             while not self.hub.closed:
-                data = await stream.take() or self.hub.ping()
+                data = await stream.unsent.take(PING_S) or self.hub.ping()
                 await write_in_time(response, data, transport, limit_s)
                 await asyncio.sleep(STREAM_PERIOD_S)
             await response.write_eof()
@@ -14204,13 +14447,13 @@ def path_pattern(path: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def call_rows(calls: CallRoutes) -> Sequence[Row]:
+def call_rows(calls: CallRoutes, logs: LogRoutes) -> Sequence[Row]:
     """The routes of calls that have been queued."""
     return (
         ("GET", "/system/calls", Access.OPERATE, calls.list_calls),
         ("POST", "/system/calls/retry", Access.OPERATE, calls.retry_matching),
         ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
-        ("GET", "/system/calls/{call}/log", Access.OPERATE, calls.show_log),
+        ("GET", "/system/calls/{call}/log", Access.OPERATE, logs.show_log),
         ("GET", "/system/calls/{call}/result", Access.OPERATE, calls.show_result),
         ("GET", "/system/calls/{call}/request", Access.OPERATE, calls.show_request),
         ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
@@ -14222,6 +14465,7 @@ def call_rows(calls: CallRoutes) -> Sequence[Row]:
 def route_table(
     functions: FunctionRoutes,
     calls: CallRoutes,
+    logs: LogRoutes,
     queues: QueueRoutes,
     stats: StatsRoutes,
     events: EventRoutes,
@@ -14241,7 +14485,7 @@ def route_table(
         ("*", "/r/{segment}/…", Access.INVOKE, fn.call),
         ("GET", "/healthz", Access.OPEN, health.healthz),
         ("GET", "/readyz", Access.OPEN, health.readyz),
-        *call_rows(calls),
+        *call_rows(calls, logs),
         ("GET", "/system/queues", operate, queues.list_queues),
         ("POST", "/system/queues/{segment}/(pause|resume|purge)", operate, queues.change_queue),
         ("GET", "/system/stats", operate, stats.show_stats),
@@ -14336,6 +14580,34 @@ def make_queue(config: Config, settings: Settings, observe_commit: Tell[float]) 
     return SqliteQueue(store_path(config), settings, observe_commit)
 
 
+class ConfigWarnings:
+    """What looks wrong in the configuration. A disk that hangs then holds nobody up."""
+
+    def __init__(self) -> None:
+        self._lines: Sequence[str] = ()
+
+    def lines(self) -> Sequence[str]:
+        """What was found last."""
+        return self._lines
+
+    def look(self, config: Config) -> None:
+        """Look in a thread, which ends when the disk has answered."""
+        threading.Thread(target=self._look, args=(config,), name="look", daemon=True).start()
+
+    def _look(self, config: Config) -> None:
+        self._lines = (*config_warnings(config), *script_warnings(config))
+
+
+def own_client(address: str, resolver: CheckedResolver) -> tuple[HttpClient, yarl.URL]:
+    """A client of this daemon itself, which listens there, and the URL for it.
+
+    To connect to 0.0.0.0 or [::] reaches ourselves.
+    """
+    if address.startswith("unix:"):
+        return HttpClient(unix_path=address.removeprefix("unix:")), yarl.URL("http://localhost")
+    return HttpClient(resolver=resolver), yarl.URL(address)
+
+
 def log_ended(ended: Ended) -> None:
     """A line for a call that has reached its end."""
     # Who cancels is told of in one line, however many calls it was.
@@ -14375,7 +14647,8 @@ class Daemon:
     def __init__(self, config: Config, path: str | None) -> None:
         self.config = config
         self._path = path
-        self._warnings = tuple(config_warnings(config))
+        self._warnings = ConfigWarnings()
+        self._warnings.look(config)
         self._exit_code = 0
         self._stop = asyncio.Event()  # first signal, or a task that failed
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
@@ -14433,11 +14706,7 @@ class Daemon:
         provided_http = HttpClient(tls=self.config.provider.tls)
         resolver = CheckedResolver(self._callback_allowed)
         callback_http = HttpClient(resolver=resolver, environment=os.environ)
-        own_address = min(urls)  # http before unix
-        own_http = HttpClient(resolver=resolver)
-        if own_address.startswith("unix:"):
-            own_http = HttpClient(unix_path=own_address.removeprefix("unix:"))
-            own_address = "http://localhost"
+        own_http, own_url = own_client(min(urls), resolver)  # http before unix
         for client in (http, provided_http, callback_http, own_http):
             stack.push_async_callback(client.close)
 
@@ -14454,17 +14723,18 @@ class Daemon:
         watched = ScheduleMetrics(metrics.registry)
         scheduler = Scheduler(settings, self._queue, intake, steps, watched, news)
         chores = (scheduler.run, ProvidedSchedules(settings, provider, directory, news).run)
-        # To connect to 0.0.0.0 or [::] reaches ourselves.
-        sender = CallbackJob(settings, callback_http, own_http, yarl.URL(own_address), metrics)
-        invoker = InvocationJob(settings, directory, self._limits, caller, metrics)
+        sender = CallbackJob(settings, callback_http, own_http, own_url, metrics)
+        outputs = LiveOutputs(self._waiters)
+        invoker = InvocationJob(settings, directory, self._limits, caller, outputs, metrics)
         functions = FunctionRoutes(settings, directory, self._limits, caller, intake, metrics)
         inflight = self._consumers.inflight
         queues = QueueRoutes(settings, self._queue, directory, metrics, inflight)
         routes = route_table(
             functions,
             CallRoutes(settings, self._queue, self._waiters),
+            LogRoutes(settings, self._queue, self._waiters, outputs),
             queues,
-            StatsRoutes(queues, self._queue, self._limits, lambda: self._warnings),
+            StatsRoutes(queues, self._queue, self._limits, self._warnings.lines),
             EventRoutes(settings, self._hub),
             HealthRoutes(self._queue, self._waiters),
             RestRoutes(settings, provider, directory, metrics),
@@ -14536,7 +14806,7 @@ class Daemon:
             return
         setup_logging(new.log)
         self.config = reloaded(self.config, new)
-        self._warnings = tuple(config_warnings(self.config))
+        self._warnings.look(self.config)
         for name in new.queues:
             self._consumers.wake(name)
         self._limits.changed()
@@ -15393,8 +15663,6 @@ def serve(args: Arguments) -> int:
         listen = parse_config({"gateway": {"listen": args.listen}}).gateway.listen
         config = replace(config, gateway=replace(config.gateway, listen=listen))
     setup_logging(config.log)
-    for line in config_warnings(config):
-        log.warning("%s", line)
     # libuv's own threads look names up: with its 4, a few that no one answers for stop all.
     os.environ.setdefault("UV_THREADPOOL_SIZE", "64")
     new_loop = uvloop.new_event_loop if uvloop else None

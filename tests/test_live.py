@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from conftest import PATIENCE, Daemon, Gate, Server, StartDaemon, answer, ask
+from aiohttp import web
+from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask
 from queues import OK, Bench, NatsStore, Settings
 
 SETTINGS = """
@@ -80,7 +82,10 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
     assert 0 < shown["commit_seconds"]["p50"] <= shown["commit_seconds"]["p99"]
     assert shown["memory_bytes"] > 1_000_000
     assert shown["uptime_seconds"] > 0
-    assert shown["warnings"] == ["functions.gone.command: there is no program /no/such/program"]
+    async with asyncio.timeout(PATIENCE):
+        while not (warnings := (await stats(gateway))["warnings"]):  # noqa: ASYNC110 - by a thread
+            await asyncio.sleep(0.01)
+    assert warnings == ["functions.gone.command: there is no program /no/such/program"]
 
 
 # ---- what was asked and answered -----------------------------------------------------------------
@@ -127,6 +132,106 @@ async def test_a_request_is_shown_without_its_secrets(daemon: StartDaemon, funct
     assert headers["Authorization"] == headers["X-Api-Key"] == "***"
     assert headers["Content-Type"] == "application/json"
     assert b"s3cret" not in reply.body
+
+
+# ---- output --------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def followed(gateway: Daemon, call_id: str) -> AsyncIterator[aiohttp.StreamReader]:
+    """What a call writes, as it comes."""
+    url = f"{gateway.url}/system/calls/{call_id}/log?follow=1"
+    timeout = aiohttp.ClientTimeout(total=PATIENCE)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+        assert response.status == 200, await response.text()
+        assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+        yield response.content
+
+
+def open_fifo(path: Path) -> int:
+    """Let a program that reads this go on; closing what is returned."""
+    return os.open(path, os.O_WRONLY)
+
+
+async def test_what_a_program_writes_is_seen_while_it_runs(daemon: StartDaemon, tmp_path: Path) -> None:
+    """Both of its outputs, in the order in which they come; then the log ends."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = 'echo one; echo two >&2; cat "$FIFO"; echo three >&2; exit 3'
+    gateway = await daemon(
+        f"""
+        [functions.it]
+        command = ["sh", "-c", {json.dumps(script)}]
+        env = {{ FIFO = {json.dumps(str(fifo))} }}
+        retry.attempts = 1
+        """
+    )
+    call_id = await gateway.submit("it")
+    async with followed(gateway, call_id) as log:
+        assert {await log.readline(), await log.readline()} == {b"one\n", b"two\n"}
+        async with followed(gateway, call_id) as late:  # It has what was written before.
+            assert {await late.readline(), await late.readline()} == {b"one\n", b"two\n"}
+            os.close(await asyncio.to_thread(open_fifo, fifo))
+            assert await log.read() == await late.read() == b"three\n"
+    record = await gateway.final(call_id)
+    assert record["error"] == "function it: exit status 3: three"
+
+
+async def test_what_a_server_answers_is_seen_as_it_comes(daemon: StartDaemon, function: Server) -> None:
+    """From the next attempt, too, when the first one fails; a call that waits is waited for."""
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n')
+    await ask(gateway.url, "/system/queues/faas-request/pause", method="POST")
+    passed = asyncio.Event()
+
+    async def slowly(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        retry = seen.headers["X-Retry"]
+        response = web.StreamResponse(status=503 if retry == "0" else 200)
+        await response.prepare(request)
+        await response.write(f"begun {retry}\n".encode())
+        if retry == "1":
+            await passed.wait()
+        await response.write(f"ended {retry}\n".encode())
+        return response
+
+    function.behaviour = slowly
+    call_id = await gateway.submit("it")
+    async with followed(gateway, call_id) as log:
+        await ask(gateway.url, "/system/queues/faas-request/resume", method="POST")
+        for line in (b"begun 0\n", b"ended 0\n", b"begun 1\n"):
+            assert await log.readline() == line
+        passed.set()
+        assert await log.read() == b"ended 1\n"
+
+
+async def test_the_log_of_a_call_that_has_ended_is_what_is_stored(daemon: StartDaemon, function: Server) -> None:
+    """There is nothing to follow."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    call_id = await gateway.submit("it")
+    await gateway.final(call_id)
+    async with followed(gateway, call_id) as log:
+        assert await log.read() == b"ok"
+    assert (await ask(gateway.url, "/system/calls/nobody/log?follow=1")).status == 404
+    assert (await ask(gateway.url, f"/system/calls/{call_id}/log?follow=maybe")).status == 400
+
+
+async def test_who_reads_slowly_does_not_hold_a_program_up(daemon: StartDaemon) -> None:
+    """What was not read in time is left out, and told."""
+    script = "exec >&2; head -c 20000000 /dev/zero; echo; echo done"
+    gateway = await daemon(
+        f"""
+        [functions.it]
+        command = ["sh", "-c", {json.dumps(script)}]
+        """
+    )
+    await ask(gateway.url, "/system/queues/faas-request/pause", method="POST")
+    call_id = await gateway.submit("it")
+    async with followed(gateway, call_id) as log:
+        await ask(gateway.url, "/system/queues/faas-request/resume", method="POST")
+        record = await gateway.final(call_id)
+        assert record["status"] == "success"
+        written = await log.read()
+    assert "… what was not read in time is left out …".encode() in written
+    assert written.endswith(b"done\n")
 
 
 # ---- events --------------------------------------------------------------------------------------

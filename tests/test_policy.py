@@ -23,6 +23,7 @@ import faasd_async
 from faasd_async import (
     CallbackConfig,
     Decision,
+    Kept,
     Lanes,
     Outcome,
     RetryPolicy,
@@ -38,6 +39,7 @@ from faasd_async import (
     parse_when,
     retry_after_s,
     rfc3339,
+    shorten,
     show_url,
     split_target,
     trace_context,
@@ -846,3 +848,28 @@ def test_without_one_valid_traceparent_there_is_no_trace(parents: list[str]) -> 
     """W3C Trace Context 4.3: nor does its state mean anything."""
     headers = [(b"traceparent", parent.encode()) for parent in parents]
     assert trace_context([*headers, (b"tracestate", b"a=1")]) == (None, None)
+
+
+# ---- what is kept of something long ------------------------------------------------------------------------------
+
+
+@DETERMINISTIC
+@given(st.lists(st.text(st.sampled_from("aé€😀"), max_size=60), max_size=12), st.integers(0, 400))
+def test_what_comes_in_pieces_is_shortened_as_a_whole(pieces: list[str], keep: int) -> None:
+    """However it is cut; to no more bytes than are kept, in whole characters."""
+    text = "".join(pieces).encode()
+    kept = Kept(keep)
+    for piece in pieces:
+        kept.add(piece.encode())
+    assert kept.size == len(text)
+    short = kept.whole()
+    assert short == shorten(text, keep)
+    assert len(short) <= keep or short == text
+    if len(text) <= keep:
+        assert short == text
+    elif keep >= 128:
+        start, missing, end = short.decode().split("\n")
+        assert text.startswith(start.encode())
+        assert text.endswith(end.encode())
+        number = len(text) - len(start.encode()) - len(end.encode())
+        assert missing == f"… {number} bytes are not kept …"

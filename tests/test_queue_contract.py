@@ -1638,6 +1638,35 @@ async def test_a_long_output_is_cut(bench: Bench) -> None:
     assert (await bench.record("a"))["response_bytes"] == 10
 
 
+LONG = b"the beginning " + b"x" * 1000 + b" the end"
+
+
+def is_cut(output: bytes) -> bool:
+    """Whether this is LONG without its middle."""
+    whole = output.startswith(b"the beginning x") and output.endswith(b"x the end")
+    missing = output.removeprefix(b"the beginning ").removesuffix(b" the end").strip(b"x").decode()
+    number = len(LONG) - len(output) + len(missing.encode())
+    return whole and len(output) <= 300 and missing == f"\n… {number} bytes are not kept …\n"
+
+
+@pytest.mark.parametrize("end", ["success", "retried", "delivered"])
+async def test_of_a_long_output_beginning_and_end_are_kept(bench: Bench, end: str) -> None:
+    """What went wrong stands at the end, what was tried at the beginning."""
+    bench.config.set({"keep_output": 300})
+    await bench.enqueue("a", callback_url=SINK if end == "delivered" else None)
+    outcome = OK._replace(body=LONG, size=len(LONG), stderr=LONG)
+    if end == "retried":
+        await bench.queue.retry(await bench.take(), outcome, 3600)
+    else:
+        await bench.run(outcome)
+    if end == "delivered":
+        assert (await bench.queue.output("a")).body == LONG  # It is still needed.
+        await bench.deliver()
+    body, stderr = await bench.queue.output("a")
+    assert is_cut(body)
+    assert is_cut(stderr)
+
+
 @pytest.mark.parametrize("end", ["delivered", "failed", "cancelled"])
 async def test_a_long_output_is_cut_after_its_callback(bench: Bench, end: str) -> None:
     """The callback needs all of it, people do not."""
