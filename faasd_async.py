@@ -12821,8 +12821,9 @@ button, .button, input[type=search], textarea {
   background: var(--panel); color: inherit; font: inherit;
 }
 textarea { width: 100%; min-height: 9rem; padding: .625rem; }
-button, .button { display: inline-flex; align-items: center; justify-content: center; }
-button, .button { cursor: pointer; text-decoration: none; }
+button, .button, nav a, td a, th a, .run { display: inline-flex; align-items: center; }
+nav a, td a, th a, .run { min-height: var(--target); }
+button, .button { justify-content: center; cursor: pointer; text-decoration: none; }
 button:hover { text-decoration: underline; }
 .main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 .danger { border-color: var(--bad); color: var(--bad); }
@@ -12830,11 +12831,10 @@ button:hover { text-decoration: underline; }
 .row { margin: .75rem 0; }
 .grow, #words { flex: 1; min-width: 0; }
 
-header { border-bottom: 1px solid var(--line); min-height: 44px; }
+header { border-bottom: 1px solid var(--line); padding-top: .375rem; }
 nav { display: flex; overflow-x: auto; scrollbar-width: none; }
 nav a {
-  display: inline-flex; flex: none; align-items: center; gap: .375rem;
-  min-height: 44px; padding: 0 .75rem; border-bottom: 2px solid transparent;
+  flex: none; gap: .375rem; padding: 0 .75rem; border-bottom: 2px solid transparent;
   color: var(--quiet); text-decoration: none;
 }
 nav a:hover, nav a[aria-current] { color: var(--text); }
@@ -12873,7 +12873,7 @@ td a:not(:hover), th a:not(:hover) { text-decoration: none; }
 .queued { color: var(--wait); }
 .cancelled { color: var(--quiet); }
 
-.run { display: inline-flex; align-items: center; min-width: 24px; min-height: var(--target); }
+.run { min-width: 24px; }
 .run .state { width: 1em; overflow: hidden; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
 .facts > :first-child { grid-column: span 2; }
@@ -12897,7 +12897,7 @@ kbd { padding: 0 .4rem; border: 1px solid var(--edge); border-radius: 4px; }
   nav#views { order: 1; flex-basis: 100%; }
   .sides { grid-template-columns: 1fr; }
   .line p { grid-column: 1 / -1; }
-  thead { position: absolute; clip-path: inset(50%); }
+  thead { display: none; }
   tbody, tbody td, tbody th { display: block; border: 0; height: auto; white-space: normal; }
   tbody tr { display: flex; flex-wrap: wrap; align-items: center; padding: .25rem 0; }
   tbody tr { border-top: 1px solid var(--line); }
@@ -13374,11 +13374,11 @@ function drawCallActions(call, body) {
     "div.row",
     mayAct() && [
       final && button("Run again", "change", "retry", "main"),
-      body.text && button("Run with another body…", "edit"),
+      body.text != null && button("Run with another body…", "edit"),
       told && button("Send callback again", "post", `${callPath(call.id)}/callback`),
       isAble("cancel", call) && button("Cancel…", "change", "cancel", "danger"),
     ],
-    body.text && button("Copy as curl", "curl"),
+    body.text != null && button("Copy as curl", "curl"),
   );
 }
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from browser import CHROMIUM, DRIVER, Browser, chromium
@@ -31,6 +32,15 @@ cron = "0 3 * * *"
 [retry]
 attempts = 2
 min_wait = "1ms"
+"""
+
+# Controls that are less than 44 px high, but for links in a text.
+SMALL_TARGETS = """
+const controls = [...document.querySelectorAll("button, input, .button, nav a, td > a, th > a")];
+const target = (one) => one.closest("label") ?? one;
+const shown = controls.filter((one) => one.checkVisibility());
+const small = shown.filter((one) => target(one).getBoundingClientRect().height < 44);
+return small.map((one) => one.outerHTML);
 """
 
 AXE = SCRIPT.parent / "node_modules" / "axe-core" / "axe.min.js"
@@ -408,3 +418,130 @@ async def test_a_call_is_copied_as_a_command(page: Page, function: Server) -> No
     await run("sh", "-c", await browser.run("return window.copied"))
     one, two = await function.wait_for(2)
     assert (two.target, two.body, two.headers["Content-Type"]) == (one.target, body, "text/x-mine")
+
+
+HOSTILE = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script>javascript:alert(1)"
+
+
+async def test_what_functions_and_callers_say_is_text(page: Page, function: Server, sink: Server) -> None:
+    """In errors, bodies, ids, filters and headers: nothing of it becomes an element or a script."""
+    browser, gateway = page.browser, page.gateway
+    function.behaviour = answer(400, HOSTILE.encode(), Content_Type="text/html")
+    headers = {"Content_Type": "text/html", "X_Call_Id": HOSTILE.replace(" ", "/")}
+    await gateway.submit(f"it/{quote(HOSTILE)}", HOSTILE.encode(), **headers, X_Callback_Url=f"{sink.url}/<svg>")
+    await sink.wait_for(1)
+    async with gateway.http.get(f"{gateway.url}/system/calls") as response:
+        (record,) = (await response.json())["calls"]
+    for place in ("", f"#call?id={record['id']}", f"#calls?call_id={quote(HOSTILE)}"):
+        await page.open(place)
+        assert await browser.run("return document.querySelectorAll('img, iframe, body script:not([type])').length") == 0
+        assert "hit" not in await browser.run("return document.title")
+    await page.open(f"#call?id={record['id']}")
+    for part in ("first", "last"):
+        assert await browser.text(f"#view .sides section:{part}-child pre") == HOSTILE
+    assert await browser.complaints() == []
+
+
+async def test_a_result_that_is_opened_by_itself_can_do_nothing(page: Page, function: Server) -> None:
+    """Also where it is a page with scripts that its function has made."""
+    browser, gateway = page.browser, page.gateway
+    script = b"<title>kept</title><script>document.title = 'ran'; fetch('/system/calls')</script>"
+    function.behaviour = answer(200, script, Content_Type="text/html")
+    call = await gateway.submit("it", script, Content_Type="text/html")
+    await gateway.final(call)
+    for what in ("result", "request", "log"):
+        await browser.open(f"{gateway.url}/system/calls/{call}/{what}")
+        assert await browser.run("return document.title") in ("kept", "")
+
+
+async def test_a_page_from_elsewhere_can_neither_act_nor_frame_nor_read(page: Page, function: Server) -> None:
+    """Whatever it tries, in a browser that is at home on the daemon's page."""
+    browser, gateway = page.browser, page.gateway
+    waiting = await gateway.submit("it", X_Delay="1h")
+    await page.open()
+    target = f"{gateway.url}/system/calls/cancel?status=delayed"
+    attack = f"""<!doctype html><title>attack</title><iframe src="{gateway.url}/ui/"></iframe>
+        <form method=post action="{target}" target=sink><button>go</button></form><iframe name=sink></iframe>
+        <script>
+        const seen = (promise) => promise.then((answer) => answer.text()).catch(() => "refused");
+        Promise.all([
+            seen(fetch("{target}", {{ method: "POST" }})),
+            seen(fetch("{target}", {{ method: "POST", mode: "no-cors" }})),
+            seen(fetch("{gateway.url}/system/calls")),
+            seen(fetch("{gateway.url}/ui/")),
+        ]).then((all) => {{ document.body.append(`tried: ${{all.join()}}`); }});
+        </script>"""
+    function.behaviour = answer(200, attack.encode(), Content_Type="text/html")
+    await browser.open(function.url.replace("127.0.0.1", "attacker.example"))
+    await browser.shows("tried: refused,,refused,refused")
+    await browser.click("=go")
+    await browser.until("document.querySelector('iframe').contentDocument === null")
+    for number in (0, 1):
+        await browser.do(browser.driver.switch_to.frame, number)
+        text = await browser.run("return document.body.innerText")
+        assert "faasd-async" not in text
+        await browser.do(browser.driver.switch_to.default_content)
+    assert (await gateway.record(waiting))["status"] == "delayed"
+
+
+async def test_a_name_that_was_made_to_point_here_shows_nothing(page: Page) -> None:
+    """DNS rebinding: the browser takes it for the attacker's own site."""
+    browser, gateway = page.browser, page.gateway
+    await browser.open(gateway.url.replace("127.0.0.1", "attacker.example") + "/ui/")
+    await browser.shows("attacker.example")
+    assert "gateway.hosts" in await browser.text("body")
+
+
+async def test_all_of_it_is_done_by_keyboard(page: Page, function: Server) -> None:
+    """Find, look, go back, select, retry, cancel, get help: without a mouse, and the focus is never lost."""
+    browser, gateway = page.browser, page.gateway
+    function.behaviour = answer(400)
+    for _ in range(2):
+        await gateway.final(await gateway.submit("it"))
+    waiting = await gateway.submit("later", X_Delay="1h")
+    function.behaviour = answer(200)
+    await page.open()
+    await page.rows(3)
+    await browser.press("?")
+    await browser.shows("next call", "#dialog")
+    await browser.press(Keys.ESCAPE)
+    await browser.press("j", "j", "j", "k", "c")  # the second has ended
+    await browser.shows("can't be cancelled", "#notice")
+    await browser.press("x", "j", "x")
+    await browser.shows("2 calls selected")
+    await browser.press("r")
+    await browser.shows("Retry 2 calls?", "#dialog")
+    await browser.press(Keys.TAB, Keys.ENTER)
+    await browser.until("document.querySelectorAll('#calls tbody .success').length === 2")
+    await browser.press("/", "queue:slow", Keys.ENTER)
+    await page.rows(1)
+    await browser.press(Keys.TAB, Keys.TAB)
+    await browser.run("document.activeElement.blur()")
+    await browser.press("j", Keys.ENTER)
+    await browser.shows("later", "#view h2")
+    await browser.press("c")
+    await browser.shows("Cancel 1 call?", "#dialog")
+    await browser.press(Keys.TAB, Keys.ENTER)
+    await browser.shows("cancelled", "#view h2")
+    assert (await gateway.record(waiting))["status"] == "cancelled"
+
+
+async def test_a_phone_shows_all_of_it(page: Page, function: Server) -> None:
+    """360 pixels wide nothing is cut off, and a thumb hits what it wants."""
+    browser, gateway = page.browser, page.gateway
+    function.behaviour = answer(400)
+    call = await gateway.submit("it", X_Callback_Url=f"{function.url}/a/rather/long/path/to/somewhere/else")
+    await gateway.submit("later", X_Delay="1h")
+    await gateway.final(call)
+    screen = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    await browser.cdp("Emulation.setDeviceMetricsOverride", **screen)
+    await browser.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        for place in ("#calls?queue=slow", "#calls", f"#call?id={call}", "#queues", "#schedules", "#host"):
+            await page.open(place)
+            await page.picture(f"phone-{place.strip('#').partition('?')[0]}")
+            assert await browser.run("return document.documentElement.scrollWidth") == 360, place
+            assert await browser.run(SMALL_TARGETS) == [], place
+    finally:
+        await browser.cdp("Emulation.clearDeviceMetricsOverride")
+        await browser.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
