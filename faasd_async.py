@@ -210,6 +210,8 @@ SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larg
 DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
 
 # Patience.
+RATE_CATCH_UP_S = 1.0  # by how much starts that are late may be closer than their rate
+RATE_CLOCKS_S = 5.0  # by how much the clocks of daemons with a common rate may differ
 MAX_RETRY_AFTER_S = 86_400.0  # A function may ask for patience, not for eternity.
 RETRY_STORE_S = 5  # after a failed commit, for clients (Retry-After) and ourselves
 RETRY_SOON_S = 0.05  # the same once the queue seems to work again
@@ -475,14 +477,14 @@ def boolean(value: Any) -> bool:
     return bool(value)
 
 
-@expects("a whole number from 1")
+@expects("a whole number from 1 to 1000000000")
 def count(value: Any) -> int:
     """A TOML integer from 1 to 10⁹."""
     require(type(value) is int and 1 <= value <= 10**9)
     return int(value)
 
 
-@expects("a whole number from 1")
+@expects("a whole number from 1 to 1000000000")
 def number(value: Any) -> int:
     """The same, written as text."""
     require(re.fullmatch("[0-9]{1,18}", value))
@@ -514,6 +516,26 @@ def positive(value: Any) -> float:
     seconds = duration(value)
     require(seconds > 0)
     return seconds
+
+
+class Rate(NamedTuple):
+    """So many calls may start in a time. They are spread over it."""
+
+    text: str  # as it is written
+    starts: int
+    period_s: float
+
+    @property
+    def interval_s(self) -> float:
+        """From one start to the next."""
+        return self.period_s / self.starts
+
+
+@expects('a rate such as "10/1m" (calls that may start, in what time)')
+def rate(value: Any) -> Rate:
+    """How many calls may start in which time."""
+    starts, _, period = value.partition("/")
+    return Rate(value, number(starts), positive(period))
 
 
 @expects('a size such as "64KiB", "1MB" or a number of bytes')
@@ -1175,6 +1197,7 @@ class QueueConfig:
     max_inflight_global: int | None = key(count)  # of all daemons on one NATS together
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
+    rate: Rate | None = key(rate)  # of starts; of all daemons on one NATS together
     fair: bool = key(boolean, True)
     adaptive: bool = key(boolean, False)
     # Leases: of no effect on the embedded queue, whose process owns its claims.
@@ -1282,6 +1305,7 @@ class Function:
     queue: str = key(text, DEFAULT_QUEUE)
     type: str = key(one_of("sync", "async"), "sync")
     max_inflight: int | None = key(count)
+    rate: Rate | None = key(rate)
     annotations: Mapping[str, str] = key(string_table, {})
     labels: Mapping[str, str] = key(string_table, {})
     env: Mapping[str, str] = key(string_table, {})
@@ -1421,6 +1445,12 @@ class Config:
         functions = self.functions.values()
         return {f.key: f.max_inflight for f in functions if f.max_inflight is not None}
 
+    @functools.cached_property
+    def function_rates(self) -> Mapping[str, Rate]:
+        """rate of the functions that have one, by key."""
+        functions = self.functions.values()
+        return {f.key: f.rate for f in functions if f.rate is not None}
+
 
 Settings = Callable[[], Config]  # as they stand now: a reload changes them
 
@@ -1513,6 +1543,7 @@ def annotated(
         namespace=namespace,
         queue=read("queue", queue_name, DEFAULT_QUEUE),
         max_inflight=read("max_inflight", number, None),
+        rate=read("rate", rate, None),
         annotations=annotations,
         retry=replace(retry, **policy),
     )
@@ -2090,9 +2121,14 @@ def fn_document(record: CallRecord) -> dict[str, Any]:
 
 
 def queue_document(
-    name: str, stats: QueueStats, config: QueueConfig, inflight: int, now: float
+    name: str,
+    stats: QueueStats,
+    config: QueueConfig,
+    rates: Mapping[str, Rate],
+    inflight: int,
+    now: float,
 ) -> dict[str, Any]:
-    """A queue as the API shows it."""
+    """A queue as the API shows it; `rates` are those of its functions, by key."""
     return {
         "name": name,
         "depth": stats.depth,
@@ -2100,7 +2136,9 @@ def queue_document(
         "oldest_seconds": round(max(0.0, now - stats.oldest_at), 3),
         "max_inflight": config.max_inflight,
         "paused": stats.paused,
+        "rate": config.rate.text if config.rate else None,
         "functions": stats.waiting,
+        "function_rates": {name: rate.text for name, rate in rates.items()},
         "max_pending": config.max_pending,
         "timeout_seconds": config.timeout,
         "fair": config.fair,
@@ -2311,6 +2349,29 @@ def is_own_host(host: str, own_names: Sequence[str]) -> bool:
     """
     name = host_name(host)
     return name == "localhost" or name in own_names or is_address(name)
+
+
+def starts_now(rate: Rate, next_at: float, now: float) -> int:
+    """How many calls may start, where the next one was to start at `next_at` (Unix time)."""
+    late_s = now - first_start(rate, next_at, now)
+    return int(late_s / rate.interval_s + 1e-6) + 1 if late_s > -1e-6 else 0
+
+
+def next_start(rate: Rate, next_at: float, number: int, now: float) -> float:
+    """When the next call may start, after so many."""
+    return first_start(rate, next_at, now) + number * rate.interval_s
+
+
+def first_start(rate: Rate, next_at: float, now: float) -> float:
+    """The virtual scheduling of the generic cell rate algorithm (ITU-T I.371, annex A).
+
+    Whoever starts late may catch up with a tenth of the period, and with one second at most: what
+    was not used before is no credit. A time that is much further ahead than this rate leads to was
+    that of a clock that has been set back, or of a lower rate.
+    """
+    if next_at > now + rate.interval_s + RATE_CLOCKS_S:
+        return now
+    return max(next_at, now - min(RATE_CATCH_UP_S, rate.period_s / 10))
 
 
 TRACEPARENT = re.compile(
@@ -3080,12 +3141,22 @@ class WorkQueue(Protocol):
         another body.
         """
 
-    def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
+    def claim(
+        self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
+    ) -> Awaitable[Sequence[Claim]]:
         """Up to `limit` due items of a queue, each charged with an attempt.
 
         At most `room[lane]` of a lane, `room[""]` of one without an entry. Of a function's calls
-        with one concurrency key none is claimed while another is. When fewer are returned,
+        with one concurrency key none is claimed while another is. No more of a lane than its rate
+        allows, nor of the queue (`rates[""]`); the times of starts survive a restart, and are those
+        of all daemons that share the queue. When fewer are returned,
         `wake` tells when to ask again, but not when `room` is the reason.
+        """
+
+    def start(self, lane: str, rate: Rate) -> Awaitable[float]:
+        """Count the start of a call that was never queued.
+
+        0.0; or, and it is not counted, after how many seconds the rate allows one.
         """
 
     def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
@@ -3379,6 +3450,9 @@ class WorkIndex:
         self.lanes: defaultdict[str, Lanes] = defaultdict(Lanes)  # by queue
         self.paused: set[str] = set()
         self.deadline_at = float("inf")  # the earliest deadline of a waiting call
+        self.next_starts: dict[str, float] = {}  # of queues and lanes that have a rate
+        # Lanes that are lined up for their next start, by queue, and the rate that has led to it.
+        self.slowed: defaultdict[str, dict[str, Rate]] = defaultdict(dict)
         self._wake_at: dict[str, float] = {}  # when to tell of a queue's due work
 
     def add(self, queue: str, lane: str, due_at: float, number: int = 1) -> None:
@@ -3482,6 +3556,7 @@ MIGRATIONS = {  # from this version to the next
     "ALTER TABLE calls ADD COLUMN turn INTEGER;"
     "ALTER TABLE calls ADD COLUMN failures TEXT;"
     "CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);"
+    "CREATE TABLE rates (name TEXT PRIMARY KEY, next_at REAL NOT NULL);"
     + COUNTS
     + TURNS
     + """
@@ -3536,6 +3611,7 @@ CREATE TABLE outputs (
 );
 CREATE TABLE queues (name TEXT PRIMARY KEY, paused INTEGER NOT NULL);
 CREATE TABLE schedules (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, state TEXT);
+CREATE TABLE rates (name TEXT PRIMARY KEY, next_at REAL NOT NULL); -- of a queue or lane: next start
 {COUNTS}
 """
 
@@ -3755,6 +3831,7 @@ class SqliteFile:
         self.index = WorkIndex()
         for name, paused in self.db.execute("SELECT name, paused FROM queues").fetchall():
             self.index.pause(name, bool(paused))
+        self.index.next_starts.update(self.db.execute("SELECT name, next_at FROM rates").fetchall())
         self.db.execute(TAKE_TURNS)
         for work, lane, due_at, waiting in self.db.execute(SELECT_LANES).fetchall():
             name = lane.removesuffix(ASIDE)
@@ -3826,7 +3903,9 @@ class SqliteFile:
         self.index.expect_deadline(self.db.execute(SELECT_DEADLINE).fetchone()[0])
 
 
-# --- SQLite keys ----------------------------------------------------------------------------------
+# --- SQLite limits --------------------------------------------------------------------------------
+# -- keys
+
 # Of a function's calls with one concurrency key, one at most has its turn: it is claimed, or the
 # first to be. Whatever moves that one, or adds one to the others, ends with `pass_turn`.
 
@@ -3889,6 +3968,76 @@ def pass_turns(file: SqliteFile, places: Iterable[tuple[str, str, str | None]]) 
     for function, namespace, key in dict.fromkeys(places):
         if key is not None:
             pass_turn(file, KeyPlace(function, namespace, key))
+
+
+# -- rates
+
+SAVE_START = "INSERT OR REPLACE INTO rates (name, next_at) VALUES (?, ?)"
+
+
+def starts_left(file: SqliteFile, name: str, rate: Rate, now: float) -> int:
+    """How many calls of a queue or lane may start."""
+    return starts_now(rate, file.index.next_starts.get(name, 0.0), now)
+
+
+def next_start_at(file: SqliteFile, name: str, rate: Rate, now: float) -> float:
+    """When the next one may."""
+    return first_start(rate, file.index.next_starts.get(name, 0.0), now)
+
+
+def count_starts(file: SqliteFile, name: str, rate: Rate, number: int, now: float) -> None:
+    """Take note that calls have started."""
+    at = next_start(rate, file.index.next_starts.get(name, 0.0), number, now)
+    file.index.next_starts[name] = at
+    file.db.execute(SAVE_START, (name, at))
+
+
+def room_at_rates(
+    file: SqliteFile,
+    queue: str,
+    limit: int,
+    room: Mapping[str, int],
+    rates: Mapping[str, Rate],
+    now: float,
+) -> tuple[int, dict[str, int]]:
+    """`limit` and `room` of a claim, and no more of them than may start.
+
+    Lanes whose rate is another one since a reload are looked at again.
+    """
+    left = dict(room)
+    lanes = file.index.lanes[queue]
+    slowed = file.index.slowed[queue]
+    for lane in [lane for lane, rate in slowed.items() if rate != rates.get(lane)]:
+        del slowed[lane]
+        if lane in lanes.waiting:
+            lanes.put(lane, now)
+    for lane in rates.keys() & lanes.waiting.keys():
+        most = starts_left(file, lane, rates[lane], now)
+        left[lane] = min(most, room.get(lane, room.get("", limit)))
+    if rate := rates.get(""):
+        limit = min(limit, starts_left(file, queue, rate, now))
+    return limit, left
+
+
+def count_claims(
+    file: SqliteFile, queue: str, claims: Sequence[Claim], rates: Mapping[str, Rate], now: float
+) -> None:
+    """Take note of calls that start."""
+    for lane, number in Counter([claim.lane for claim in claims]).items():
+        if rate := rates.get(lane):
+            count_starts(file, lane, rate, number, now)
+    if claims and (rate := rates.get("")):
+        count_starts(file, queue, rate, len(claims), now)
+
+
+def step_start(file: SqliteFile, lane: str, rate: Rate) -> float:
+    """See WorkQueue.start. It is on disk with the next call of the function that was queued."""
+    now = time.time()
+    at = file.index.next_starts.get(lane, 0.0)
+    if starts_now(rate, at, now):
+        file.index.next_starts[lane] = next_start(rate, at, 1, now)
+        return 0.0
+    return first_start(rate, at, now) - now
 
 
 # --- SQLite steps ---------------------------------------------------------------------------------
@@ -4201,9 +4350,9 @@ def insert_call(file: SqliteFile, call: Invocation, digest: bytes | None) -> Non
 
 
 def step_claim(
-    file: SqliteFile, queue: str, limit: int, room: Mapping[str, int]
+    file: SqliteFile, queue: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
 ) -> Sequence[Claim]:
-    """Hand out due work of one queue, and have it told when more becomes due."""
+    """Hand out due work of one queue, and have it told when more may be claimed."""
     now = time.time()
     index = file.index
     if index.deadline_at <= now:
@@ -4213,12 +4362,23 @@ def step_claim(
             return []
     if queue in index.paused:
         return []
+    most, left = room_at_rates(file, queue, limit, room, rates, now)
+    claims, held = claim_in_turn(file, queue, most, left, now)
+    count_claims(file, queue, claims, rates, now)
     lanes = index.lanes[queue]
-    claims, held = claim_in_turn(file, queue, limit, room, now)
     next_at = lanes.next_at()
-    index.wake(queue, next_at if next_at > now else float("inf"))
+    wakes = [next_at if next_at > now else float("inf")]
+    if lanes.total and len(claims) == most < limit:
+        wakes.append(next_start_at(file, queue, rates[""], now))
     for lane in held:
-        lanes.put(lane, file.head(queue, lane))
+        at = file.head(queue, lane)
+        if rate := rates.get(lane):
+            at = max(at, next_start_at(file, lane, rate, now))
+            index.slowed[queue][lane] = rate
+        if at > now:
+            wakes.append(at)
+        lanes.put(lane, at)
+    index.wake(queue, min(wakes))
     return claims
 
 
@@ -5076,8 +5236,13 @@ class SqliteQueue:
     def enqueue(self, call: Invocation) -> Awaitable[str]:
         return self._writer.submit(step_enqueue, call)
 
-    def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Awaitable[Sequence[Claim]]:
-        return self._writer.submit(step_claim, name, limit, room)
+    def claim(
+        self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
+    ) -> Awaitable[Sequence[Claim]]:
+        return self._writer.submit(step_claim, name, limit, room, rates)
+
+    def start(self, lane: str, rate: Rate) -> Awaitable[float]:
+        return self._writer.submit(step_start, lane, rate)
 
     def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
         step = step_deliver if claim.queue == CALLBACKS else step_complete
@@ -6877,6 +7042,14 @@ async def nats_request(calls: NatsCalls, call_id: str) -> StoredRequest:
     return StoredRequest(call.method, call.target, unpack_headers(parts.headers), parts.body)
 
 
+async def nats_output(calls: NatsCalls, call_id: str, keep: int) -> Output:
+    """See CallRecords.output."""
+    stored = await calls.find(call_id)
+    whole = stored.call.callback_status == "pending"
+    body = stored.parts.output
+    return Output(body if whole else shorten(body, keep), stored.parts.stderr)
+
+
 async def nats_result(calls: NatsCalls, call_id: str) -> StoredAnswer:
     """See CallRecords."""
     call, parts = (await calls.find(call_id))[1:]
@@ -7115,7 +7288,9 @@ class NatsMessages:
         await self._lanes.give_back(self._lanes.queues[queue].lanes[name], delivery)
 
 
-# --- NATS keys ------------------------------------------------------------------------------------
+# --- NATS limits ----------------------------------------------------------------------------------
+# -- keys
+
 # Of a function's calls with one concurrency key, one at most has it: a message names that call. Its
 # work message stays un-acked until the key is passed on, so whatever a crash leaves undone is done
 # when that is delivered again. Who comes while another call has the key is put aside, and has a
@@ -7277,6 +7452,77 @@ class NatsKeys:
             await self._calls.purge(aside)
         await self._calls.purge(self._subjects.key_line(key, told["id"]))
         return stored is not None
+
+
+# -- rates
+
+
+class NatsRates:
+    """When the next calls may start where there is a rate: a message for each queue and lane.
+
+    All daemons share it. The server deletes it when it is of no importance any more.
+    """
+
+    def __init__(
+        self, link: NatsLink, subjects: NatsSubjects, calls: NatsCalls, wake: Tell[str]
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._calls = calls
+        self._wake = wake
+        self._known: dict[str, tuple[int, float]] = {}  # sequence and next start, as read last
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # by queue
+
+    async def start(self, name: str, rate: Rate, wanted: int) -> int:
+        """Count up to so many calls as started: how many may."""
+        while True:
+            seq, next_at = self._known.get(name, (0, 0.0))
+            now = self._calls.now()
+            number = min(wanted, starts_now(rate, next_at, now))
+            if number <= 0 or await self._write(name, seq, next_start(rate, next_at, number, now)):
+                return max(0, number)
+
+    async def start_one(self, name: str, rate: Rate) -> float:
+        """See WorkQueue.start."""
+        started = await self.start(name, rate, 1)
+        return 0.0 if started else max(0.001, self.wait_s(name, rate))
+
+    async def take_back(self, name: str, rate: Rate, number: int) -> None:
+        """So many calls have not started after all."""
+        while number > 0:
+            seq, next_at = self._known.get(name, (0, 0.0))
+            if await self._write(name, seq, next_at - number * rate.interval_s):
+                return
+
+    async def _write(self, name: str, seq: int, next_at: float) -> bool:
+        """Write when the next call may start. False: it has changed since, and was read again."""
+        place = self._subjects.slot("@rate", nats_token(name))
+        ttl = f"{2 + max(0, round(next_at - self._calls.now()))}s"
+        body = json.dumps({"next_at": next_at}).encode()
+        try:
+            new = await self._link.publish(
+                place, body, Nats_Expected_Last_Subject_Sequence=seq, Nats_TTL=ttl
+            )
+        except NatsRefused as exc:
+            if exc.code not in WRONG_SEQUENCE:
+                raise
+            note = await self._calls.noted(place)
+            self._known[name] = (note.seq, note.document["next_at"]) if note else (0, 0.0)
+            return False
+        self._known[name] = (new, next_at)
+        return True
+
+    def wait_s(self, name: str, rate: Rate) -> float:
+        """How long nothing may start, as far as is known; 0 or less: something may."""
+        now = self._calls.now()
+        return first_start(rate, self._known.get(name, (0, 0.0))[1], now) - now
+
+    def wake_in(self, queue: str, delay_s: float) -> None:
+        """Have a queue look then."""
+        if timer := self._timers.pop(queue, None):
+            timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timers[queue] = loop.call_later(delay_s, self._wake, queue)
 
 
 # --- NATS outcomes --------------------------------------------------------------------------------
@@ -7609,9 +7855,13 @@ class NatsSlots:
         self._changing = asyncio.Lock()  # one of them: what was given back is not to be renewed
         self._used: dict[str, tuple[str, int]] = {}  # by the id of the call
 
+    def limit(self, queue: str) -> int | None:
+        """How many slots a queue has; None: it has no such limit."""
+        return self._settings().queue(queue).max_inflight_global
+
     async def take(self, queue: str, wanted: int) -> list[int]:
         """Up to this many slots of a queue."""
-        most = self._settings().queue(queue).max_inflight_global or 0
+        most = self.limit(queue) or 0
         pattern = self._subjects.slot(queue, "*")
         subjects = await self._calls.subjects(pattern)
         taken = {int(subject.rpartition(".")[2]) for subject in subjects}
@@ -7853,37 +8103,45 @@ class NatsTaker:
     def __init__(
         self,
         link: NatsLink,
-        settings: Settings,
         lanes: NatsLanes,
         claims: NatsClaims,
         slots: NatsSlots,
         replies: NatsReplies,
+        rates: NatsRates,
     ) -> None:
         self._link = link
-        self._settings = settings
         self._lanes = lanes
         self._claims = claims
         self._slots = slots
         self._replies = replies
+        self._rates = rates
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by queue
 
-    async def claim(self, queue: str, limit: int, room: Mapping[str, int]) -> list[Claim]:
+    async def claim(
+        self, queue: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
+    ) -> list[Claim]:
         """See WorkQueue. Nothing is due while the servers are away; a reconnect wakes the queue."""
         made: list[Claim] = []
+        left = dict(room)
         async with self._locks[queue]:
             try:
                 if queue in self._lanes.paused:
-                    await self._lanes.settle(queue, True, room)
-                elif self._settings().queue(queue).max_inflight_global:
-                    await self._claim_with_slots(queue, limit, dict(room), made)
+                    await self._lanes.settle(queue, True, left)
+                elif self._slots.limit(queue) is not None:
+                    await self._claim_with_slots(queue, limit, left, rates, made)
                 elif not self._link.away:
-                    await self._claim(queue, limit, dict(room), made)
+                    await self._claim_at_rates(queue, limit, left, rates, made)
             except StoreError as exc:
                 log.debug("queue %s: no more work can be claimed for now: %s", queue, exc)
         return made
 
     async def _claim_with_slots(
-        self, queue: str, limit: int, left: dict[str, int], made: list[Claim]
+        self,
+        queue: str,
+        limit: int,
+        left: dict[str, int],
+        rates: Mapping[str, Rate],
+        made: list[Claim],
     ) -> None:
         """Claim no more than there are slots for."""
         if not self._lanes.queues[queue].ready:
@@ -7892,7 +8150,7 @@ class NatsTaker:
         numbers = await self._slots.take(queue, limit)
         try:
             if numbers:
-                await self._claim(queue, len(numbers), left, made)
+                await self._claim_at_rates(queue, len(numbers), left, rates, made)
             else:
                 await self._lanes.settle(queue, False, left)
         finally:
@@ -7900,6 +8158,52 @@ class NatsTaker:
                 self._slots.use(queue, numbers.pop(), claim.id)
             for number in numbers:
                 await self._slots.give_back(queue, number)
+
+    async def _claim_at_rates(
+        self,
+        queue: str,
+        limit: int,
+        left: dict[str, int],
+        rates: Mapping[str, Rate],
+        made: list[Claim],
+    ) -> None:
+        """Claim no more than may start now; have the queue woken when more may."""
+        names = {name: rates[name] for name in rates.keys() & self._lanes.queues[queue].lanes}
+        if rate := rates.get(""):
+            names[queue] = rate
+        booked: dict[str, int] = {}
+        free = {name: left.get(name, left.get("", 1)) for name in names}
+        try:
+            for name, rate in names.items():
+                booked[name] = await self._book(queue, name, rate, limit, left)
+            most = booked.get(queue, limit)
+            left |= {name: number for name, number in booked.items() if name != queue}
+            await self._claim(queue, most, left, made)
+        finally:
+            started = Counter([claim.lane for claim in made])
+            started[queue] = len(made)
+            for name, number in booked.items():
+                await self._rates.take_back(name, names[name], number - started[name])
+        waits = {name: self._rates.wait_s(name, rate) for name, rate in names.items()}
+        # One more message of a lane may be sent to us, to know that there are some.
+        for name in names.keys() - {queue}:
+            left[name] = min(int(waits[name] <= 0), free[name] - started[name])
+        wanted = len(made) < limit and waits.get(queue, 0.0) <= 0
+        await self._lanes.settle(queue, wanted, left)
+        if later := [wait_s for wait_s in waits.values() if wait_s > 0]:
+            self._rates.wake_in(queue, min(later))
+
+    async def _book(
+        self, queue: str, name: str, rate: Rate, limit: int, left: Mapping[str, int]
+    ) -> int:
+        """How many calls of a lane, or of a queue, may be claimed: they are counted as started."""
+        turns = self._lanes.queues[queue]
+        if name == queue:
+            return await self._rates.start(name, rate, limit if turns.ready else 0)
+        most = min(limit, left.get(name, left.get("", limit)))
+        if name not in turns.ready:
+            return 0
+        return await self._rates.start(name, rate, min(most, max(1, turns.lanes[name].waiting)))
 
     async def _claim(self, queue: str, limit: int, left: dict[str, int], made: list[Claim]) -> None:
         asked = 0
@@ -7925,7 +8229,6 @@ class NatsTaker:
                     continue
                 if lane.name in left:
                     left[lane.name] += 1
-        await self._lanes.settle(queue, len(made) < limit, left)
 
 
 # --- NATS operators -------------------------------------------------------------------------------
@@ -8657,16 +8960,16 @@ class NatsKeeper:
 
 
 async def nats_trouble(link: NatsLink, calls: NatsCalls, subjects: NatsSubjects) -> str | None:
-    """Why nothing can be stored, or None. After a failure something small is tried."""
-    if link.away:
-        return link.away
+    """See WorkQueue.failing. After a failure something small is stored."""
+    reason = link.away
     try:
-        if link.failure is not None:
+        if not reason and link.failure is not None:
             await link.publish(subjects.slot("@probe", 0), bytes(PROBE_BYTES), Nats_TTL="1s")
-        await calls.subjects(subjects.pauses)
+        if not reason:
+            await calls.subjects(subjects.pauses)
     except StoreError as exc:
-        return str(exc)
-    return None
+        reason = str(exc)
+    return f"the queue can't store: {reason}" if reason else None
 
 
 async def nats_stats(lanes: NatsLanes, messages: NatsWaiting) -> Mapping[str, QueueStats]:
@@ -8728,6 +9031,7 @@ class NatsParts(NamedTuple):
     consumers: NatsConsumers
     claims: NatsClaims
     slots: NatsSlots
+    rates: NatsRates
     taker: NatsTaker
     operator: NatsOperator
     intake: NatsIntake
@@ -8771,20 +9075,18 @@ class NatsQueue:
 
     async def _begin(self) -> None:
         """Connect, and take over what is there. Raises StoreError, ConfigError."""
-        config = self._settings().nats
-        parts = self._parts
         await self._link.open(self._keeper.reconnected)
         try:
-            await ensure_stream(self._link, config)
-            self._notice = await check_promise(self._link, config)
-            await parts.peers.listen()
-            await parts.takeover.listen()
+            await ensure_stream(self._link, self._settings().nats)
+            self._notice = await check_promise(self._link, self._settings().nats)
+            await self._parts.peers.listen()
+            await self._parts.takeover.listen()
             for subject in await self._calls.subjects(self._subjects.pauses):
                 if note := await self._calls.note(subject):
-                    parts.lanes.pause(note["queue"], note["paused"])
-            await parts.consumers.ensure("work", DEADLINES, "all")
-            await parts.recovery.recover(await parts.consumers.poll())
-            await parts.lanes.start()
+                    self._parts.lanes.pause(note["queue"], note["paused"])
+            await self._parts.consumers.ensure("work", DEADLINES, "all")
+            await self._parts.recovery.recover(await self._parts.consumers.poll())
+            await self._parts.lanes.start()
         except BaseException:
             await self._link.close()
             raise
@@ -8804,6 +9106,7 @@ class NatsQueue:
         owners = NatsOwners(link, subjects, settings, holdings, messages)
         claims = NatsClaims(settings, calls, messages, ends, holdings, owners)
         slots = NatsSlots(link, subjects, settings, calls, news, holdings.owner)
+        rates = NatsRates(link, subjects, calls, news.wake)
         operator = NatsOperator(subjects, settings, calls, claims, messages, news)
         intake = NatsIntake(link, subjects, settings, calls, messages, lanes)
         expire = NatsDeadlines(calls, ends, messages, operator).expire
@@ -8816,7 +9119,8 @@ class NatsQueue:
             consumers=consumers,
             claims=claims,
             slots=slots,
-            taker=NatsTaker(link, settings, lanes, claims, slots, replies),
+            rates=rates,
+            taker=NatsTaker(link, lanes, claims, slots, replies, rates),
             operator=operator,
             intake=intake,
             news=news,
@@ -8848,10 +9152,15 @@ class NatsQueue:
         self._observe_commit(time.perf_counter() - started)
         return call_id
 
-    async def claim(self, name: str, limit: int, room: Mapping[str, int]) -> Sequence[Claim]:
+    async def claim(
+        self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
+    ) -> Sequence[Claim]:
         if self._closed:
             raise StoreError("the queue is closed")
-        return await self._parts.taker.claim(name, limit, room)
+        return await self._parts.taker.claim(name, limit, room, rates)
+
+    async def start(self, lane: str, rate: Rate) -> float:
+        return await self._parts.rates.start_one(lane, rate)
 
     async def complete(self, claim: Claim, outcome: Outcome, status: str) -> bool:
         done = await self._parts.claims.complete(claim, outcome, status)
@@ -8870,8 +9179,7 @@ class NatsQueue:
         return self._notice
 
     async def failing(self) -> str | None:
-        reason = await nats_trouble(self._link, self._calls, self._subjects)
-        return f"the queue can't store: {reason}" if reason else None
+        return await nats_trouble(self._link, self._calls, self._subjects)
 
     # CallRecords
 
@@ -8884,11 +9192,7 @@ class NatsQueue:
         return await nats_page(self._calls, filters, limit, cursor)
 
     async def output(self, call_id: str) -> Output:
-        stored = await self._calls.find(call_id)
-        keep = self._settings().calls.keep_output
-        whole = stored.call.callback_status == "pending"
-        body = stored.parts.output
-        return Output(body if whole else shorten(body, keep), stored.parts.stderr)
+        return await nats_output(self._calls, call_id, self._settings().calls.keep_output)
 
     async def answer(self, call_id: str) -> StoredAnswer:
         return await nats_result(self._calls, call_id)
@@ -10201,6 +10505,7 @@ class FunctionLimits:
         self._settings = settings
         self._on_room = on_room  # told when a function that was full may have room again
         self._provided: dict[str, int] = {}  # max_inflight of the provider's functions
+        self._provided_rates: dict[str, Rate] = {}  # and their rates
         self._running: Counter[str] = Counter()
         self._resting: dict[str, float] = {}  # functions that get no calls until then (monotonic)
         self._learned: dict[str, Learned] = {}
@@ -10217,6 +10522,11 @@ class FunctionLimits:
         room = {name: max(0, limit - self._running[name]) for name, limit in limits.items()}
         return {**room, "": 1} if adaptive else room
 
+    def rates(self) -> Mapping[str, Rate]:
+        """How many calls of functions may start, where that is limited."""
+        rates = self._settings().function_rates
+        return {**self._provided_rates, **rates} if self._provided_rates else rates
+
     def learn(self, name: str, status: int, started: float) -> None:
         """Take note of an answer; see `learn`."""
         before = self._learned.get(name, Learned())
@@ -10228,14 +10538,18 @@ class FunctionLimits:
         self._resting[name] = time.monotonic() + RETRY_STORE_S
         asyncio.get_running_loop().call_later(RETRY_STORE_S + 0.01, self._on_room)
 
-    def provide(self, name: str, limit: int | None) -> None:
-        """Take note of the max_inflight of a provider's function; None: it has none."""
-        if self._provided.get(name) == limit:
+    def provide(self, name: str, function: Function | None) -> None:
+        """Take note of the limits of a provider's function; None: it is not there any more."""
+        limit = function.max_inflight if function else None
+        rate = function.rate if function else None
+        if (self._provided.get(name), self._provided_rates.get(name)) == (limit, rate):
             return
-        if limit is None:
-            del self._provided[name]
-        else:
+        self._provided.pop(name, None)
+        self._provided_rates.pop(name, None)
+        if limit is not None:
             self._provided[name] = limit
+        if rate is not None:
+            self._provided_rates[name] = rate
         self.changed()
 
     def changed(self) -> None:
@@ -10456,6 +10770,14 @@ class FunctionDirectory:
             if seen.function:
                 yield seen.function
 
+    def rates(self) -> Mapping[str, Mapping[str, Rate]]:
+        """Of functions that have one, by queue and key."""
+        rates: defaultdict[str, dict[str, Rate]] = defaultdict(dict)
+        for function in self.all():
+            if function.rate is not None:
+                rates[function.queue][function.key] = function.rate
+        return rates
+
     def expire(self) -> None:
         """Something has changed at the provider: what was looked up before is looked up again."""
         self._changes += 1
@@ -10492,7 +10814,7 @@ class FunctionDirectory:
         fresh_until = time.monotonic() + self._settings().provider.cache
         self._seen[key] = Seen(changes, fresh_until, function)
         self._seen.move_to_end(key)
-        self._limits.provide(key, function.max_inflight if function else None)
+        self._limits.provide(key, function)
         if len(self._seen) > MAX_SEEN:
             forgotten, _ = self._seen.popitem(last=False)
             self._limits.provide(forgotten, None)
@@ -10707,6 +11029,9 @@ class Job(Protocol):
         `lanes` are those of the work that runs; see WorkQueue.claim.
         """
 
+    def rates(self, name: str) -> Mapping[str, Rate]:
+        """How many calls of a queue may start; see WorkQueue.claim."""
+
     async def execute(self, claim: Claim) -> Outcome | None:
         """One attempt. None: there was none, and it will be asked for again later."""
 
@@ -10733,6 +11058,12 @@ class InvocationJob:
         """See Job: the queue's max_inflight, and that of its functions."""
         config = self.settings().queue(name)
         return config.max_inflight, self.limits.room(config.adaptive)
+
+    def rates(self, name: str) -> Mapping[str, Rate]:
+        """See Job."""
+        rate = self.settings().queue(name).rate
+        rates = self.limits.rates()
+        return {**rates, "": rate} if rate else rates
 
     async def execute(self, claim: Claim) -> Outcome | None:
         """See Job. None: the provider is away, or this machine is short of something."""
@@ -10839,6 +11170,10 @@ class CallbackJob:
         caps |= dict.fromkeys(self.failing, max(1, most // 8))
         room = {host: max(0, cap - sending[host]) for host, cap in caps.items()}
         return most, {**room, "": share}
+
+    def rates(self, name: str) -> Mapping[str, Rate]:
+        """See Job: failures have a back-off, and that is all."""
+        return {}
 
     async def execute(self, claim: Claim) -> Outcome | None:
         """See Job. Success is a 2xx."""
@@ -11035,7 +11370,8 @@ class Consumer:
                 continue
             self._claiming = True
             try:
-                claims = await self._queue.claim(self.name, free, room)
+                rates = self._job.rates(self.name)
+                claims = await self._queue.claim(self.name, free, room, rates)
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
                 await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
@@ -11995,9 +12331,7 @@ class FunctionRoutes:
         call_id = parse_one(request.headers, "X-Call-Id", visible) or new_id()
         ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         await self.directory.awake(function)
-        if self.limits.full(function.key):
-            reason = f"function {function.name} is at its max_inflight"
-            raise HttpError(429, reason, {"Retry-After": "1", **ours})
+        await self._admit(function, ours)
         headers = self._forwarded(request.http)
         headers += [(name.encode(), value.encode()) for name, value in ours.items()]
         with self.limits.hold(function.key), self.metrics.counted(function.key) as tell_status:
@@ -12014,6 +12348,18 @@ class FunctionRoutes:
         told = {"call_id": call_id, "function": function.name, "http_status": response.status}
         log_with(logging.DEBUG, "sync call ended", **told)
         return response
+
+    async def _admit(self, function: Function, ours: Mapping[str, str]) -> None:
+        """HttpError(429) for a sync call that would be one too many. StoreError."""
+        if self.limits.full(function.key):
+            reason = f"function {function.name} is at its max_inflight"
+            raise HttpError(429, reason, {"Retry-After": "1", **ours})
+        if function.rate is not None:
+            wait_s = await self.intake.queue.start(function.key, function.rate)
+            if wait_s > 0:
+                reason = f"function {function.name} is at its rate, {function.rate.text}"
+                later = {"Retry-After": str(math.ceil(wait_s)), **ours}
+                raise HttpError(429, reason, later)
 
     async def _pass_on(
         self, request: Request, function: Function, asked: FunctionRequest, ours: Mapping[str, str]
@@ -12226,12 +12572,14 @@ class QueueRoutes:
         """All queues there are, with what they do in an hour."""
         config = self.settings()
         inflight = self.inflight()
+        rates = self.directory.rates()
         now = time.time()
         rows = []
         for name in (*sorted({*config.queues, *stats} - {CALLBACKS}), CALLBACKS):
             queue = stats.get(name, QueueStats({}, now, False))
             running = inflight.get(name, 0)
-            row = queue_document(name, queue, config.queue(name), running, now)
+            limits = rates.get(name, {})
+            row = queue_document(name, queue, config.queue(name), limits, running, now)
             rows.append(row | {"hour": hour_document(self.metrics.activity.hour, name)})
         sender = ("name", "depth", "inflight", "oldest_seconds")  # it is no queue of the file
         rows[-1] = {name: rows[-1][name] for name in sender}
@@ -15441,7 +15789,7 @@ def invoke(args: Arguments) -> None:
 # --- Operator commands ----------------------------------------------------------------------------
 # Queues, and the daemon as a whole.
 
-QUEUE_ROW = "{:34.34}  {:>7}  {:>7}  {:>5}  {:>6}  {}"
+QUEUE_ROW = "{:28.28}  {:>7}  {:>7}  {:>5}  {:>8}  {:>6}  {}"
 
 
 def list_queues(args: Arguments) -> None:
@@ -15454,12 +15802,16 @@ def list_queues(args: Arguments) -> None:
 
 
 def write_queues(queues: Iterable[Mapping[str, Any]]) -> None:
-    """The table of queues."""
-    write_row(QUEUE_ROW, "QUEUE", "WAITING", "RUNNING", "LIMIT", "OLDEST", "STATE")
+    """The table of queues, and of their functions that have a rate."""
+    write_row(QUEUE_ROW, "QUEUE", "WAITING", "RUNNING", "LIMIT", "RATE", "OLDEST", "STATE")
     for queue in queues:
         cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
+        cells.append(queue.get("rate") or "-")
         state = "paused" if queue.get("paused") else "-"
         write_row(QUEUE_ROW, *cells, brief(queue["oldest_seconds"]), state)
+        for function, rate in queue.get("function_rates", {}).items():
+            waiting = queue["functions"].get(function, 0)
+            write_row(QUEUE_ROW, f"  {function}", waiting, "", "", rate, "", "")
 
 
 def change_queue(args: Arguments) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from faasd_async import (
     NatsConfig,
     NatsQueue,
     Outcome,
+    Rate,
     SqliteQueue,
     WorkQueue,
     new_id,
@@ -122,6 +124,19 @@ class SqliteStore:
         for path in self.path.parent.glob("calls.db*"):
             shutil.copy(path, folder)
         return folder / self.path.name
+
+
+def as_an_older_version(path: Path) -> None:
+    """Make a file what version 1 of its schema was."""
+    columns = ("app", "history", "hops", "traceparent", "tracestate", "schedule", "scheduled_for")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX calls_turn")
+        for column in (*columns, "concurrency_key", "turn", "failures"):
+            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
+        db.execute("ALTER TABLE requests DROP COLUMN method")
+        for table in ("schedules", "counts", "rates"):
+            db.execute(f"DROP TABLE {table}")
+        db.execute("PRAGMA user_version = 1")
 
 
 @functools.cache
@@ -252,13 +267,23 @@ class Bench:
         for call_id in call_ids:
             await self.enqueue(call_id, **changes)
 
+    async def claims(
+        self,
+        limit: int = 1000,
+        queue: str = REQUESTS,
+        room: Mapping[str, int] | None = None,
+        rates: Mapping[str, Rate] | None = None,
+    ) -> Sequence[Claim]:
+        """What is handed out."""
+        return await self.queue.claim(queue, limit, room or {}, rates or {})
+
     async def claim(self, limit: int = 1000, queue: str = REQUESTS, room: Mapping[str, int] | None = None) -> list[str]:
         """The call ids of what is handed out."""
-        return [work.call_id for work in await self.queue.claim(queue, limit, room or {})]
+        return [work.call_id for work in await self.claims(limit, queue, room)]
 
     async def take(self, queue: str = REQUESTS) -> Claim:
         """The only thing that is due."""
-        (work,) = await self.queue.claim(queue, 1000, {})
+        (work,) = await self.claims(queue=queue)
         return work
 
     async def run(self, outcome: Outcome = OK, status: str = "success", queue: str = REQUESTS) -> Claim:
@@ -315,7 +340,7 @@ class Bench:
         """Ask when the queue says so, as a consumer does."""
         while True:
             self.woken.clear()
-            if found := await self.queue.claim(REQUESTS, 1, {}):
+            if found := await self.claims(1):
                 return found[0]
             await self.until(lambda: REQUESTS in self.woken)
 

@@ -337,16 +337,23 @@ async def test_calls_are_run_again_by_filter(cli: Cli, function: Server) -> None
 
 
 async def test_queues_are_listed_paused_resumed_and_purged(cli: Cli, function: Server) -> None:
-    """As the daemon has them, in 80 columns."""
+    """As the daemon has them, in 80 columns, with their rates and those of their functions."""
+    rates = '[queues.slow]\nrate = "90/1m"\n[functions.seldom]\nurl = "http://x"\nrate = "1/2h"'
+    cli.gateway.configure(f'{UPPER}[functions.it]\nurl = "{function.url}"\n{rates}')
+    cli.gateway.signal(signal.SIGHUP)
+    await cli.gateway.wait_for_log("configuration reloaded")
     assert await cli.out("queues", "pause", "faas-request") == "faas-request: paused"
     call_id = await cli.gateway.submit("it")
     table = await cli.out("queues")
     assert max(map(len, table.splitlines())) <= 80
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
-    assert list(rows) == ["QUEUE", "faas-request", "slow", "@callbacks"]
+    assert list(rows) == ["QUEUE", "faas-request", "seldom.openfaas-fn", "slow", "@callbacks"]
     assert (rows["faas-request"][0], rows["faas-request"][-1]) == ("1", "paused")
+    assert (rows["slow"][3], rows["seldom.openfaas-fn"]) == ("90/1m", ["0", "1/2h"])
     listed = json.loads(await cli.out("queues", "list", "--json"))["queues"]
     assert {queue["name"]: queue.get("paused") for queue in listed}["faas-request"] is True
+    shown = [(queue["rate"], queue["function_rates"]) for queue in listed[:2]]
+    assert shown == [(None, {"seldom.openfaas-fn": "1/2h"}), ("90/1m", {})]
     assert await cli.out("queues", "purge", "faas-request") == "faas-request: 1 call cancelled"
     assert json.loads(await cli.out("queues", "purge", "faas-request", "--json"))["cancelled"] == 0
     assert await cli.out("queues", "resume", "faas-request") == "faas-request: resumed"

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -293,3 +294,26 @@ async def test_a_receiver_that_never_answers_does_not_delay_another(
     assert live.most_running == 1
     assert sink.running >= 1
     assert sink.cancelled == 0
+
+
+# ---- rates -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_function_at_its_rate_waits_while_others_run(daemon: StartDaemon, function: Server) -> None:
+    """Across kill -9, until a reload allows more; sync calls count, and are told when to come again."""
+    gateway = await daemon(functions(function, "often", "seldom", more='rate = "1/1h"\n'))
+    seldom = await submit_many(gateway, "seldom", 3)
+    await function.wait_for(1)
+    assert await finished(gateway, await submit_many(gateway, "often", 20)) == {"success": 20}
+    await gateway.kill()
+    await gateway.start()
+    assert await finished(gateway, await submit_many(gateway, "often", 20)) == {"success": 20}
+    assert order(function).count("seldom") == 1
+    reply = await sync(gateway, "seldom")
+    assert (reply.status, len(reply.body.splitlines())) == (429, 1)
+    assert 3000 < int(reply.headers["Retry-After"]) <= 3600
+    assert b"1/1h" in reply.body
+    gateway.configure(functions(function, "often", "seldom"))
+    gateway.signal(signal.SIGHUP)
+    assert await finished(gateway, seldom) == {"success": 3}
+    assert (await sync(gateway, "seldom")).status == 200

@@ -26,9 +26,9 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SECTIONS = (
     "Constants", "Errors", "Values", "Secrets", "Cron expressions", "Configuration", "Configuration file",
     "Domain data", "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
-    "SQLite index", "SQLite file", "SQLite keys", "SQLite steps", "SQLite schedules", "SQLite queue",
+    "SQLite index", "SQLite file", "SQLite limits", "SQLite steps", "SQLite schedules", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
-    "NATS work", "NATS keys", "NATS outcomes",
+    "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP failures", "HTTP connections", "HTTP client", "Commands",
     "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",

@@ -1,10 +1,12 @@
 """The rules: what follows from an outcome, when, where a callback may go, and who is next. All of them are pure."""
 
 import base64
+import bisect
 import email.utils
 import functools
 import hashlib
 import hmac
+import itertools
 import operator
 import random
 import time
@@ -32,16 +34,20 @@ from faasd_async import (
     callback_host,
     callback_target,
     decide,
+    first_start,
     forward_headers,
     new_id,
+    next_start,
     pack_headers,
     parse_config,
     parse_when,
+    rate,
     retry_after_s,
     rfc3339,
     shorten,
     show_url,
     split_target,
+    starts_now,
     trace_context,
     unpack_headers,
     webhook_signature,
@@ -873,3 +879,52 @@ def test_what_comes_in_pieces_is_shortened_as_a_whole(pieces: list[str], keep: i
         assert text.endswith(end.encode())
         number = len(text) - len(start.encode()) - len(end.encode())
         assert missing == f"… {number} bytes are not kept …"
+
+
+# ---- rates -----------------------------------------------------------------------------------------
+
+
+def starts_of(text: str, lateness: list[float], seconds: float, wanted: int = 1000) -> list[float]:
+    """When calls start, each as soon as it may and a little later, as long as there are some."""
+    limit, now, next_at, started = rate(text), NOW, 0.0, list[float]()
+    for late in itertools.cycle(lateness):
+        if now >= NOW + seconds:
+            return started
+        number = min(wanted, starts_now(limit, next_at, now))
+        next_at = next_start(limit, next_at, number, now)
+        started += [now] * number
+        now = max(now, first_start(limit, next_at, now)) + late
+    raise AssertionError
+
+
+@pytest.mark.parametrize("text", ["10/1m", "1/7s", "600/1m", "100/1s", "5000/1m"])
+@DETERMINISTIC
+@given(lateness=st.lists(st.floats(0.0001, 0.05), min_size=1, max_size=20))
+def test_a_rate_is_held_over_ten_minutes(text: str, lateness: list[float]) -> None:
+    """To two percent, though each claim is up to 50 ms late; and never by more than a tenth more in one period."""
+    limit = rate(text)
+    started = starts_of(text, lateness, 600.0)
+    assert len(started) == pytest.approx(600 / limit.interval_s, rel=0.02, abs=1.5)
+    most = 1.1 * limit.starts + 1
+    for number, at in enumerate(started):
+        assert bisect.bisect_left(started, at + limit.period_s - 1e-3) - number <= most
+
+
+def test_what_was_not_used_is_no_credit() -> None:
+    """After an idle day, calls are spread as ever."""
+    limit = rate("10/1m")
+    assert [starts_now(limit, at, NOW) for at in (0.0, NOW - DAY, NOW, NOW + 0.1, NOW + 6)] == [1, 1, 1, 0, 0]
+    assert next_start(limit, 0.0, 1, NOW) == pytest.approx(NOW + 5)
+
+
+@pytest.mark.parametrize("ahead", [20.0, 3600.0, 30 * DAY])
+def test_a_next_start_that_is_too_far_ahead_is_none(ahead: float) -> None:
+    """The clock was set back, or the rate was a lower one."""
+    assert starts_now(rate("10/1m"), NOW + ahead, NOW) == 1
+
+
+@pytest.mark.parametrize("text", ["", "10", "10/", "/1m", "0/1m", "-1/1m", "1.5/1m", "10/1", "10/0s", "10/m", "a/1m"])
+def test_a_rate_that_is_none_is_refused(text: str) -> None:
+    """The text says which form is expected."""
+    with pytest.raises(ValueError, match="10/1m"):
+        rate(text)

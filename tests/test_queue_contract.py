@@ -799,12 +799,12 @@ async def test_a_cancelled_call_stays_cancelled_across_a_power_cut(bench: Bench)
 async def test_every_claim_has_a_receipt_of_its_own(bench: Bench) -> None:
     """Those of one call differ as those of two calls do, also when a power cut is between them."""
     await bench.enqueue_all("a", "b")
-    receipts = [work.receipt for work in await bench.queue.claim(REQUESTS, 2, {})]
+    receipts = [work.receipt for work in await bench.claims(2)]
     await bench.crash()
-    for work in await bench.queue.claim(REQUESTS, 2, {}):
+    for work in await bench.claims(2):
         receipts.append(work.receipt)
         await bench.queue.retry(work, BAD, 0.0)
-    receipts += [work.receipt for work in await bench.queue.claim(REQUESTS, 2, {})]
+    receipts += [work.receipt for work in await bench.claims(2)]
     assert len(set(receipts)) == len(receipts) == 6
 
 
@@ -1013,7 +1013,7 @@ async def test_an_own_id_cancels_exactly_its_call(bench: Bench) -> None:
     first, second, third = [await bench.add("batch") for _ in range(3)]
     assert await bench.queue.cancel(second) == 1
     assert [await bench.status(own) for own in (first, third)] == ["queued", "queued"]
-    assert [work.id for work in await bench.queue.claim(REQUESTS, 3, {})] == [first, third]
+    assert [work.id for work in await bench.claims(3)] == [first, third]
 
 
 async def test_an_id_that_others_took_over_cancels_exactly_its_call(bench: Bench) -> None:
@@ -1080,7 +1080,7 @@ async def test_a_shared_id_runs_the_newest_call_again(bench: Bench) -> None:
     second = await bench.add("batch")
     await bench.run()
     await bench.queue.redrive("batch")
-    assert [work.id for work in await bench.queue.claim(REQUESTS, 10, {})] == [second]
+    assert [work.id for work in await bench.claims(10)] == [second]
     assert await bench.status(first) == "error"
 
 
@@ -1111,7 +1111,7 @@ async def test_calls_that_share_an_id_are_told_apart(bench: Bench) -> None:
     """Ending one of them leaves the others."""
     await bench.enqueue("batch")
     await bench.enqueue("batch")
-    first, _ = await bench.queue.claim(REQUESTS, 2, {})
+    first, _ = await bench.claims(2)
     await bench.queue.complete(first, OK, "success")
     found = await bench.records(call_id="batch")
     assert [record.status for record in found] == ["running", "success"]
@@ -1133,7 +1133,7 @@ async def test_a_call_that_does_not_start_in_time_ends_in_timeout(bench: Bench) 
 async def test_a_call_whose_deadline_has_passed_already_does_not_run(bench: Bench) -> None:
     """Not even when it is claimed at the same moment."""
     accepted = bench.enqueue("a", deadline_at=time.time() - 1)
-    _, found = await asyncio.gather(accepted, bench.queue.claim(REQUESTS, 1, {}))
+    _, found = await asyncio.gather(accepted, bench.claims(1))
     assert [*found, *await bench.claim()] == []
     await bench.until(lambda: bench.ended)
     assert await bench.status("a") == "timeout"
@@ -1935,7 +1935,7 @@ async def test_a_bulk_that_matches_nothing_does_nothing(bench: Bench) -> None:
 async def test_what_was_given_back_is_there_though_another_call_is_cancelled(bench: Bench) -> None:
     """They are of one function, and only one of them is to go."""
     await bench.enqueue_all("a", "b")
-    (_, given_back) = await bench.queue.claim(REQUESTS, 2, {})
+    (_, given_back) = await bench.claims(2)
     assert await bench.queue.retry(given_back, None, 0.0)
     await bench.queue.cancel("a")
     assert await bench.claim() == ["b"]
@@ -1945,7 +1945,7 @@ async def test_a_bulk_cancel_stops_the_owners_of_what_runs(bench: Bench) -> None
     """Each by the receipt of its claim; what they give does not count any more."""
     await bench.enqueue_all("a", "b", callback_url=SINK)
     await bench.enqueue("c", function="other")
-    work = await bench.queue.claim(REQUESTS, 3, {})
+    work = await bench.claims(3)
     a, b, c = sorted(work, key=lambda item: item.call_id)
     await bench.queue.complete(a, OK, "success")
     delivery = await bench.take(CALLBACKS)
@@ -2004,7 +2004,7 @@ async def test_many_calls_are_queued_again_exactly(bench: Bench) -> None:
     assert await bench.queue.redrive_matching(filters) == BulkResult(1100, 1100)
     assert await states(bench, function="mine") == {"queued": 1100}
     assert await states(bench, function="other") == {"cancelled": 1100}
-    work = await bench.queue.claim(REQUESTS, 5000, {})
+    work = await bench.claims(5000)
     assert len({item.id for item in work}) == len(work) == 1100
 
 
@@ -2513,7 +2513,7 @@ async def test_a_call_has_its_method_and_its_schedule(bench: Bench) -> None:
     """Also once it was queued again after its end."""
     await bench.queue.schedules.save(FIRED, [scheduled(method="PUT"), scheduled(NOON + 1)])
     await bench.enqueue("a")
-    claims = {work.call_id: work for work in await bench.queue.claim(REQUESTS, 10, {})}
+    claims = {work.call_id: work for work in await bench.claims(10)}
     assert {work.method for work in claims.values()} == {"PUT", "POST"}
     work = claims[scheduled().id]
     assert work.method == "PUT"

@@ -1,17 +1,17 @@
-"""What every queue promises of limits: keys of which one call runs at a time.
+"""What every queue promises of limits: keys of which one call runs at a time, and rates of starts.
 
 As in the contract suite, a queue is known by its protocol only.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
-from queues import BAD, OK, REQUESTS, STORES, Bench, NatsStore, Settings, Store, owner
+from queues import BAD, OK, REQUESTS, STORES, Bench, NatsStore, Settings, Store, invocation, owner
 
-from faasd_async import Claim, Ended, NatsQueue
+from faasd_async import Claim, Ended, NatsQueue, Rate, rate
 
 
 @pytest.fixture(params=STORES, ids=lambda store: store.__name__)
@@ -29,7 +29,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 async def take_all(bench: Bench) -> list[Claim]:
     """All that may be claimed now."""
-    return list(await bench.queue.claim(REQUESTS, 1000, {}))
+    return list(await bench.claims(1000))
 
 
 async def test_calls_with_one_key_are_claimed_one_at_a_time(bench: Bench) -> None:
@@ -231,3 +231,119 @@ async def test_many_keys_are_claimed_at_once(bench: Bench) -> None:
     while len(second) < 100:
         second.append(await bench.take_when_woken())
     assert {work.call_id for work in (*first, *second)} == {str(number) for number in range(200)}
+
+
+# ---- rates ---------------------------------------------------------------------------------------
+
+LANE = "figlet.openfaas-fn"
+SLOW = {LANE: rate("1/1h")}
+
+
+async def starts(bench: Bench, number: int, rates: Mapping[str, Rate]) -> list[float]:
+    """When so many calls have started, claimed by one who asks for all there is whenever the queue says so."""
+    found: list[float] = []
+    while True:
+        bench.woken.clear()
+        claims = await bench.claims(rates=rates)
+        found += [(await bench.queue.lookup(work.id)).started_at or 0.0 for work in claims]
+        if len(found) >= number:
+            return found
+        await bench.until(lambda: REQUESTS in bench.woken)
+
+
+@pytest.mark.parametrize("limited", [LANE, ""], ids=["lane", "queue"])
+async def test_starts_are_spread_over_the_time_of_a_rate(bench: Bench, limited: str) -> None:
+    """The queue says when the next may start; what is late may catch up a little."""
+    await bench.enqueue_all(*"abcdef")
+    limit = rate("10/2s")
+    begun = time.time()
+    waited = [at - begun for at in await starts(bench, 6, {limited: limit})]
+    catch_up_s = limit.period_s / 10
+    assert all(at > number * limit.interval_s - catch_up_s - 0.01 for number, at in enumerate(waited)), waited
+    assert await bench.claims() == []
+
+
+async def test_a_lane_at_its_rate_holds_nobody_up(bench: Bench) -> None:
+    """Others of its queue are claimed, before and behind it."""
+    await bench.enqueue_all("a", "b")
+    await bench.enqueue_all("c", "d", function="other")
+    found = [work.call_id for work in await bench.claims(rates=SLOW)]
+    assert sorted(found) == ["a", "c", "d"]
+    await bench.enqueue("e", function="other")
+    assert [work.call_id for work in await bench.claims(1, rates=SLOW)] == ["e"]
+    assert await bench.waiting() == {LANE: 1}
+
+
+async def test_a_queue_at_its_rate_leaves_others_alone(bench: Bench) -> None:
+    """Its own calls take turns at it."""
+    rates = {"": rate("1/1h")}
+    await bench.enqueue_all("a", "b")
+    await bench.enqueue("c", queue="slow")
+    assert [work.call_id for work in await bench.claims(rates=rates)] == ["a"]
+    assert await bench.claims(rates=rates) == []
+    assert [work.call_id for work in await bench.claims(queue="slow", rates=rates)] == ["c"]
+
+
+async def test_another_attempt_is_another_start(bench: Bench) -> None:
+    """A function that is tried again is called again."""
+    await bench.enqueue("a")
+    (work,) = await bench.claims(rates=SLOW)
+    assert await bench.queue.retry(work, BAD, 0.0)
+    assert await bench.claims(rates=SLOW) == []
+    assert await bench.claim() == ["a"]
+
+
+@pytest.mark.parametrize("end", ["restart", "crash"])
+async def test_a_start_is_remembered(bench: Bench, end: str) -> None:
+    """Who comes next begins with no burst."""
+    rates = {LANE: rate("2/1h"), "": rate("1/1h")}
+    await bench.enqueue_all("a", "b")
+    assert [work.call_id for work in await bench.claims(rates=rates)] == ["a"]
+    await (bench.reopen() if end == "restart" else bench.crash())
+    assert await bench.claims(rates=rates) == []
+    assert await bench.claims(rates=SLOW) == []
+    assert sorted(await bench.claim()) == ["a", "b"]
+
+
+async def test_a_rate_that_is_another_one_counts_at_once(bench: Bench) -> None:
+    """After a reload, whatever has been waited for before."""
+    await bench.enqueue_all(*"abc")
+    for rates in (SLOW, {LANE: rate("1/30m")}, {}):
+        assert len(await bench.claims(1, rates=rates)) == 1
+        assert await bench.claims(rates=SLOW) == []
+
+
+async def test_a_call_that_was_never_queued_is_a_start_too(bench: Bench) -> None:
+    """It is counted with the others, or told when there may be one."""
+    limit = SLOW[LANE]
+    assert await bench.queue.start(LANE, limit) == 0.0
+    assert 3500 < await bench.queue.start(LANE, limit) <= 3600
+    await bench.enqueue("a")
+    assert await bench.claims(rates=SLOW) == []
+    assert await bench.queue.start("other.openfaas-fn", limit) == 0.0
+
+
+async def test_calls_that_wait_for_their_rate_are_claimed_once_each(bench: Bench) -> None:
+    """None is lost, none is there twice, in their order."""
+    calls = [invocation(str(number)) for number in range(40)]
+    await asyncio.gather(*(bench.queue.enqueue(call) for call in calls))
+    found: list[str] = []
+    while len(found) < 40:
+        bench.woken.clear()
+        claims = await bench.claims(3, rates={LANE: rate("200/1s"), "": rate("190/1s")})
+        found += [work.call_id for work in claims]
+        if not claims:
+            await bench.until(lambda: REQUESTS in bench.woken)
+    assert sorted(found, key=int) == [str(number) for number in range(40)]
+
+
+async def test_queues_on_one_stream_share_a_rate(tmp_path: Path) -> None:
+    """Both together start no more; what one has not used after all, the other can."""
+    one, other = [Bench(NatsStore(tmp_path, Settings()), Settings()) for _ in range(2)]
+    for bench in (one, other):
+        await bench.open()
+    await one.enqueue_all("a", "b")
+    assert [len(await bench.claims(rates=SLOW)) for bench in (one, other)] == [1, 0]
+    assert await other.queue.start(LANE, SLOW[LANE]) > 0
+    for bench in (one, other):
+        await bench.queue.close()

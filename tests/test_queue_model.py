@@ -286,7 +286,7 @@ class QueueMachine(RuleBasedStateMachine):
         waiting = self.due()
         queue = waiting[pick % len(waiting)].work or ""
         if queue in self.paused:
-            assert not self.run(self.bench.queue.claim(queue, limit, room))
+            assert not self.run(self.bench.claims(limit, queue, room))
             self.run(self.bench.queue.pause(queue, False))
             self.paused.remove(queue)
         due: dict[str, list[Row]] = defaultdict(list)
@@ -294,7 +294,7 @@ class QueueMachine(RuleBasedStateMachine):
             if row.work == queue:
                 due[row.lane].append(row)
         free = {lane: min(len(rows), room.get(lane, room.get("", limit))) for lane, rows in due.items()}
-        found = self.run(self.bench.queue.claim(queue, limit, room))
+        found = self.run(self.bench.claims(limit, queue, room))
         assert len(found) == min(limit, sum(free.values()))
         for lane, number in Counter(work.lane for work in found).items():
             assert number <= free[lane]

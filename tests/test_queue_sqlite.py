@@ -20,6 +20,7 @@ from queues import (
     Bench,
     Settings,
     SqliteStore,
+    as_an_older_version,
     invocation,
     owner,
 )
@@ -176,15 +177,7 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
     """Its calls go on, and the file as it was is kept beside it."""
     await sqlite.enqueue("a")
     await sqlite.queue.close()
-    with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
-        db.execute("DROP INDEX calls_turn")
-        new = ("traceparent", "tracestate", "schedule", "scheduled_for", "concurrency_key", "turn", "failures")
-        for column in ("app", "history", "hops", *new):
-            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        db.execute("ALTER TABLE requests DROP COLUMN method")
-        db.execute("DROP TABLE schedules")
-        db.execute("DROP TABLE counts")
-        db.execute("PRAGMA user_version = 1")
+    as_an_older_version(sqlite.store.path)
     await sqlite.open()
     assert dict((await sqlite.queue.overview()).counts) == {("figlet.openfaas-fn", "queued"): 1}
     await sqlite.enqueue("b", app="mine")
@@ -230,7 +223,7 @@ async def test_a_call_that_can_not_be_stored_does_not_take_others_down(sqlite: S
 async def test_work_that_can_not_be_ended_does_not_take_others_down(sqlite: SqliteBench) -> None:
     """Whatever is done at the same moment is done."""
     await sqlite.enqueue_all("a", "b")
-    a, b = await sqlite.queue.claim(REQUESTS, 2, {})
+    a, b = await sqlite.claims(2)
     found = await asyncio.gather(
         sqlite.queue.complete(a, OK._replace(size=1 << 70), "success"),
         sqlite.queue.complete(b, OK, "success"),

@@ -43,6 +43,7 @@ from conftest import (
     never,
     start_program,
 )
+from queues import as_an_older_version
 
 KIB = 1024
 CAT = '[functions.cat]\ncommand = ["sh", "-c", "echo told >&2; cat"]\n'
@@ -442,19 +443,6 @@ async def test_nobody_else_reads_the_store(daemon: StartDaemon, function: Server
     assert set(found.values()) == {"0o600"}, found
     for path, expected in ((folder, 0o700), (folder.parent, 0o700), (tmp_path, there_before)):
         assert mode(path) == expected, path
-
-
-def as_an_older_version(store: Path) -> None:
-    """Make the file what version 1 of the schema was."""
-    with contextlib.closing(sqlite3.connect(store)) as db:
-        db.execute("DROP INDEX calls_turn")
-        new = ("traceparent", "tracestate", "schedule", "scheduled_for", "concurrency_key", "turn")
-        for column in ("app", "history", "hops", *new):
-            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        db.execute("ALTER TABLE requests DROP COLUMN method")
-        db.execute("DROP TABLE schedules")
-        db.execute("DROP TABLE counts")
-        db.execute("PRAGMA user_version = 1")
 
 
 @pytest.mark.parametrize("left", ["by a clean stop", "by a crash", "damaged", "by an older version"])
