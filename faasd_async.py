@@ -5392,6 +5392,9 @@ WRONG_SEQUENCE = (10071, 10164)
 NO_REPLICAS = 10074  # the server is alone
 NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
 MANY_NATS_REQUESTS = 64  # under way at once for an operator
+# That a stream may have: one for each function in a queue, another for what it has to do later, and
+# one for each host that is called back. A server has a limit of 1,000 where none is given.
+MANY_CONSUMERS = 100_000
 NAMED_SUBJECTS = 1000  # that one request for records may name: the server takes 1,024
 
 
@@ -6080,7 +6083,7 @@ def nats_login(config: NatsConfig) -> dict[str, Any]:
 
 
 def stream_config(config: NatsConfig) -> dict[str, Any]:
-    """The stream as it has to be."""
+    """The stream as it has to be, and is made."""
     return {
         "name": config.stream,
         "subjects": list(NatsSubjects(config).stored),
@@ -6097,6 +6100,7 @@ def stream_config(config: NatsConfig) -> dict[str, Any]:
         "allow_msg_schedules": True,
         "allow_rollup_hdrs": True,
         "allow_direct": True,
+        "max_consumers": MANY_CONSUMERS,
     }
 
 
@@ -6137,6 +6141,12 @@ async def ensure_stream(link: NatsLink, config: NatsConfig) -> None:
         log.info("NATS: stream %s has got the subjects that are new", config.stream)
     there["subjects"] = sorted(there.get("subjects", ()))
     wanted["subjects"] = sorted(wanted["subjects"])
+    has, most = there.get("max_consumers"), wanted.pop("max_consumers")
+    if has != most:  # A server does not let it be changed.
+        text = (
+            "was made with max_consumers = %s, not %d: few functions and callback hosts fit into it"
+        )
+        log.warning(f"NATS: stream %s {text}", config.stream, has, most)
     differences = [
         f"{name} is {json.dumps(there.get(name))}, not {json.dumps(value)}"
         for name, value in wanted.items()

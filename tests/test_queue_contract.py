@@ -295,6 +295,17 @@ async def test_an_empty_lane_leaves_its_share_to_others(bench: Bench) -> None:
     assert len(await bench.claim(20)) == 20
 
 
+async def test_a_queue_has_room_for_many_functions(bench: Bench) -> None:
+    """More than the thousand consumers that a NATS server grants a stream by itself."""
+    names = [f"f{number}" for number in range(1010)]
+    for start in range(0, len(names), 101):
+        await asyncio.gather(*(bench.enqueue(name, function=name) for name in names[start : start + 101]))
+    found: list[str] = []
+    while len(found) < len(names):
+        found += await bench.claim(len(names))
+    assert sorted(found) == sorted(names)
+
+
 async def test_functions_of_two_namespaces_are_two_lanes(bench: Bench) -> None:
     """They only share a name."""
     await bench.enqueue_all("a1", "a2", namespace="one")
