@@ -2874,12 +2874,15 @@ def log_bodies(config: LogConfig, call_id: str, **bodies: bytes) -> None:
 M = TypeVar("M", prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)
 
 
-def by_label(metric: M) -> Callable[..., M]:
+def by_label(metric: M, *known: str) -> Callable[..., M]:
     """The metric's children by their labels. To look one up costs more than to count: it is kept.
 
-    Labels are names of known functions and queues, so there is no end of them that anybody else
-    could bring about.
+    Those of known labels are there from the start: to Prometheus, a counter that appears as 1 has
+    not increased. Other labels are names of known functions and queues, so there is no end of them
+    that anybody else could bring about.
     """
+    for label in known:
+        metric.labels(label)
     return functools.cache(metric.labels)
 
 
@@ -3020,11 +3023,10 @@ class Metrics:
             counter("queue_worker_messages_processed", "Attempts that ended.", by_queue)
         )
         self.retries = counter("faasd_async_retries", "Attempts that led to another.")
-        self.calls = by_label(
-            counter("faasd_async_calls", "Calls that reached a final state.", by_status)
-        )
+        self.calls = by_label(counter("faasd_async_calls", "Calls that ended.", by_status), *FINAL)
         self.callbacks = by_label(
-            counter("faasd_async_callbacks", "Callbacks that reached a final state.", by_status)
+            counter("faasd_async_callbacks", "Callbacks that reached a final state.", by_status),
+            *("delivered", "failed"),
         )
         self.commits = histogram(
             "faasd_async_commit_seconds",
@@ -15844,7 +15846,9 @@ LITTLE_BYTES = 200 * MIB  # left on the disk
 
 def show_status(args: Arguments) -> int:
     """The daemon in one screen; exit code 1 if it needs somebody."""
-    stats: dict[str, Any] = json.loads(Client(args).ask("GET /system/stats"))
+    client = Client(args)
+    stats: dict[str, Any] = json.loads(client.ask("GET /system/stats"))
+    schedules = json.loads(client.ask("GET /system/schedules"))["schedules"]
     complaints = [*complaints_of(stats)]
     if args.json:
         write_json({**stats, "complaints": complaints})
@@ -15856,7 +15860,7 @@ def show_status(args: Arguments) -> int:
     write("\n")
     for line in complaints:
         write(f"! {line}\n")
-    for line in hints_of(stats):
+    for line in (*hints_of(stats), *hints_of_schedules(schedules)):
         write(f"- {line}\n")
     if not complaints:
         write("All is well.\n")
@@ -15905,6 +15909,19 @@ def hints_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if undelivered := stats["callbacks"]["failed"]:
         what = count_of(undelivered, "callback")
         yield f"{what} could not be delivered: faasd-async calls --callback failed"
+
+
+def hints_of_schedules(schedules: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Those that rest, and those that did not do what they are there for."""
+    for schedule in schedules:
+        name = schedule["name"]
+        if schedule["paused"]:
+            yield f"schedule {name} is paused: faasd-async schedules resume {name}"
+        if missed := schedule["missed"]:
+            yield f"schedule {name} missed {count_of(missed, 'instant')}: faasd-async schedules"
+        last = schedule["runs"][0]["status"] if schedule["runs"] else None
+        if last in ("error", "timeout"):
+            yield f"schedule {name}: its last run failed: faasd-async calls --schedule {name}"
 
 
 def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:

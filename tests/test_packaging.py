@@ -9,7 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, Finished, run
+from conftest import DEVNULL, PIPE, SCRIPT, Finished, run, start_program
+
+from faasd_async import OLDEST_AIOHTTP
 
 ROOT = SCRIPT.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -88,6 +90,17 @@ async def test_a_library_that_is_missing_is_told_in_one_line() -> None:
     assert (missing.code, missing.out, missing.err.count("\n")) == (1, "", 1)
     assert "No module named 'aiohttp'" in missing.err
     assert "pip install ." in missing.err
+
+
+async def test_an_aiohttp_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
+    """Debian 12 has 3.8: with the line are the version and the place, and no restart is tried."""
+    old = "import aiohttp; aiohttp.__version__ = '3.8.4'"
+    process = await start_program("serve", before=old, stdin=DEVNULL, stderr=PIPE)
+    _, err = await process.communicate()
+    assert (process.returncode, err.count(b"\n")) == (78, 1)
+    assert b"aiohttp 3.14 or later is needed, and there is 3.8.4 in /" in err
+    (needed,) = [need for need in PROJECT["dependencies"] if need.startswith("aiohttp>")]
+    assert needed.startswith(f"aiohttp>={'.'.join(map(str, OLDEST_AIOHTTP))},")
 
 
 def old_interpreters() -> list[str]:

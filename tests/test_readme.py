@@ -6,6 +6,7 @@ harm. Where a person gives root's password, waits for the journal or has systemd
 
 import asyncio
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPT, namespaces
 
+from faasd_async import make_parser
+
 ROOT = SCRIPT.parent
 README = (ROOT / "README.md").read_text()
+HEADING = re.compile(r"(?m)^#+ (.*)$")
 LONGEST_S = 300.0  # A host is installed several times; never reached when all is well.
 CODE = re.compile(r"(?ms)^#+ (?P<heading>[^\n]+)$|^```sh\n(?P<commands>.*?)^```$")
 
@@ -162,3 +166,27 @@ async def test_each_command_is_run() -> None:
     everywhere = [match["commands"] for match in CODE.finditer(README) if match["commands"]]
     rest = [block for block in everywhere if block not in known]
     assert [block for block in rest if not any(word in block for word in NOT_RUN)] == []
+
+
+async def test_each_command_in_the_text_is_one() -> None:
+    """Also those in tables and sentences: the parser takes them, whatever stands for names and times."""
+    told = re.findall(r"`faasd-async ((?:[a-z-]|\{)[^`]*)`", README)
+    for words in {word.replace("{", "").replace("}", "") for word in told}:
+        example = re.sub("…|WHEN", "24h", words).replace("STATUS", "error")
+        try:
+            make_parser().parse_args(shlex.split(example))
+        except SystemExit:
+            pytest.fail(f"faasd-async {words}")
+    assert len(told) > 15
+
+
+async def test_each_link_leads_somewhere() -> None:
+    """To a heading, as GitHub names them, or to a file."""
+    prose = re.sub(r"(?ms)^```.*?^```$", "", README)
+    headings = [re.sub(r"[^\w -]", "", heading).strip().replace(" ", "-").lower() for heading in HEADING.findall(prose)]
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    inner = {link.removeprefix("#") for link in links if link.startswith("#")}
+    assert inner - {*headings} == set()
+    files = {link for link in links if not link.startswith(("#", "http"))}
+    assert {file for file in files if not (ROOT / file).exists()} == set()
+    assert (len(inner) > 10, len(files) > 3) == (True, True)
