@@ -28,6 +28,7 @@ from conftest import (
     preloaded,
     to_toml,
 )
+from jetstream import StartHost, eventually, get, post
 from provider import credential_files, running_provider
 from test_clock import WallClock
 
@@ -440,6 +441,58 @@ async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
     fired = {request.headers["X-Scheduled-For"][:16] for request in host.function.requests}
     assert sorted(fired) == minutes
     assert (await host.document())["missed"] == 0
+
+
+# ---- several hosts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jitter", ["0s", "3s"])
+async def test_daemons_on_one_nats_fire_each_instant_once(
+    hosts: StartHost, function: Server, tmp_path: Path, jitter: str
+) -> None:
+    """Whichever of them comes first, also while one is dead; what is paused at one rests at all."""
+    clock = WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
+    begun = unix("2026-03-01T12:00:30")
+    one = {"function": "it", "cron": "* * * * *", "overlap": "queue", "catch_up": "all", "jitter": jitter}
+    settings = to_toml({"functions": {"it": {"url": function.url}}, "schedules": {"one": one}})
+    clock.set(round(begun - time.time()))
+    gateways = []
+    for name in ("left", "right"):  # Each is late by something else.
+        gateway = await hosts(settings, env=clock.env, start=False)
+        gateway.before = f"{BEFORE}faasd_async.socket.gethostname = lambda: {name!r}\n"
+        await gateway.start()
+        gateways.append(gateway)
+
+    async def begun_at(gateway: Daemon) -> list[str]:
+        following: list[str] = (await get(gateway, "/system/schedules"))["schedules"][0]["next"]
+        return following
+
+    async def until_fired(minute: int) -> None:
+        at = f"2026-03-01T12:{minute:02}"
+        await function.until(lambda: any(one.headers["X-Scheduled-For"][:16] == at for one in function.requests), at)
+
+    left, right = gateways
+    await eventually(lambda: begun_at(right))
+    for minute in range(1, 6):
+        clock.set(round(begun + 60 * minute - time.time()))
+        await until_fired(minute)
+    await left.kill()
+    clock.set(round(begun + 60 * 6 - time.time()))
+    await until_fired(6)
+    await left.start()
+    clock.set(round(begun + 60 * 7 - time.time()))
+    await until_fired(7)
+    await post(left, "/system/schedules/one/pause")
+    clock.set(round(begun + 60 * 9 - time.time()))
+    await post(right, "/system/schedules/one/resume")
+    clock.set(round(begun + 60 * 10 - time.time()))
+    await until_fired(10)
+    expected = [f"2026-03-01T12:{minute:02}" for minute in (1, 2, 3, 4, 5, 6, 7, 10)]
+    records = (await get(right, "/system/calls?schedule=one"))["calls"]
+    assert sorted(record["scheduled_for"][:16] for record in records) == expected
+    # What the daemon that was killed had begun may run once more, as any call.
+    assert sorted({request.headers["X-Scheduled-For"][:16] for request in function.requests}) == expected
+    assert len({request.call_id for request in function.requests}) == len(expected)
 
 
 # ---- functions that ask for it themselves --------------------------------------------------------
