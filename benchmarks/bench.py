@@ -19,6 +19,7 @@ How each group is measured:
 
   start    the process is executed until a POST to /async-function has its 202; each time on an empty store
   idle     memory and CPU time of a daemon that has nothing to do
+  schedules the same with a thousand schedules that are not due, read at the start
   drain    the function holds its first calls open until the backlog is complete, then answers. Counted from
            that moment until the function has answered, or its callbacks have arrived. Calls that
            were already waiting in the function are not counted.
@@ -85,6 +86,7 @@ GROUPS = (
     "fair",
     "bulk",
     "command",
+    "schedules",
     "million",
 )
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -106,6 +108,12 @@ SPREAD_CONFIG = """
 [functions.spread-{number}]
 url = "http://127.0.0.1:{sink}"
 queue = "many"
+"""
+SCHEDULE_CONFIG = """
+[schedules.nightly-{number}]
+function = "sink"
+cron = "{minute} {hour} 1 1 *"
+timezone = "Europe/Berlin"
 """
 QUEUE_CONFIG = """
 [queues.{name}]
@@ -534,16 +542,19 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running_daemon(script: str, directory: Path, sink: Sink, spread: int = 0, provider: int = 0) -> Iterator[Daemon]:
-    """A daemon on the store in `directory`, which is named after it, with `spread` more functions; and with those of
-    the provider on that port."""
+def running_daemon(
+    script: str, directory: Path, sink: Sink, spread: int = 0, provider: int = 0, schedules: int = 0
+) -> Iterator[Daemon]:
+    """A daemon on the store in `directory`, which is named after it, with `spread` more functions, so many schedules,
+    and the functions of the provider on that port."""
     directory.mkdir(exist_ok=True)
     port, config, log = free_port(), directory / "config.toml", directory / "stderr.log"
     provided = PROVIDER_CONFIG.format(provider=provider) if provider else ""
     text = CONFIG.format(port=port, store=directory / "queue.db", sink=sink.port)
     queues = (QUEUE_CONFIG.format(name=name, in_flight=n, sink=sink.port) for name, n in IN_FLIGHT.items())
     others = (SPREAD_CONFIG.format(number=number, sink=sink.port) for number in range(spread))
-    config.write_text(text + "".join(queues) + "".join(others) + provided)
+    planned = (SCHEDULE_CONFIG.format(number=n, minute=n % 60, hour=n % 24) for n in range(schedules))
+    config.write_text(text + "".join(queues) + "".join(others) + "".join(planned) + provided)
     # As the installed command does it: imported, so that its compiled form comes from the cache.
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faasd_async; sys.exit(faasd_async.main())"
     command = [sys.executable, "-c", start, str(Path(script).parent), "serve", "--config", str(config)]
@@ -681,12 +692,19 @@ class Bench:
         self.add("start to first 202", "ms", median(seconds) * 1e3, stock=86)
 
     def idle(self, daemon: Daemon) -> None:
+        self.add("idle CPU, of a core", "%", self.idle_percent(daemon), goal="<= 0.05", stock=0.17)
+        self.memory(daemon, "memory, idle", "<= 45", 38)
+
+    def idle_percent(self, daemon: Daemon) -> float:
         time.sleep(2)
         begun, used = time.monotonic(), daemon.cpu_s()
         time.sleep(self.idle_s)
-        percent = 100 * (daemon.cpu_s() - used) / (time.monotonic() - begun)
-        self.add("idle CPU, of a core", "%", percent, goal="<= 0.05", stock=0.17)
-        self.memory(daemon, "memory, idle", "<= 45", 38)
+        return 100 * (daemon.cpu_s() - used) / (time.monotonic() - begun)
+
+    def schedules(self) -> None:
+        with running_daemon(self.script, self.directory / "schedules", self.sink, schedules=1000) as daemon:
+            self.add("idle CPU with 1,000 schedules", "%", self.idle_percent(daemon), goal="<= 1")
+            self.memory(daemon, "memory, idle with 1,000 schedules")
 
     def memory(self, daemon: Daemon, title: str, goal: str = "", stock: float | None = None) -> None:
         rss, *pss = daemon.memory_mib().items()
@@ -906,7 +924,7 @@ def busy_s() -> tuple[float, float]:
 def measure(bench: Bench, groups: set[str], million: int) -> None:
     if "start" in groups:
         bench.start()
-    if of_one_daemon := groups - {"start", "provider", "fair", "bulk", "command", "million"}:
+    if of_one_daemon := groups - {"start", "provider", "fair", "bulk", "command", "schedules", "million"}:
         with bench.daemon("main") as daemon:
             for name in GROUPS:
                 if name in of_one_daemon:
@@ -914,7 +932,7 @@ def measure(bench: Bench, groups: set[str], million: int) -> None:
             if of_one_daemon - {"idle"}:
                 time.sleep(2)
                 bench.memory(daemon, "memory, after the load", "<= 60")
-    for name in ("provider", "fair", "bulk", "command"):
+    for name in ("provider", "fair", "bulk", "command", "schedules"):
         if name in groups:
             getattr(bench, name)()
     if million:
