@@ -15938,7 +15938,7 @@ def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
 
 # --- Schedule commands ----------------------------------------------------------------------------
 
-SCHEDULE_ROW = "{:24.24}  {:14.14}  {:19.19}  {:>5}  {}"
+SCHEDULE_ROW = "{:16.16}  {:12.12}  {:16.16}  {:>6}  {}"  # a time without its seconds
 
 
 def list_schedules(args: Arguments) -> None:
@@ -15947,7 +15947,7 @@ def list_schedules(args: Arguments) -> None:
     if args.json:
         write_json(document)
         return
-    write_row(SCHEDULE_ROW, "SCHEDULE", "FUNCTION", "NEXT", "MISS", "LAST, WHEN")
+    write_row(SCHEDULE_ROW, "SCHEDULE", "FUNCTION", "NEXT", "MISSED", "LAST RUN; WHEN")
     for schedule in document["schedules"]:
         following = clock(schedule["next"][0]) if schedule["next"] else "-"
         if schedule["paused"]:

@@ -552,8 +552,8 @@ async def test_a_shell_does_all_that_there_is_to_do_with_schedules(host: Host) -
         return done.out + done.err
 
     head, row = (await command("schedules")).splitlines()
-    assert head.split() == ["SCHEDULE", "FUNCTION", "NEXT", "MISS", "LAST,", "WHEN"]
-    assert row.split()[:5] == ["one", "it", "2026-03-02", "06:30:00", "0"]
+    assert head.split() == ["SCHEDULE", "FUNCTION", "NEXT", "MISSED", "LAST", "RUN;", "WHEN"]
+    assert row.split()[:5] == ["one", "it", "2026-03-02", "06:30", "0"]
     assert row.endswith("At 07:30 on Monday through Friday (Europe/Berlin)")
     call_id = (await command("schedules", "run", "one")).strip()
     await gateway.final(call_id)
