@@ -545,3 +545,21 @@ async def test_a_phone_shows_all_of_it(page: Page, function: Server) -> None:
     finally:
         await browser.cdp("Emulation.clearDeviceMetricsOverride")
         await browser.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+async def test_output_shows_while_it_is_written(browser: Browser, daemon: StartDaemon, tmp_path: Path) -> None:
+    """Line by line, until the function has ended; then the result stands beside the request."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    script = f"echo first >&2; cat {pipe} >&2; echo result"
+    gateway = await daemon(f"[functions.talks]\ncommand = {['sh', '-c', script]}")
+    page = Page(browser, gateway)
+    call = await gateway.submit("talks")
+    await page.open(f"#call?id={call}")
+    await browser.shows("first", "#view")
+    await browser.shows("running", "#view h2")
+    await asyncio.to_thread(pipe.write_text, "second\n")
+    await browser.shows("second", "#view")
+    await browser.shows("success", "#view h2")
+    await browser.shows("result", "#view .sides section:last-child pre")
+    await browser.shows("result\nfirst\nsecond", "#view > section pre")
