@@ -12750,9 +12750,11 @@ class LogRoutes:
         """What the function wrote: its answer's body, and a command's stderr."""
         call_id = request.parts[0]
         headers = {**HARMLESS, "Content-Type": "text/plain; charset=utf-8"}
-        if not parse_one(request.query, "follow", switch):
+        stream = parse_one(request.query, "stream", one_of("stdout", "stderr"))
+        if stream or not parse_one(request.query, "follow", switch):
             output = await self.records.output(call_id)
-            return web.Response(body=output.written, headers=headers)
+            alone = {"stdout": output.body, "stderr": output.stderr}
+            return web.Response(body=alone.get(stream or "", output.written), headers=headers)
         record = await self.records.lookup(call_id)
         response = web.StreamResponse(headers=headers | {"X-Accel-Buffering": "no"})
         if request.http.method == "HEAD":
@@ -15771,6 +15773,29 @@ def call_function(client: Client, route: str, args: Arguments, headers: HeaderPa
         raise HttpError(404, f"no function {name}{close_names(name, names)}") from None
 
 
+def write_outcome(client: Client, record: Mapping[str, Any], as_json: bool) -> None:
+    """What a call that has ended wrote: each stream to ours.
+
+    Raises HttpError after what there is of an answer that was not kept as a whole.
+    """
+    path = f"GET /system/calls/{quote(record['id'], safe='')}"
+    output = client.ask(f"{path}/log?stream=stdout")
+    stderr = client.ask(f"{path}/log?stream=stderr")
+    if as_json:
+        texts = {"output": output, "stderr": stderr}
+        write_json(
+            {**record, **{name: text.decode("utf-8", "replace") for name, text in texts.items()}}
+        )
+        return
+    write(output)
+    sys.stderr.buffer.write(stderr)
+    if stderr and not stderr.endswith(b"\n"):
+        sys.stderr.buffer.write(b"\n")
+    sys.stderr.buffer.flush()
+    if record["status"] == "success" and record["response_bytes"] != len(output):
+        client.ask(f"{path}/result")
+
+
 def invoke(args: Arguments) -> None:
     """Print the answer; with --async the call's id; with --wait the output, once it has ended."""
     client = Client(args)
@@ -15788,11 +15813,7 @@ def invoke(args: Arguments) -> None:
         write(answer if args.json else call_id + "\n")
         return
     record = client.record(call_id, wait=True)
-    output = client.ask(f"GET /system/calls/{quote(record['id'], safe='')}/log")
-    if args.json:
-        write_json({**record, "output": output.decode(errors="replace")})
-    else:
-        write(output)
+    write_outcome(client, record, args.json)
     if record["status"] != "success":
         reason = f"call {call_id} ended in {record['status']}: {record['error']}"
         raise HttpError(500, reason)

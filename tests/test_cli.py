@@ -26,6 +26,7 @@ from conftest import (
     namespaces,
     run,
     start_program,
+    to_toml,
 )
 
 from faasd_async import COMMANDS, GROUPS, OPTIONS
@@ -96,6 +97,22 @@ async def test_invoke_wait_gives_the_output_and_a_code_for_scripts(cli: Cli, fun
     assert result.out == "what it wrote"
     assert "ended in error" in result.err
     assert "answered 500" in result.err
+
+
+async def test_what_a_program_writes_comes_out_where_it_wrote_it(cli: Cli) -> None:
+    """Its answer on standard output, its stderr on ours, and both in the document; a part is no success."""
+    script = "cat; echo trouble >&2; printf more >&2"
+    configured = cli.gateway.settings | {"functions": {"program": {"command": ["sh", "-c", script]}}}
+    cli.gateway.configure(to_toml(configured | {"calls": {"keep_output": 1000}}))
+    cli.gateway.signal(signal.SIGHUP)
+    await cli.gateway.wait_for_log("configuration reloaded")
+    result = await cli("invoke", "program", "--wait", "-d", "hello")
+    assert (result.out, result.err) == ("hello", "trouble\nmore\n")
+    document = json.loads(await cli.out("invoke", "program", "--wait", "--json", "-d", "hello"))
+    assert (document["output"], document["stderr"]) == ("hello", "trouble\nmore")
+    result = await cli("invoke", "program", "--wait", "-d", "x" * 5000, code=1)
+    assert result.out.startswith("xxx")
+    assert "the answer had 5000 bytes" in result.err
 
 
 async def test_invoke_fails_when_the_function_does(cli: Cli, function: Server) -> None:
@@ -232,6 +249,25 @@ async def test_a_call_is_shown_for_people(cli: Cli, function: Server) -> None:
     assert {line[:10].strip() for line in (await cli.out("calls", "show", quiet)).splitlines()} == {
         *("id", "function", "queue", "status", "runs", "created", "started", "ended", "request", "answer")
     }
+
+
+async def test_a_log_is_followed_to_its_end(cli: Cli, tmp_path: Path) -> None:
+    """What the function writes is printed while it runs."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    script = f"echo first; read line < {gate}; echo $line"
+    configured = cli.gateway.settings | {"functions": {"slow": {"command": ["sh", "-c", script]}}}
+    cli.gateway.configure(to_toml(configured))
+    cli.gateway.signal(signal.SIGHUP)
+    await cli.gateway.wait_for_log("configuration reloaded")
+    call_id = await cli.gateway.submit("slow")
+    follow = await start_program("calls", "log", "-f", call_id, "--url", cli.gateway.url, stdout=PIPE)
+    assert follow.stdout is not None
+    async with asyncio.timeout(30):
+        assert await follow.stdout.readline() == b"first\n"
+        await asyncio.to_thread(gate.write_text, "second\n")
+        assert await follow.stdout.read() == b"second\n"
+        assert await follow.wait() == 0
 
 
 async def test_what_a_call_asked_and_got_is_printed_byte_for_byte(cli: Cli, function: Server) -> None:
