@@ -3922,7 +3922,9 @@ SELECT_NEXT_TURN = """
 """
 SET_TURN = "UPDATE calls SET turn = ?, lane = ? WHERE seq = ?"
 # One that was cancelled while it ran has its turn until it has stopped.
-END_TURN = "UPDATE calls SET turn = NULL WHERE seq = ? AND turn = 1 AND work IS NULL"
+END_TURN = """
+    UPDATE calls SET turn = NULL WHERE seq = ? AND claims = ? AND turn = 1 AND work IS NULL
+"""
 END_ALL_TURNS = "UPDATE calls SET turn = NULL WHERE turn = 1 AND work IS NULL"
 
 
@@ -3960,7 +3962,7 @@ def pass_turn(file: SqliteFile, place: KeyPlace) -> None:
 def pass_turn_of(file: SqliteFile, claim: Claim) -> None:
     """The same for the key of a call whose attempt has ended, if it has one."""
     if claim.concurrency_key is not None:
-        file.db.execute(END_TURN, (cast(Receipt, claim.receipt).seq,))
+        file.db.execute(END_TURN, cast(Receipt, claim.receipt))
         namespace = claim.lane.removeprefix(f"{claim.function}.")
         pass_turn(file, KeyPlace(claim.function, namespace, claim.concurrency_key))
 
@@ -4884,9 +4886,10 @@ def step_overview(file: SqliteFile) -> Overview:
     counts = file.tally.numbers.copy()
     for work, lanes in file.index.lanes.items():
         for lane in lanes.waiting if work != CALLBACKS else ():
-            (delayed,) = file.db.execute(COUNT_DELAYED, (work, lane, now)).fetchone()
-            counts[lane, "delayed"] += delayed
-            counts[lane, "queued"] -= delayed
+            for place in (lane, lane + ASIDE):
+                (delayed,) = file.db.execute(COUNT_DELAYED, (work, place, now)).fetchone()
+                counts[lane, "delayed"] += delayed
+                counts[lane, "queued"] -= delayed
     return Overview(step_stats(file), +counts, store_figures(file.path))
 
 

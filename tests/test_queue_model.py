@@ -53,7 +53,8 @@ class Row:
     due_at: float
     status: str = "queued"
     work: str | None = None  # what is to be done: in which queue, CALLBACKS or nothing
-    deadline_at: float | None = None  # None once it has started
+    deadline_at: float | None = None  # None while it runs, and once an attempt was charged
+    kept_deadline_at: float | None = None  # the same while it runs, in case it never happened
     owner: Claim | None = None
     attempts: int = 0
     interrupted: int = 0
@@ -120,6 +121,7 @@ CALLS = st.fixed_dictionaries({
     "callback_url": st.sampled_from([None, "http://sink-1/", "http://sink-2/"]),
     "failure_url": st.sampled_from([None, None, "http://sink-2/bad"]),
     "idempotency_key": st.sampled_from([None, None, None, "key-1", "key-2"]),
+    "concurrency_key": st.sampled_from([None, None, "key-1", "key-2"]),
     "app": st.sampled_from([None, None, "mine"]),
     "body": st.sampled_from([b"", b"a", b"long" * 20]),
 })  # fmt: skip
@@ -269,10 +271,23 @@ class QueueMachine(RuleBasedStateMachine):
 
     def due(self) -> list[Row]:
         """What a consumer may ask for, first in, first out."""
-        found = [
-            row for row in self.rows if row.work is not None and row.owner is None and row.due_at <= self.clock.now
-        ]
+        waiting = [row for row in self.rows if row.work is not None and row.owner is None]
+        found = [row for row in waiting if row.due_at <= self.clock.now and self.has_turn(row)]
         return sorted(found, key=lambda row: (row.due_at, row.number))
+
+    def has_turn(self, row: Row) -> bool:
+        """Whether it is the next with its key, and none that was cancelled runs still."""
+        if row.call.concurrency_key is None or row.work == CALLBACKS:
+            return True
+        same = [other for other in self.rows if other.call[2:4] == row.call[2:4]]
+        same = [other for other in same if other.call.concurrency_key == row.call.concurrency_key]
+        for work, held in self.held:
+            now = next((other for other in same if other.call.id == work.id), None)
+            stopping = now is held and held.status == "cancelled"
+            if work.queue != CALLBACKS and now is not None and (now.owner is work or stopping):
+                return False
+        waiting = [other for other in same if other.status == "queued"]
+        return row is min(waiting, key=lambda other: (other.due_at, other.number))
 
     def waiting(self, queue: str) -> list[Row]:
         """What waits in a queue, due or not."""
@@ -312,7 +327,8 @@ class QueueMachine(RuleBasedStateMachine):
             assert work.target == row.target
             assert (work.attempt, work.runs) == (row.callback_attempts, row.attempts)
         else:
-            row.attempts, row.status, row.deadline_at = row.attempts + 1, "running", None
+            row.attempts, row.status = row.attempts + 1, "running"
+            row.kept_deadline_at, row.deadline_at = row.deadline_at, None
             assert (work.attempt, work.body) == (row.attempts, row.call.body)
         assert (work.call_id, work.start_time) == (row.call.call_id, row.call.start_time)
         row.owner = work
@@ -351,6 +367,7 @@ class QueueMachine(RuleBasedStateMachine):
             row.callback_attempts -= not charged
         else:
             row.status, row.attempts = "queued", row.attempts - (not charged)
+            row.deadline_at = None if charged else row.kept_deadline_at
 
     def pick_id(self, pick: int) -> tuple[str, list[Row]]:
         """An id of any call there is or of none, shared or not; with it the calls that it means."""
