@@ -589,6 +589,21 @@ async def test_an_annotation_limits_the_calls_at_once(start: StartGateway, provi
     assert env.most_running == 2
 
 
+async def test_an_annotation_limits_the_rate_of_calls(start: StartGateway, provider: Provider, env: Deployed) -> None:
+    """`com.openfaas.rate` is of queued and sync calls together; `queues` shows it."""
+    env.annotations["com.openfaas.rate"] = "1/1h"
+    gateway = await start()
+    first = await gateway.submit("env")
+    assert (await gateway.final(first))["status"] == "success"
+    second = await gateway.submit("env")
+    reply = await ask(gateway.url, "/function/env", method="POST", body=SECRET)
+    assert_refused(reply, 429, "1/1h")
+    assert int(reply.headers["Retry-After"]) > 3000
+    assert (await gateway.record(second))["status"] == "queued"
+    queues = json.loads((await ask(gateway.url, "/system/queues")).body)["queues"]
+    assert queues[0]["function_rates"] == {"env.openfaas-fn": "1/1h"}
+
+
 # ---- the provider is away --------------------------------------------------------------------------------------
 
 
