@@ -457,6 +457,13 @@ def words_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
     return words
 
 
+@expects('a file mode such as "0660"')
+def file_mode(value: Any) -> int:
+    """Who may read and write, as chmod(1) takes it."""
+    require(re.fullmatch("0?[0-7]{3}", value))
+    return int(value, 8)
+
+
 @expects("1 or 0")
 def switch(value: str) -> bool:
     """A parameter that is on or off; its name alone is on."""
@@ -960,9 +967,11 @@ CRON_FORM = 'five fields such as "30 7 * * 1-5", or one of ' + ", ".join((*MACRO
 
 def cron_expression(value: Any) -> str:
     """An expression of five fields, or a macro. Raises ValueError, also where it never matches."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected {CRON_FORM}")
     if value == REBOOT or value in MACROS:
-        return str(value)
-    if not isinstance(value, str) or len(value.split()) != 5:
+        return value
+    if len(value.split()) != 5:
         raise ValueError(f"expected {CRON_FORM}")
     try:
         next(CronSim(value, datetime(2000, 1, 1)))
@@ -1106,14 +1115,20 @@ class GatewayConfig:
     drain_timeout: float = key(duration, "20s")
     trusted_origins: tuple[str, ...] = key(origins, [])
     hosts: tuple[str, ...] = key(host_names, [])
+    socket_mode: int = key(file_mode, "0660")  # of unix sockets
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuthConfig:
-    """[auth]: the user and the password, out of their files; without them nobody is asked."""
+    """[auth]: the user and the password, out of their files; without them nobody is asked.
+
+    The `view_` ones may look and not act.
+    """
 
     user_file: bytes | None = key(secret)
     password_file: bytes | None = key(secret)
+    view_user_file: bytes | None = key(secret)
+    view_password_file: bytes | None = key(secret)
     invoke: bool = key(boolean, False)
 
     @property
@@ -1121,11 +1136,24 @@ class AuthConfig:
         """The Authorization header that is asked for."""
         return basic_auth(self.user_file, self.password_file)
 
+    @property
+    def view_login(self) -> str | None:
+        """That of who may only look."""
+        return basic_auth(self.view_user_file, self.view_password_file)
+
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
         yield from login_conflicts(self.user_file, self.password_file)
+        for conflict in login_conflicts(self.view_user_file, self.view_password_file):
+            yield conflict.replace("user_file", "view_user_file").replace(
+                "password", "view_password"
+            )
         if self.invoke and not self.user_file:
             yield "invoke needs user_file and password_file"
+        if self.view_user_file and not self.user_file:
+            yield "view_user_file needs user_file and password_file: else everybody may act"
+        if self.view_login and self.view_login == self.login:
+            yield "view_user_file and user_file are the same login"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2409,13 +2437,16 @@ def machine_names() -> tuple[str, ...]:
     return name, short, f"{short}.local"
 
 
-def require_login(given: str, login: str) -> None:
-    """Compare credentials in constant time. Raises HttpError(401)."""
+def require_login(given: str, login: str, view_login: str | None) -> bool:
+    """Whether these credentials may act, or only look. In constant time. HttpError(401)."""
     kind, _, credentials = given.partition(" ")
     presented = f"{kind.title()} {credentials.strip()}".encode(errors="replace")
-    if not hmac.compare_digest(presented, login.encode()):
+    may_act = hmac.compare_digest(presented, login.encode())
+    may_look = hmac.compare_digest(presented, (view_login or login).encode())
+    if not may_act and not may_look:
         challenge = {"WWW-Authenticate": 'Basic realm="Restricted"'}
         raise HttpError(401, "credentials are needed", challenge)
+    return may_act
 
 
 def no_route(allowed: Sequence[str]) -> HttpError:
@@ -11730,6 +11761,7 @@ class Request(NamedTuple):
     target: str  # path and query as they were sent
     parts: Sequence[str]  # groups of the pattern, decoded
     trusted_origin: str | None  # of the page that sent it, where the answer tells browsers so
+    may_act: bool = True  # False: with the credentials of auth.view_user_file
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -11928,7 +11960,8 @@ class Access(enum.Enum):
 
     OPEN = enum.auto()  # everybody
     INVOKE = enum.auto()  # everybody, unless auth.invoke asks for credentials
-    OPERATE = enum.auto()  # whoever has the credentials of [auth]; without them this machine's user
+    VIEW = enum.auto()  # whoever has credentials of [auth]; without them this machine's user
+    OPERATE = enum.auto()  # the same, but not with those of auth.view_user_file
 
 
 Handler = Callable[[Request], Awaitable[web.StreamResponse]]
@@ -12000,12 +12033,12 @@ class Front:
                 origin = self._trusted_origin(request)
                 if origin and is_preflight(request):
                     return preflight_answer(request, origin)
-            self._guard(request, route.access if route else Access.OPERATE)
+            may_act = self._guard(request, route.access if route else Access.VIEW)
             if route is None or match is None:
                 raise no_route(allowed)
             raw = (group.encode("utf-8", "surrogateescape") for group in match.groups(""))
             parts = tuple(map(unquote, raw))
-            response = await route.handler(Request(request, target, parts, origin))
+            response = await route.handler(Request(request, target, parts, origin, may_act))
         except StoreError as exc:
             self._refusals.count(exc)
             text = f"the queue can't store this now, try again later: {exc}"
@@ -12036,16 +12069,24 @@ class Front:
         trusted = self._settings().gateway.trusted_origins
         return origin if origin is not None and origin.lower() in trusted else None
 
-    def _guard(self, request: web.BaseRequest, access: Access) -> None:
-        """Turn away who may not come in. Raises HttpError: 401, 403, 421."""
+    def _guard(self, request: web.BaseRequest, access: Access) -> bool:
+        """Whether who asks may act, not only look. Raises HttpError: 401, 403, 421."""
         config = self._settings()
         if request.method not in SAFE_METHODS:
             self._require_same_site(request)
-        if access is Access.OPERATE and not config.auth.login:
-            self._require_own_host(request)
-        guarded = access is Access.OPERATE or (access is Access.INVOKE and config.auth.invoke)
-        if guarded and config.auth.login:
-            require_login(request.headers.get("Authorization", ""), config.auth.login)
+        auth = config.auth
+        operator = access in (Access.VIEW, Access.OPERATE)
+        if not auth.login:
+            if operator:
+                self._require_own_host(request)
+            return True
+        if not operator and not (access is Access.INVOKE and auth.invoke):
+            return True
+        given = request.headers.get("Authorization", "")
+        may_act = require_login(given, auth.login, auth.view_login)
+        if not may_act and access is not Access.VIEW:
+            raise HttpError(403, "this login may look and not act: auth.view_user_file")
+        return may_act
 
     def _require_same_site(self, request: web.BaseRequest) -> None:
         headers = request.headers
@@ -12664,6 +12705,7 @@ class StatsRoutes:
         told = ("pending", "delivered", "failed")
         document = {
             "version": VERSION,
+            "may_act": request.may_act,
             "trouble": trouble,
             "started_at": rfc3339(activity.begun_at),
             "uptime_seconds": round(time.time() - activity.begun_at, 3),
@@ -14796,14 +14838,11 @@ class ScheduleRoutes:
         return reply({"schedule": name, "paused": action == "pause"})
 
 
-# --- Daemon ---------------------------------------------------------------------------------------
-# Puts the parts together, and owns their lifecycle.
+# --- Routes and sockets ---------------------------------------------------------------------------
+# What is answered, and where.
 
-BACKLOG = 1024  # connections that wait to be accepted
 Row = tuple[str, str, Access, Handler]  # method, path, who may use it
 OWN_RESOURCES = "calls|queues|stats|events|schedules"  # of /system; others are OpenFaaS's
-Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon stops
-NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
@@ -14812,18 +14851,23 @@ def path_pattern(path: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
+VIEW = Access.VIEW
+OPERATE = Access.OPERATE
+REST = f"(?!/(?:{OWN_RESOURCES})\\b)…"  # OpenFaaS's own resources below /system
+
+
 def call_rows(calls: CallRoutes, logs: LogRoutes) -> Sequence[Row]:
     """The routes of calls that have been queued."""
     return (
-        ("GET", "/system/calls", Access.OPERATE, calls.list_calls),
-        ("POST", "/system/calls/retry", Access.OPERATE, calls.retry_matching),
-        ("POST", "/system/calls/cancel", Access.OPERATE, calls.cancel_matching),
-        ("GET", "/system/calls/{call}/log", Access.OPERATE, logs.show_log),
-        ("GET", "/system/calls/{call}/result", Access.OPERATE, calls.show_result),
-        ("GET", "/system/calls/{call}/request", Access.OPERATE, calls.show_request),
-        ("POST", "/system/calls/{call}/retry", Access.OPERATE, calls.retry_call),
-        ("POST", "/system/calls/{call}/callback", Access.OPERATE, calls.resend_callback),
-        ("GET", "/system/calls/{call}", Access.OPERATE, calls.show_call),
+        ("GET", "/system/calls", VIEW, calls.list_calls),
+        ("POST", "/system/calls/retry", OPERATE, calls.retry_matching),
+        ("POST", "/system/calls/cancel", OPERATE, calls.cancel_matching),
+        ("GET", "/system/calls/{call}/log", VIEW, logs.show_log),
+        ("GET", "/system/calls/{call}/result", VIEW, calls.show_result),
+        ("GET", "/system/calls/{call}/request", VIEW, calls.show_request),
+        ("POST", "/system/calls/{call}/retry", OPERATE, calls.retry_call),
+        ("POST", "/system/calls/{call}/callback", OPERATE, calls.resend_callback),
+        ("GET", "/system/calls/{call}", VIEW, calls.show_call),
     )
 
 
@@ -14841,7 +14885,6 @@ def route_table(
     page: PageRoutes,
 ) -> Sequence[Route]:
     """All routes there are. The first that fits is taken."""
-    operate = Access.OPERATE
     rows: Sequence[Row] = (
         ("POST", "/async-function/…", Access.INVOKE, functions.queue),
         ("DELETE", "/async-function/{call}", Access.INVOKE, calls.cancel_call),
@@ -14851,20 +14894,21 @@ def route_table(
         ("GET", "/healthz", Access.OPEN, health.healthz),
         ("GET", "/readyz", Access.OPEN, health.readyz),
         *call_rows(calls, logs),
-        ("GET", "/system/queues", operate, queues.list_queues),
-        ("POST", "/system/queues/{segment}/(pause|resume|purge)", operate, queues.change_queue),
-        ("GET", "/system/stats", operate, stats.show_stats),
-        ("GET", "/system/events", operate, events.show_events),
-        ("GET", "/system/schedules", operate, schedules.list_schedules),
-        ("POST", "/system/schedules/{segment}/(run|pause|resume)", operate, schedules.change),
-        ("GET", "/metrics", operate, queues.expose),
+        ("GET", "/system/queues", VIEW, queues.list_queues),
+        ("POST", "/system/queues/{segment}/(pause|resume|purge)", OPERATE, queues.change_queue),
+        ("GET", "/system/stats", VIEW, stats.show_stats),
+        ("GET", "/system/events", VIEW, events.show_events),
+        ("GET", "/system/schedules", VIEW, schedules.list_schedules),
+        ("POST", "/system/schedules/{segment}/(run|pause|resume)", OPERATE, schedules.change),
+        ("GET", "/metrics", VIEW, queues.expose),
         ("GET", "/", Access.OPEN, page.home),
         ("GET", "/ui", Access.OPEN, page.home),
-        ("GET", "/ui/", operate, page.show),
-        ("GET", "/v1/apps/{segment}/calls", operate, fn.list_calls),
-        ("GET", "/v1/apps/{segment}/calls/{segment}", operate, fn.show_call),
-        ("GET", "/v1/apps/{segment}/calls/{segment}/log", operate, fn.show_log),
-        ("*", f"/system(?!/(?:{OWN_RESOURCES})\\b)…", operate, rest.handle),
+        ("GET", "/ui/", VIEW, page.show),
+        ("GET", "/v1/apps/{segment}/calls", VIEW, fn.list_calls),
+        ("GET", "/v1/apps/{segment}/calls/{segment}", VIEW, fn.show_call),
+        ("GET", "/v1/apps/{segment}/calls/{segment}/log", VIEW, fn.show_log),
+        ("GET", f"/system{REST}", VIEW, rest.handle),
+        ("*", f"/system{REST}", OPERATE, rest.handle),
     )
     cors = ("/function/…", "/async-function/…", "/async-function/{call}")
     return [
@@ -14884,14 +14928,15 @@ def passed_sockets() -> list[socket.socket]:
     return sockets
 
 
-def bound_sockets(address: str) -> Iterator[socket.socket]:
-    """The sockets of one address of gateway.listen. Raises OSError."""
+def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
+    """The sockets of one address of gateway.listen, those in files with a mode. Raises OSError."""
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:"))
         if path.is_socket():  # left there by a process that was killed
             path.unlink()
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(str(path))
+        path.chmod(mode)  # Nobody can connect yet.
         yield sock
         return
     host, _, port = address.rpartition(":")
@@ -14910,7 +14955,7 @@ def bound_sockets(address: str) -> Iterator[socket.socket]:
         yield sock
 
 
-def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
+def listening_sockets(config: GatewayConfig) -> list[socket.socket]:
     """The sockets that systemd passed, else those of gateway.listen.
 
     Raises ListenError, or ConfigError where no restart would help.
@@ -14918,9 +14963,9 @@ def listening_sockets(addresses: Sequence[str]) -> list[socket.socket]:
     sockets = passed_sockets()
     if sockets:
         return sockets
-    for address in addresses:
+    for address in config.listen:
         try:
-            sockets += bound_sockets(address)
+            sockets += bound_sockets(address, config.socket_mode)
         except OSError as exc:
             line = f"gateway.listen: {address}: {exc.strerror or exc}"
             if isinstance(exc, PermissionError):  # such as a port below 1024: it will not be right
@@ -14936,6 +14981,14 @@ def socket_url(sock: socket.socket) -> str:
         return f"unix:{name}"
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
     return f"http://{host}:{name[1]}"
+
+
+# --- Daemon ---------------------------------------------------------------------------------------
+# Puts the parts together, and owns their lifecycle.
+
+BACKLOG = 1024  # connections that wait to be accepted
+Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon stops
+NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
 def make_queue(config: Config, settings: Settings, observe_commit: Tell[float]) -> Queue:
@@ -15039,7 +15092,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
             stack.push_async_callback(self._queue.close)
-            sockets = listening_sockets(self.config.gateway.listen)
+            sockets = listening_sockets(self.config.gateway)
             for level, line in introduced:  # Where no start comes of it, one line says why.
                 log.log(level, "%s", line)
             front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])

@@ -48,8 +48,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "drain_timeout": 20.0,
         "trusted_origins": (),
         "hosts": (),
+        "socket_mode": 0o660,
     },
-    "auth": {"user_file": None, "password_file": None, "invoke": False},
+    "auth": {
+        "user_file": None,
+        "password_file": None,
+        "view_user_file": None,
+        "view_password_file": None,
+        "invoke": False,
+    },
     "provider": {
         "url": None,
         "user_file": None,
@@ -163,6 +170,7 @@ def function(toml: str = "") -> Function:
 
 IT = '[functions.it]\nurl = "http://127.0.0.1:9001"\n'
 
+LOGIN = "[auth]\nuser_file = 'user'\npassword_file = 'user'\n"
 PROBLEMS = {
     # unknown names
     "queues.slow-queue.max_inflght": "[queues.slow-queue]\nmax_inflght = 2",
@@ -244,6 +252,10 @@ PROBLEMS = {
     "auth.password_file": "[auth]\nuser_file = 'user'\npassword_file = 'empty'",
     "callback.signing_secret_file": "[callback]\nsigning_secret_file = 'newline'",
     "callback.signing_secret_file (whsec_)": "[callback]\nsigning_secret_file = 'half'",
+    "auth (view_user_file, view_password_file)": LOGIN + "view_user_file = 'user'",
+    "auth (view_user_file and user_file)": LOGIN + "view_user_file = 'user'\nview_password_file = 'user'",
+    "auth (view_user_file, user_file)": "[auth]\nview_user_file = 'user'\nview_password_file = 'user'",
+    "gateway.socket_mode": "[gateway]\nsocket_mode = '0999'",
     "auth (invoke, user_file, password_file)": "[auth]\ninvoke = true",
 }
 

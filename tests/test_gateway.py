@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import re
+import stat
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -745,11 +746,14 @@ async def test_it_listens_on_several_addresses_and_on_a_unix_socket(
 
 
 async def test_a_socket_file_left_by_a_dead_daemon_is_replaced(daemon: StartDaemon, tmp_path: Path) -> None:
-    """After kill -9 the daemon starts again on the same unix socket."""
+    """After kill -9 the daemon starts again on the same unix socket, with the mode that it is to have."""
     path = tmp_path / "gateway.sock"
     gateway = await daemon(f'[gateway]\nlisten = "unix:{path}"')
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
     await gateway.kill()
+    gateway.configure(f'[gateway]\nlisten = "unix:{path}"\nsocket_mode = "0600"')
     await gateway.start()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     result = await run(
         "curl", "-sS", "-w", "%{http_code}", "-o", "/dev/null", "--unix-socket", path, "http://x/healthz"
     )

@@ -34,7 +34,7 @@ SECTIONS = (
     "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
     "Page style", "Page script", "Page views", "Page actions", "Operator's page",
-    "Schedule steps", "Schedules", "Daemon", "Client", "Client commands", "Operator commands",
+    "Schedule steps", "Schedules", "Routes and sockets", "Daemon", "Client", "Client commands", "Operator commands",
     "Schedule commands", "Service commands", "Manual page", "Command line",
 )  # fmt: skip
 # A quarter of these is statements, which are text, a clause a line.

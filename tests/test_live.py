@@ -1,6 +1,7 @@
 """What the whole daemon shows of itself, and what it tells as it happens."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -86,6 +87,55 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
         while not (warnings := (await stats(gateway))["warnings"]):  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.01)
     assert warnings == ["functions.gone.command: there is no program /no/such/program"]
+
+
+# ---- who may only look ---------------------------------------------------------------------------
+
+LOOKING = (
+    *("/system/calls", "/system/calls/ID", "/system/calls/ID/log", "/system/calls/ID/result"),
+    *("/system/calls/ID/request", "/system/calls/ID/log?follow=1", "/system/queues", "/system/stats"),
+    *("/system/schedules", "/system/functions", "/system/info", "/metrics", "/ui/", "/v1/apps/a/calls"),
+)
+ACTING = (
+    *("POST /system/calls/retry?status=error", "POST /system/calls/cancel?status=queued"),
+    *("POST /system/calls/ID/retry", "POST /system/calls/ID/callback", "POST /system/queues/line/pause"),
+    *("POST /system/queues/line/purge", "POST /system/schedules/x/run", "POST /system/functions"),
+    *("PUT /system/functions", "DELETE /system/functions", "POST /system/scale-function/it"),
+    *("POST /system/secrets", "POST /async-function/it", "DELETE /async-function/ID", "GET /function/it"),
+    *("POST /function/it", "POST /r/app/it"),
+)
+
+
+async def test_who_may_only_look_sees_everything_and_changes_nothing(daemon: StartDaemon, function: Server) -> None:
+    """On every route: 200 to look, 403 to act, 401 with another password."""
+    gateway = await daemon(SETTINGS.format(url=function.url), start=False)
+    for name in ("admin", "guest"):
+        (gateway.folder / name).write_text(name)
+    auth = {"user_file": "admin", "password_file": "admin", "view_user_file": "guest", "view_password_file": "guest"}
+    login = "".join(f"{key} = {json.dumps(str(gateway.folder / name))}\n" for key, name in auth.items())
+    gateway.configure(f"{SETTINGS.format(url=function.url)}\n[auth]\n{login}invoke = true")
+    await gateway.start()
+
+    def credentials(user: str, password: str) -> str:
+        return "Authorization: Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    admin, guest, stranger = [credentials(*it) for it in (("admin",) * 2, ("guest",) * 2, ("guest", "admin"))]
+    accepted = await ask(gateway.url, "/async-function/it", admin, method="POST")
+    call_id = accepted.headers["X-Call-Id"]
+    done = await ask(gateway.url, f"/system/calls/{call_id}?wait=30s", guest)
+    assert json.loads(done.body)["status"] == "success"
+    for line in (f"GET {path}" for path in LOOKING):
+        method, target = line.replace("ID", call_id).split(" ")
+        assert (await ask(gateway.url, target, guest, method=method)).status == 200, line
+        assert (await ask(gateway.url, target, stranger, method=method)).status == 401, line
+    assert json.loads((await ask(gateway.url, "/system/stats", guest)).body)["may_act"] is False
+    assert json.loads((await ask(gateway.url, "/system/stats", admin)).body)["may_act"] is True
+    for line in ACTING:
+        method, target = line.replace("ID", call_id).split(" ")
+        refused = await ask(gateway.url, target, guest, method=method)
+        assert refused.status == 403, line
+        assert b"this login may look and not act: auth.view_user_file" in refused.body
+    assert len(function.requests) == 1
 
 
 # ---- what was asked and answered -----------------------------------------------------------------
