@@ -7308,6 +7308,11 @@ class NatsMessages:
         place = f"{self._lanes.stream}.{lane.consumer}"
         await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
 
+    async def store_again(self, subject: str, data: bytes, seq: int) -> None:
+        """Put a message in its own place, behind those that wait, unless it has changed."""
+        with contextlib.suppress(NatsRefused):
+            await self._link.publish(subject, data, Nats_Expected_Last_Subject_Sequence=seq)
+
     def forget(self, queue: str, name: str, own_id: str) -> None:
         """A message that was sent to us is not to be claimed."""
         self._lanes.drop(queue, name, own_id)
@@ -8749,20 +8754,34 @@ class NatsRecovery:
         await self._claims.keys.look_after()
         for name, info in consumers.items():
             root, queue, lane = name.split("+")
-            if root == "work" and info["num_ack_pending"]:
+            if root == "work" and info["delivered"]["stream_seq"]:
                 await self._recover(nats_name(queue), nats_name(lane), info)
 
     async def _recover(self, queue: str, lane: str, info: Mapping[str, Any]) -> None:
+        """Look through what was delivered and is still there.
+
+        A server that was killed may have forgotten that some of it was not acked (seen with 2.15).
+        It does not deliver that again, so it is stored again.
+        """
         place = self._subjects.place("work", queue, lane, ">")
-        first = info["ack_floor"]["stream_seq"] + 1
-        last = info["delivered"]["stream_seq"]
-        for seq, data, _ in await self._waiting.between(place, first, last):
-            if verb := await self._how_to_answer(queue, data):
+        floor = info["ack_floor"]["stream_seq"]
+        found = await self._waiting.between(place, 1, info["delivered"]["stream_seq"])
+        unacked = [seq for seq, _, _ in found if seq > floor]
+        forgotten = len(unacked) > info["num_ack_pending"]
+        for seq, data, subject in found:
+            stray = forgotten or seq <= floor
+            verb = await self._how_to_answer(queue, data, stray)
+            if verb == b"-NAK" and stray:
+                await self._messages.store_again(subject, data, seq)
+            elif verb is not None:
                 count = info["delivered"]["consumer_seq"]
                 await self._messages.answer_unacked(queue, lane, seq, count, verb)
 
-    async def _how_to_answer(self, queue: str, data: bytes) -> bytes | None:
-        """How to answer a message that another daemon has, or None if it is there."""
+    async def _how_to_answer(self, queue: str, data: bytes, stray: bool) -> bytes | None:
+        """How to answer a message that somebody has had; None: who has it is there.
+
+        Of strays the own ones are delivered once more, so that they have a lease again.
+        """
         if queue == DEADLINES:
             return b"-NAK"
         try:
@@ -8773,7 +8792,8 @@ class NatsRecovery:
         if record is None or record.call.owner is None:
             return b"-NAK"
         if record.call.owner == self._claims.holdings.owner:
-            return None if record.call.id in self._claims.holdings else b"-NAK"
+            held = record.call.id in self._claims.holdings
+            return b"-NAK" if stray or not held else None
         if not has_died(record.call.owner, self._claims.holdings.owner):
             return None  # Its lease decides.
         return await self._claims.interrupted(record, None if queue == CALLBACKS else message.parts)
