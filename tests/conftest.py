@@ -53,10 +53,8 @@ os.environ["PYTHONPATH"] = str(SCRIPT.parent)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)
 
-# Several hosts, servers that are killed, networks that are cut: a minute of real trouble, which a busy machine can make
-# look like ours. They belong to the long tests.
-HOSTS = ["test_jetstream.py", "test_nats_daemon.py", "test_nats_faults.py"]
-collect_ignore = [] if os.environ.get("FAASD_ASYNC_LONG_TESTS") else HOSTS
+# The tests that take long, marked so, run only when somebody asks for them.
+LONG_TESTS = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))
 
 # How long anything that is waited for may take before the test fails. Never reached when all is
 # well, so it is long enough for a busy machine, and no test depends on its value.
@@ -101,9 +99,17 @@ PIPE, DEVNULL = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tell of our marker."""
+    """Tell of our markers."""
     text = "own_interpreter: the daemons of the test are started as they are installed, not forked"
     config.addinivalue_line("markers", text)
+    config.addinivalue_line("markers", "long: it runs with FAASD_ASYNC_LONG_TESTS=1 only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes long, unless it is asked for."""
+    left_out = [] if LONG_TESTS else [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

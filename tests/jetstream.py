@@ -155,6 +155,9 @@ class NatsServer:
         """SIGSTOP: connections stay and nothing answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        state = Path(f"/proc/{self.process.pid}/stat")  # proc(5); the signal takes a moment to arrive
+        while state.read_text().rpartition(")")[2].split()[0] != "T":
+            pass
 
     def thaw(self) -> None:
         """SIGCONT."""

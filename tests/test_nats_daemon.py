@@ -312,6 +312,7 @@ async def test_calls_that_back_off_do_not_hold_up_their_queue(hosts: StartHost, 
     assert (await gateway.record(calls[0]))["status"] == "delayed"
 
 
+@pytest.mark.long
 async def test_a_burst_of_one_function_does_not_hold_up_another(hosts: StartHost, function: Server) -> None:
     """Its calls take turns with those of the burst, though they came later."""
     function.behaviour = gate = Gate()
@@ -332,6 +333,7 @@ async def test_a_burst_of_one_function_does_not_hold_up_another(hosts: StartHost
 # ---- leases --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_a_function_that_runs_longer_than_a_lease_runs_once(hosts: StartHost, function: Server) -> None:
     """Its lease is renewed, whoever else would have room for it."""
     function.behaviour = gate = Gate()
@@ -383,6 +385,7 @@ async def test_who_only_accepts_leaves_nothing_behind_when_it_stops(hosts: Start
     assert await ended(other, await submit_all(20, other)) == {"success": 20}
 
 
+@pytest.mark.long
 async def test_the_late_outcome_of_a_frozen_host_is_refused(hosts: StartHost, function: Server, sink: Server) -> None:
     """The one that took over ends the call; what the frozen one finds later changes nothing, and nobody is told."""
     receiver = Server()
@@ -610,6 +613,7 @@ async def test_the_messages_of_an_openfaas_gateway_are_taken_over(
 # ---- retention -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_a_final_record_is_forgotten_after_its_time_everywhere(
     hosts: StartHost, function: Server, server: NatsServer
 ) -> None:

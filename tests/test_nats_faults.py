@@ -190,6 +190,7 @@ async def test_a_server_that_hangs_holds_up_only_what_has_to_be_stored(
     await works_again(gateway)
 
 
+@pytest.mark.long
 async def test_a_daemon_that_starts_before_its_server_gets_ready_later(
     nats_server: StartServer, hosts: StartHost, function: Server
 ) -> None:
@@ -293,6 +294,7 @@ async def small_disk(tmp_path: Path) -> AsyncIterator[tuple[Sequence[str], Path]
     await holder.wait()
 
 
+@pytest.mark.long
 async def test_a_full_disk_of_the_server_refuses_calls_and_loses_none(
     nats_server: StartServer, hosts: StartHost, function: Server, small_disk: tuple[Sequence[str], Path]
 ) -> None:
@@ -322,6 +324,7 @@ async def test_a_full_disk_of_the_server_refuses_calls_and_loses_none(
     assert await ended(gateway, accepted) == {"success": len(accepted)}
 
 
+@pytest.mark.long
 async def test_a_cluster_loses_nothing_with_its_leader(cluster: Cluster, hosts: StartHost, function: Server) -> None:
     """The leader of the stream is killed under load, and comes back."""
     settings = one_function(function, f"{MANY}[nats]\nreplicas = 3")
@@ -397,7 +400,7 @@ async def test_a_host_whose_clock_is_wrong_keeps_the_times_that_callers_asked_fo
 # ---- the network ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["cut", "silence"])
+@pytest.mark.parametrize("how", ["cut", pytest.param("silence", marks=pytest.mark.long)])
 async def test_a_host_without_its_network_says_so_and_recovers(
     hosts: StartHost, network: Network, function: Server, sink: Server, how: str
 ) -> None:
@@ -605,11 +608,15 @@ async def assert_it_ended_once(stage: Stage, client: Client) -> None:
     assert runs <= attempts or client.scenario.then is run_again
 
 
+LONG_SCENARIOS = [("retry", "killed"), ("redrive", "killed")]
+LONG_SCENARIOS += [(name, "unacknowledged") for name in ("callback", "retry", "key")]
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((name, "killed") for name in SCENARIOS),
-        *((name, "unacknowledged") for name in ("callback", "retry", "key")),
+        *((name, "killed") for name in SCENARIOS if (name, "killed") not in LONG_SCENARIOS),
+        *(pytest.param(*scenario, marks=pytest.mark.long) for scenario in LONG_SCENARIOS),
     ],
 )
 async def test_no_step_is_the_wrong_moment(name: str, how: str, tmp_path: Path) -> None:
