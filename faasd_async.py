@@ -973,13 +973,21 @@ def cron_expression(value: Any) -> str:
         return value
     if len(value.split()) != 5:
         raise ValueError(f"expected {CRON_FORM}")
-    try:
-        next(CronSim(value, datetime(2000, 1, 1)))
-    except CronSimError as exc:
-        raise ValueError(f"{json.dumps(value)}: {str(exc).lower()}, or never matches") from None
-    except StopIteration:
-        raise ValueError(f"{json.dumps(value)} never matches") from None
+    if reason := cron_problem(value):
+        raise ValueError(f"{json.dumps(value)}: {reason}")
     return value
+
+
+@functools.lru_cache(10_000)  # A reload reads the same ones again.
+def cron_problem(expression: str) -> str | None:
+    """What is wrong with an expression of five fields."""
+    try:
+        next(CronSim(expression, datetime(2000, 1, 1)))
+    except CronSimError as exc:
+        return f"{str(exc).lower()}, or never matches"
+    except StopIteration:
+        return "never matches"
+    return None
 
 
 def cron_expressions(value: Any) -> tuple[str, ...]:
@@ -2059,9 +2067,11 @@ def pack_schedule(state: ScheduleState) -> str:
 
 
 def unpack_schedule(document: Mapping[str, Any], revision: int) -> ScheduleState:
-    """The inverse, of the parsed JSON."""
-    runs = tuple(ScheduledRun(*run) for run in document["runs"])
-    return ScheduleState(**{**document, "runs": runs, "revision": revision})
+    """The inverse, of the parsed JSON. What another version has put there is passed over."""
+    size = len(ScheduledRun._fields)
+    runs = tuple(ScheduledRun(*run[:size]) for run in document["runs"])
+    known = {name: document[name] for name in ScheduleState._fields if name in document}
+    return ScheduleState(**{**known, "runs": runs, "revision": revision})
 
 
 class QueueStats(NamedTuple):
@@ -2694,6 +2704,16 @@ def settle(schedule: Schedule, last_at: float, now: float) -> Due:
     if schedule.catch_up != "all":
         fresh = fresh[-1:]
     return Due(fresh, [at for at in past if at not in fresh])
+
+
+def is_wrong(last_at: float, now: float) -> bool:
+    """Whether an instant was settled by a clock that was wrong, here or on another host."""
+    return last_at > now + CLOCK_ERROR_S
+
+
+def counted_from(last_at: float, now: float) -> float:
+    """From when on instants are looked at."""
+    return now - PUNCTUAL_S if is_wrong(last_at, now) else last_at
 
 
 def jitter_s(schedule: Schedule, host: str) -> float:
@@ -14411,7 +14431,8 @@ class ScheduleNews:
         self.stale = True  # the configuration, or what the provider has, is another one
         self.provided: Mapping[str, Schedule] = {}  # by annotations of the provider's functions
         self.ended: set[str] = set()  # schedules of which calls have ended, until that is noted
-        self._calls: dict[str, str] = {}  # whose calls are under way, by id
+        self._calls: dict[str, str] = {}  # whose calls are to be told of, by id
+        self._ids: dict[str, set[str]] = {}  # the same by schedule
 
     def replan(self) -> None:
         """Schedules may have come, changed or gone."""
@@ -14429,12 +14450,16 @@ class ScheduleNews:
         self.stale = False
 
     def expect(self, state: ScheduleState) -> None:
-        """The ends of these calls have to be noted."""
-        self._calls.update((run.id, state.name) for run in unfinished(state) if run.id)
+        """The ends of these calls have to be noted: one that has ended may be run again."""
+        ids = {run.id for run in state.runs if run.id}
+        for gone in self._ids.get(state.name, set()) - ids:
+            del self._calls[gone]
+        self._ids[state.name] = ids
+        self._calls.update(dict.fromkeys(ids, state.name))
 
     def tell(self, ended: Ended) -> None:
         """A call has ended."""
-        if name := self._calls.pop(ended.id, None):
+        if name := self._calls.get(ended.id):
             self.ended.add(name)
             self.changed.set()
 
@@ -14467,7 +14492,8 @@ class ScheduleSteps:
             return float("inf")
         if self._has_booted(schedule, state):
             return 0.0
-        return next(next_instants(schedule, state.last_at), float("inf")) + self._jitter_s(schedule)
+        after = counted_from(state.last_at, time.time())
+        return next(next_instants(schedule, after), float("inf")) + self._jitter_s(schedule)
 
     def _jitter_s(self, schedule: Schedule) -> float:
         return jitter_s(schedule, self._host)
@@ -14479,18 +14505,21 @@ class ScheduleSteps:
     def _booted(self, state: ScheduleState) -> Mapping[str, str]:
         return {**state.boots, self._host: self._boot}
 
-    async def refreshed(self, state: ScheduleState) -> ScheduleState:
-        """A state with what has become of its calls by now. Raises StoreError."""
-        running = unfinished(state)
-        if not running:
+    async def refreshed(self, state: ScheduleState, ended_too: bool = False) -> ScheduleState:
+        """A state with what has become of its calls by now. Raises StoreError.
+
+        `ended_too`: also of those that had ended, and may have been queued again by hand.
+        """
+        runs = [run for run in state.runs if run.id] if ended_too else unfinished(state)
+        if not runs:
             return state
-        return followed(state, await asyncio.gather(*map(self._look_up, running)))
+        return followed(state, await asyncio.gather(*map(self._look_up, runs)))
 
     async def _look_up(self, run: ScheduledRun) -> ScheduledRun:
         try:
             return run_of(await self._records.lookup(run.id or ""))
-        except HttpError:
-            return run._replace(status=PRUNED)
+        except HttpError:  # There is no record any more.
+            return run if run.status in FINAL else run._replace(status=PRUNED)
 
     async def settle(
         self, schedule: Schedule, stored: ScheduleState
@@ -14500,21 +14529,22 @@ class ScheduleSteps:
         Raises StoreError, and NotNow where it has to wait.
         """
         now = time.time()
-        due = settle(schedule, stored.last_at, now - self._jitter_s(schedule))
+        last_at = counted_from(stored.last_at, now)
+        due = settle(schedule, last_at, now - self._jitter_s(schedule))
         fire = list(due.fire)
         booted = self._has_booted(schedule, stored)
         if booted:
             fire.append(now)
         if stored.paused or not (fire or due.missed):
             return stored, ()
-        state = await self.refreshed(stored)
+        state = await self.refreshed(stored, ended_too=True)
         runs, calls = await self._fire(schedule, state, fire)
         missed = len(due.missed) + sum(run.status == "missed" for run in runs)
         if due.missed:
             reason = f"{len(due.missed)} too late"
             runs.append(ScheduledRun(due.missed[-1], None, "missed", error=reason))
         state = followed(state, runs)._replace(
-            last_at=max([stored.last_at, *due.fire, *due.missed]),
+            last_at=max([last_at, *due.fire, *due.missed]),
             missed=stored.missed + missed,
             boots=self._booted(stored) if booted else stored.boots,
         )
@@ -14644,6 +14674,7 @@ class Plan(NamedTuple):
     schedule: Schedule
     state: ScheduleState
     at: float  # infinity: not at all
+    waits_for: str = ""  # why an instant that is due could not be settled
 
 
 class Scheduler:
@@ -14732,10 +14763,9 @@ class Scheduler:
             raise
 
     async def _begin(self, plan: Plan) -> None:
-        schedule, state, _ = plan
+        schedule, state = plan[:2]
         other = state.definition != schedule.definition
-        wrong = state.last_at > time.time() + CLOCK_ERROR_S
-        if self._trusted and (other or wrong):
+        if self._trusted and (other or is_wrong(state.last_at, time.time())):
             state = await self._change(schedule, functools.partial(self._steps.begin, schedule))
         self._metrics.missed(schedule.name)
         self._plan(schedule, state)
@@ -14766,7 +14796,7 @@ class Scheduler:
         """Keep how calls have ended, longer than their records are."""
         while True:
             stored = await self._queue.schedules.state(schedule.name)
-            state = await self._steps.refreshed(stored)
+            state = await self._steps.refreshed(stored, ended_too=True)
             if state == stored or await self._intake.accept_scheduled(state, ()):
                 break
         self._plan(schedule, state)
@@ -14786,8 +14816,10 @@ class Scheduler:
                     state = state._replace(revision=revision)
                     break
         except HttpError as exc:  # Its queue is full, or the provider away.
-            log_with(logging.WARNING, "schedule waits", schedule=schedule.name, error=exc.text)
-            self._plans[schedule.name] = plan._replace(at=time.time() + RETRY_STORE_S)
+            if exc.text != plan.waits_for:
+                log_with(logging.WARNING, "schedule waits", schedule=schedule.name, error=exc.text)
+            later = time.time() + RETRY_STORE_S
+            self._plans[schedule.name] = plan._replace(at=later, waits_for=exc.text)
             return
         self._plan(schedule, state)
 

@@ -20,6 +20,7 @@ from faasd_async import (
     ScheduledRun,
     ScheduleState,
     clock_doubt,
+    counted_from,
     cron_expression,
     cron_words,
     followed,
@@ -269,6 +270,14 @@ def test_a_gap_of_years_is_not_walked_through() -> None:
     yearly = last_instants(schedule(cron="@yearly"), unix("2000-06-01"), NOON)
     assert len(yearly) == 26
     assert last_instants(schedule(cron="@yearly"), unix("2026-01-01"), NOON) == type(yearly)()
+
+
+def test_a_clock_that_was_wrong_does_not_silence_a_schedule() -> None:
+    """What was settled hours from now was settled by such a one; a few minutes may have been right."""
+    assert counted_from(NOON - DAY, NOON) == NOON - DAY
+    assert counted_from(NOON + HOUR, NOON) == NOON + HOUR
+    assert counted_from(NOON + DAY, NOON) == NOON - 60
+    assert settle(schedule(), counted_from(NOON + DAY, NOON), NOON).fire == [NOON]
 
 
 def test_several_expressions_are_one_row_of_instants() -> None:

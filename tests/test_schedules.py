@@ -285,6 +285,24 @@ async def test_an_instant_meets_a_call_that_has_not_ended(
     assert await host.settled(2) == expected
 
 
+async def test_a_call_that_is_run_again_by_hand_counts(host: Host) -> None:
+    """While it runs, and as what it ends in then."""
+    host.function.behaviour = answer(400)
+    await host.start("2026-03-01T12:00:30", cron="* * * * *")
+    host.show("2026-03-01T12:01:05")
+    assert await host.settled(1) == [("2026-03-01T12:01", "error")]
+    await host.until(lambda document: document["runs"][0]["error"])
+    host.function.behaviour = gate = Gate()
+    (run,) = (await host.document())["runs"]
+    await ask(host.gateway.url, f"/system/calls/{run['id']}/retry", method="POST")
+    await host.function.wait_for(2)
+    host.show("2026-03-01T12:02:05")
+    await host.until(lambda document: len(document["runs"]) == 2)
+    gate.open()
+    assert await host.settled(2) == [("2026-03-01T12:02", "skipped"), ("2026-03-01T12:01", "success")]
+    await host.until(lambda document: document["last_success_at"])
+
+
 # ---- what people do ------------------------------------------------------------------------------
 
 
