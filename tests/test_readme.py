@@ -20,6 +20,7 @@ from faasd_async import make_parser
 
 ROOT = SCRIPT.parent
 README = (ROOT / "README.md").read_text()
+FILE = re.compile(r"(?ms)`([\w-]+\.toml)`:\n\n```toml\n(.*?)^```$")
 HEADING = re.compile(r"(?m)^#+ (.*)$")
 LONGEST_S = 300.0  # A host is installed several times; never reached when all is well.
 CODE = re.compile(r"(?ms)^#+ (?P<heading>[^\n]+)$|^```sh\n(?P<commands>.*?)^```$")
@@ -93,6 +94,8 @@ def prepare(folder: Path, commands: str) -> None:
     for name in sources.stdout.split():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
+    for name, content in FILE.findall(README):
+        (folder / "source" / name).write_text(content)
     for name in ("bin", "home"):
         (folder / name).mkdir()
     scripts = {"sudo": ROOTS_PASSWORD, "apt": NOTHING, "journalctl": NOTHING, "systemctl": SYSTEMD}
@@ -100,7 +103,7 @@ def prepare(folder: Path, commands: str) -> None:
     for name, script in scripts.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
     # A daemon that is started by hand stays in front of its person, who goes on in another window.
-    started = re.sub(r"(?m)^(.* serve --config config.example.toml)$", rf"\1 &\n{LISTENING}", commands)
+    started = re.sub(r"(?m)^(.* serve --config \S+)(?: &)?$", rf"\1 &\n{LISTENING}", commands)
     (folder / "commands").write_text(f"set -ex\nshopt -s expand_aliases\n{started}")
 
 
@@ -152,16 +155,24 @@ async def test_it_is_installed_upgraded_backed_up_restored_moved_and_removed(tmp
         "for left in $(find /etc /opt /usr/local /usr/share /var -name '*faasd-async*' -newer \"$HOME\"); do\n"
         '    case $left in *rules.yml | /var/backups/*) ;; *) echo "$left is left"; exit 1 ;; esac\ndone\n',
         *blocks("Without a network"),
-        "/opt/faasd-async/bin/faasd-async check config.example.toml\n",
+        "PATH=/opt/faasd-async/bin:$PATH\nfaasd-async check config.example.toml\n",
+        *blocks("Schedules"),
     ]
     said = await on_a_host(tmp_path, wheels, "\n".join(commands))
     assert "\nconfig.example.toml: ok, 4 functions, " in said
+    assert re.search(r"(?m)^nightly  .*disk", said)
 
 
 async def test_each_command_is_run() -> None:
     """A new block belongs to one of the tests above."""
     here = ["Five minutes with curl", "From a shell", "Fn Project's interface", "Install", "Scripts of yours, in /home"]
-    here += ["Upgrade, roll back, move, uninstall", "Back up and restore", "Prometheus", "Without a network"]
+    here += [
+        "Upgrade, roll back, move, uninstall",
+        "Back up and restore",
+        "Prometheus",
+        "Without a network",
+        "Schedules",
+    ]
     known = [blocks("faasd-async")[0], *(block for heading in here for block in blocks(heading))]
     everywhere = [match["commands"] for match in CODE.finditer(README) if match["commands"]]
     rest = [block for block in everywhere if block not in known]
