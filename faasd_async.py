@@ -2054,8 +2054,9 @@ class ScheduleState(NamedTuple):
     revision: int = 0  # by which it may be written over; 0: it is not stored yet
     definition: str = ""  # expressions and time zone that `last_at` was counted by
     last_at: float = 0.0  # the last instant that is settled: what follows has not been looked at
+    begun_at: float = 0.0  # since when it is as it is
     paused: bool = False
-    boots: Mapping[str, str] = {}  # by host: the boot for which @reboot has fired
+    boots: Sequence[str] = ()  # the last starts of machines for which @reboot has fired
     missed: int = 0
     last_success_at: float | None = None
     runs: Sequence[ScheduledRun] = ()  # the last ones, newest first
@@ -2071,7 +2072,8 @@ def unpack_schedule(document: Mapping[str, Any], revision: int) -> ScheduleState
     size = len(ScheduledRun._fields)
     runs = tuple(ScheduledRun(*run[:size]) for run in document["runs"])
     known = {name: document[name] for name in ScheduleState._fields if name in document}
-    return ScheduleState(**{**known, "runs": runs, "revision": revision})
+    boots = tuple(document["boots"])
+    return ScheduleState(**{**known, "boots": boots, "runs": runs, "revision": revision})
 
 
 class QueueStats(NamedTuple):
@@ -2661,6 +2663,7 @@ UNSURE_S = 120.0  # after a start of the machine, until a clock that nobody vouc
 PRUNED = "pruned"  # of a run whose record is gone
 SHOWN_RUNS = 20
 SHOWN_NEXT = 5
+KEPT_BOOTS = 20
 
 
 class Due(NamedTuple):
@@ -2706,14 +2709,12 @@ def settle(schedule: Schedule, last_at: float, now: float) -> Due:
     return Due(fresh, [at for at in past if at not in fresh])
 
 
-def is_wrong(last_at: float, now: float) -> bool:
-    """Whether an instant was settled by a clock that was wrong, here or on another host."""
-    return last_at > now + CLOCK_ERROR_S
-
-
 def counted_from(last_at: float, now: float) -> float:
-    """From when on instants are looked at."""
-    return now - PUNCTUAL_S if is_wrong(last_at, now) else last_at
+    """From when on instants are looked at, after the last one that is settled.
+
+    One from hours ahead was settled by a clock that was wrong, here or on another host.
+    """
+    return now - PUNCTUAL_S if last_at > now + CLOCK_ERROR_S else last_at
 
 
 def jitter_s(schedule: Schedule, host: str) -> float:
@@ -14403,8 +14404,11 @@ TIMESYNC = Path("/run/systemd/timesync/synchronized")  # systemd-timesyncd.servi
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
-def clock_synchronised() -> bool:
-    """Whether somebody vouches for the wall clock: systemd-timesyncd, or the kernel."""
+def clock_synchronised() -> bool | None:
+    """Whether somebody vouches for the wall clock: systemd-timesyncd, or the kernel. None: unknown.
+
+    systemd's sandbox (ProtectClock) forbids to ask the kernel.
+    """
     if TIMESYNC.exists():
         return True
     import ctypes  # It costs memory, which who has no schedules does not need.
@@ -14412,14 +14416,26 @@ def clock_synchronised() -> bool:
     with contextlib.suppress(OSError, AttributeError):
         # A struct timex of zeros changes nothing. Its size differs; no field of it is read.
         state = int(ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(1024)))
-        return 0 <= state < TIME_ERROR
-    return False
+        return state < TIME_ERROR if state >= 0 else None
+    return None
+
+
+def uptime_s() -> float:
+    """For how long this machine has been on, sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def boot_id() -> str:
-    """What tells one run of this machine from another; "": nobody knows."""
+    """What tells one run of this machine from another; "": nothing does."""
     with contextlib.suppress(OSError):
         return BOOT_ID.read_text().strip()
+    # systemd's sandbox (ProcSubset) hides that. What stands in /run is gone with the next start.
+    folder = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    with contextlib.suppress(OSError):
+        path = Path(folder, "boot-id")
+        if folder and not path.exists():
+            path.write_text(new_id())
+        return path.read_text() if folder else ""
     return ""
 
 
@@ -14476,15 +14492,18 @@ class ScheduleSteps:
 
     def begin(self, schedule: Schedule, state: ScheduleState) -> ScheduleState:
         """A schedule that is new or another one now is counted from now on."""
-        return state._replace(
-            definition=schedule.definition, last_at=time.time(), boots=self._booted(state)
-        )
+        return self._from_now(state._replace(definition=schedule.definition))
 
     def resume(self, state: ScheduleState) -> ScheduleState:
         """What was paused is counted from now on."""
-        if not state.paused:
-            return state
-        return state._replace(paused=False, last_at=time.time(), boots=self._booted(state))
+        return self._from_now(state._replace(paused=False)) if state.paused else state
+
+    def _from_now(self, state: ScheduleState) -> ScheduleState:
+        now = time.time()
+        return state._replace(begun_at=now, last_at=now, boots=self._boots(state))
+
+    def _boots(self, state: ScheduleState) -> Sequence[str]:
+        return (self._boot, *state.boots)[:KEPT_BOOTS]
 
     def next_at(self, schedule: Schedule, state: ScheduleState) -> float:
         """When something follows. Infinity: never."""
@@ -14499,11 +14518,13 @@ class ScheduleSteps:
         return jitter_s(schedule, self._host)
 
     def _has_booted(self, schedule: Schedule, state: ScheduleState) -> bool:
-        """Whether @reboot is due: once for each start of this machine."""
-        return REBOOT in (schedule.cron or ()) and state.boots.get(self._host) != self._boot
-
-    def _booted(self, state: ScheduleState) -> Mapping[str, str]:
-        return {**state.boots, self._host: self._boot}
+        """Whether @reboot is due: once for each start of this machine since the schedule begun."""
+        if REBOOT not in (schedule.cron or ()) or self._boot in state.boots:
+            return False
+        if not self._boot:
+            warn_once("schedules: nothing tells one start of this machine from another: no @reboot")
+            return False
+        return time.time() - uptime_s() > state.begun_at
 
     async def refreshed(self, state: ScheduleState, ended_too: bool = False) -> ScheduleState:
         """A state with what has become of its calls by now. Raises StoreError.
@@ -14531,10 +14552,11 @@ class ScheduleSteps:
         now = time.time()
         last_at = counted_from(stored.last_at, now)
         due = settle(schedule, last_at, now - self._jitter_s(schedule))
-        fire = list(due.fire)
-        booted = self._has_booted(schedule, stored)
-        if booted:
-            fire.append(now)
+        fire = {at: run_id(schedule.name, at) for at in due.fire}
+        boots = stored.boots
+        if self._has_booted(schedule, stored):
+            boots = self._boots(stored)
+            fire[now] = run_id(f"{schedule.name} {self._boot}", now - now % 3600)
         if stored.paused or not (fire or due.missed):
             return stored, ()
         state = await self.refreshed(stored, ended_too=True)
@@ -14546,34 +14568,33 @@ class ScheduleSteps:
         state = followed(state, runs)._replace(
             last_at=max([last_at, *due.fire, *due.missed]),
             missed=stored.missed + missed,
-            boots=self._booted(stored) if booted else stored.boots,
+            boots=boots,
         )
         return state, calls
 
     async def _fire(
-        self, schedule: Schedule, state: ScheduleState, fire: Sequence[float]
+        self, schedule: Schedule, state: ScheduleState, fire: Mapping[float, str]
     ) -> tuple[list[ScheduledRun], Sequence[Invocation]]:
-        """What becomes of instants, beside calls that are still under way."""
+        """What becomes of instants, with the ids of their calls, beside calls under way."""
         running = unfinished(state)
         if running and schedule.overlap == "skip":
             reason = f"call {running[0].id} had not ended"
             return [ScheduledRun(at, None, "skipped", error=reason) for at in fire], ()
         try:
-            calls = [await self.call(schedule, at) for at in fire]
+            calls = [await self.call(schedule, at, own_id) for at, own_id in fire.items()]
         except NotNow:
             raise
         except HttpError as exc:  # There is no such function, or a header is not allowed.
             return [ScheduledRun(at, None, "missed", error=exc.text) for at in fire], ()
         if calls and schedule.overlap == "replace":
             await asyncio.gather(*map(self._cancel, running))
-        runs = [ScheduledRun(at, call.id, "queued") for at, call in zip(fire, calls, strict=True)]
-        return runs, calls
+        return [ScheduledRun(at, own_id, "queued") for at, own_id in fire.items()], calls
 
     async def _cancel(self, run: ScheduledRun) -> None:
         with contextlib.suppress(HttpError):  # It has ended meanwhile.
             await self._records.cancel(run.id or "")
 
-    async def call(self, schedule: Schedule, at: float, own_id: str | None = None) -> Invocation:
+    async def call(self, schedule: Schedule, at: float, own_id: str) -> Invocation:
         """The call of an instant. Raises HttpError: 400, 404, 503."""
         function = await self._directory.find(schedule.function or "", stale=True)
         if function is None:
@@ -14583,7 +14604,7 @@ class ScheduleSteps:
         headers.append((b"X-Scheduled-For", (rfc3339(at) or "").encode()))
         controls = replace(
             self._intake.controls(CIMultiDict(schedule.headers)),
-            id=own_id or run_id(schedule.name, at),
+            id=own_id,
             queue=schedule.queue,
             method=schedule.method,
             schedule=schedule.name,
@@ -14647,8 +14668,8 @@ async def in_batches(do: Callable[[T], Awaitable[None]], items: Iterable[T]) -> 
 def clock_is_right() -> bool:
     """Whether the wall clock may be taken for what it shows."""
     synchronised = clock_synchronised()
-    doubt = clock_doubt(synchronised, time.clock_gettime(time.CLOCK_BOOTTIME))
-    if doubt is None and not synchronised:
+    doubt = clock_doubt(synchronised, uptime_s())
+    if doubt is None and synchronised is False:
         log.warning("schedules: the clock is not synchronised; its time is taken all the same")
     return doubt is None
 
@@ -14765,7 +14786,7 @@ class Scheduler:
     async def _begin(self, plan: Plan) -> None:
         schedule, state = plan[:2]
         other = state.definition != schedule.definition
-        if self._trusted and (other or is_wrong(state.last_at, time.time())):
+        if self._trusted and other:
             state = await self._change(schedule, functools.partial(self._steps.begin, schedule))
         self._metrics.missed(schedule.name)
         self._plan(schedule, state)

@@ -59,6 +59,7 @@ class Host:
     def __init__(self, clock: WallClock, daemon: StartDaemon, folder: Path, function: Server) -> None:
         self.gateway: Daemon
         self.before = BEFORE
+        self.env: dict[str, str] = {}
         self.function = function
         self._clock = clock
         self._daemon = daemon
@@ -76,7 +77,8 @@ class Host:
     async def start(self, shown: str, **keys: Any) -> Daemon:
         """Start a daemon while the clock shows this, with one schedule, `one`."""
         self.show(shown)
-        self.gateway = await self._daemon(self.settings(**keys), env=self._clock.env, before=self.before)
+        env = {**self._clock.env, **self.env}
+        self.gateway = await self._daemon(self.settings(**keys), env=env, before=self.before)
         if "cron" in keys:
             await self.until(lambda document: document["next"] or document["paused"])
         return self.gateway
@@ -388,9 +390,9 @@ async def test_a_clock_that_is_set_back_fires_nothing_twice(host: Host) -> None:
     host.show("2026-03-01T12:05:30")
     await host.until(lambda document: begins(document, "2026-03-01T12:06"))
     host.show("2026-03-01T12:06:05")
-    assert ("2026-03-01T12:06", "success") in await host.settled(5)
+    assert ("2026-03-01T12:06", "success") in await host.settled(6)
     fired = [request.headers["X-Scheduled-For"][:16] for request in host.function.requests]
-    assert fired == ["2026-03-01T12:01", "2026-03-01T12:02", "2027-03-01T12:00", "2026-03-01T12:06"]
+    assert fired == ["2026-03-01T12:01", "2026-03-01T12:02", "2027-03-01T12:00", "2026-03-01T12:05", "2026-03-01T12:06"]
 
 
 async def test_nothing_fires_before_the_clock_is_right(host: Host) -> None:
@@ -421,16 +423,30 @@ async def test_a_clock_that_nobody_vouches_for_is_taken_after_two_minutes(host: 
     assert await host.settled(1) == [("2026-03-01T12:01", "success")]
 
 
-async def test_reboot_fires_once_after_each_start_of_the_machine(host: Host) -> None:
+@pytest.mark.parametrize("told_by", ["the kernel", "what is gone from /run"])
+async def test_reboot_fires_once_after_each_start_of_the_machine(host: Host, tmp_path: Path, told_by: str) -> None:
     """Not after each start of the daemon, and not when it is new."""
+    (tmp_path / "run").mkdir()
+
+    def reboot(name: str) -> None:
+        if told_by == "the kernel":
+            host.boot(name)
+        else:
+            for path in (tmp_path / "run").iterdir():
+                path.unlink()
+
+    host.before = BEFORE + "faasd_async.uptime_s = lambda: 10.0\n"
+    if told_by != "the kernel":
+        (tmp_path / "boot").unlink()
+        host.env = {"RUNTIME_DIRECTORY": str(tmp_path / "run")}
     await host.start("2026-03-01T12:00:30", cron=["@reboot", "0 0 1 1 *"])
     await host.restart("2026-03-01T12:01:30")
     await host.until(lambda document: document["next"])
-    host.boot("second")
+    reboot("second")
     await host.restart("2026-03-01T12:02:30")
     assert await host.settled(1) == [("2026-03-01T12:02", "success")]
     await host.restart("2026-03-01T12:03:30")
-    host.boot("third")
+    reboot("third")
     await host.restart("2026-03-01T12:04:30")
     assert await host.settled(2) == [("2026-03-01T12:04", "success"), ("2026-03-01T12:02", "success")]
     assert len(host.function.requests) == 2
