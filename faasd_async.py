@@ -59,6 +59,7 @@ A call's life, by the names below
 Who owns which task or thread
     Daemon             its chores: housekeeping, watchdog, Scheduler, ProvidedSchedules; at a stop
                        the last answers. A chore that fails stops the daemon, as a dispatcher does
+    Scheduler          one for each schedule that is due; `run` awaits them
     Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
@@ -14494,6 +14495,10 @@ class ScheduleSteps:
         """A schedule that is new or another one now is counted from now on."""
         return self._from_now(state._replace(definition=schedule.definition))
 
+    def rest(self, state: ScheduleState) -> ScheduleState:
+        """Nothing follows until it is resumed."""
+        return state._replace(paused=True)
+
     def resume(self, state: ScheduleState) -> ScheduleState:
         """What was paused is counted from now on."""
         return self._from_now(state._replace(paused=False)) if state.paused else state
@@ -14542,8 +14547,16 @@ class ScheduleSteps:
         except HttpError:  # There is no record any more.
             return run if run.status in FINAL else run._replace(status=PRUNED)
 
+    async def find(self, schedule: Schedule) -> Function | HttpError:
+        """Its function, or why that can't be called. A provider may let this wait."""
+        try:
+            function = await self._directory.find(schedule.function or "", stale=True)
+        except HttpError as exc:
+            return exc
+        return function or HttpError(404, f"function {schedule.function} does not exist")
+
     async def settle(
-        self, schedule: Schedule, stored: ScheduleState
+        self, schedule: Schedule, found: Function | HttpError, stored: ScheduleState
     ) -> tuple[ScheduleState, Sequence[Invocation]]:
         """What follows from what is stored; the same state where nothing does.
 
@@ -14560,7 +14573,7 @@ class ScheduleSteps:
         if stored.paused or not (fire or due.missed):
             return stored, ()
         state = await self.refreshed(stored, ended_too=True)
-        runs, calls = await self._fire(schedule, state, fire)
+        runs, calls = await self._fire(schedule, found, state, fire)
         missed = len(due.missed) + sum(run.status == "missed" for run in runs)
         if due.missed:
             reason = f"{len(due.missed)} too late"
@@ -14573,7 +14586,11 @@ class ScheduleSteps:
         return state, calls
 
     async def _fire(
-        self, schedule: Schedule, state: ScheduleState, fire: Mapping[float, str]
+        self,
+        schedule: Schedule,
+        found: Function | HttpError,
+        state: ScheduleState,
+        fire: Mapping[float, str],
     ) -> tuple[list[ScheduledRun], Sequence[Invocation]]:
         """What becomes of instants, with the ids of their calls, beside calls under way."""
         running = unfinished(state)
@@ -14581,7 +14598,7 @@ class ScheduleSteps:
             reason = f"call {running[0].id} had not ended"
             return [ScheduledRun(at, None, "skipped", error=reason) for at in fire], ()
         try:
-            calls = [await self.call(schedule, at, own_id) for at, own_id in fire.items()]
+            calls = [self.call(schedule, found, at, own_id) for at, own_id in fire.items()]
         except NotNow:
             raise
         except HttpError as exc:  # There is no such function, or a header is not allowed.
@@ -14594,11 +14611,12 @@ class ScheduleSteps:
         with contextlib.suppress(HttpError):  # It has ended meanwhile.
             await self._records.cancel(run.id or "")
 
-    async def call(self, schedule: Schedule, at: float, own_id: str) -> Invocation:
+    def call(
+        self, schedule: Schedule, found: Function | HttpError, at: float, own_id: str
+    ) -> Invocation:
         """The call of an instant. Raises HttpError: 400, 404, 503."""
-        function = await self._directory.find(schedule.function or "", stale=True)
-        if function is None:
-            raise HttpError(404, f"function {schedule.function} does not exist")
+        if isinstance(found, HttpError):
+            raise found
         headers = [(name.encode(), value.encode()) for name, value in schedule.headers.items()]
         headers.append((b"X-Schedule", schedule.name.encode()))
         headers.append((b"X-Scheduled-For", (rfc3339(at) or "").encode()))
@@ -14611,7 +14629,7 @@ class ScheduleSteps:
             scheduled_for=at,
         )
         body = schedule.body_file or (schedule.body or "").encode()
-        return self._intake.invocation(function, schedule.path, headers, body, controls)
+        return self._intake.invocation(found, schedule.path, headers, body, controls)
 
 
 class ProvidedSchedules:
@@ -14717,23 +14735,26 @@ class Scheduler:
         self._metrics = metrics
         self._news = news
         self._plans: dict[str, Plan] = {}
+        self._settling: set[str] = set()  # schedules that something is done for now
+        self._turns = asyncio.Semaphore(SETTLED_AT_ONCE)
         self._trusted = False  # the wall clock is
         self._seen_at = 0.0  # what it showed last
 
     async def run(self) -> None:
-        """Go on until this is cancelled."""
-        while True:
-            self._news.changed.clear()
-            try:
-                wait_s = await self._look()
-            except StoreError as exc:
-                log.warning("schedules wait: %s", exc)
-                wait_s = RETRY_STORE_S
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._news.changed.wait()
+        """Go on until this is cancelled. What is due is settled in tasks of this one."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._news.changed.clear()
+                try:
+                    wait_s = await self._look(group)
+                except StoreError as exc:
+                    log.warning("schedules wait: %s", exc)
+                    wait_s = RETRY_STORE_S
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._news.changed.wait()
 
-    async def _look(self) -> float | None:
+    async def _look(self, group: asyncio.TaskGroup) -> float | None:
         """Do what there is to do; for how many seconds there will be nothing. None: for ever."""
         schedules = self.schedules()
         self._plans = {name: plan for name, plan in self._plans.items() if name in schedules}
@@ -14750,9 +14771,12 @@ class Scheduler:
         if not self._trusted:
             return UNSURE_CHECK_S
         now = time.time()
-        due = [plan for plan in self._plans.values() if plan.at <= now]
-        await in_batches(self._settle, due)
-        wait_s = min(plan.at for plan in self._plans.values()) - time.time()
+        idle = [plan for name, plan in self._plans.items() if name not in self._settling]
+        for plan in idle:
+            if plan.at <= now:
+                self._settling.add(plan.schedule.name)
+                group.create_task(self._settle(plan), name=f"schedule {plan.schedule.name}")
+        wait_s = min((plan.at for plan in idle if plan.at > now), default=float("inf")) - now
         # Short enough to notice a clock that was set, and a machine that has slept.
         return min(max(0.0, wait_s), CLOCK_CHECK_S)
 
@@ -14823,26 +14847,35 @@ class Scheduler:
         self._plan(schedule, state)
 
     async def _settle(self, plan: Plan) -> None:
-        """Do what is due."""
+        """Do what is due, and plan what is next; where that is not possible, try it later."""
         schedule = plan.schedule
+        found = await self._steps.find(schedule)
         try:
-            while True:
-                stored = await self._queue.schedules.state(schedule.name)
-                state, calls = await self._steps.settle(schedule, stored)
-                if state is stored:  # Another daemon was first, or has paused it.
-                    break
-                if revision := await self._intake.accept_scheduled(state, calls):
-                    log_runs(stored, state)
-                    self._metrics.missed(schedule.name).inc(state.missed - stored.missed)
-                    state = state._replace(revision=revision)
-                    break
-        except HttpError as exc:  # Its queue is full, or the provider away.
-            if exc.text != plan.waits_for:
-                log_with(logging.WARNING, "schedule waits", schedule=schedule.name, error=exc.text)
+            async with self._turns:
+                state = await self._advance(schedule, found)
+        except (StoreError, HttpError) as exc:  # Its queue is full, or the provider away.
+            if str(exc) != plan.waits_for:
+                log_with(logging.WARNING, "schedule waits", schedule=schedule.name, error=exc)
             later = time.time() + RETRY_STORE_S
-            self._plans[schedule.name] = plan._replace(at=later, waits_for=exc.text)
-            return
-        self._plan(schedule, state)
+            self._plans[schedule.name] = plan._replace(at=later, waits_for=str(exc))
+        else:
+            self._plan(schedule, state)
+        self._settling.discard(schedule.name)
+        if self.schedules().get(schedule.name) is not schedule:  # It is another one meanwhile.
+            self._news.replan()
+        self._news.changed.set()
+
+    async def _advance(self, schedule: Schedule, found: Function | HttpError) -> ScheduleState:
+        """Store what follows now. Raises StoreError, HttpError."""
+        while True:
+            stored = await self._queue.schedules.state(schedule.name)
+            state, calls = await self._steps.settle(schedule, found, stored)
+            if state is stored:  # Another daemon was first, or has paused it.
+                return stored
+            if revision := await self._intake.accept_scheduled(state, calls):
+                log_runs(stored, state)
+                self._metrics.missed(schedule.name).inc(state.missed - stored.missed)
+                return state._replace(revision=revision)
 
     # What people ask for.
 
@@ -14866,18 +14899,15 @@ class Scheduler:
         Raises StoreError, HttpError.
         """
         schedule = self._find(name)
-        call = await self._steps.call(schedule, time.time(), new_id())
+        call = self._steps.call(schedule, await self._steps.find(schedule), time.time(), new_id())
         run = ScheduledRun(call.scheduled_for or 0.0, call.id, "queued")
         await self._change(schedule, lambda state: followed(state, [run]), [call])
         return call.id
 
     async def pause(self, name: str, paused: bool) -> None:
         """Have a schedule rest, or go on from now. Survives a restart."""
-        schedule = self._find(name)
-        if paused:
-            await self._change(schedule, lambda state: state._replace(paused=True))
-        else:
-            await self._change(schedule, self._steps.resume)
+        change = self._steps.rest if paused else self._steps.resume
+        await self._change(self._find(name), change)
         self._news.changed.set()
 
     def _find(self, name: str) -> Schedule:

@@ -25,6 +25,7 @@ from conftest import (
     assert_refused,
     faasd,
     merge,
+    never,
     preloaded,
     to_toml,
 )
@@ -33,11 +34,12 @@ from provider import credential_files, running_provider
 from test_clock import WallClock
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))
-# A clock that is set, and a new boot, are noticed at once; nothing outside of the test vouches for the clock.
+# A clock that is set, and room in a queue, are noticed at once; nothing outside of the test vouches for the clock.
 BEFORE = """
 from pathlib import Path
 faasd_async.CLOCK_CHECK_S = 0.02
 faasd_async.UNSURE_CHECK_S = 0.02
+faasd_async.RETRY_STORE_S = 0.1
 faasd_async.TIMESYNC = Path("no-such-file")
 faasd_async.BOOT_ID = Path("boot")
 """
@@ -572,6 +574,28 @@ async def test_annotations_of_the_providers_functions_make_schedules(host: Host,
         deployed = await ask(gateway.url, "/system/functions", method="POST", body=json.dumps(document).encode())
         assert deployed.status == 202
         await host.until_schedules(lambda found: "fresh.openfaas-fn" in found)
+
+
+async def test_a_provider_that_does_not_answer_holds_no_other_schedule_up(host: Host, tmp_path: Path) -> None:
+    """However many of its functions are due at the same time."""
+    annotations = {"topic": "cron-function", "schedule": "* * * * *"}
+    async with running_provider() as provider:
+        names = [f"slow-{number}" for number in range(40)]
+        for name in names:
+            provider.deploy(name, annotations=annotations)
+        files = credential_files(tmp_path, "provider", provider.user, provider.password)
+        host.before = BEFORE + "faasd_async.PROVIDER_S = 1e6\n"
+        settings = f'[gateway]\ndrain_timeout = "1s"\n[provider]\nurl = "{provider.url}"\n{files}'
+        await host.start("2026-03-01T12:00:30", more=settings, cron="* * * * *")
+        await host.until_schedules(lambda found: len(found) == 41 and all(one["next"] for one in found.values()))
+        provider.server.behaviour = never
+        host.show("2026-03-01T12:01:05")
+        await host.function.wait_for(1)
+        await host.until(lambda document: document["runs"])
+        host.show("2026-03-01T12:02:05")
+        assert await host.settled(2) == [("2026-03-01T12:02", "success"), ("2026-03-01T12:01", "success")]
+        found = await host.schedules()
+        assert [one["name"] for one in found.values() if one["runs"]] == ["one"]
 
 
 # ---- from a shell --------------------------------------------------------------------------------
