@@ -15801,6 +15801,8 @@ def describe(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "call id", record["call_id"]
     yield "function", f"{record['function']}.{record['namespace']}"
     yield "queue", record["queue"]
+    if "schedule" in record:
+        yield "schedule", f"{record['schedule']}, of {clock(record['scheduled_for'])}"
     yield "status", record["status"]
     if record["error"]:
         yield "error", record["error"]

@@ -621,6 +621,7 @@ async def test_a_shell_does_all_that_there_is_to_do_with_schedules(host: Host) -
         line for line in (await command("calls", "--schedule", "one", "--long")).splitlines() if "success" in line
     )
     assert row.startswith(call_id)
+    assert re.search(r"(?m)^schedule +one, of 2026-03-01 12:00:", await command("calls", "show", call_id))
     assert await command("schedules", "pause", "one") == "one: paused\n"
     assert "paused" in (await command("schedules", "list")).splitlines()[1]
     assert json.loads(await command("schedules", "resume", "one", "--json")) == {"schedule": "one", "paused": False}
