@@ -7811,10 +7811,11 @@ class NatsHoldings:
     def __init__(self) -> None:
         self.owner = process_id()
         self.held: dict[str, Held] = {}  # by id
+        self.beginning: set[str] = set()  # ids of calls whose claim is being stored
         self.busy: set[str] = set()  # ids of claims whose end is being stored
 
     def __contains__(self, own_id: object) -> bool:
-        return own_id in self.held or own_id in self.busy
+        return own_id in self.held or own_id in self.busy or own_id in self.beginning
 
     def hold(self, held: Held) -> None:
         """A claim was made."""
@@ -8024,6 +8025,17 @@ class NatsClaims:
 
     async def begin(self, lane: NatsLane, delivery: Delivery) -> Claim | None:
         """Write that a call runs. None: somebody else has it, or it has nothing to do any more."""
+        own_id = delivery.id
+        if own_id in self.holdings.beginning:  # A record that is ours means nothing meanwhile.
+            await self._messages.put_off(delivery, CLAIM_AGAIN_S)
+            return None
+        self.holdings.beginning.add(own_id)
+        try:
+            return await self._begin(lane, delivery)
+        finally:
+            self.holdings.beginning.discard(own_id)
+
+    async def _begin(self, lane: NatsLane, delivery: Delivery) -> Claim | None:
         try:
             stored = unpack_call(delivery.data)
         except (ValueError, TypeError, KeyError) as exc:
