@@ -14523,12 +14523,14 @@ class ScheduleSteps:
         return (self._boot, *state.boots)[:KEPT_BOOTS]
 
     def next_at(self, schedule: Schedule, state: ScheduleState) -> float:
-        """When something follows. Infinity: never."""
-        if state.paused or not schedule.enabled:
+        """When something may follow. Infinity: never."""
+        if not schedule.enabled:
             return float("inf")
-        if self._has_booted(schedule, state):
-            return 0.0
-        after = counted_from(state.last_at, time.time())
+        after = time.time()  # for one that is paused: until then another daemon may resume it
+        if not state.paused:
+            if self._has_booted(schedule, state):
+                return 0.0
+            after = counted_from(state.last_at, after)
         return next(next_instants(schedule, after), float("inf")) + self._jitter_s(schedule)
 
     def _jitter_s(self, schedule: Schedule) -> float:
