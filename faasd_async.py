@@ -34,6 +34,8 @@ Vocabulary
     queue       calls that share a concurrency and a time limit
     lane        the calls of one function in a queue, or the callbacks to one host; lanes take turns
     claim       work handed to a consumer, with a receipt that names this claim and no other
+    key         of a function's calls with the same (X-Concurrency-Key) one has its turn at a time
+    rate        how many calls of a function or a queue may start in a time, spread over it
     attempt     one run of a function for a call, from 1; its result is an outcome
     callback    the POST of a call's outcome to a URL; its attempts are deliveries
     schedule    what has a function called by the clock, at its instants; an instant is settled
