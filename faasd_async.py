@@ -13651,7 +13651,7 @@ function drawCallRow(call) {
     figure("age", age(call.created_at)),
     figure("took", span(call.duration_seconds)),
     cell("callback", callback.status !== "none" && state(callback.status)),
-    h("td.why", error && h("span", { title: error }, error)),
+    h("td.why", error && h("span", { title: error }, error.replace(/^function \S+ /, ""))),
   );
 }
 

@@ -156,7 +156,7 @@ async def test_calls_are_listed_by_state_with_counts(page: Page, function: Serve
     assert await page.states() == ["error"]
     assert (await browser.run("return location.hash")) == "#calls?status=error"
     assert (await browser.run("return document.querySelector('#words').value")) == "status:error"
-    await browser.shows("function it answered 400", "#calls")
+    await browser.shows("answered 400", "#calls")
     await browser.do(browser.driver.back)
     await page.rows(3)
     await page.picture("calls")
