@@ -505,6 +505,7 @@ async def test_all_of_it_is_done_by_keyboard(page: Page, function: Server) -> No
     await browser.press("?")
     await browser.shows("next call", "#dialog")
     await browser.press(Keys.ESCAPE)
+    await browser.until("!document.querySelector('#dialog').open")
     await browser.press("j", "j", "j", "k", "c")  # the second has ended
     await browser.shows("can't be cancelled", "#notice")
     await browser.press("x", "j", "x")
