@@ -13453,8 +13453,6 @@ const byId = ({ children }) =>
   new Map([...children].filter((node) => node.id).map((node) => [node.id, node]));
 const twin = (node, next) => (node && !node.id && node.nodeName === next.nodeName ? node : null);
 
-// Numbers for people.
-
 const SIZES = ["B", "KiB", "MiB", "GiB", "TiB"];
 const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]; // prettier-ignore
 
@@ -13486,10 +13484,13 @@ const age = (at) => at && h("time", { datetime: at, title: at }, rounded(at));
 const rounded = (at) => distance(at).split(" ", 2).join(" ");
 """
 
-# What the daemon is asked, and what people are.
+# What the daemon is asked, and what people are. A login in the page's address is no part of BASE:
+# no request may have one in its own, and the browser goes on using it all the same.
 PAGE_API = """\
+const BASE = location.origin + location.pathname.slice(0, -3);
+
 async function api(path, options) {
-  const response = await fetch(`../${path}`, { cache: "no-store", ...options });
+  const response = await fetch(BASE + path, { cache: "no-store", ...options });
   if (response.ok) return response;
   throw new Error((await response.text()).trim() || `status ${response.status}`);
 }
@@ -14027,7 +14028,6 @@ function drawScheduleRow({ name, paused, enabled, ...schedule }) {
   );
 }
 
-// What an instant has led to: a call, or none.
 const drawRun = ({ id, status, scheduled_for: at }) =>
   h(id ? "a.run" : "span.run", { href: id && callLink(id), title: at }, state(status));
 
@@ -14085,7 +14085,7 @@ let painting = null; // the timer of what is painted without one
 let failing = false; // the last look failed
 let stream = null;
 
-const mayAct = () => stats.access !== "view";
+const mayAct = () => stats.may_act;
 
 function route() {
   const [view, query] = location.hash.slice(1).split("?");
@@ -14094,6 +14094,7 @@ function route() {
 
 function paint() {
   painting = null;
+  showLive();
   if (shown.address !== location.hash) return;
   const here = route();
   document.title = `${here.view} · faasd-async`;
@@ -14132,7 +14133,6 @@ async function refresh() {
 }
 
 function changed() {
-  showLive();
   if (document.hidden) return;
   due ??= setTimeout(refresh, Math.max(0, looked + pace - Date.now()));
 }
@@ -14143,7 +14143,7 @@ function connect() {
   stream?.close();
   stream = null;
   if (!document.hidden) {
-    stream = new EventSource("../system/events");
+    stream = new EventSource(`${BASE}system/events`);
     for (const kind of ["open", "call", "gap"]) stream.addEventListener(kind, changed);
     stream.onerror = () => {
       if (stream.readyState === EventSource.CLOSED) setTimeout(connect, 30_000);
@@ -14157,7 +14157,8 @@ const isLive = () => stream?.readyState === EventSource.OPEN;
 
 function showLive() {
   $("#live").classList.toggle("on", isLive());
-  $("#live").textContent = isLive() ? "live" : "every 5 s";
+  const access = stats.may_act === false ? "read-only, " : "";
+  $("#live").textContent = access + (isLive() ? "live" : "every 5 s");
 }
 """
 
@@ -14217,7 +14218,7 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 async function curl() {
   const { path, headers } = newCall();
   const words = Object.entries(headers).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`);
-  const url = quoted(new URL(`../${path}`, location).href);
+  const url = quoted(BASE + path);
   const command = ["curl", url, ...words, "--data-binary", quoted(shown.data.body.text)].join(" ");
   try {
     await navigator.clipboard.writeText(command);

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
 from browser import CHROMIUM, DRIVER, Browser, chromium
@@ -42,6 +42,8 @@ const shown = controls.filter((one) => one.checkVisibility());
 const small = shown.filter((one) => target(one).getBoundingClientRect().height < 44);
 return small.map((one) => one.outerHTML);
 """
+
+BUTTONS = "return document.querySelectorAll('#view [data-do]:not(input)').length"
 
 AXE = SCRIPT.parent / "node_modules" / "axe-core" / "axe.min.js"
 SHOTS = os.environ.get("FAASD_ASYNC_SHOTS")  # a folder for pictures of what the tests saw
@@ -564,3 +566,27 @@ async def test_output_shows_while_it_is_written(browser: Browser, daemon: StartD
     await browser.shows("success", "#view h2")
     await browser.shows("result", "#view .sides section:last-child pre")
     await browser.shows("result\nfirst\nsecond", "#view > section pre")
+
+
+async def test_who_may_only_look_gets_no_buttons(browser: Browser, daemon: StartDaemon, tmp_path: Path) -> None:
+    """But for what acts on nothing; with the other login there are all of them."""
+    auth = {"user": "admin", "password": "secret", "view_user": "guest", "view_password": "open"}
+    for name in auth.values():
+        (tmp_path / name).write_text(name)
+    files = [f"{key}_file = '{tmp_path / name}'" for key, name in auth.items()]
+    settings = "[functions.it]\ncommand = ['true']\n[auth]\n"
+    gateway = await daemon(settings + "\n".join(files))
+    call = await gateway.submit("it", b"1")
+    port = urlsplit(gateway.url).port
+    logins = {"guest:open": (0, 1, 0), "admin:secret": (2, 3, 1)}
+    for login, numbers in logins.items():
+        name = login.partition(":")[0]
+        await browser.open(f"http://{login}@{name}.localhost:{port}/ui/#calls?status=success")
+        await browser.until("document.querySelectorAll('#calls tbody tr').length === 1")
+        assert ("read-only" in await browser.text("#live")) == (name == "guest")
+        found = [await browser.run(BUTTONS)]
+        for place in (f"call?id={call}", "queues"):
+            await browser.run("location.hash = arguments[0]", place)
+            await browser.until(f"document.title.startsWith({place.partition('?')[0] + ' '!r})")
+            found.append(await browser.run(BUTTONS))
+        assert tuple(found) == numbers
