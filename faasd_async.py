@@ -275,6 +275,7 @@ STEERING = frozenset(
 )
 
 FINAL = ("success", "error", "timeout", "cancelled")
+FAILED = ("error", "timeout")  # final ones of these
 STATUSES = ("delayed", "queued", "running", *FINAL)
 CALLBACK_STATUSES = ("none", "pending", "delivered", "failed")
 
@@ -1315,7 +1316,13 @@ class CallsConfig:
     """[calls]: how long a final record is kept, and how much of its output."""
 
     keep: float = key(positive, "24h")
+    keep_failed: float = key(positive, "7d")  # of what ended in error or timeout, or was not told
     keep_output: int = key(size, "64KiB")
+
+    def kept_s(self, status: str, callback_status: str) -> float:
+        """How long the record of a call that has finished so is kept."""
+        failed = status in FAILED or callback_status == "failed"
+        return max(self.keep, self.keep_failed) if failed else self.keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2276,7 +2283,7 @@ def decide(
 
 def callback_target(status: str, callback_url: str | None, failure_url: str | None) -> str | None:
     """Where an outcome is told: failures go to X-Failure-Callback-Url when there is one."""
-    if failure_url and status in ("error", "timeout"):
+    if failure_url and status in FAILED:
         return failure_url
     return callback_url
 
@@ -2821,7 +2828,7 @@ PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  #
 class LogFormatter(logging.Formatter):
     """Text or JSON lines.
 
-    In text, what goes to the journal has a priority such as "<6>" and leaves the time to it.
+    What goes to the journal has a priority such as "<6>", and in text leaves the time to it.
     """
 
     def __init__(self, style: str) -> None:
@@ -2833,19 +2840,17 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback where there is one."""
         given: dict[str, Any] = getattr(record, "fields", {})
+        priority = f"<{PRIORITIES[record.levelname]}>" if self._journal else ""
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
         if self._json:
             head = {"time": rfc3339(record.created), "level": record.levelname.lower()}
-            return json.dumps(
-                {**head, "message": message, **given}, ensure_ascii=False, default=str
-            )
+            document = {**head, "message": message, **given}
+            return priority + json.dumps(document, ensure_ascii=False, default=str)
         shown = [f"{name}={self._quoted(value)}" for name, value in given.items()]
         line = " ".join([record.levelname, message, *shown])
-        if self._journal:
-            return f"<{PRIORITIES[record.levelname]}>{line}"
-        return f"{rfc3339(record.created)} {line}"
+        return f"{priority}{line}" if priority else f"{rfc3339(record.created)} {line}"
 
     def _quoted(self, value: object) -> str:
         shown = f"{value:.6f}" if isinstance(value, float) else str(value)
@@ -3007,7 +3012,7 @@ class Activity:
         """A call has ended, here or elsewhere."""
         self.ends[ended.lane, ended.status] += 1
         self.hour.count("ended", ended.queue)
-        if ended.status in ("error", "timeout"):
+        if ended.status in FAILED:
             self.hour.count("failed", ended.queue)
 
 
@@ -3348,7 +3353,7 @@ def queue_full(queue: str) -> HttpError:
     return HttpError(429, f"queue {queue} is full, try again later", LATER)
 
 
-UNKNOWN_CALL = "no call with this id, or its record was pruned after calls.keep"
+UNKNOWN_CALL = "no call with this id, or its record was pruned: see calls.keep, calls.keep_failed"
 NO_REQUEST = "the request of this call is not stored any more"
 
 
@@ -3600,6 +3605,10 @@ TURNS = """
 CREATE INDEX calls_turn ON calls (function, namespace, concurrency_key, turn, due_at)
     WHERE turn IS NOT NULL;
 """
+# Two indexes, because failures are kept longer: what is past its time is found without a search.
+FAILURE = "(status IN ('error', 'timeout') OR callback_status = 'failed')"
+ENDED_WELL = f"completed_at IS NOT NULL AND NOT {FAILURE}"
+ENDED_BADLY = f"completed_at IS NOT NULL AND {FAILURE}"
 MIGRATIONS = {  # from this version to the next
     1: "ALTER TABLE calls ADD COLUMN app TEXT;",
     2: "ALTER TABLE calls ADD COLUMN history TEXT;"
@@ -3616,7 +3625,10 @@ MIGRATIONS = {  # from this version to the next
     "CREATE TABLE rates (name TEXT PRIMARY KEY, next_at REAL NOT NULL);"
     + COUNTS
     + TURNS
-    + """
+    + f"""
+    DROP INDEX calls_completed;
+    CREATE INDEX calls_well ON calls (completed_at) WHERE {ENDED_WELL};
+    CREATE INDEX calls_failed ON calls (completed_at) WHERE {ENDED_BADLY};
     INSERT INTO counts (lane, status, number)
         SELECT function || '.' || namespace, status, count(*) FROM calls GROUP BY 1, 2
         UNION ALL
@@ -3654,7 +3666,8 @@ CREATE TABLE calls (
 );
 CREATE INDEX calls_work ON calls (work, lane, due_at) WHERE work IS NOT NULL;
 CREATE INDEX calls_call_id ON calls (call_id) WHERE call_id IS NOT NULL;
-CREATE INDEX calls_completed ON calls (completed_at) WHERE completed_at IS NOT NULL;
+CREATE INDEX calls_well ON calls (completed_at) WHERE {ENDED_WELL};
+CREATE INDEX calls_failed ON calls (completed_at) WHERE {ENDED_BADLY};
 CREATE INDEX calls_deadline ON calls (deadline_at) WHERE deadline_at IS NOT NULL;
 CREATE UNIQUE INDEX calls_key ON calls (function, namespace, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
@@ -3722,10 +3735,13 @@ SELECT_COUNTS = "SELECT lane, status, number FROM counts WHERE number > 0"
 WRITE_COUNT = "INSERT OR REPLACE INTO counts (lane, status, number) VALUES (?, ?, ?)"
 # The clock was set forward by :ahead; it had been wrong since :since, as that of a Raspberry Pi is,
 # which has no battery. What was stamped meanwhile has ended as lately as before, and waits as long.
-CATCH_UP_ENDS = """
+CATCH_UP_ENDS = tuple(
+    f"""
     UPDATE calls SET completed_at = max(completed_at, min(completed_at, :until) + :ahead)
-    WHERE completed_at IS NOT NULL AND completed_at BETWEEN :since AND :latest
-"""
+    WHERE completed_at BETWEEN :since AND :latest AND {ended}
+    """
+    for ended in (ENDED_WELL, ENDED_BADLY)
+)
 CATCH_UP_DEADLINES = """
     UPDATE calls SET deadline_at = deadline_at + :ahead
     WHERE deadline_at IS NOT NULL AND start_time / 1e9 BETWEEN :since AND :until
@@ -3918,7 +3934,8 @@ class SqliteFile:
         """The clock was set forward by `ahead`; what it showed was from `since` to `latest`."""
         until = time.time() - ahead
         stamps = {"since": since, "until": until, "latest": latest, "ahead": ahead}
-        self.db.execute(CATCH_UP_ENDS, stamps)
+        for statement in CATCH_UP_ENDS:
+            self.db.execute(statement, stamps)
         self.db.execute(CATCH_UP_DEADLINES, stamps)
         self.find_deadline()
         log.warning("the clock was set forward by %.0f s: records and deadlines follow", ahead)
@@ -4341,15 +4358,17 @@ RESEND_CALLBACK = """
     WHERE seq = ?
 """
 PAUSE_QUEUE = "INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)"
-PRUNE_CALLS = """
+PRUNE_CALLS = tuple(
+    f"""
     DELETE FROM calls
     WHERE seq IN (
-        SELECT seq FROM calls
-        WHERE completed_at < ? AND work IS NULL AND completed_at IS NOT NULL
+        SELECT seq FROM calls WHERE completed_at < ? AND work IS NULL AND {ended}
         ORDER BY completed_at LIMIT ?
     )
     RETURNING seq, function || '.' || namespace, status, callback_status
-"""
+    """
+    for ended in (ENDED_WELL, ENDED_BADLY)
+)
 COUNT_DELAYED = "SELECT count(*) FROM calls WHERE work = ? AND lane = ? AND due_at > ?"
 
 # -- steps of work: each a part of a transaction, which raises HttpError before it changes anything
@@ -4968,8 +4987,14 @@ def step_probe(file: SqliteFile) -> None:
 
 def step_prune(file: SqliteFile) -> int:
     """Delete one batch of final records past their time and give free pages back."""
-    before = time.time() - file.settings().calls.keep
-    gone = file.db.execute(PRUNE_CALLS, (before, BATCH)).fetchall()
+    now = time.time()
+    calls = file.settings().calls
+    gone: list[tuple[int, str, str, str]] = []
+    for statement, kept_s in zip(
+        PRUNE_CALLS, (calls.keep, calls.kept_s("error", "none")), strict=True
+    ):
+        where = (now - kept_s, BATCH - len(gone))
+        gone += file.db.execute(statement, where).fetchall()
     seqs = [(seq,) for seq, *_ in gone]
     for _, lane, status, told in gone:
         file.tally.move(lane, status, None)
@@ -6944,12 +6969,16 @@ class NatsCalls:
         noted = await self.noted(subject)
         return noted.document if noted else None
 
+    def kept_s(self, call: NatsCall) -> float:
+        """How long a call that has finished is kept."""
+        return self._settings().calls.kept_s(call.status, call.callback_status)
+
     def is_past(self, call: NatsCall) -> bool:
-        """Whether a record has been kept for calls.keep. It still fences what is left of its call.
+        """Whether a record has been kept for its time. It still fences what is left of its call.
 
         A work message that was not acked in time would run again otherwise.
         """
-        before = self.now() - self._settings().calls.keep
+        before = self.now() - self.kept_s(call)
         return call.finished and (call.completed_at or before) < before
 
     async def current(self, own_id: str) -> Stored | None:
@@ -6997,7 +7026,7 @@ class NatsCalls:
 
     async def keep_notes(self, call: NatsCall) -> None:
         """A call is final: its key and its foreign id last as long as its record."""
-        ttl = f"{max(1, round(self._settings().calls.keep))}s"
+        ttl = f"{max(1, round(self.kept_s(call)))}s"
         for subject in self._subjects.notes(call):
             if note := await self.note(subject):
                 await self._link.publish(subject, json.dumps(note).encode(), Nats_TTL=ttl)
@@ -7671,7 +7700,7 @@ class NatsEnds:
 
     def _keep_s(self, call: NatsCall) -> float | None:
         """How long a record is kept; None while its callback is pending."""
-        return self._settings().calls.keep if call.finished else None
+        return self._calls.kept_s(call) if call.finished else None
 
     async def finish(self, stored: Stored, delivery: Delivery | None) -> None:
         """What follows from a final record, also when a crash came between."""
@@ -8380,7 +8409,7 @@ class NatsOperator:
         )
         call, parts = self._calls.fit(call, parts)
         # A crash may come before its message is taken away, which then comes when it is due.
-        keep_s = max(self._settings().calls.keep, call.due_at - self._calls.now())
+        keep_s = max(self._calls.kept_s(call), call.due_at - self._calls.now())
         await self._calls.write(call, parts, stored.seq, keep_s)
         await self._calls.keep_notes(call)
         if stored.call.owner is None:
@@ -8394,7 +8423,7 @@ class NatsOperator:
             callback_status="failed", callback_error="cancelled", owner=None
         )
         parts = cut_answer(stored.parts, config.keep_output)
-        await self._calls.write(call, parts, stored.seq, config.keep)
+        await self._calls.write(call, parts, stored.seq, self._calls.kept_s(call))
         await self.take_away(CALLBACKS, callback_lane(call.callback_target or ""), stored)
 
     async def take_away(self, queue: str, lane: str, stored: Stored) -> None:
@@ -8522,10 +8551,11 @@ class NatsOperator:
         return stored is not None and await self.cancel(stored, waiting_only=True)
 
 
-async def nats_prune(calls: NatsCalls, kept_s: float, settings: Settings) -> int:
-    """Delete a batch of final records that were to be kept for `kept_s`, and now are not."""
-    if settings().calls.keep >= kept_s:  # The server does it.
-        return 0
+async def nats_prune(calls: NatsCalls, kept: CallsConfig, settings: Settings) -> int:
+    """Delete a batch of final records that were to be kept as `kept` says, and now are not."""
+    now = settings().calls
+    if now.keep >= kept.keep and now.keep_failed >= kept.keep_failed:
+        return 0  # The server does it.
     gone: list[NatsCall] = []
     async for batch in calls.matching(CallFilter(statuses=FINAL), None, BATCH):
         gone += [stored.call for stored in batch if calls.is_past(stored.call)]
@@ -9154,7 +9184,7 @@ class NatsQueue:
     def __init__(self, settings: Settings, observe_commit: Tell[float]) -> None:
         self._settings = settings
         self._observe_commit = observe_commit
-        self._kept_s = settings().calls.keep  # what records were written with
+        self._kept = settings().calls  # what records were written with
         self._link = NatsLink(settings().nats)
         self._subjects = NatsSubjects(settings().nats)
         changes = NatsChanges(self._link, self._subjects)
@@ -9340,8 +9370,8 @@ class NatsQueue:
         return await nats_overview(self._link, self._settings().nats, self._parts.lanes, stats)
 
     async def prune(self) -> int:
-        number = await nats_prune(self._calls, self._kept_s, self._settings)
-        self._kept_s = self._kept_s if number else self._settings().calls.keep
+        number = await nats_prune(self._calls, self._kept, self._settings)
+        self._kept = self._kept if number else self._settings().calls
         return number
 
     @property
@@ -11942,6 +11972,11 @@ async def read_body(request: web.BaseRequest, timeout_s: float, limit: int) -> b
     raise HttpError(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
 
 
+def log_failed_sync(call_id: str | None, error: str) -> None:
+    """A line for a failed call that nobody has queued."""
+    log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
+
+
 async def stream_answer(
     request: Request,
     asked: Awaitable[HttpResponse],
@@ -11973,8 +12008,7 @@ async def stream_answer(
     except RequestFailed as exc:
         error = f"{who} {exc.text}"
         if not transport.is_closing():
-            call_id = ours.get("X-Call-Id")
-            log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
+            log_failed_sync(ours.get("X-Call-Id"), error)
         if response is None:
             raise HttpError(exc.status, error) from None
         transport.abort()  # so that the client sees that the answer is not whole
@@ -12459,6 +12493,8 @@ class FunctionRoutes:
             tell_status(response.status)
         told = {"call_id": call_id, "function": function.name, "http_status": response.status}
         log_with(logging.DEBUG, "sync call ended", **told)
+        if function.url and response.status >= 500:
+            log_failed_sync(call_id, f"function {function.name} answered {response.status}")
         return response
 
     async def _admit(self, function: Function, ours: Mapping[str, str]) -> None:
@@ -12488,9 +12524,10 @@ class FunctionRoutes:
             outcome = await self.caller.commands.run(function, asked, limit, MAX_RESPONSE_BYTES)
         except RequestFailed as exc:
             error = f"{who} {exc.text}"
-            call_id = ours["X-Call-Id"]
-            log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
+            log_failed_sync(ours["X-Call-Id"], error)
             raise HttpError(exc.status, error) from None
+        if outcome.error:
+            log_failed_sync(ours["X-Call-Id"], outcome.error)
         headers = as_multidict(outcome.headers)
         headers.update(ours)
         headers["X-Duration-Seconds"] = f"{outcome.duration_s:.6f}"
@@ -12524,11 +12561,14 @@ class FunctionRoutes:
 # --- Operator routes ------------------------------------------------------------------------------
 
 
+READY_S = 1.0  # what a look at the queues may take
+
+
 @dataclass(frozen=True)
 class HealthRoutes:
     """For systemd, load balancers and people."""
 
-    queue: WorkQueue
+    queue: Queue
     waiters: CallWaiters
 
     async def healthz(self, request: Request) -> web.StreamResponse:
@@ -12537,10 +12577,20 @@ class HealthRoutes:
         return reply(reason or "ok", 503 if reason else 200)
 
     async def readyz(self, request: Request) -> web.StreamResponse:
-        """200 when work can be accepted."""
+        """200 when work can be accepted. Queues that are paused are named."""
         reason = "shutting down" if self.waiters.closed else self.queue.stalled()
         reason = reason or await self.queue.failing()
-        return reply(reason or self.queue.notice() or "ok", 503 if reason else 200)
+        if reason:
+            return reply(reason, 503)
+        paused: list[str] = []
+        with contextlib.suppress(StoreError, TimeoutError):  # It hangs, which is told in time.
+            async with asyncio.timeout(READY_S):
+                stats = await self.queue.stats()
+                paused = sorted(name for name, queue in stats.items() if queue.paused)
+        told = [self.queue.notice() or "ok"]
+        if paused:
+            told.append(f"paused: {', '.join(paused)}")
+        return reply("; ".join(told))
 
 
 @dataclass(frozen=True)
@@ -15149,7 +15199,8 @@ def own_client(address: str, resolver: CheckedResolver) -> tuple[HttpClient, yar
 def log_ended(ended: Ended) -> None:
     """A line for a call that has reached its end."""
     # Who cancels is told of in one line, however many calls it was.
-    level = logging.DEBUG if ended.status == "cancelled" else logging.INFO
+    levels = {"success": logging.INFO, "cancelled": logging.DEBUG}
+    level = levels.get(ended.status, logging.WARNING)
     if not log.isEnabledFor(level):
         return
     told = ended._asdict()

@@ -76,7 +76,8 @@ class Settings:
         return self.config
 
     def set(self, calls: Mapping[str, Any] | None = None, **queue: Any) -> None:
-        """Keys of [calls], and of the default queue."""
+        """Keys of [calls], and of the default queue. What failed is kept as long as all else if that is not said."""
+        calls = {"keep_failed": calls["keep"], **calls} if calls and "keep" in calls else calls
         self.config = parse_config({"calls": calls or {}, "queues": {REQUESTS: queue}})
 
 
@@ -130,7 +131,9 @@ def as_an_older_version(path: Path) -> None:
     """Make a file what version 1 of its schema was."""
     columns = ("app", "history", "hops", "traceparent", "tracestate", "schedule", "scheduled_for")
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("DROP INDEX calls_turn")
+        for index in ("calls_turn", "calls_well", "calls_failed"):
+            db.execute(f"DROP INDEX {index}")
+        db.execute("CREATE INDEX calls_completed ON calls (completed_at) WHERE completed_at IS NOT NULL")
         for column in (*columns, "concurrency_key", "turn", "failures"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("ALTER TABLE requests DROP COLUMN method")

@@ -104,7 +104,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "headers_file": None,
         **TLS_DEFAULTS,
     },
-    "calls": {"keep": 86_400.0, "keep_output": 64 * 1024},
+    "calls": {"keep": 86_400.0, "keep_failed": 604_800.0, "keep_output": 64 * 1024},
     "log": {"level": "info", "format": "text", "write_debug": False},
 }
 QUEUE_DEFAULTS = {

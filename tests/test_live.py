@@ -5,12 +5,14 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import web
 from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask
 from queues import OK, Bench, NatsStore, Settings
@@ -87,6 +89,60 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
         while not (warnings := (await stats(gateway))["warnings"]):  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.01)
     assert warnings == ["functions.gone.command: there is no program /no/such/program"]
+
+
+# ---- what went wrong -----------------------------------------------------------------------------
+
+
+async def test_what_has_failed_at_last_is_a_warning_with_its_reason(daemon: StartDaemon, function: Server) -> None:
+    """Queued or not, whatever the function is; what will be tried again is none, nor is a success."""
+    gateway = await daemon(
+        f"""
+        [functions.it]
+        url = "{function.url}"
+        [functions.program]
+        command = ["sh", "-c", "echo so; echo 'no such host' >&2; exit 3"]
+        [retry]
+        attempts = 2
+        """
+    )
+    await gateway.final(await gateway.submit("it"))
+    function.behaviour = answer(503)
+    for name in ("it", "program"):
+        await gateway.final(await gateway.submit(name))
+        assert (await ask(gateway.url, f"/function/{name}")).status >= 500
+    warnings = [line.split(" WARNING ")[1] for line in gateway.lines if " WARNING " in line]
+    told = [re.sub(r"(call_id|duration)=\S+ ?", "", line).rstrip() for line in warnings]
+    said = 'error="function program: exit status 3: no such host"'
+    assert sorted(told) == [
+        'call ended function=it status=error attempts=2 http_status=503 error="function it answered 503"',
+        f"call ended function=program status=error attempts=2 http_status=500 {said}",
+        'sync call failed error="function it answered 503"',
+        f"sync call failed {said}",
+    ]
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+async def test_the_journal_knows_what_is_a_warning(daemon: StartDaemon, tmp_path: Path, style: str) -> None:
+    """By the priority before each line (sd-daemon(3)), which it takes away."""
+    gateway = await daemon(
+        f'[log]\nformat = "{style}"\n[functions.it]\ncommand = ["false"]\nretry.attempts = 1',
+        prefix=("sh", "-c", 'export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); exec "$@"', "sh"),
+    )
+    await gateway.final(await gateway.submit("it"))
+    line = await gateway.wait_for_log("call ended")
+    assert line.startswith("<4>")
+    assert all(re.match("<[2-7]>", line) for line in gateway.lines)
+
+
+async def test_a_paused_queue_is_named_by_readyz(daemon: StartDaemon, function: Server) -> None:
+    """It is ready all the same."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    assert (await ask(gateway.url, "/readyz")).body == b"ok\n"
+    for name in ("line", "faas-request"):
+        await ask(gateway.url, f"/system/queues/{name}/pause", method="POST")
+    reply = await ask(gateway.url, "/readyz")
+    assert (reply.status, reply.body) == (200, b"ok; paused: faas-request, line\n")
 
 
 # ---- who may only look ---------------------------------------------------------------------------

@@ -737,7 +737,7 @@ async def test_random_kills_break_no_promise(
     settings = (
         f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 16\n[queues.slow]\n'
         'max_inflight = 4\nack_wait = "1s"\n[retry]\nattempts = 1000\nmax_interruptions = 1000\nmax_wait = "50ms"\n'
-        '[callback]\nattempts = 1000\n[calls]\nkeep = "4s"'
+        '[callback]\nattempts = 1000\n[calls]\nkeep = "4s"\nkeep_failed = "4s"'
     )
     pair = [await hosts(settings) for _ in range(2)]
     siege = Siege(server, pair, sink)

@@ -2302,6 +2302,18 @@ async def test_prune_removes_finished_calls_only(bench: Bench) -> None:
     assert await bench.listed() == ["queued", "running", "pending", "sending"]
 
 
+async def test_prune_keeps_failures_longer(bench: Bench) -> None:
+    """What ended in error or timeout, and what could not be told to a callback URL."""
+    await every_state(bench)
+    bench.config.set({"keep": "1ns", "keep_failed": "1h"})
+    await bench.queue.prune()
+    left = ["queued", "running", "pending", "sending", "failed", "timeout", "error"]
+    assert await bench.listed() == left
+    bench.config.set({"keep": "1ns", "keep_failed": "1ns"})
+    await bench.queue.prune()
+    assert await bench.listed() == left[:4]
+
+
 async def test_prune_removes_request_and_output_as_well(bench: Bench) -> None:
     """Nothing of the call is left."""
     await bench.enqueue("a")

@@ -64,6 +64,12 @@ class Row:
     has_request: bool = True
 
     @property
+    def keep_s(self) -> float:
+        """How long it is kept after its end."""
+        failed = self.status in ("error", "timeout") or self.callback_status == "failed"
+        return KEEP_FAILED_S if failed else KEEP_S
+
+    @property
     def target(self) -> str | None:
         """Where the outcome is told."""
         failed = self.status in ("error", "timeout")
@@ -151,7 +157,7 @@ ROOMS = st.dictionaries(
     st.integers(0, 2),
     max_size=3,
 )
-KEEP_S, KEEP_OUTPUT, MAX_PENDING = 100.0, 64, 10
+KEEP_S, KEEP_FAILED_S, KEEP_OUTPUT, MAX_PENDING = 100.0, 150.0, 64, 10
 # A few calls make many steps of what is done in steps.
 BATCH = 3
 SMALL: dict[str, Any] = {"BATCH": BATCH, "SCAN_WINDOW": 5, "BULK_PERIOD_S": 0.0}
@@ -190,7 +196,7 @@ class QueueMachine(RuleBasedStateMachine):
             REQUESTS: {"max_pending": MAX_PENDING},
             "plain": {"max_pending": MAX_PENDING, "fair": False},
         }
-        calls = {"keep": f"{KEEP_S}s", "keep_output": KEEP_OUTPUT}
+        calls = {"keep": f"{KEEP_S}s", "keep_failed": f"{KEEP_FAILED_S}s", "keep_output": KEEP_OUTPUT}
         config.config = parse_config({"calls": calls, "queues": queues})
         self.bench = Bench(SqliteStore(self.folder, config), config)
         self.run(self.bench.open())
@@ -448,8 +454,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def past_their_time(self) -> list[Row]:
         """The calls whose records may go."""
-        until = self.clock.now - KEEP_S
-        return [row for row in self.rows if row.status in FINAL and row.work is None and row.completed_at < until]
+        done = [row for row in self.rows if row.status in FINAL and row.work is None]
+        return [row for row in done if row.completed_at < self.clock.now - row.keep_s]
 
     @precondition(lambda self: self.past_their_time())
     @rule()

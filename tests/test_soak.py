@@ -53,6 +53,7 @@ SETTINGS = """
 max_inflight = 16
 [calls]
 keep = "3s"
+keep_failed = "3s"
 [callback]
 attempts = 2
 [retry]
