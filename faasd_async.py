@@ -11139,12 +11139,13 @@ class LiveOutputs:
     def collect(self, claim: Claim) -> Iterator[Tell[bytes]]:
         """Take what is written in this block."""
         output = LiveOutput(claim.attempt)
-        self._running[claim.id] = output
+        self._running[claim.id] = output  # An attempt that was cancelled may still be dying.
         self._waiters.stir(claim.id)
         try:
             yield output.write
         finally:
-            del self._running[claim.id]
+            if self._running.get(claim.id) is output:  # else a later attempt writes already
+                del self._running[claim.id]
             output.end()
 
 
@@ -12279,7 +12280,8 @@ class Connection(web.RequestHandler):
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         super().__init__(server, loop=loop, **options)
         self._gone = server.front.gone
-        self._newest_body: aiohttp.StreamReader | None = None  # of the last request that has come
+        self._newest: object = None  # the last request that has come
+        self._newest_body: aiohttp.StreamReader | None = None
         self._patient = False  # whether it may be idle for a moment longer
         self._line = b""  # the beginning of a request's first line
         self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
@@ -12291,36 +12293,39 @@ class Connection(web.RequestHandler):
             data = self._receive_lines(self._line + data)
         self._parse(data)
 
-    def _between_requests(self) -> bool:
-        return self._newest_body is None or self._newest_body.is_eof()
+    def _body_left(self) -> int | None:
+        """How many bytes of a request's body are still to come. None: only the parser can tell."""
+        if self._newest_body is None or self._newest_body.is_eof():
+            return 0
+        length = cast(RawRequestMessage, self._newest).headers.get("Content-Length")
+        return int(length) - self._newest_body.total_bytes if length else None
 
     def _receive_lines(self, data: bytes) -> bytes:
         """Look for targets with bytes above 127, request by request; what is left to be parsed."""
         self._line = b""
-        while data and self._between_requests():
-            line, newline, _ = data.partition(b"\n")
+        while data and (left := self._body_left()) is not None:
+            if left:
+                self._parse(data[:left])
+                data = data[left:]
+                continue
+            line, newline, rest = data.partition(b"\n")
             if not newline and BEGINNING.fullmatch(line):
                 if len(line) <= MAX_HEADER_BYTES:
                     self._line = line
                     return b""
                 return b"GET /" + b"x" * MAX_LINE_BYTES  # It has the parser say: too long.
-            data = ascii_line(line + newline) + data[len(line) + 1 :]
+            data = ascii_line(line + newline) + rest
             head, end, rest = data.partition(b"\r\n\r\n")
-            number = len(self._messages)
             if not end or rest.isascii():
                 break
             self._parse(head + end)
-            length = 0
-            if len(self._messages) > number and not self._between_requests():
-                message = cast(RawRequestMessage, self._messages[-1][0])  # An error has no body.
-                length = int(message.headers.get("Content-Length", len(rest)))
-            self._parse(rest[:length])
-            data = rest[length:]
+            data = rest
         return data
 
     def _parse(self, data: bytes) -> None:
         super().data_received(data)
         for message, body in self._messages:
+            self._newest = message
             self._newest_body = body
             error = getattr(message, "exc", None)
             if error:

@@ -27,7 +27,7 @@ class Lines:
         body = b"ok"
         if line.startswith(b"GET /system/function/"):
             body = FOUND
-        else:
+        elif not line.startswith(b"GET /system/"):
             self.seen.put_nowait(line)
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         await writer.drain()
