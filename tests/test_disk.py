@@ -281,7 +281,7 @@ async def test_the_file_of_a_burst_shrinks(daemon: StartDaemon, function: Server
     await gateway.terminate()
     full = gateway.store.stat().st_size
     assert full > 20 * 500_000
-    gateway.configure(settings(function, '[calls]\nkeep = "1ms"'))
+    gateway.configure(settings(function, '[calls]\nkeep = "1ms"\nkeep_failed = "1ms"'))
     await gateway.start()
     for call_id in burst:
         await until_status(gateway, f"/system/calls/{call_id}", 404)
