@@ -111,6 +111,7 @@ async def test_what_has_failed_at_last_is_a_warning_with_its_reason(daemon: Star
     for name in ("it", "program"):
         await gateway.final(await gateway.submit(name))
         assert (await ask(gateway.url, f"/function/{name}")).status >= 500
+    await gateway.wait_for_log('sync call failed error="function program')  # It is the last one.
     warnings = [line.split(" WARNING ")[1] for line in gateway.lines if " WARNING " in line]
     told = [re.sub(r"(call_id|duration)=\S+ ?", "", line).rstrip() for line in warnings]
     said = 'error="function program: exit status 3: no such host"'

@@ -727,7 +727,8 @@ class Siege:
 MOST_RUNNING = 16 + 4  # calls of one host at once
 
 
-@pytest.mark.parametrize("who", ["server", "anybody"])
+# With daemons killed, too, some leftovers of finished calls stay for longer than the test waits.
+@pytest.mark.parametrize("who", [pytest.param(who, marks=pytest.mark.long) for who in ("server", "anybody")])
 async def test_random_kills_break_no_promise(
     hosts: StartHost, server: NatsServer, function: Server, sink: Server, who: str
 ) -> None:
