@@ -12260,6 +12260,7 @@ def refused_head(status: int, exc: object) -> tuple[int, str]:
     return status, "this is not a valid HTTP request"
 
 
+HEAD_END = b"\r\n\r\n"
 # A request's first line whose target has bytes above 127, and what may become one.
 HIGH_LINE = re.compile(rb"([A-Z-]+ )([^\x00- ]*[\x80-\xff][^\x00- ]*)( HTTP/1\.[01]\r?\n)")
 BEGINNING = re.compile(rb"[A-Z-]{1,20}( [^\x00- ]*( [HTP/1.0]{0,8}\r?)?)?")
@@ -12284,6 +12285,7 @@ class Connection(web.RequestHandler):
         self._newest_body: aiohttp.StreamReader | None = None
         self._patient = False  # whether it may be idle for a moment longer
         self._line = b""  # the beginning of a request's first line
+        self._last = b""  # what was parsed last: the end of a head may come in two pieces
         self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
         self._written = 0  # bytes of the answer, when it was looked last
 
@@ -12315,14 +12317,16 @@ class Connection(web.RequestHandler):
                     return b""
                 return b"GET /" + b"x" * MAX_LINE_BYTES  # It has the parser say: too long.
             data = ascii_line(line + newline) + rest
-            head, end, rest = data.partition(b"\r\n\r\n")
-            if not end or rest.isascii():
+            found = (self._last + data).find(HEAD_END)
+            end = found + len(HEAD_END) - len(self._last)
+            if found < 0 or data[end:].isascii():
                 break
-            self._parse(head + end)
-            data = rest
+            self._parse(data[:end])
+            data = data[end:]
         return data
 
     def _parse(self, data: bytes) -> None:
+        self._last = (self._last + data[-3:])[-3:]
         super().data_received(data)
         for message, body in self._messages:
             self._newest = message

@@ -94,10 +94,10 @@ async def test_bytes_above_127_survive_a_restart(gateway: Daemon, lines: Lines) 
 
 
 async def test_requests_with_such_targets_may_follow_each_other_in_any_pieces(gateway: Daemon, lines: Lines) -> None:
-    """Together in one piece, and byte by byte."""
+    """Together in one piece, byte by byte, and in pieces that begin in one request and end in another."""
     requests = [post(b"function", b"near", b"/%d\xe9" % number, last=number == 3) for number in range(4)]
     whole = b"".join(requests)
-    for size in (len(whole), 1, 50):
+    for size in (len(whole), 1, *range(40, 160)):
         async with connection(gateway.url) as (reader, writer):
             for at in range(0, len(whole), size):
                 writer.write(whole[at : at + size])
