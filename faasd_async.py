@@ -5877,6 +5877,10 @@ class NatsRefused(StoreError):
         self.code = code
 
 
+class NatsChanged(NatsRefused):
+    """A subject has not the last sequence any more that was expected: somebody else was first."""
+
+
 class Awaited(NamedTuple):
     """One answer that somebody waits for (`many` is None), or all up to the one that ends them."""
 
@@ -6116,9 +6120,10 @@ class NatsLink:
         lines["Nats-Rollup"] = "sub"
         try:
             answer = nats_answer(await self.request(subject, payload, lines))
+        except NatsChanged:
+            raise
         except StoreError as exc:
-            if not (isinstance(exc, NatsRefused) and exc.code in WRONG_SEQUENCE):
-                self._failed(str(exc))
+            self._failed(str(exc))
             raise
         if self.failure is not None:
             log.info("NATS stores messages again")
@@ -6138,7 +6143,9 @@ def nats_answer(message: nats.aio.msg.Msg) -> dict[str, Any]:
         raise NatsRefused(0, "nobody answers: is JetStream on, and has the stream a leader?")
     answer = dict(json.loads(message.data))
     if error := answer.get("error"):
-        raise NatsRefused(error.get("err_code", 0), error.get("description", "an error"))
+        code = error.get("err_code", 0)
+        kind = NatsChanged if code in WRONG_SEQUENCE else NatsRefused
+        raise kind(code, error.get("description", "an error"))
     return answer
 
 
@@ -7453,9 +7460,7 @@ class NatsKeys:
         body = json.dumps({"id": own_id, "after": after}).encode()
         try:
             return await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=seq)
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
+        except NatsChanged:
             return None
 
     async def _is_left(self, own_id: str) -> bool:
@@ -7473,11 +7478,8 @@ class NatsKeys:
         await self._messages.put_aside(stored)
         body = json.dumps({"id": call.id, "queue": call.queue, "lane": call.lane}).encode()
         place = self._subjects.key_line(key, call.id)
-        try:
+        with contextlib.suppress(NatsChanged):  # It has its place already.
             await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=0)
-        except NatsRefused as exc:  # It has its place already.
-            if exc.code not in WRONG_SEQUENCE:
-                raise
         if await self._holder(key) is None:  # It has become free meanwhile.
             await self._pass_on(key, "", None)
 
@@ -7607,9 +7609,7 @@ class NatsRates:
             new = await self._link.publish(
                 place, body, Nats_Expected_Last_Subject_Sequence=seq, Nats_TTL=ttl
             )
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
+        except NatsChanged:
             note = await self._calls.noted(place)
             self._known[name] = (note.seq, note.document["next_at"]) if note else (0, 0.0)
             return False
@@ -7659,12 +7659,10 @@ class NatsEnds:
         """Write what became of a claim; the record's sequence. None: it was not ours any more."""
         try:
             return await self._calls.write(call, parts, held.stored.seq, keep_s)
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
-        record = await self._calls.record_of(call)
-        same = record is not None and timeless(record.call) == timeless(call)
-        return record.seq if record is not None and same else None
+        except NatsChanged:
+            record = await self._calls.record_of(call)
+            same = record is not None and timeless(record.call) == timeless(call)
+            return record.seq if record is not None and same else None
 
     async def complete(self, held: Held, outcome: Outcome, status: str) -> bool:
         """Make a call final."""
@@ -7795,9 +7793,7 @@ class NatsEnds:
             call = call._replace(callback_status="pending")
         try:
             seq = await self._calls.write(call, stored.parts, stored.seq, self._keep_s(call))
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
+        except NatsChanged:
             return False
         await self.finish(Stored(seq, call, stored.parts), None)
         await self._news.ended(nats_ended(call))
@@ -7998,9 +7994,7 @@ class NatsSlots:
             new = await self._link.publish(
                 place, body, Nats_Expected_Last_Subject_Sequence=seq, Nats_TTL=ttl
             )
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
+        except NatsChanged:
             return False
         self._seqs[queue, number] = new
         return True
@@ -8100,9 +8094,7 @@ class NatsClaims:
                 return None
             try:
                 seq = await self._calls.write(claimed, kept, stored.seq)
-            except NatsRefused as exc:
-                if exc.code not in WRONG_SEQUENCE:
-                    raise
+            except NatsChanged:
                 continue
             held = Held(delivery, Stored(seq, claimed, parts), lane.queue, lane.name)
             self.holdings.hold(held)
@@ -8188,9 +8180,7 @@ class NatsClaims:
                 ended = await self._ends.give_up(again, "error", f"{error} while it ran")
                 return b"+ACK" if ended else None
             seq = await self._calls.write(call, record.parts, record.seq)
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
+        except NatsChanged:
             return None
         again = Stored(seq, call, parts)
         await self._messages.store("work", again, call.queue, call.lane, f"{call.id}-{seq}")
@@ -8211,6 +8201,15 @@ class NatsClaims:
         if not done:
             await self.keys.stopped(claim)
         return done
+
+
+class Taking(NamedTuple):
+    """A claim that is being made."""
+
+    queue: str
+    left: dict[str, int]  # of the room that lanes have
+    rates: Mapping[str, Rate]
+    made: list[Claim]
 
 
 class NatsTaker:
@@ -8237,36 +8236,29 @@ class NatsTaker:
         self, queue: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
     ) -> list[Claim]:
         """See WorkQueue. Nothing is due while the servers are away; a reconnect wakes the queue."""
-        made: list[Claim] = []
-        left = dict(room)
+        taking = Taking(queue, dict(room), rates, [])
         async with self._locks[queue]:
             try:
                 if queue in self._lanes.paused:
-                    await self._lanes.settle(queue, True, left)
+                    await self._lanes.settle(queue, True, taking.left)
                 elif self._slots.limit(queue) is not None:
-                    await self._claim_with_slots(queue, limit, left, rates, made)
+                    await self._claim_with_slots(taking, limit)
                 elif not self._link.away:
-                    await self._claim_at_rates(queue, limit, left, rates, made)
+                    await self._claim_at_rates(taking, limit)
             except StoreError as exc:
                 log.debug("queue %s: no more work can be claimed for now: %s", queue, exc)
-        return made
+        return taking.made
 
-    async def _claim_with_slots(
-        self,
-        queue: str,
-        limit: int,
-        left: dict[str, int],
-        rates: Mapping[str, Rate],
-        made: list[Claim],
-    ) -> None:
+    async def _claim_with_slots(self, taking: Taking, limit: int) -> None:
         """Claim no more than there are slots for."""
+        queue, left, _, made = taking
         if not self._lanes.queues[queue].ready:
             await self._lanes.settle(queue, True, left)
             return
         numbers = await self._slots.take(queue, limit)
         try:
             if numbers:
-                await self._claim_at_rates(queue, len(numbers), left, rates, made)
+                await self._claim_at_rates(taking, len(numbers))
             else:
                 await self._lanes.settle(queue, False, left)
         finally:
@@ -8275,15 +8267,9 @@ class NatsTaker:
             for number in numbers:
                 await self._slots.give_back(queue, number)
 
-    async def _claim_at_rates(
-        self,
-        queue: str,
-        limit: int,
-        left: dict[str, int],
-        rates: Mapping[str, Rate],
-        made: list[Claim],
-    ) -> None:
+    async def _claim_at_rates(self, taking: Taking, limit: int) -> None:
         """Claim no more than may start now; have the queue woken when more may."""
+        queue, left, rates, made = taking
         names = {name: rates[name] for name in rates.keys() & self._lanes.queues[queue].lanes}
         if rate := rates.get(""):
             names[queue] = rate
@@ -8291,10 +8277,10 @@ class NatsTaker:
         free = {name: left.get(name, left.get("", 1)) for name in names}
         try:
             for name, rate in names.items():
-                booked[name] = await self._book(queue, name, rate, limit, left)
+                booked[name] = await self._book(taking, name, rate, limit)
             most = booked.get(queue, limit)
-            left |= {name: number for name, number in booked.items() if name != queue}
-            await self._claim(queue, most, left, made)
+            left.update((name, number) for name, number in booked.items() if name != queue)
+            await self._claim(taking, most)
         finally:
             started = Counter([claim.lane for claim in made])
             started[queue] = len(made)
@@ -8309,19 +8295,18 @@ class NatsTaker:
         if later := [wait_s for wait_s in waits.values() if wait_s > 0]:
             self._rates.wake_in(queue, min(later))
 
-    async def _book(
-        self, queue: str, name: str, rate: Rate, limit: int, left: Mapping[str, int]
-    ) -> int:
+    async def _book(self, taking: Taking, name: str, rate: Rate, limit: int) -> int:
         """How many calls of a lane, or of a queue, may be claimed: they are counted as started."""
-        turns = self._lanes.queues[queue]
-        if name == queue:
+        turns = self._lanes.queues[taking.queue]
+        if name == taking.queue:
             return await self._rates.start(name, rate, limit if turns.ready else 0)
-        most = min(limit, left.get(name, left.get("", limit)))
+        most = min(limit, taking.left.get(name, taking.left.get("", limit)))
         if name not in turns.ready:
             return 0
         return await self._rates.start(name, rate, min(most, max(1, turns.lanes[name].waiting)))
 
-    async def _claim(self, queue: str, limit: int, left: dict[str, int], made: list[Claim]) -> None:
+    async def _claim(self, taking: Taking, limit: int) -> None:
+        queue, left, _, made = taking
         asked = 0
         while len(made) < limit:
             if asked - len(made) > MANY_NATS_REQUESTS:  # Most wait for keys: others first.
@@ -8387,15 +8372,12 @@ class NatsOperator:
             claimed = call.owner is not None
             if call.finished or (waiting_only and claimed):
                 return False
-            try:
+            with contextlib.suppress(NatsChanged):
                 if call.status in FINAL:
                     await self._cancel_callback(current)
                 else:
                     await self._cancel_call(current)
                 return True
-            except NatsRefused as exc:
-                if exc.code not in WRONG_SEQUENCE:
-                    raise
             current = await self._calls.current(call.id)
         return False
 
@@ -8494,9 +8476,7 @@ class NatsOperator:
         await self._messages.later(Stored(stored.seq, fresh, Parts()), CALLBACKS, lane)
         try:
             seq = await self._calls.write(fresh, parts, stored.seq)
-        except NatsRefused as exc:
-            if exc.code not in WRONG_SEQUENCE:
-                raise
+        except NatsChanged:
             raise HttpError(409, "the call has changed meanwhile") from None
         await self._messages.callback(Stored(seq, fresh, parts))
 
@@ -8718,9 +8698,9 @@ class NatsIntake:
             body = json.dumps(note).encode()
             try:
                 await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=0)
-            except NatsRefused as exc:
+            except NatsChanged:
                 key = await self._calls.note(place)
-                if exc.code not in WRONG_SEQUENCE or key is None:
+                if key is None:
                     raise
                 return await self._known(key, stored)
         await self._store_call(stored)
@@ -8790,10 +8770,8 @@ class NatsSchedules:
             return await self._link.publish(
                 place, packed, Nats_Expected_Last_Subject_Sequence=state.revision
             )
-        except NatsRefused as exc:
-            if exc.code in WRONG_SEQUENCE:
-                return 0
-            raise
+        except NatsChanged:
+            return 0
 
 
 class NatsRecovery:
