@@ -69,6 +69,7 @@ class Load:
         self._gateways = gateways
         self._path = path
         self._clients: list[asyncio.Task[None]] = []
+        self._over = False
         self._news = asyncio.Condition()
 
     async def __aenter__(self) -> "Load":
@@ -76,13 +77,14 @@ class Load:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self._over = True  # asyncio.wait_for of Python 3.11 may swallow that a client is cancelled
         for client in self._clients:
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
 
     async def _client(self, number: int) -> None:
         gateway = self._gateways[number % len(self._gateways)]
-        while True:
+        while not self._over:
             with contextlib.suppress(ConnectionError):
                 reply = await post(gateway, f"/async-function/{self._path}", body=b"x")
                 async with self._news:
