@@ -456,16 +456,24 @@ async def test_a_stream_that_was_cut_begins_again_where_it_was(daemon: StartDaem
     assert first != second
 
 
+async def gap_after_many_calls(gateway: Daemon, stream: Events) -> tuple[str, object]:
+    """Twenty calls are submitted: the first event that tells of none."""
+    await stream.next()
+    await asyncio.gather(*(gateway.submit("other", X_Delay="1h") for _ in range(20)))
+    told = await stream.next()
+    while told[0] == "call":
+        told = await stream.next()
+    return told
+
+
 async def test_changes_that_are_too_many_to_be_told_leave_a_gap(daemon: StartDaemon, function: Server) -> None:
     """Who shows them has to look again."""
     gateway = await daemon(SETTINGS.format(url=function.url), before="faasd_async.CHANGES_S = 3")
     async with events(gateway) as stream:
-        await stream.next()
-        await asyncio.gather(*(gateway.submit("other", X_Delay="1h") for _ in range(20)))
-        told = await stream.next()
-        while told[0] == "call":
-            told = await stream.next()
-        assert told == ("gap", {"reason": "more has changed than is told: look again"})
+        assert await gap_after_many_calls(gateway, stream) == (
+            "gap",
+            {"reason": "more has changed than is told: look again"},
+        )
 
 
 async def test_a_reader_that_is_too_slow_is_told_that_it_has_missed_something(
@@ -475,12 +483,10 @@ async def test_a_reader_that_is_too_slow_is_told_that_it_has_missed_something(
     before = "faasd_async.CHANGES_S = 10**6; faasd_async.MAX_UNSENT_BYTES = 2000"
     gateway = await daemon(SETTINGS.format(url=function.url), before=before)
     async with events(gateway) as stream:
-        await stream.next()
-        await asyncio.gather(*(gateway.submit("other", X_Delay="1h") for _ in range(20)))
-        told = await stream.next()
-        while told[0] == "call":
-            told = await stream.next()
-        assert told == ("gap", {"reason": "this stream was read too slowly: look again"})
+        assert await gap_after_many_calls(gateway, stream) == (
+            "gap",
+            {"reason": "this stream was read too slowly: look again"},
+        )
 
 
 async def test_a_stream_on_which_nothing_happens_is_kept_open(daemon: StartDaemon, function: Server) -> None:
