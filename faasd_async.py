@@ -15182,6 +15182,8 @@ class ConfigWarnings:
 
     def _look(self, config: Config) -> None:
         self._lines = (*config_warnings(config), *script_warnings(config))
+        for line in self._lines:
+            log.warning("%s", line)
 
 
 def own_client(address: str, resolver: CheckedResolver) -> tuple[HttpClient, yarl.URL]:

@@ -89,6 +89,7 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
         while not (warnings := (await stats(gateway))["warnings"]):  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.01)
     assert warnings == ["functions.gone.command: there is no program /no/such/program"]
+    await gateway.wait_for_log(f"WARNING {warnings[0]}")
 
 
 # ---- what went wrong -----------------------------------------------------------------------------
