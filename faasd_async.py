@@ -50,7 +50,7 @@ States of a call
                 none · pending · delivered · failed
 
 A call's life, by the names below
-    Front.handle guards the request and finds the route, FunctionRoutes.queue reads it,
+    Front.answer guards the request and finds the route, FunctionRoutes.queue reads it,
     Intake.accept makes an Invocation of it, WorkQueue.enqueue stores it: 202.
     Consumer claims it (WorkQueue.claim), InvocationJob.execute has FunctionCaller run the function,
     `decide` says what follows: WorkQueue.complete or WorkQueue.retry.
@@ -66,7 +66,7 @@ Who owns which task or thread
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
                        `exchange`, where no answer came
-    aiohttp            one for each HTTP request; Front.drain and `runner.cleanup` await them
+    Connection         one while it answers; Server.drain and `close` await them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it
     NatsKeeper         lanes, leases, deadlines and news of changes; its `stop` awaits all four
     nats-py            its own, one for each subscription among them; NatsLink.close ends them
@@ -162,12 +162,16 @@ try:
     import prometheus_client
     import yarl
     from aiohappyeyeballs import start_connection
-    from aiohttp import web
-    from aiohttp.http_exceptions import HttpProcessingError
-    from aiohttp.http_parser import HttpResponseParser, RawRequestMessage, RawResponseMessage
+    from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+    from aiohttp.http_parser import (
+        HttpRequestParser,
+        HttpResponseParser,
+        RawRequestMessage,
+        RawResponseMessage,
+    )
     from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
     from cronsim import CronSim, CronSimError
-    from multidict import CIMultiDict
+    from multidict import CIMultiDict, CIMultiDictProxy
 except ImportError as exc:
     sys.exit(
         f"faasd-async: {exc}: install what it needs with `pip install .` beside pyproject.toml, "
@@ -9515,6 +9519,71 @@ Head = tuple[RawResponseMessage, StreamReader]
 # -- a connection
 
 
+class Flow:
+    """The pace of a connection: whoever sends waits while the peer takes nothing, and a peer waits
+    while nobody reads. Streams of aiohttp take it for the connection.
+    """
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None  # while it is open
+        self._room: asyncio.Future[None] | None = None  # while the peer takes nothing
+        self._reading_paused = False  # StreamReader looks at this
+
+    def opened(self, transport: asyncio.BaseTransport) -> None:
+        """The connection is there."""
+        self.transport = cast(asyncio.Transport, transport)
+
+    def ended(self) -> None:
+        """It has gone: nobody waits for it."""
+        self.transport = None
+        self.resume_writing()
+
+    @property
+    def connected(self) -> bool:
+        """StreamReader asks this before it waits."""
+        return self.transport is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self.transport is None or self.transport.is_closing()
+
+    def required(self) -> asyncio.Transport:
+        """The connection. Raises ConnectionResetError when it has ended."""
+        if self.transport is None:
+            raise ConnectionResetError("the peer has gone away")
+        return self.transport
+
+    async def drain(self) -> None:
+        """Wait until the peer takes more, or the connection ends."""
+        if self._room is not None:
+            await self._room
+
+    def pause_writing(self) -> None:
+        """Too much is waiting to be sent."""
+        self._room = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+
+    def pause_reading(self) -> None:
+        """Enough is waiting to be read."""
+        if not self._reading_paused and not self.closed:
+            assert self.transport is not None
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """There is room again."""
+        if self._reading_paused and not self.closed:
+            assert self.transport is not None
+            self._reading_paused = False
+            self.transport.resume_reading()
+
+
 class TcpInfo(NamedTuple):
     """What the kernel knows of a connection; -1: nothing."""
 
@@ -9533,10 +9602,10 @@ def tcp_info(sock: socket.socket) -> TcpInfo:
     return TcpInfo(ESTABLISHED)
 
 
-def new_parser(wire: Wire, headless: bool) -> HttpResponseParser:
+def new_parser(flow: Flow, headless: bool) -> HttpResponseParser:
     """A parser of answers, `headless` for those that have no body (HEAD)."""
     return HttpResponseParser(
-        cast(Any, wire),  # It only hands it on to its streams.
+        cast(Any, flow),  # It only hands it on to its streams.
         asyncio.get_running_loop(),
         READ_BYTES,
         max_line_size=MAX_HEADER_BYTES,
@@ -9567,17 +9636,15 @@ class Wire(asyncio.Protocol):
     def __init__(self, sock: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
-        self._transport: asyncio.Transport | None = None
+        self._flow = Flow()
         self._parser: HttpResponseParser | None = None
         self._headless = False  # whether that expects answers without a body
         self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
         self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
         self._head = b""  # what has come in while it is missing
-        self._room: asyncio.Future[None] | None = None  # while the peer takes nothing
         self._keep = True  # whether another request may follow
         self._before = TcpInfo(ESTABLISHED)  # when it was used again
         self._farewell = False  # whether the peer has closed it in good order
-        self._reading_paused = False  # StreamReader looks at this
         self.idle_since = 0.0
         self.silent = True  # whether nothing of an answer has come
         self.unseen = False  # whether the peer can't have seen anything of the request
@@ -9589,7 +9656,7 @@ class Wire(asyncio.Protocol):
         headless = method == "HEAD"
         if self._parser is None or headless != self._headless:
             self._headless = headless
-            self._parser = new_parser(self, headless)
+            self._parser = new_parser(self._flow, headless)
         self._head = b""
         self.silent = True
         self.unseen = False
@@ -9602,18 +9669,18 @@ class Wire(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send a piece of a request, unless the connection has ended."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
+        if not self.closed:
+            assert self._flow.transport is not None
+            self._flow.transport.write(data)
 
     async def drain(self) -> None:
         """Wait until the peer takes more, or the connection ends."""
-        if self._room is not None:
-            await self._room
+        await self._flow.drain()
 
     @property
     def closed(self) -> bool:
         """Whether it has ended, or is about to."""
-        return self._transport is None or self._transport.is_closing()
+        return self._flow.closed
 
     @property
     def finished(self) -> bool:
@@ -9643,8 +9710,8 @@ class Wire(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self._flow.transport is not None:
+            self._flow.transport.abort()
 
     def _was_unseen(self) -> bool:
         """Whether the peer can't have seen anything of the request on a connection used again.
@@ -9662,7 +9729,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is open."""
-        self._transport = cast(asyncio.Transport, transport)
+        self._flow.opened(transport)
 
     def data_received(self, data: bytes) -> None:
         """A piece of an answer."""
@@ -9674,7 +9741,7 @@ class Wire(asyncio.Protocol):
         try:
             messages, _, _ = self._parser.feed_data(data)
         except HttpProcessingError:
-            parser = new_parser(self, self._headless)
+            parser = new_parser(self._flow, self._headless)
             for message, body in whole_heads(parser, self._head + data):
                 self._answered(message, body)
             said = "did not answer in valid HTTP"
@@ -9719,38 +9786,16 @@ class Wire(asyncio.Protocol):
             # The end of an answer that has no other end. It raises where there is one.
             with contextlib.suppress(HttpProcessingError):
                 self._parser.feed_eof()
-        self._transport = None
+        self._flow.ended()
         self.fail(broken(exc))
-        self.resume_writing()
 
     def pause_writing(self) -> None:
         """Too much is waiting to be sent."""
-        self._room = self._loop.create_future()
+        self._flow.pause_writing()
 
     def resume_writing(self) -> None:
         """There is room again."""
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
-        self._room = None
-
-    @property
-    def connected(self) -> bool:
-        """StreamReader asks this before it waits."""
-        return self._transport is not None
-
-    def pause_reading(self) -> None:
-        """StreamReader: enough is waiting to be read."""
-        if not self._reading_paused and not self.closed:
-            assert self._transport is not None
-            self._reading_paused = True
-            self._transport.pause_reading()
-
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        """StreamReader: there is room again."""
-        if self._reading_paused and not self.closed:
-            assert self._transport is not None
-            self._reading_paused = False
-            self._transport.resume_reading()
+        self._flow.resume_writing()
 
 
 # -- the pool
@@ -10243,20 +10288,16 @@ def with_target(base: yarl.URL, target: str) -> yarl.URL:
 
 
 def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
-    """Header fields as aiohttp takes them.
+    """Header fields for an answer.
 
-    It would lose bytes that are not UTF-8: they are taken for Latin-1. And it would lose repeats of
-    a name in another case: all get the case of the first.
+    Bytes that are not UTF-8 stand for themselves (surrogateescape). Repeats of a name in another
+    case would be lost: all get the case of the first.
     """
     fields: CIMultiDict[str] = CIMultiDict()
     names: dict[bytes, str] = {}
     for name, value in headers:
         shown = names.setdefault(name.lower(), name.decode("latin-1"))
-        clean = value.translate(CLEAN)
-        try:
-            fields.add(shown, clean.decode())
-        except UnicodeDecodeError:
-            fields.add(shown, clean.decode("latin-1"))
+        fields.add(shown, value.translate(CLEAN).decode("utf-8", "surrogateescape"))
     return fields
 
 
@@ -11787,468 +11828,188 @@ class Intake:
         )
 
 
-# --- HTTP front -----------------------------------------------------------------------------------
-# -- requests and answers
+# --- HTTP requests --------------------------------------------------------------------------------
+# The way in. aiohttp's parser, which is C, and its streams of bytes, as on the way out: what its
+# server does beside that takes twice as long as all that is done here for a request.
 
-# What scripts of a page elsewhere may read of an answer, beside its body (Fetch standard 3.2.3).
-EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
-PREFLIGHT_MAX_AGE_S = 600
+MAX_PIPELINED = 16  # requests that wait behind the one that is being answered
+MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # of a target that is as long as it may be, in ASCII
+DISCARD_BODY_S = 10.0  # what the rest of a body that nobody wants gets to come in
+BACKLOG = 1024  # connections that wait to be accepted
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+WITHOUT_BODY = (204, 304)  # answers that have none (RFC 9110 15.3.5, 15.4.5)
 INTERIM = (
     b"HTTP/1.1 100 Continue\r\n\r\n"  # clients ignore what they did not ask for: RFC 9110 15.2
 )
-
-
-# aiohttp's parser refuses bytes above 127 in a target. It gets such a target in ASCII, behind this.
-ESCAPED = "/%bytes%"
 TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
-OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
+# -- answers
 
 
-def sent_target(path: str) -> str:
-    """The path and query of a request as they were sent; bytes are the characters of Python's
-    surrogateescape.
+class Response(NamedTuple):
+    """An answer; with a body that is whole, unless its route sends that by itself."""
 
-    For routes of our own, what is above 127 is written in percent, as it should have been.
-    """
-    if path.startswith(ESCAPED):
-        raw = path.removeprefix(ESCAPED).encode("ascii")
-        raw = re.sub(rb"%(25|[89A-F].)", lambda escape: bytes.fromhex(escape[1].decode()), raw)
-        path = raw.decode("utf-8", "surrogateescape")
-    if not path.startswith("/"):  # absolute form, as sent to a proxy
-        path = "/" + path.partition("://")[2].partition("/")[2]
-    if path.isascii() or path.startswith(OF_FUNCTIONS):
-        return path
-    return quote(path.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes = b""
+    reason: str | None = None
 
 
-class Request(NamedTuple):
-    """A request, with what the route's pattern found in its path."""
-
-    http: web.BaseRequest
-    target: str  # path and query as they were sent
-    parts: Sequence[str]  # groups of the pattern, decoded
-    trusted_origin: str | None  # of the page that sent it, where the answer tells browsers so
-    may_act: bool = True  # False: with the credentials of auth.view_user_file
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The first value of each header, by its name in any case."""
-        return self.http.headers
-
-    @property
-    def query(self) -> dict[str, str]:
-        """The query's parameters; of one that is repeated the last."""
-        return {name: values[-1] for name, values in self.queries.items()}
-
-    @property
-    def queries(self) -> dict[str, list[str]]:
-        """The query's parameters, repeats included."""
-        return parse_qs(self.target.partition("?")[2], keep_blank_values=True)
+def respond(
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b"",
+) -> Response:
+    """An answer with these headers."""
+    return Response(status, CIMultiDict(headers or ()), body)
 
 
-class PassedResponse(web.StreamResponse):
-    """A function's answer passed on, without the headers that aiohttp would add to it."""
-
-    def __init__(self, whole: bool, status: int, reason: str, headers: CIMultiDict[str]) -> None:
-        super().__init__(status=status, reason=re.sub("[^ -~]", "?", reason), headers=headers)
-        self._send_headers_immediately = not whole  # else they go out with the body
-
-    async def _prepare_headers(self) -> None:
-        added = {name for name in ("Content-Type", "Server") if name not in self.headers}
-        await super()._prepare_headers()
-        for name in added:
-            self.headers.pop(name, None)
-
-
-def reply(
-    content: object, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.Response:
+def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A line of text, or a JSON document; it too ends in a newline, for people with curl."""
     if isinstance(content, str):
-        text, content_type = content, "text/plain"
+        text, content_type = content, "text/plain; charset=utf-8"
     else:
         text, content_type = json.dumps(content, ensure_ascii=False), "application/json"
-    return web.Response(status=status, text=f"{text}\n", content_type=content_type, headers=headers)
+        content_type += "; charset=utf-8"
+    answer = respond(status, headers, f"{text}\n".encode())
+    answer.headers["Content-Type"] = content_type
+    return answer
 
 
-# What somebody else has written opens in a browser as a page that can do nothing, asks for nothing
-# and is no part of any other page.
-HARMLESS = {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
+@functools.lru_cache(maxsize=1)
+def http_date(now: int) -> str:
+    """A time (Unix seconds) as a Date header has it: RFC 9110 5.6.7."""
+    return email.utils.formatdate(now, usegmt=True)
 
 
-def stored_reply(
-    headers: Headers, body: bytes, more: Mapping[str, object] | None = None
-) -> web.Response:
-    """A body that a caller or a function has sent, as what it was sent as."""
-    ours = {**HARMLESS, "Content-Type": "application/octet-stream"}
-    for name, value in headers:
-        if name.lower() in DESCRIBING and re.fullmatch(rb"[ -~]+", value):
-            ours[name.decode().title()] = value.decode()
-    ours |= {name: str(value) for name, value in (more or {}).items()}
-    return web.Response(body=body, headers=ours)
+def response_head(answer: Response, minor: int, framing: str) -> bytes:
+    """The first lines of an answer in HTTP/1.`minor`, up to its body.
 
-
-def call_headers(call_id: str) -> dict[str, str]:
-    """What tells a client where its call is to be found."""
-    return {"X-Call-Id": call_id, "Location": call_path(call_id)}
-
-
-def call_path(call_id: str) -> str:
-    """Where a call's record is."""
-    return "/system/calls/" + quote(call_id, safe="")
-
-
-def allow_origin(headers: CIMultiDict[str], origin: str | None) -> None:
-    """Let scripts of this origin read the answer, unless the function has said who may."""
-    if origin is not None and "Access-Control-Allow-Origin" not in headers:
-        headers["Access-Control-Allow-Origin"] = origin
-        headers["Access-Control-Expose-Headers"] = EXPOSED
-        headers.add("Vary", "Origin")
-
-
-async def body_chunks(
-    request: web.BaseRequest, timeout_s: float, most: int | None = None
-) -> AsyncIterator[bytes]:
-    """The body as it comes in, each piece within the time; or all of it, up to `most`.
-
-    Raises HttpError(400, 408).
+    Bytes that are not UTF-8 stand for themselves (surrogateescape). Raises ValueError for a header
+    that would be more than one.
     """
-    loop = asyncio.get_running_loop()
-    expected = request.headers.get("Expect", "").lower()
-    if expected == "100-continue" and request.version >= (1, 1):
-        # RFC 9110 10.1.1: the client waits to be asked.
-        await request.writer.write(INTERIM)
-        request.writer.output_size = 0  # The response itself has not begun.
-    until = loop.time() + timeout_s
-    length = 0
-    try:
-        while most is None or length <= most:
-            async with TimeLimit(Limit(timeout_s if most is None else until - loop.time())):
-                chunk = await request.content.readany()
-            if not chunk:
-                return
-            length += len(chunk)
-            yield chunk
-    except RequestFailed:
-        raise HttpError(408, "no body within gateway.read_timeout", HANG_UP) from None
-    except (
-        aiohttp.ClientError,
-        web.RequestPayloadError,
-        aiohttp.http_exceptions.HttpProcessingError,
-    ):
-        raise HttpError(400, "the request's body is not valid HTTP", HANG_UP) from None
+    reason = REASONS.get(answer.status, "") if answer.reason is None else answer.reason
+    fields = [f"{name}: {value}\r\n" for name, value in answer.headers.items()]
+    head = f"HTTP/1.{minor} {answer.status} {reason}\r\n{''.join(fields)}{framing}"
+    if "Date" not in answer.headers:
+        head += f"Date: {http_date(int(time.time()))}\r\n"
+    lines = 2 + len(fields) + framing.count("\n")
+    if head.count("\n") > lines or head.count("\r") > lines:
+        raise ValueError("a line break in a header")
+    return f"{head}\r\n".encode("utf-8", "surrogateescape")
 
 
-async def read_body(request: web.BaseRequest, timeout_s: float, limit: int) -> bytes:
-    """The whole body, refused as soon as it is known to be too long. HttpError(413)."""
-    if (request.content_length or 0) <= limit:
-        if request.content.is_eof():  # It came with the headers.
-            body = request.content.read_nowait()
-        else:
-            chunks = [chunk async for chunk in body_chunks(request, timeout_s, limit)]
-            body = b"".join(chunks)
-        if len(body) <= limit:
-            return body
-    raise HttpError(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
+# -- requests
 
 
-def log_failed_sync(call_id: str | None, error: str) -> None:
-    """A line for a failed call that nobody has queued."""
-    log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
+class Exchange:
+    """A request that has come in, and the way on which its answer goes out."""
 
+    __slots__ = (
+        *("_chunked", "_flow", "begun", "content", "headers"),
+        *("keep_alive", "method", "path", "raw_headers", "sent_bytes", "version"),
+    )
 
-async def stream_answer(
-    request: Request,
-    asked: Awaitable[HttpResponse],
-    ours: Mapping[str, str],
-    limits: tuple[Limit, float],
-    who: str,
-) -> web.StreamResponse:
-    """Pass on the answer of `who` as it comes, with our headers in place of its own.
+    def __init__(self, flow: Flow, message: RawRequestMessage, content: StreamReader) -> None:
+        self._flow = flow
+        self._chunked = False  # whether the body of the answer is
+        self.method: str = message.method
+        self.path: str = message.path  # with the query; see `sent_target`
+        self.version: tuple[int, int] = message.version
+        self.headers: CIMultiDictProxy[str] = message.headers
+        self.raw_headers: Sequence[Header] = message.raw_headers
+        self.content = content  # the body, as it comes in
+        self.keep_alive = not message.should_close  # whether another request may follow
+        self.begun = False  # whether an answer is on its way
+        self.sent_bytes = 0  # of it
 
-    `limits` are what all of it may take, and the seconds for the client to take a piece. HttpError
-    when there is no answer; one that breaks off breaks the client's connection off.
-    """
-    limit, write_timeout_s = limits
-    response: PassedResponse | None = None
-    started = time.perf_counter()
-    transport = request.http.transport
-    assert transport
-    try:
-        async with TimeLimit(limit), await asked as answer:
-            headers = as_multidict(forward_headers(answer.headers, frozenset()))
-            headers.update(ours)
-            headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
-            allow_origin(headers, request.trusted_origin)
-            # A status below 200 would lead to another protocol: not through us.
-            status = answer.status if answer.status >= 200 else 502
-            response = PassedResponse(answer.whole, status, answer.reason, headers)
-            await response.prepare(request.http)
-            await copy_body(answer, response, transport, write_timeout_s)
-    except RequestFailed as exc:
-        error = f"{who} {exc.text}"
-        if not transport.is_closing():
-            log_failed_sync(ours.get("X-Call-Id"), error)
-        if response is None:
-            raise HttpError(exc.status, error) from None
-        transport.abort()  # so that the client sees that the answer is not whole
-    except ConnectionError:
-        if response is None:
-            raise
-        # The client has gone away.
-    return response
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The connection. Raises ConnectionResetError when the client has gone."""
+        return self._flow.required()
 
+    @property
+    def peer(self) -> object:
+        """The client's address: a tuple, or else the connection is a Unix socket."""
+        return self.transport.get_extra_info("peername")
 
-async def write_in_time(
-    response: web.StreamResponse, data: bytes, transport: asyncio.Transport, limit_s: float
-) -> None:
-    """Write a piece. A client that takes nothing for too long is cut off."""
-    timer = Timer(limit_s, transport.abort)
-    try:
-        await response.write(data)
-    finally:
-        timer.cancel()
+    @property
+    def content_length(self) -> int | None:
+        """The length of the body, where the client has told it."""
+        told = self.headers.get("Content-Length")
+        return None if told is None else int(told)
 
+    @property
+    def has_content(self) -> bool:
+        """Whether there is a body."""
+        return self.content is not EMPTY_PAYLOAD
 
-async def copy_body(
-    answer: HttpResponse,
-    response: web.StreamResponse,
-    transport: asyncio.Transport,
-    write_timeout_s: float,
-) -> None:
-    """Write what comes in. A client that takes nothing for too long is cut off."""
-    while (chunk := await answer.read_chunk()) and not answer.whole:
-        await write_in_time(response, chunk, transport, write_timeout_s)
-    await response.write_eof(chunk)
+    def ask_for_content(self) -> None:
+        """Tell a client which waits for that to send its body (RFC 9110 10.1.1)."""
+        if self.headers.get("Expect", "").lower() == "100-continue" and self.version >= (1, 1):
+            self.transport.write(INTERIM)
 
+    def send(self, answer: Response) -> None:
+        """Send an answer whose body is whole. Raises ConnectionResetError."""
+        body = answer.body
+        framing = ""
+        if answer.status in WITHOUT_BODY or self.method == "HEAD":
+            if body and self.method == "HEAD":
+                framing = f"Content-Length: {len(body)}\r\n"
+            body = b""
+        elif "Content-Length" not in answer.headers:
+            framing = f"Content-Length: {len(body)}\r\n"
+        self._send(self._head(answer, framing) + body)
 
-# -- routes and guards
+    async def begin(self, answer: Response) -> None:
+        """Send the head of an answer; its body follows in pieces. Raises ConnectionResetError."""
+        framing = ""
+        bodiless = answer.status in WITHOUT_BODY or self.method == "HEAD"
+        if not bodiless and "Content-Length" not in answer.headers:
+            self._chunked = self.version >= (1, 1)
+            framing = "Transfer-Encoding: chunked\r\n" if self._chunked else ""
+            self.keep_alive = self.keep_alive and self._chunked  # else the end is that of the body
+        self._send(self._head(answer, framing))
+        await self.drain()
 
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body, and wait for room. Raises ConnectionResetError."""
+        if data and self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._send(data)
+        await self.drain()
 
-class Access(enum.Enum):
-    """Who may use a route."""
+    async def end(self) -> None:
+        """Tell that this was the whole body. Raises ConnectionResetError."""
+        if self._chunked:
+            self._send(b"0\r\n\r\n")
+        await self.drain()
 
-    OPEN = enum.auto()  # everybody
-    INVOKE = enum.auto()  # everybody, unless auth.invoke asks for credentials
-    VIEW = enum.auto()  # whoever has credentials of [auth]; without them this machine's user
-    OPERATE = enum.auto()  # the same, but not with those of auth.view_user_file
+    async def drain(self) -> None:
+        """Wait until the client takes more. Raises ConnectionResetError."""
+        await self._flow.drain()
+        self._flow.required()
 
+    def _head(self, answer: Response, framing: str) -> bytes:
+        if answer.headers.get("Connection", "").lower() == "close":
+            self.keep_alive = False
+        elif not self.keep_alive and self.version >= (1, 1):
+            framing += "Connection: close\r\n"
+        elif self.keep_alive and self.version < (1, 1):
+            framing += "Connection: keep-alive\r\n"
+        return response_head(answer, min(self.version[1], 1), framing)
 
-Handler = Callable[[Request], Awaitable[web.StreamResponse]]
-
-
-class Route(NamedTuple):
-    """A row of the route table."""
-
-    method: str  # "*": any
-    pattern: re.Pattern[str]  # of the whole path, as it was sent
-    access: Access
-    handler: Handler
-    cors: bool = False  # whether pages of gateway.trusted_origins may read the answer
-
-
-class Front:
-    """Every request comes here: it is guarded, and handed to the first route that fits."""
-
-    def __init__(self, settings: Settings, routes: Sequence[Route], refusals: Refusals) -> None:
-        self._settings = settings
-        self._routes = routes
-        self._refusals = refusals
-        self._own_names = machine_names()
-        self._requests: set[asyncio.Task[Any] | None] = set()  # that are being answered
-        self._asked: weakref.WeakSet[Any] = weakref.WeakSet()  # connections with a request
-        self._news = asyncio.Event()  # a request has ended, a connection has asked or gone
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request."""
-        target = sent_target(request.raw_path)
-        task = asyncio.current_task()
-        self._requests.add(task)
-        self._asked.add(request.protocol)
-        try:
-            return await self._answer(request, target)
-        finally:
-            self._requests.discard(task)
-            self._news.set()
-
-    def gone(self) -> None:
-        """A connection has ended."""
-        self._news.set()
-
-    async def drain(self, connections: Callable[[], Iterable[object]]) -> None:
-        """Wait until all requests are answered.
-
-        Who has connected but not asked yet can't know that we stop, and gets LINGER_S.
-        """
-        until = time.monotonic() + LINGER_S
-        while True:
-            left_s = until - time.monotonic()
-            silent = set(connections()) - set(self._asked)
-            lingering = silent and left_s > 0
-            if not self._requests and not lingering:
-                return
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left_s if lingering else None):
-                    await self._news.wait()
-
-    async def _answer(self, request: web.BaseRequest, target: str) -> web.StreamResponse:
-        """Find the route, and turn what is raised into an answer."""
-        path = target.partition("?")[0]
-        origin: str | None = None
-        try:
-            require_valid(request, target)
-            route, match, allowed = self._find(request.method, path)
-            if route and route.cors:
-                origin = self._trusted_origin(request)
-                if origin and is_preflight(request):
-                    return preflight_answer(request, origin)
-            may_act = self._guard(request, route.access if route else Access.VIEW)
-            if route is None or match is None:
-                raise no_route(allowed)
-            raw = (group.encode("utf-8", "surrogateescape") for group in match.groups(""))
-            parts = tuple(map(unquote, raw))
-            response = await route.handler(Request(request, target, parts, origin, may_act))
-        except StoreError as exc:
-            self._refusals.count(exc)
-            text = f"the queue can't store this now, try again later: {exc}"
-            response = error_reply(target, HttpError(503, text, LATER))
-        except HttpError as exc:
-            response = error_reply(target, exc)
-        if not response.prepared:
-            allow_origin(response.headers, origin)
-            response.headers.setdefault("Server", SERVER)
-        return response
-
-    def _find(
-        self, method: str, path: str
-    ) -> tuple[Route | None, re.Match[str] | None, Sequence[str]]:
-        """The first route that fits; else the methods of those whose path does."""
-        wanted = "GET" if method == "HEAD" else method
-        allowed: list[str] = []
-        for route in self._routes:
-            match = route.pattern.fullmatch(path)
-            if match and route.method in ("*", wanted):
-                return route, match, allowed
-            if match and route.method not in allowed:
-                allowed.append(route.method)
-        return None, None, allowed
-
-    def _trusted_origin(self, request: web.BaseRequest) -> str | None:
-        origin = request.headers.get("Origin")
-        trusted = self._settings().gateway.trusted_origins
-        return origin if origin is not None and origin.lower() in trusted else None
-
-    def _guard(self, request: web.BaseRequest, access: Access) -> bool:
-        """Whether who asks may act, not only look. Raises HttpError: 401, 403, 421."""
-        config = self._settings()
-        if request.method not in SAFE_METHODS:
-            self._require_same_site(request)
-        auth = config.auth
-        operator = access in (Access.VIEW, Access.OPERATE)
-        if not auth.login:
-            if operator:
-                self._require_own_host(request)
-            return True
-        if not operator and not (access is Access.INVOKE and auth.invoke):
-            return True
-        given = request.headers.get("Authorization", "")
-        may_act = require_login(given, auth.login, auth.view_login)
-        if not may_act and access is not Access.VIEW:
-            raise HttpError(403, "this login may look and not act: auth.view_user_file")
-        return may_act
-
-    def _require_same_site(self, request: web.BaseRequest) -> None:
-        headers = request.headers
-        trusted = self._settings().gateway.trusted_origins
-        site = headers.get("Sec-Fetch-Site")
-        if from_elsewhere(site, headers.get("Origin"), headers.get("Host", ""), trusted):
-            origin = printable(headers.get("Origin", "another site")[:80])
-            reason = f"a web page of {origin} may not do this"
-            raise HttpError(403, f"{reason}: gateway.trusted_origins lists those that may")
-
-    def _require_own_host(self, request: web.BaseRequest) -> None:
-        config = self._settings()
-        host = request.headers.get("Host", "")
-        peer = request.transport.get_extra_info("peername") if request.transport else None
-        # No browser comes through a unix socket, nor without a Host.
-        if not host or not isinstance(peer, tuple):
-            return
-        names = (*self._own_names, *config.callback.gateway_hosts, *config.gateway.hosts)
-        if not is_own_host(host, names):
-            reason = f"{printable(host[:80])} is no name of this machine: gateway.hosts lists more"
-            raise HttpError(421, f"{reason}, and with [auth] any will do")
-
-
-def require_valid(request: web.BaseRequest, target: str) -> None:
-    """Refuse what can't be meant for a function. Raises HttpError: 400, 414, 501, 508."""
-    if len(target) > MAX_HEADER_BYTES:
-        raise HttpError(414, TARGET_TOO_LONG, HANG_UP)
-    headers = request.headers
-    coding = headers.get("Transfer-Encoding", "chunked").lower()
-    if request.method == "CONNECT" or coding != "chunked":  # RFC 9112 6.1
-        reason = "CONNECT, and transfer codings beside chunked, are not for functions"
-        raise HttpError(501, reason, HANG_UP)
-    if "Transfer-Encoding" in headers and request.version < (1, 1):  # faulty framing (ibid.)
-        raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding", HANG_UP)
-    if "Via" in headers and via(target) in headers["Via"]:
-        own = {"X-Openfaas-Internal": "gateway"}
-        raise HttpError(508, "the provider has no replica of this function", own)
-
-
-def is_preflight(request: web.BaseRequest) -> bool:
-    """Whether a browser asks what a page may send (Fetch standard 3.2.2)."""
-    return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-
-
-def preflight_answer(request: web.BaseRequest, origin: str) -> web.Response:
-    """Whatever the page wants to send, it may."""
-    headers = {
-        "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Methods": request.headers["Access-Control-Request-Method"],
-        "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", ""),
-        "Access-Control-Max-Age": str(PREFLIGHT_MAX_AGE_S),
-        "Vary": "Origin",
-    }
-    return web.Response(status=204, headers=headers)
-
-
-def error_reply(target: str, exc: HttpError) -> web.Response:
-    """One line of text; on Fn's routes a JSON document."""
-    if target.startswith(("/r/", "/v1/")):
-        return reply({"error": {"message": exc.text}}, exc.status, exc.headers)
-    return reply(exc.text, exc.status, exc.headers)
-
-
-# --- HTTP server ----------------------------------------------------------------------------------
-
-
-MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # of a target that is as long as it may be, in ASCII
-
-
-def refused_head(status: int, exc: object) -> tuple[int, str]:
-    """What is said of a request that could not be parsed, or failed here."""
-    if status >= 500:
-        return status, "internal error: see the log of faasd-async"
-    if isinstance(exc, aiohttp.http_exceptions.LineTooLong):
-        if exc.args[1] == MAX_LINE_BYTES:
-            return 414, TARGET_TOO_LONG
-        return 431, f"a header is longer than {MAX_HEADER_BYTES} bytes"
-    if "Too many headers" in str(exc):
-        return 431, "there are too many headers"
-    return status, "this is not a valid HTTP request"
+    def _send(self, data: bytes) -> None:
+        self.begun = True
+        self.sent_bytes += len(data)
+        self.transport.write(data)
 
 
 HEAD_END = b"\r\n\r\n"
 # A request's first line whose target has bytes above 127, and what may become one.
 HIGH_LINE = re.compile(rb"([A-Z-]+ )([^\x00- ]*[\x80-\xff][^\x00- ]*)( HTTP/1\.[01]\r?\n)")
 BEGINNING = re.compile(rb"[A-Z-]{1,20}( [^\x00- ]*( [HTP/1.0]{0,8}\r?)?)?")
+# aiohttp's parser refuses bytes above 127 in a target. It gets such a target in ASCII, behind this.
+ESCAPED = "/%bytes%"
 
 
 def ascii_line(line: bytes) -> bytes:
@@ -12260,32 +12021,81 @@ def ascii_line(line: bytes) -> bytes:
     return found[1] + ESCAPED.encode() + target + found[3]
 
 
-class Connection(web.RequestHandler):
-    """aiohttp's connection, with this gateway's form of errors: nothing of what came in."""
+Arrival = tuple[RawRequestMessage | HttpProcessingError, StreamReader]
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
-        super().__init__(server, loop=loop, **options)
-        self._gone = server.front.gone
-        self._newest: object = None  # the last request that has come
-        self._newest_body: aiohttp.StreamReader | None = None
-        self._patient = False  # whether it may be idle for a moment longer
+
+class RequestReader:
+    """Finds the requests in what a client sends. What is no HTTP ends it, and is the last of them.
+
+    They wait in `arrived`; with many of them there, the parser keeps what follows.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self._parser = HttpRequestParser(
+            cast(Any, flow),  # It only hands it on to its streams.
+            asyncio.get_running_loop(),
+            READ_BYTES,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            auto_decompress=False,
+            max_msg_queue_size=MAX_PIPELINED,
+        )
+        self.arrived: deque[Arrival] = deque()
+        self.stalled = False  # whether something is kept, by the parser or here
+        self._unanswered = 0  # requests
+        self._ended = False  # by what is no HTTP
+        self._newest: RawRequestMessage | None = None  # the last request that has come
+        self._body: StreamReader = EMPTY_PAYLOAD  # its body
         self._line = b""  # the beginning of a request's first line
         self._last = b""  # what was parsed last: the end of a head may come in two pieces
-        self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
-        self._written = 0  # bytes of the answer, when it was looked last
+        self._kept: bytes | None = None  # behind a request that would leave HTTP, if there is one
 
-    def data_received(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Parse what came in."""
+        if self._ended:
+            return
+        if self._kept is not None:
+            self._kept += data
+            return
         if self._line or b"\n" not in data or not data.isascii():
             data = self._receive_lines(self._line + data)
         self._parse(data)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the newest request has come."""
+        return self._newest is not None and self._body.is_eof()
+
+    @property
+    def full(self) -> bool:
+        """Whether there is more than should be read for now."""
+        return self._unanswered >= MAX_PIPELINED or len(self._kept or b"") >= READ_BYTES
+
+    def answered(self) -> None:
+        """One of the requests is answered: there is room for another."""
+        self._unanswered -= 1
+        self._parser.message_consumed()
+
+    def go_on(self) -> None:
+        """All that has arrived is answered: parse what was kept."""
+        kept = self._kept
+        self._kept = None
+        self.stalled = False
+        if kept is not None:
+            self._parser.set_upgraded(False)  # We know no other protocol.
+        self.feed(kept or b"")
+
+    def fail(self, exc: Exception) -> None:
+        """No more of a body will come."""
+        if not self._body.is_eof() and self._body.exception() is None:
+            self._body.set_exception(exc)
+
     def _body_left(self) -> int | None:
         """How many bytes of a request's body are still to come. None: only the parser can tell."""
-        if self._newest_body is None or self._newest_body.is_eof():
+        if self._newest is None or self._body.is_eof():
             return 0
-        length = cast(RawRequestMessage, self._newest).headers.get("Content-Length")
-        return int(length) - self._newest_body.total_bytes if length else None
+        length = self._newest.headers.get("Content-Length")
+        return int(length) - self._body.total_bytes if length else None
 
     def _receive_lines(self, data: bytes) -> bytes:
         """Look for targets with bytes above 127, request by request; what is left to be parsed."""
@@ -12312,28 +12122,178 @@ class Connection(web.RequestHandler):
 
     def _parse(self, data: bytes) -> None:
         self._last = (self._last + data[-3:])[-3:]
-        super().data_received(data)
-        for message, body in self._messages:
-            self._newest = message
-            self._newest_body = body
-            error = getattr(message, "exc", None)
-            if error:
-                # It has `data`, and is part of a cycle: the memory would stay in use.
-                error.__traceback__ = None
+        try:
+            messages, leaves, rest = self._parser.feed_data(data)
+        except HttpProcessingError as exc:
+            # The traceback has `data`, and is part of a cycle: the memory would stay in use.
+            exc.__traceback__ = None
+            self._ended = True
+            self.fail(exc)
+            self.arrived.append((exc, EMPTY_PAYLOAD))
+            return
+        if messages:
+            self.arrived += messages
+            self._unanswered += len(messages)
+            self._newest, self._body = messages[-1]
+        if leaves:
+            self._kept = rest
+        self.stalled = self.full or leaves
 
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. Who has sent a whole request gets its answer."""
-        idle = self._waiter is not None and not self._messages
-        if idle or self._newest_body is None or not self._newest_body.is_eof():
+
+# --- HTTP server ----------------------------------------------------------------------------------
+
+
+def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
+    """What is said of a request that could not be parsed."""
+    if isinstance(exc, LineTooLong):
+        if exc.args[1] == MAX_LINE_BYTES:
+            return 414, TARGET_TOO_LONG
+        return 431, f"a header is longer than {MAX_HEADER_BYTES} bytes"
+    if "Too many headers" in str(exc):
+        return 431, "there are too many headers"
+    return 400, "this is not a valid HTTP request"
+
+
+class Connection(asyncio.Protocol):
+    """A client's connection. What it asks is answered one after the other."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._flow = Flow()
+        self._reader = RequestReader(self._flow)
+        self._task: asyncio.Task[None] | None = None  # while it answers
+        self._exchange: Exchange | None = None  # that is being answered
+        self._closing = False  # No more is read.
+        self._idle_since = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._patient = False  # whether it may be idle for a moment longer
+        self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
+        self._sent_bytes = 0  # of the answer, when it was looked last
+        self.asked = False  # whether a request has come
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being answered."""
+        return self._task is not None
+
+    async def stop(self) -> None:
+        """Close it, whatever is under way."""
+        task = self._task
+        self._close()
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def _close(self) -> None:
+        """Read no more, and close it when all is sent that was written."""
+        self._closing = True
+        if self._flow.transport is not None:
+            self._flow.transport.close()
+
+    async def _answer_all(self) -> None:
+        """Answer what has come, and close it when nothing may follow."""
+        stays = False
+        try:
+            stays = await self._answer_arrived()
+        except ConnectionError:
+            pass  # The client has gone away.
+        finally:
+            self._task = None
+            self._exchange = None
+            self._server.tell()
+            if not stays:
+                self._close()
+
+    async def _answer_arrived(self) -> bool:
+        """Whether the connection stays open."""
+        while self._reader.arrived:
+            message, content = self._reader.arrived.popleft()
+            if isinstance(message, HttpProcessingError):
+                self._refuse(message)
+                return True
+            self._exchange = Exchange(self._flow, message, content)
+            await self._answer(self._exchange)
+            await self._discard(content)
+            if not self._exchange.keep_alive or not content.is_eof():
+                return False
+            self._go_on()
+        self._idle_since = self._loop.time()
+        return self._half_closed is None
+
+    async def _answer(self, exchange: Exchange) -> None:
+        """Answer one request. Raises ConnectionError when its client has gone."""
+        try:
+            answer = await self._server.answer(exchange)
+            if not exchange.begun:
+                exchange.send(answer)
+        except ConnectionError:
+            raise
+        except Exception as exc:
+            log.error("request failed in this program itself", exc_info=exc)
+            if exchange.begun:
+                raise ConnectionAbortedError("the answer is not whole") from None
+            line = "internal error: see the log of faasd-async"
+            exchange.send(reply(line, 500, {"Server": SERVER}))
+        await exchange.drain()
+
+    async def _discard(self, content: StreamReader) -> None:
+        """Let the rest of a body come in: a client that still sends would not see its answer."""
+        if content.is_eof():
+            return
+        with contextlib.suppress(TimeoutError, HttpProcessingError):
+            async with asyncio.timeout(DISCARD_BODY_S):
+                while not content.at_eof():
+                    await content.readany()
+
+    def _refuse(self, exc: HttpProcessingError) -> None:
+        """Say what was wrong with what was no request, and close it when the client has.
+
+        One that still sends would not see it else.
+        """
+        status, line = refused_head(exc)
+        answer = reply(line, status, {"Server": SERVER, "Connection": "close"})
+        framing = f"Content-Length: {len(answer.body)}\r\n"
+        transport = self._flow.required()
+        transport.write(response_head(answer, 1, framing) + answer.body)
+        transport.write_eof()
+        self._closing = True
+        self._flow.resume_reading()
+        self._set_timer(self._loop.time() + LINGER_S, self._close)
+
+    def _go_on(self) -> None:
+        """A request is answered: look for more."""
+        self._reader.answered()
+        if self._reader.stalled and not self._reader.arrived:
+            self._reader.go_on()
+            self._flow.resume_reading()
+
+    def _look_idle(self) -> None:
+        """After gateway.read_timeout without a request: close it, unless it was us who slept."""
+        now = self._loop.time()
+        due = (now if self.busy else self._idle_since) + self._server.read_timeout_s
+        if now >= due:
+            late_s = now - due
+            self._patient = late_s > LATE_S and not self._patient
+            if not self._patient:
+                self._close()
+                return
+            due = now + min(late_s, MAX_GRACE_S)  # A request may be there, unread.
+        self._set_timer(due, self._look_idle)
+
+    def _set_timer(self, at: float, callback: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, callback)
+
+    # A client that sends no more.
+
+    def eof_received(self) -> bool:
+        """Who has sent a whole request gets its answer."""
+        if not self.busy or not self._reader.whole:
             return False
         self._look_later()
-        self.begin()
         return True
-
-    def begin(self) -> None:
-        """A request is about to be answered, or its client sends no more."""
-        if self._half_closed is not None and not self._messages:
-            self.close()  # after this answer
 
     def _look_later(self) -> None:
         self._half_closed = self._loop.call_later(HALF_CLOSED_S, self._look)
@@ -12344,71 +12304,464 @@ class Connection(web.RequestHandler):
         The end of a connection cancels what is done for it. In an answer that has begun nothing can
         be tried: its own pieces have to come.
         """
-        request = self._current_request
-        written = request.writer.output_size if request is not None else 0
-        if written and written == self._written:
-            self.force_close()
+        exchange = self._exchange
+        sent = exchange.sent_bytes if exchange is not None else 0
+        if sent and sent == self._sent_bytes:
+            self._close()
             return
-        self._written = written
-        if request is not None and request.version >= (1, 1) and not written:
-            assert self.transport is not None
-            self.transport.write(INTERIM)
+        self._sent_bytes = sent
+        if exchange is not None and exchange.version >= (1, 1) and not sent:
+            self._flow.required().write(INTERIM)
         self._look_later()
 
-    def _process_keepalive(self) -> None:
-        """The connection has been idle for gateway.read_timeout, or it was us who slept."""
-        late_s = self._loop.time() - self._next_keepalive_close_time
-        self._patient = late_s > LATE_S and not self._patient
-        if self._patient:  # A request may be there, unread.
-            self._loop.call_later(min(late_s, MAX_GRACE_S), self._process_keepalive)
+    # What the event loop and the parser's streams tell.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self._flow.opened(transport)
+        self._server.connections.add(self)
+        self._look_idle()
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of what a client asks."""
+        if self._closing:
+            return
+        self._reader.feed(data)
+        if self._reader.full:
+            self._flow.pause_reading()
+        if self._task is None and self._reader.arrived:
+            self.asked = True
+            self._task = self._loop.create_task(self._answer_all(), name="answers of a client")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has ended, and with it all that is done for it."""
+        self._flow.ended()
+        self._closing = True
+        for timer in (self._timer, self._half_closed):
+            if timer is not None:
+                timer.cancel()
+        self._reader.fail(ConnectionResetError("the client has gone away"))
+        if self._task is not None:
+            self._task.cancel()
+        self._server.connections.discard(self)
+        self._server.tell()
+
+    def pause_writing(self) -> None:
+        """Too much is waiting to be sent."""
+        self._flow.pause_writing()
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        self._flow.resume_writing()
+
+
+class Server:
+    """Listens, and has each request answered."""
+
+    def __init__(
+        self, answer: Callable[[Exchange], Awaitable[Response]], read_timeout_s: float
+    ) -> None:
+        self.answer = answer  # its task is cancelled when the client goes away
+        self.read_timeout_s = read_timeout_s
+        self.connections: set[Connection] = set()
+        self._listening: list[asyncio.Server] = []
+        self._news = asyncio.Event()  # an answer has ended, a connection has asked or gone
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept connections on a socket."""
+        if sock.family != socket.AF_UNIX:  # Accepted ones inherit it.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+        self._listening.append(server)
+
+    def tell(self) -> None:
+        """An answer has ended, or a connection has."""
+        self._news.set()
+
+    def stop_listening(self) -> None:
+        """Accept no more connections."""
+        for server in self._listening:
+            server.close()
+
+    async def drain(self) -> None:
+        """Wait until all requests are answered.
+
+        Who has connected but not asked yet can't know that we stop, and gets LINGER_S.
+        """
+        until = time.monotonic() + LINGER_S
+        while True:
+            left_s = until - time.monotonic()
+            lingering = left_s > 0 and any(not peer.asked for peer in self.connections)
+            if not lingering and not any(peer.busy for peer in self.connections):
+                return
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s if lingering else None):
+                    await self._news.wait()
+
+    async def close(self) -> None:
+        """End what is still under way."""
+        self.stop_listening()
+        await asyncio.gather(*(peer.stop() for peer in self.connections))
+
+
+# --- HTTP front -----------------------------------------------------------------------------------
+# -- requests and answers
+
+# What scripts of a page elsewhere may read of an answer, beside its body (Fetch standard 3.2.3).
+EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
+PREFLIGHT_MAX_AGE_S = 600
+OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
+
+
+def sent_target(path: str) -> str:
+    """The path and query of a request as they were sent; bytes are the characters of Python's
+    surrogateescape.
+
+    For routes of our own, what is above 127 is written in percent, as it should have been.
+    """
+    if path.startswith(ESCAPED):
+        raw = path.removeprefix(ESCAPED).encode("ascii")
+        raw = re.sub(rb"%(25|[89A-F].)", lambda escape: bytes.fromhex(escape[1].decode()), raw)
+        path = raw.decode("utf-8", "surrogateescape")
+    if not path.startswith("/"):  # absolute form, as sent to a proxy
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    if path.isascii() or path.startswith(OF_FUNCTIONS):
+        return path
+    return quote(path.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+
+
+class Request(NamedTuple):
+    """A request, with what the route's pattern found in its path."""
+
+    http: Exchange
+    target: str  # path and query as they were sent
+    parts: Sequence[str]  # groups of the pattern, decoded
+    trusted_origin: str | None  # of the page that sent it, where the answer tells browsers so
+    may_act: bool = True  # False: with the credentials of auth.view_user_file
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The first value of each header, by its name in any case."""
+        return self.http.headers
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query's parameters; of one that is repeated the last."""
+        return {name: values[-1] for name, values in self.queries.items()}
+
+    @property
+    def queries(self) -> dict[str, list[str]]:
+        """The query's parameters, repeats included."""
+        return parse_qs(self.target.partition("?")[2], keep_blank_values=True)
+
+
+# What somebody else has written opens in a browser as a page that can do nothing, asks for nothing
+# and is no part of any other page.
+HARMLESS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def stored_reply(
+    headers: Headers, body: bytes, more: Mapping[str, object] | None = None
+) -> Response:
+    """A body that a caller or a function has sent, as what it was sent as."""
+    ours = {**HARMLESS, "Content-Type": "application/octet-stream"}
+    for name, value in headers:
+        if name.lower() in DESCRIBING and re.fullmatch(rb"[ -~]+", value):
+            ours[name.decode().title()] = value.decode()
+    ours |= {name: str(value) for name, value in (more or {}).items()}
+    return respond(200, ours, body)
+
+
+def call_headers(call_id: str) -> dict[str, str]:
+    """What tells a client where its call is to be found."""
+    return {"X-Call-Id": call_id, "Location": call_path(call_id)}
+
+
+def call_path(call_id: str) -> str:
+    """Where a call's record is."""
+    return "/system/calls/" + quote(call_id, safe="")
+
+
+def allow_origin(headers: CIMultiDict[str], origin: str | None) -> None:
+    """Let scripts of this origin read the answer, unless the function has said who may."""
+    if origin is not None and "Access-Control-Allow-Origin" not in headers:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = EXPOSED
+        headers.add("Vary", "Origin")
+
+
+async def body_chunks(
+    http: Exchange, timeout_s: float, most: int | None = None
+) -> AsyncIterator[bytes]:
+    """The body as it comes in, each piece within the time; or all of it, up to `most`.
+
+    Raises HttpError(400, 408).
+    """
+    loop = asyncio.get_running_loop()
+    http.ask_for_content()
+    until = loop.time() + timeout_s
+    length = 0
+    try:
+        while most is None or length <= most:
+            async with TimeLimit(Limit(timeout_s if most is None else until - loop.time())):
+                chunk = await http.content.readany()
+            if not chunk:
+                return
+            length += len(chunk)
+            yield chunk
+    except RequestFailed:
+        raise HttpError(408, "no body within gateway.read_timeout", HANG_UP) from None
+    except HttpProcessingError:
+        raise HttpError(400, "the request's body is not valid HTTP", HANG_UP) from None
+
+
+async def read_body(http: Exchange, timeout_s: float, limit: int) -> bytes:
+    """The whole body, refused as soon as it is known to be too long. HttpError(413)."""
+    if (http.content_length or 0) <= limit:
+        if http.content.is_eof():  # It came with the headers.
+            body = http.content.read_nowait()
         else:
-            super()._process_keepalive()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """The client has gone."""
-        if self._half_closed is not None:
-            self._half_closed.cancel()
-        super().connection_lost(exc)
-        self._gone()
-
-    def handle_error(
-        self, request: Any, status: int = 500, exc: Any = None, message: Any = None
-    ) -> web.Response:
-        """What was not HTTP, or a failure of this program itself."""
-        status, line = refused_head(status, exc)
-        if status >= 500:
-            log.error("request failed in this program itself", exc_info=exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("the response has begun")
-        # What was not HTTP has no keep-alive either.
-        return reply(line, status, {"Server": SERVER})
+            chunks = [chunk async for chunk in body_chunks(http, timeout_s, limit)]
+            body = b"".join(chunks)
+        if len(body) <= limit:
+            return body
+    raise HttpError(413, f"the body is longer than gateway.max_payload ({limit} bytes)")
 
 
-class Server(web.Server):
-    """aiohttp's low-level server: no router, because a router would normalise paths."""
+def log_failed_sync(call_id: str | None, error: str) -> None:
+    """A line for a failed call that nobody has queued."""
+    log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
 
-    def __init__(self, front: Front, read_timeout_s: float) -> None:
-        super().__init__(
-            front.handle,
-            handler_cancellation=True,
-            auto_decompress=False,
-            access_log=None,
-            logger=log,
-            keepalive_timeout=read_timeout_s,
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-        )
-        self.front = front
 
-    def _make_request(self, *parts: Any) -> web.BaseRequest:
-        """A request that is about to be answered."""
-        connection: Connection = parts[2]
-        connection.begin()
-        return super()._make_request(*parts)
+async def stream_answer(
+    request: Request,
+    asked: Awaitable[HttpResponse],
+    ours: Mapping[str, str],
+    limits: tuple[Limit, float],
+    who: str,
+) -> Response:
+    """Pass on the answer of `who` as it comes, with our headers in place of its own.
 
-    def __call__(self) -> web.RequestHandler:
-        """A new connection's protocol."""
-        return Connection(self, loop=self._loop, **self._kwargs)
+    `limits` are what all of it may take, and the seconds for the client to take a piece. HttpError
+    when there is no answer; one that breaks off breaks the client's connection off.
+    """
+    limit, write_timeout_s = limits
+    started = time.perf_counter()
+    http = request.http
+    transport = http.transport
+    # What it would be if it broke off.
+    passed_on = respond(502)
+    try:
+        async with TimeLimit(limit), await asked as answer:
+            headers = as_multidict(forward_headers(answer.headers, frozenset()))
+            headers.update(ours)
+            headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
+            allow_origin(headers, request.trusted_origin)
+            # A status below 200 would lead to another protocol: not through us.
+            status = answer.status if answer.status >= 200 else 502
+            reason = re.sub("[^ -~]", "?", answer.reason)
+            passed_on = Response(status, headers, reason=reason)
+            await copy_body(answer, http, passed_on, write_timeout_s)
+    except RequestFailed as exc:
+        error = f"{who} {exc.text}"
+        if not transport.is_closing():
+            log_failed_sync(ours.get("X-Call-Id"), error)
+        if not http.begun:
+            raise HttpError(exc.status, error) from None
+        transport.abort()  # so that the client sees that the answer is not whole
+    return passed_on
+
+
+async def write_in_time(http: Exchange, data: bytes, limit_s: float) -> None:
+    """Write a piece. A client that takes nothing for too long is cut off."""
+    timer = Timer(limit_s, http.transport.abort)
+    try:
+        await http.write(data)
+    finally:
+        timer.cancel()
+
+
+async def copy_body(
+    answer: HttpResponse, http: Exchange, head: Response, write_timeout_s: float
+) -> None:
+    """Send an answer on as it comes in. A client that takes nothing for too long is cut off."""
+    if answer.whole:
+        http.send(head._replace(body=await answer.read_chunk()))
+        return
+    await http.begin(head)
+    while chunk := await answer.read_chunk():
+        await write_in_time(http, chunk, write_timeout_s)
+    await http.end()
+
+
+# -- routes and guards
+
+
+class Access(enum.Enum):
+    """Who may use a route."""
+
+    OPEN = enum.auto()  # everybody
+    INVOKE = enum.auto()  # everybody, unless auth.invoke asks for credentials
+    VIEW = enum.auto()  # whoever has credentials of [auth]; without them this machine's user
+    OPERATE = enum.auto()  # the same, but not with those of auth.view_user_file
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Route(NamedTuple):
+    """A row of the route table."""
+
+    method: str  # "*": any
+    pattern: re.Pattern[str]  # of the whole path, as it was sent
+    access: Access
+    handler: Handler
+    cors: bool = False  # whether pages of gateway.trusted_origins may read the answer
+
+
+class Front:
+    """Every request comes here: it is guarded, and handed to the first route that fits."""
+
+    def __init__(self, settings: Settings, routes: Sequence[Route], refusals: Refusals) -> None:
+        self._settings = settings
+        self._routes = routes
+        self._refusals = refusals
+        self._own_names = machine_names()
+
+    async def answer(self, http: Exchange) -> Response:
+        """Find the route, and turn what is raised into an answer."""
+        target = sent_target(http.path)
+        path = target.partition("?")[0]
+        origin: str | None = None
+        try:
+            require_valid(http, target)
+            route, match, allowed = self._find(http.method, path)
+            if route and route.cors:
+                origin = self._trusted_origin(http)
+                if origin and is_preflight(http):
+                    return preflight_answer(http, origin)
+            may_act = self._guard(http, route.access if route else Access.VIEW)
+            if route is None or match is None:
+                raise no_route(allowed)
+            raw = (group.encode("utf-8", "surrogateescape") for group in match.groups(""))
+            parts = tuple(map(unquote, raw))
+            response = await route.handler(Request(http, target, parts, origin, may_act))
+        except StoreError as exc:
+            self._refusals.count(exc)
+            text = f"the queue can't store this now, try again later: {exc}"
+            response = error_reply(target, HttpError(503, text, LATER))
+        except HttpError as exc:
+            response = error_reply(target, exc)
+        if not http.begun:
+            allow_origin(response.headers, origin)
+            response.headers.setdefault("Server", SERVER)
+        return response
+
+    def _find(
+        self, method: str, path: str
+    ) -> tuple[Route | None, re.Match[str] | None, Sequence[str]]:
+        """The first route that fits; else the methods of those whose path does."""
+        wanted = "GET" if method == "HEAD" else method
+        allowed: list[str] = []
+        for route in self._routes:
+            match = route.pattern.fullmatch(path)
+            if match and route.method in ("*", wanted):
+                return route, match, allowed
+            if match and route.method not in allowed:
+                allowed.append(route.method)
+        return None, None, allowed
+
+    def _trusted_origin(self, http: Exchange) -> str | None:
+        origin = http.headers.get("Origin")
+        trusted = self._settings().gateway.trusted_origins
+        return origin if origin is not None and origin.lower() in trusted else None
+
+    def _guard(self, http: Exchange, access: Access) -> bool:
+        """Whether who asks may act, not only look. Raises HttpError: 401, 403, 421."""
+        config = self._settings()
+        if http.method not in SAFE_METHODS:
+            self._require_same_site(http)
+        auth = config.auth
+        operator = access in (Access.VIEW, Access.OPERATE)
+        if not auth.login:
+            if operator:
+                self._require_own_host(http)
+            return True
+        if not operator and not (access is Access.INVOKE and auth.invoke):
+            return True
+        given = http.headers.get("Authorization", "")
+        may_act = require_login(given, auth.login, auth.view_login)
+        if not may_act and access is not Access.VIEW:
+            raise HttpError(403, "this login may look and not act: auth.view_user_file")
+        return may_act
+
+    def _require_same_site(self, http: Exchange) -> None:
+        headers = http.headers
+        trusted = self._settings().gateway.trusted_origins
+        site = headers.get("Sec-Fetch-Site")
+        if from_elsewhere(site, headers.get("Origin"), headers.get("Host", ""), trusted):
+            origin = printable(headers.get("Origin", "another site")[:80])
+            reason = f"a web page of {origin} may not do this"
+            raise HttpError(403, f"{reason}: gateway.trusted_origins lists those that may")
+
+    def _require_own_host(self, http: Exchange) -> None:
+        config = self._settings()
+        host = http.headers.get("Host", "")
+        # No browser comes through a unix socket, nor without a Host.
+        if not host or not isinstance(http.peer, tuple):
+            return
+        names = (*self._own_names, *config.callback.gateway_hosts, *config.gateway.hosts)
+        if not is_own_host(host, names):
+            reason = f"{printable(host[:80])} is no name of this machine: gateway.hosts lists more"
+            raise HttpError(421, f"{reason}, and with [auth] any will do")
+
+
+def require_valid(http: Exchange, target: str) -> None:
+    """Refuse what can't be meant for a function. Raises HttpError: 400, 414, 501, 508."""
+    if len(target) > MAX_HEADER_BYTES:
+        raise HttpError(414, TARGET_TOO_LONG, HANG_UP)
+    headers = http.headers
+    coding = headers.get("Transfer-Encoding", "chunked").lower()
+    if http.method == "CONNECT" or coding != "chunked":  # RFC 9112 6.1
+        reason = "CONNECT, and transfer codings beside chunked, are not for functions"
+        raise HttpError(501, reason, HANG_UP)
+    if "Transfer-Encoding" in headers and http.version < (1, 1):  # faulty framing (ibid.)
+        raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding", HANG_UP)
+    if "Via" in headers and via(target) in headers["Via"]:
+        own = {"X-Openfaas-Internal": "gateway"}
+        raise HttpError(508, "the provider has no replica of this function", own)
+
+
+def is_preflight(http: Exchange) -> bool:
+    """Whether a browser asks what a page may send (Fetch standard 3.2.2)."""
+    return http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers
+
+
+def preflight_answer(http: Exchange, origin: str) -> Response:
+    """Whatever the page wants to send, it may."""
+    headers = {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Methods": http.headers["Access-Control-Request-Method"],
+        "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", ""),
+        "Access-Control-Max-Age": str(PREFLIGHT_MAX_AGE_S),
+        "Vary": "Origin",
+    }
+    return respond(204, headers)
+
+
+def error_reply(target: str, exc: HttpError) -> Response:
+    """One line of text; on Fn's routes a JSON document."""
+    if target.startswith(("/r/", "/v1/")):
+        return reply({"error": {"message": exc.text}}, exc.status, exc.headers)
+    return reply(exc.text, exc.status, exc.headers)
 
 
 # --- Function routes ------------------------------------------------------------------------------
@@ -12425,17 +12778,17 @@ class FunctionRoutes:
     intake: Intake
     metrics: Metrics
 
-    async def call(self, request: Request) -> web.StreamResponse:
+    async def call(self, request: Request) -> Response:
         """/function/NAME: the function's own answer."""
         name, target = split_target(request.target.removeprefix("/function/"))
         return await self.answer(request, await self.find(name), target)
 
-    async def queue(self, request: Request) -> web.StreamResponse:
+    async def queue(self, request: Request) -> Response:
         """POST /async-function/NAME: 202 once the call is stored."""
         name, target = split_target(request.target.removeprefix("/async-function/"))
         return await self.accept(request, await self.find(name, stale=True), target)
 
-    async def refuse(self, request: Request) -> web.StreamResponse:
+    async def refuse(self, request: Request) -> Response:
         """Any other method on /async-function/…."""
         reason = "there is nothing to GET from a queued call (POST, DELETE)"
         allow = {"Allow": "POST, DELETE"}
@@ -12451,7 +12804,7 @@ class FunctionRoutes:
 
     async def accept(
         self, request: Request, function: Function, target: str, app: str | None = None
-    ) -> web.StreamResponse:
+    ) -> Response:
         """Queue a call, whatever the request's method. With an app the answer is Fn's."""
         config = self.settings().gateway
         controls = self.intake.controls(request.headers, app)
@@ -12463,9 +12816,9 @@ class FunctionRoutes:
         answer["X-Start-Time"] = str(accepted.start_time)
         if app is not None or "application/json" in request.headers.get("Accept", ""):
             return reply({"call_id": accepted.call_id}, 202, answer)
-        return web.Response(status=202, headers=answer)
+        return respond(202, answer)
 
-    async def answer(self, request: Request, function: Function, target: str) -> web.StreamResponse:
+    async def answer(self, request: Request, function: Function, target: str) -> Response:
         """Call a function and pass its answer on."""
         start_time = time.time_ns()
         call_id = parse_one(request.headers, "X-Call-Id", visible) or new_id()
@@ -12505,7 +12858,7 @@ class FunctionRoutes:
 
     async def _pass_on(
         self, request: Request, function: Function, asked: FunctionRequest, ours: Mapping[str, str]
-    ) -> web.StreamResponse:
+    ) -> Response:
         """A client that goes away cancels this, and so ends the call."""
         config = self.settings().gateway
         who = f"function {function.name}"
@@ -12525,24 +12878,27 @@ class FunctionRoutes:
         headers = as_multidict(outcome.headers)
         headers.update(ours)
         headers["X-Duration-Seconds"] = f"{outcome.duration_s:.6f}"
-        return web.Response(status=outcome.status, headers=headers, body=outcome.body)
+        return Response(outcome.status, headers, outcome.body)
 
-    async def _sync_body(self, request: web.BaseRequest) -> bytes | AsyncIterator[bytes]:
+    async def _sync_body(self, http: Exchange) -> bytes | AsyncIterator[bytes]:
         """A small body as a whole, another one as it comes."""
         timeout_s = self.settings().gateway.read_timeout
-        length = request.content_length if request.body_exists else 0
+        length = http.content_length if http.has_content else 0
         if length is not None and length <= SMALL_BODY_BYTES:
-            return await read_body(request, timeout_s, SMALL_BODY_BYTES)
-        return body_chunks(request, timeout_s)
+            return await read_body(http, timeout_s, SMALL_BODY_BYTES)
+        return body_chunks(http, timeout_s)
 
-    def _forwarded(self, request: web.BaseRequest) -> list[Header]:
+    def _forwarded(self, http: Exchange) -> list[Header]:
         """The caller's end-to-end headers, and where they come from."""
-        given = request.headers
+        given = http.headers
         drop = COMPUTED
         if self.settings().auth.invoke:  # then the credentials are for us
             drop = COMPUTED | {b"authorization"}
-        headers = forward_headers(request.raw_headers, drop)
-        hops = [*given.getall("X-Forwarded-For", ()), *filter(None, [request.remote])]
+        headers = forward_headers(http.raw_headers, drop)
+        peer = http.peer
+        hops = [*given.getall("X-Forwarded-For", ())]
+        if isinstance(peer, tuple):
+            hops.append(peer[0])
         if hops:
             value = ", ".join(hops).encode("utf-8", "surrogateescape")
             headers.append((b"X-Forwarded-For", value))
@@ -12565,12 +12921,12 @@ class HealthRoutes:
     queue: Queue
     waiters: CallWaiters
 
-    async def healthz(self, request: Request) -> web.StreamResponse:
+    async def healthz(self, request: Request) -> Response:
         """200 while the queue's writer answers."""
         reason = self.queue.stalled()
         return reply(reason or "ok", 503 if reason else 200)
 
-    async def readyz(self, request: Request) -> web.StreamResponse:
+    async def readyz(self, request: Request) -> Response:
         """200 when work can be accepted. Queues that are paused are named."""
         reason = "shutting down" if self.waiters.closed else self.queue.stalled()
         reason = reason or await self.queue.failing()
@@ -12595,7 +12951,7 @@ class CallRoutes:
     records: CallRecords
     waiters: CallWaiters
 
-    async def show_call(self, request: Request) -> web.StreamResponse:
+    async def show_call(self, request: Request) -> Response:
         """The record; with `wait`, as soon as it is final, or when the time is over."""
         wait_s = parse_one(request.query, "wait", duration)
         record = await self._final_record(request.parts[0], wait_s or 0.0)
@@ -12614,7 +12970,7 @@ class CallRoutes:
                 async with asyncio.timeout_at(until):
                     await ended.wait()
 
-    async def list_calls(self, request: Request) -> web.StreamResponse:
+    async def list_calls(self, request: Request) -> Response:
         """Records that match, newest first."""
         filters = self._filters(request, "limit", "cursor")
         limit = parse_one(request.query, "limit", page_size) or 100
@@ -12648,17 +13004,17 @@ class CallRoutes:
             until=parse_one(joined, "until", parse_since),
         )
 
-    async def retry_matching(self, request: Request) -> web.StreamResponse:
+    async def retry_matching(self, request: Request) -> Response:
         """Queue exactly the runs that match again."""
         return await self._change_matching(request, "queued again", self.records.redrive_matching)
 
-    async def cancel_matching(self, request: Request) -> web.StreamResponse:
+    async def cancel_matching(self, request: Request) -> Response:
         """Cancel exactly the runs that match."""
         return await self._change_matching(request, "cancelled", self.records.cancel_matching)
 
     async def _change_matching(
         self, request: Request, done: str, change: Callable[[CallFilter], Awaitable[BulkResult]]
-    ) -> web.StreamResponse:
+    ) -> Response:
         filters = self._filters(request)
         if filters == CallFilter():
             raise HttpError(400, f"which calls? Give at least one of {', '.join(FILTERS)}")
@@ -12667,13 +13023,13 @@ class CallRoutes:
         log_with(logging.INFO, f"calls {done}", filters=query, **result._asdict())
         return reply(result._asdict())
 
-    async def show_result(self, request: Request) -> web.StreamResponse:
+    async def show_result(self, request: Request) -> Response:
         """The function's answer: its body, as what it says that it is."""
         stored = await self.records.answer(request.parts[0])
         status = {} if stored.http_status is None else {"X-Function-Status": stored.http_status}
         return stored_reply(stored.headers, stored.body, status)
 
-    async def show_request(self, request: Request) -> web.StreamResponse:
+    async def show_request(self, request: Request) -> Response:
         """What the function was asked: the body, or the rest as a document."""
         stored = await self.records.request(request.parts[0])
         if "application/json" not in request.headers.get("Accept", ""):
@@ -12686,23 +13042,23 @@ class CallRoutes:
         }
         return reply(document, headers=HARMLESS)
 
-    async def retry_call(self, request: Request) -> web.StreamResponse:
+    async def retry_call(self, request: Request) -> Response:
         """Queue a final call again."""
         call_id = request.parts[0]
         await self.records.redrive(call_id)
-        return web.Response(status=202, headers=call_headers(call_id))
+        return respond(202, call_headers(call_id))
 
-    async def resend_callback(self, request: Request) -> web.StreamResponse:
+    async def resend_callback(self, request: Request) -> Response:
         """Deliver the outcome once more."""
         await self.records.resend(request.parts[0])
-        return web.Response(status=202)
+        return respond(202)
 
-    async def cancel_call(self, request: Request) -> web.StreamResponse:
+    async def cancel_call(self, request: Request) -> Response:
         """DELETE /async-function/ID: it will not run (again)."""
         call_id = request.parts[0]
         number = await self.records.cancel(call_id)
         log_with(logging.INFO, "call cancelled", call_id=call_id, number=number)
-        return web.Response(status=202)
+        return respond(202)
 
 
 def hour_document(hour: LastHour, queue: str) -> dict[str, list[int]]:
@@ -12720,7 +13076,7 @@ class QueueRoutes:
     metrics: Metrics
     inflight: Callable[[], Mapping[str, int]]  # attempts running, by queue
 
-    async def list_queues(self, request: Request) -> web.StreamResponse:
+    async def list_queues(self, request: Request) -> Response:
         """All queues there are, the callback sender's last."""
         return reply({"queues": self.documents(await self.records.stats())})
 
@@ -12742,7 +13098,7 @@ class QueueRoutes:
         rows[-1]["max_inflight"] = config.callback.max_inflight
         return rows
 
-    async def change_queue(self, request: Request) -> web.StreamResponse:
+    async def change_queue(self, request: Request) -> Response:
         """Pause, resume or purge a queue."""
         name, action = request.parts
         queues = self.settings().queues
@@ -12757,14 +13113,14 @@ class QueueRoutes:
         log.info("queue %s: %sd", name, action)
         return reply({"queue": name, "paused": action == "pause"})
 
-    async def expose(self, request: Request) -> web.StreamResponse:
+    async def expose(self, request: Request) -> Response:
         """The exposition of Prometheus."""
         queues = self.settings().queues
         now = scraped(await self.records.overview(), queues, self.directory.all())
         body = prometheus_client.generate_latest(self.metrics.registry)
         body += prometheus_client.generate_latest(now)
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
-        return web.Response(body=body, headers=content_type)
+        return respond(200, content_type, body)
 
 
 # --- Live view ------------------------------------------------------------------------------------
@@ -12793,7 +13149,7 @@ class StatsRoutes:
     limits: FunctionLimits
     warnings: Callable[[], Sequence[str]]  # of the configuration as it stands now
 
-    async def show_stats(self, request: Request) -> web.StreamResponse:
+    async def show_stats(self, request: Request) -> Response:
         """All that a page shows beside calls, at the same cost whatever is stored."""
         trouble, overview = await self._look()
         activity = self.queues.metrics.activity
@@ -12891,7 +13247,7 @@ class LogRoutes:
     waiters: CallWaiters
     outputs: LiveOutputs
 
-    async def show_log(self, request: Request) -> web.StreamResponse:
+    async def show_log(self, request: Request) -> Response:
         """What the function wrote: its answer's body, and a command's stderr."""
         call_id = request.parts[0]
         headers = {**HARMLESS, "Content-Type": "text/plain; charset=utf-8"}
@@ -12899,24 +13255,18 @@ class LogRoutes:
         if stream or not parse_one(request.query, "follow", switch):
             output = await self.records.output(call_id)
             alone = {"stdout": output.body, "stderr": output.stderr}
-            return web.Response(body=alone.get(stream or "", output.written), headers=headers)
+            return respond(200, headers, alone.get(stream or "", output.written))
         record = await self.records.lookup(call_id)
-        response = web.StreamResponse(headers=headers | {"X-Accel-Buffering": "no"})
+        head = respond(200, headers | {"X-Accel-Buffering": "no"})
         if request.http.method == "HEAD":
-            return response
-        transport = request.http.transport
-        assert transport
+            return head
         limit_s = self.settings().gateway.write_timeout
-        try:
-            await response.prepare(request.http)
-            async with contextlib.aclosing(self._follow(record)) as pieces:
-                async for piece in pieces:
-                    if piece:
-                        await write_in_time(response, piece, transport, limit_s)
-            await response.write_eof()
-        except ConnectionError:
-            pass  # The client has gone away.
-        return response
+        await request.http.begin(head)
+        async with contextlib.aclosing(self._follow(record)) as pieces:
+            async for piece in pieces:
+                await write_in_time(request.http, piece, limit_s)
+        await request.http.end()
+        return head
 
     async def _follow(self, record: CallRecord) -> AsyncGenerator[bytes, None]:
         """What a call writes, attempt by attempt, to its end; of one that ran elsewhere, then."""
@@ -13100,28 +13450,24 @@ class EventRoutes:
     settings: Settings
     hub: EventHub
 
-    async def show_events(self, request: Request) -> web.StreamResponse:
+    async def show_events(self, request: Request) -> Response:
         """A stream of events, until the client goes away or the daemon stops."""
         wants = self._filter(request.query)
-        response = web.StreamResponse(headers=EVENT_HEADERS)
+        head = respond(200, EVENT_HEADERS)
         if request.http.method == "HEAD":
-            return response
-        transport = request.http.transport
-        assert transport
+            return head
         stream = self.hub.join(wants, request.headers.get("Last-Event-ID"))
         limit_s = self.settings().gateway.write_timeout
         try:
-            await response.prepare(request.http)
+            await request.http.begin(head)
             while not self.hub.closed:
                 data = await stream.unsent.take(PING_S) or self.hub.ping()
-                await write_in_time(response, data, transport, limit_s)
+                await write_in_time(request.http, data, limit_s)
                 await asyncio.sleep(STREAM_PERIOD_S)
-            await response.write_eof()
-        except ConnectionError:
-            pass  # The client has gone away.
+            await request.http.end()
         finally:
             self.hub.leave(stream)
-        return response
+        return head
 
     def _filter(self, query: Mapping[str, str]) -> Callable[[CallRecord], bool]:
         """Which calls a stream is about. Raises HttpError(400)."""
@@ -13152,7 +13498,7 @@ class RestRoutes:
     directory: FunctionDirectory
     metrics: Metrics
 
-    async def handle(self, request: Request) -> web.StreamResponse:
+    async def handle(self, request: Request) -> Response:
         """/system/…, but for calls and queues."""
         config = self.settings()
         segments = f"{request.target.partition('?')[0]}//".split("/")
@@ -13171,9 +13517,7 @@ class RestRoutes:
             raise HttpError(405, reason, {"Allow": "GET"})
         return await self._write(request, resource)
 
-    async def _read(
-        self, request: Request, resource: str, own: Mapping[str, Function]
-    ) -> web.StreamResponse:
+    async def _read(self, request: Request, resource: str, own: Mapping[str, Function]) -> Response:
         documents = self._own_documents()
         if self.provider.url is not None:
             if resource not in ("info", "functions"):
@@ -13183,7 +13527,7 @@ class RestRoutes:
                 return passed(answer, answer.status)
             documents[resource] = json.loads(answer.body)
         elif resource == "logs":
-            return web.Response(content_type="application/x-ndjson")
+            return respond(200, {"Content-Type": "application/x-ndjson"})
         elif resource not in documents:
             raise HttpError(404, "no such function: it is not in the configuration")
         if resource == "info":
@@ -13195,7 +13539,7 @@ class RestRoutes:
             return reply(listed)
         return reply(documents[resource])
 
-    async def _write(self, request: Request, resource: str) -> web.StreamResponse:
+    async def _write(self, request: Request, resource: str) -> Response:
         config = self.settings().gateway
         method = request.http.method
         body = await read_body(request.http, config.read_timeout, config.max_payload)
@@ -13208,7 +13552,7 @@ class RestRoutes:
         limit_s = self.settings().gateway.upstream_timeout
         return await self.provider.ask(method, request.target, body, limit_s)
 
-    async def _pass_on(self, request: Request) -> web.StreamResponse:
+    async def _pass_on(self, request: Request) -> Response:
         """What is streamed: logs, for as long as somebody follows them."""
         headers = forward_headers(request.http.raw_headers, COMPUTED)
         asked = self.provider.request(request.http.method, request.target, headers)
@@ -13234,9 +13578,9 @@ class RestRoutes:
                 yield document | {"invocationCount": self.metrics.activity.invocations[key]}
 
 
-def passed(answer: Fetched, status: int) -> web.Response:
+def passed(answer: Fetched, status: int) -> Response:
     """The provider's answer."""
-    return web.Response(status=status, body=answer.body, headers=as_multidict(answer.headers))
+    return Response(status, as_multidict(answer.headers), answer.body)
 
 
 # -- Fn Project's API of 2017
@@ -13249,7 +13593,7 @@ class FnRoutes:
     functions: FunctionRoutes
     records: CallRecords
 
-    async def call(self, request: Request) -> web.StreamResponse:
+    async def call(self, request: Request) -> Response:
         """/r/APP/ROUTE: the function is the route's first segment."""
         _, _, rest = request.target.removeprefix("/r/").partition("/")
         name, target = split_target(rest)
@@ -13258,7 +13602,7 @@ class FnRoutes:
             return await self.functions.answer(request, function, target)
         return await self.functions.accept(request, function, target, app=request.parts[0])
 
-    async def list_calls(self, request: Request) -> web.StreamResponse:
+    async def list_calls(self, request: Request) -> Response:
         """The newest calls of an app, of one function with `path`."""
         path = request.query.get("path", "").lstrip("/")
         function = split_target(path)[0] or None
@@ -13266,12 +13610,12 @@ class FnRoutes:
         calls = [fn_document(record) for record in page.records]
         return reply({"message": "Successfully listed calls", "calls": calls})
 
-    async def show_call(self, request: Request) -> web.StreamResponse:
+    async def show_call(self, request: Request) -> Response:
         """One call."""
         record = await self._find(*request.parts)
         return reply({"message": "Successfully loaded call", "call": fn_document(record)})
 
-    async def show_log(self, request: Request) -> web.StreamResponse:
+    async def show_log(self, request: Request) -> Response:
         """What a call wrote."""
         record = await self._find(*request.parts)
         output = await self.records.output(record.id)
@@ -14441,18 +14785,18 @@ class PageRoutes:
         """The page as most browsers take it. It costs 1.5 ms, which no start needs."""
         return gzip.compress(self._body, mtime=0)
 
-    async def home(self, request: Request) -> web.StreamResponse:
+    async def home(self, request: Request) -> Response:
         """GET /: people who type the address want the page."""
-        return web.Response(status=302, headers={"Location": "/ui/"})
+        return respond(302, {"Location": "/ui/"})
 
-    async def show(self, request: Request) -> web.StreamResponse:
+    async def show(self, request: Request) -> Response:
         """The page, or that the browser has it already."""
         if self._headers["ETag"] in request.headers.get("If-None-Match", ""):
-            return web.Response(status=304, headers=self._headers)
+            return respond(304, self._headers)
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             packed = {**self._headers, "Content-Encoding": "gzip"}
-            return web.Response(body=self._packed, headers=packed)
-        return web.Response(body=self._body, headers=self._headers)
+            return respond(200, packed, self._packed)
+        return respond(200, self._headers, self._body)
 
 
 # --- Schedule steps -------------------------------------------------------------------------------
@@ -14989,11 +15333,11 @@ class ScheduleRoutes:
 
     scheduler: Scheduler
 
-    async def list_schedules(self, request: Request) -> web.StreamResponse:
+    async def list_schedules(self, request: Request) -> Response:
         """All of them, with the next instants and the last runs."""
         return reply({"schedules": await self.scheduler.documents()})
 
-    async def change(self, request: Request) -> web.StreamResponse:
+    async def change(self, request: Request) -> Response:
         """Run one now, pause it, or have it go on."""
         name, action = request.parts
         if action == "run":
@@ -15154,7 +15498,6 @@ def socket_url(sock: socket.socket) -> str:
 # --- Daemon ---------------------------------------------------------------------------------------
 # Puts the parts together, and owns their lifecycle.
 
-BACKLOG = 1024  # connections that wait to be accepted
 Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon stops
 NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
@@ -15267,19 +15610,17 @@ class Daemon:
             for level, line in introduced:  # Where no start comes of it, one line says why.
                 log.log(level, "%s", line)
             front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])
-            server = Server(front, self.config.gateway.read_timeout)
-            runner = web.ServerRunner(server, shutdown_timeout=0.1)  # The drain comes before.
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
+            server = Server(front.answer, self.config.gateway.read_timeout)
+            stack.push_async_callback(server.close)
             for sock in sockets:
-                await web.SockSite(runner, sock, backlog=BACKLOG).start()
+                await server.listen(sock)
                 log.info("listening on %s", socket_url(sock))
             names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
             self._consumers.start(jobs, names)
             side = self._start_side_jobs(chores)
             sd_notify("READY=1\nSTATUS=accepting calls")
             await self._stop.wait()
-            await self._drain(runner, server)
+            await self._drain(server)
             for task in side:
                 task.cancel()
             await asyncio.gather(*side, return_exceptions=True)
@@ -15402,7 +15743,7 @@ class Daemon:
         self._schedule_news.replan()
         log.info("configuration reloaded")
 
-    async def _drain(self, runner: web.ServerRunner, server: Server) -> None:
+    async def _drain(self, server: Server) -> None:
         """Stop listening and claiming, let what runs end in time, queue the rest again."""
         drain_s = self.config.gateway.drain_timeout
         sd_notify("STOPPING=1\nSTATUS=waiting for running functions")
@@ -15412,11 +15753,9 @@ class Daemon:
         asyncio.get_running_loop().call_later(drain_s, self._hurry.set)
         hurried = asyncio.create_task(self._hurry.wait(), name="hurry")
         self._consumers.halt()  # first, or one more call may begin
-        sites = [site.stop() for site in runner.sites]
-        await asyncio.gather(self._consumers.stop(hurried), *sites)
-        answered = asyncio.create_task(
-            server.front.drain(lambda: server.connections), name="last answers"
-        )
+        server.stop_listening()
+        await self._consumers.stop(hurried)
+        answered = asyncio.create_task(server.drain(), name="last answers")
         await asyncio.wait({answered, hurried}, return_when=asyncio.FIRST_COMPLETED)
         for task in (answered, hurried):
             task.cancel()

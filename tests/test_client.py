@@ -20,7 +20,8 @@ import aiohttp.http_parser
 import pytest
 import uvloop
 import yarl
-from aiohttp.http_parser import HttpResponseParser
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from conftest import PATIENCE, Server, StartDaemon, ask
 
@@ -1261,9 +1262,50 @@ def test_the_parser_is_what_it_was(run: Scenario, kind: str) -> None:
     run(scenario())
 
 
+REQUEST_PARSERS = {"C": HttpRequestParser, "Python": aiohttp.http_parser.HttpRequestParserPy}
+
+
+@pytest.mark.parametrize("kind", REQUEST_PARSERS)
+def test_the_parser_of_requests_is_what_it_was(run: Scenario, kind: str) -> None:
+    """`HttpRequestParser`: it keeps what is behind so many requests, or behind one that would leave HTTP."""
+
+    async def scenario() -> None:
+        parser = REQUEST_PARSERS[kind](
+            cast(Any, Listener()),
+            asyncio.get_running_loop(),
+            1024,
+            max_line_size=100,
+            max_field_size=100,
+            auto_decompress=False,
+            max_msg_queue_size=2,
+        )
+        one = b"GET /a?b HTTP/1.1\r\nHost: x\r\nX-A: b\r\n\r\n"
+        messages, _, _ = parser.feed_data(one * 3)
+        assert len(messages) == 2
+        (message, body) = messages[0]
+        assert (message.method, message.path, tuple(message.version)) == ("GET", "/a?b", (1, 1))
+        assert (message.raw_headers, message.headers["x-a"]) == (((b"Host", b"x"), (b"X-A", b"b")), "b")
+        assert (message.should_close, body is EMPTY_PAYLOAD) == (False, True)
+        parser.message_consumed()
+        parser.message_consumed()
+        assert len(parser.feed_data(b"")[0]) == 1
+        parser.message_consumed()
+        leaving = one.replace(b"X-A: b", b"Connection: upgrade\r\nUpgrade: websocket")
+        messages, upgraded, tail = parser.feed_data(leaving + one)
+        assert (len(messages), upgraded, tail) == (1, True, one)
+        parser.message_consumed()
+        parser.set_upgraded(False)
+        assert [len(found) for found in parser.feed_data(tail)[:1]] == [1]
+        with pytest.raises(LineTooLong) as found:
+            parser.feed_data(b"GET /" + b"x" * 200 + b" HTTP/1.1\r\n")
+        assert found.value.args[1] == 100
+
+    run(scenario())
+
+
 def test_the_parser_is_the_one_in_c() -> None:
     """The other one is several times slower."""
-    assert HttpResponseParser.__module__ == "aiohttp._http_parser"
+    assert HttpResponseParser.__module__ == HttpRequestParser.__module__ == "aiohttp._http_parser"
 
 
 def test_a_stream_is_what_it_was(run: Scenario) -> None:

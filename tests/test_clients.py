@@ -268,6 +268,27 @@ async def test_requests_that_follow_each_other_stay_apart(gateway: Daemon, funct
                 assert len(framing) == (seen.method == "POST"), (name, seen.headers)
 
 
+async def test_requests_by_the_hundred_are_answered_in_their_order(gateway: Daemon, function: Server) -> None:
+    """All in one piece; and that after many whose bodies came behind their heads, which count no longer."""
+    requests = [POST.replace(b"/one", b"/%d" % number) + LENGTH + b"\r\nhello" for number in range(130)]
+    async with connection(gateway.url) as (reader, writer):
+
+        async def answered() -> int:
+            reply = parse(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE))
+            await reader.readexactly(int(reply.headers.get("Content-Length", 0)))
+            return reply.status
+
+        for request in requests[:30]:
+            writer.write(request.removesuffix(b"\r\nhello") + b"Expect: 100-continue\r\n\r\n")
+            assert await answered() == 100
+            writer.write(b"hello")
+            assert await answered() == 200
+        writer.write(b"".join(requests[30:]))
+        assert [await answered() for _ in requests[30:]] == [200] * 100
+    assert [seen.target for seen in function.requests] == [f"/{number}" for number in range(130)]
+    assert {seen.body for seen in function.requests} == {b"hello"}
+
+
 # ---- too much --------------------------------------------------------------------------------------------------
 
 GET = b"GET /function/echo HTTP/1.1\r\nHost: x\r\n"

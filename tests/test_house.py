@@ -31,7 +31,7 @@ SECTIONS = (
     "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
     "HTTP failures", "HTTP connections", "HTTP client", "Commands",
-    "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP front", "HTTP server",
+    "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP requests", "HTTP server", "HTTP front",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
     "Page style", "Page script", "Page views", "Page actions", "Operator's page",
     "Schedule steps", "Schedules", "Routes and sockets", "Daemon", "Client", "Client commands", "Operator commands",
