@@ -240,6 +240,7 @@ LOG_S = 1.0  # what the last lines get at the end
 # How much is done at once.
 MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
 GROUP_COMMIT_MAX = 512  # operations that share one fsync
+MAX_CLAIMS = 32  # of all queues together that are taken at once
 BATCH = 500  # calls that one step of a bulk operation takes before others get their turn
 CHANGES_S = (
     500  # that are told one by one in a second: nobody follows more, and calls need the time
@@ -11455,10 +11456,13 @@ class Running(NamedTuple):
 class Consumer:
     """Claims the work of one queue and runs it. A slot is taken before work is claimed."""
 
-    def __init__(self, name: str, queue: WorkQueue, job: Job) -> None:
+    def __init__(
+        self, name: str, queue: WorkQueue, job: Job, busy: Callable[[], int] = lambda: 1
+    ) -> None:
         self.name = name
         self._queue = queue
         self._job = job
+        self._busy = busy  # how many consumers have work
         self._wake = asyncio.Event()
         self._told = asyncio.Event()  # set, and another one then, by what the queue tells
         self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
@@ -11524,8 +11528,10 @@ class Consumer:
                 continue
             self._claiming = True
             try:
+                # A share at a time, or a thousand slots would keep new calls waiting.
+                share = max(1, MAX_CLAIMS // max(1, self._busy()))
                 rates = self._job.rates(self.name)
-                claims = await self._queue.claim(self.name, free, room, rates)
+                claims = await self._queue.claim(self.name, min(free, share), room, rates)
             except StoreError as exc:
                 log.error("queue %s: no work can be claimed: %s", self.name, exc)
                 await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
@@ -11536,7 +11542,7 @@ class Consumer:
                     self._start(claim)
             self._claiming = False
             self._revoked.clear()
-            if len(claims) >= free:
+            if len(claims) >= min(free, share):
                 self._wake.set()
 
     def _start(self, claim: Claim) -> None:
@@ -11621,10 +11627,14 @@ class Consumers:
             if name not in (*self._settings().queues, CALLBACKS):
                 reason = "has calls but is not in the configuration: it runs with the defaults"
                 log.warning("queue %s %s", name, reason)
-            consumer = Consumer(name, self._queue, self._jobs.get(name, self._jobs[""]))
+            job = self._jobs.get(name, self._jobs[""])
+            consumer = Consumer(name, self._queue, job, self._busy)
             consumer.dispatcher.add_done_callback(self._died)
             self._consumers[name] = consumer
         return self._consumers[name]
+
+    def _busy(self) -> int:
+        return sum(consumer.inflight > 0 for consumer in self._consumers.values())
 
     def wake(self, name: str) -> None:
         """There may be something to claim in a queue."""
