@@ -1301,7 +1301,7 @@ class CallbackConfig:
                 found.update(headers)
         return found
 
-    @property
+    @functools.cached_property
     def policy(self) -> RetryPolicy:
         """When a delivery is tried again: any other answer than these codes and 2xx is final."""
         return RetryPolicy(
@@ -9498,7 +9498,7 @@ MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
 DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
 STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
 DNS_CACHE_S = 10.0
-PROOF_S = 1.0  # idle for so long, a connection shows that its peer does keep connections
+PROOF_S = 0.1  # idle for so long, a connection shows that its peer does keep connections
 MAX_UNPROVEN = 2  # connections that are kept to find that out
 MAX_ORIGINS = 1_000  # of which is known that they do
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
@@ -11691,6 +11691,11 @@ class Controls:
     scheduled_for: float | None = None
 
 
+# What `Intake.controls` looks for.
+ASKING = frozenset(name.lower() for name in (*CONTROL_HEADERS, "X-Call-Id", HOPS))
+NO_CONTROLS = Controls()
+
+
 class Accepted(NamedTuple):
     """A call that is stored: the id to answer with, and when it came in (Unix nanoseconds)."""
 
@@ -11733,6 +11738,8 @@ class Intake:
 
     def controls(self, headers: Mapping[str, str], app: str | None = None) -> Controls:
         """What the headers of a request ask for. Raises HttpError(400)."""
+        if app is None and ASKING.isdisjoint(map(str.lower, headers)):
+            return NO_CONTROLS  # as most do
 
         def delay(value: str) -> float:
             return time.time() + duration(value)
