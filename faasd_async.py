@@ -9511,6 +9511,8 @@ PROXY_VARIABLES = {
 ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
 TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
+# The first line of an answer that is no interim one; such may stand before it.
+STATUS_LINE = re.compile(rb"(?:\A|\n\r?\n)HTTP/1\.[01] ([2-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
 CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
 
 AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
@@ -9641,6 +9643,7 @@ class Wire(asyncio.Protocol):
         self._parser: HttpResponseParser | None = None
         self._headless = False  # whether that expects answers without a body
         self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
+        self._on_status: Tell[int] | None = None  # told what the first line of an odd head says
         self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
         self._head = b""  # what has come in while it is missing
         self._keep = True  # whether another request may follow
@@ -9652,8 +9655,11 @@ class Wire(asyncio.Protocol):
 
     # What the caller does.
 
-    def begin(self, method: str) -> asyncio.Future[Head]:
-        """Expect an answer; the future has its head and its body, or RequestFailed."""
+    def begin(self, method: str, on_status: Tell[int] | None = None) -> asyncio.Future[Head]:
+        """Expect an answer; the future has its head and its body, or RequestFailed.
+
+        `on_status` is told the status of one whose head is not whole, or is wrong after that.
+        """
         headless = method == "HEAD"
         if self._parser is None or headless != self._headless:
             self._headless = headless
@@ -9661,6 +9667,7 @@ class Wire(asyncio.Protocol):
         self._head = b""
         self.silent = True
         self.unseen = False
+        self._on_status = on_status
         answer: asyncio.Future[Head] = self._loop.create_future()
         if self.closed:
             answer.set_exception(broken(None))
@@ -9745,6 +9752,7 @@ class Wire(asyncio.Protocol):
             parser = new_parser(self._flow, self._headless)
             for message, body in whole_heads(parser, self._head + data):
                 self._answered(message, body)
+            self._tell_status(data)
             said = "did not answer in valid HTTP"
             if data.startswith(b"\x15\x03"):  # the alert of a TLS server
                 said = "speaks TLS: its URL begins with https://"
@@ -9753,9 +9761,15 @@ class Wire(asyncio.Protocol):
         for message, body in messages:
             self._answered(message, body)
         if self._answer is not None:
+            self._tell_status(data)
             self._head += data
             if len(self._head) > MAX_HEAD_BYTES:
                 self.fail(RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP"))
+
+    def _tell_status(self, data: bytes) -> None:
+        """Tell what is known of an answer that may never be whole."""
+        if self._on_status is not None and (line := STATUS_LINE.search(self._head + data)):
+            self._on_status(int(line[1]))
 
     def _answered(self, message: RawResponseMessage, body: StreamReader) -> None:
         if 100 <= message.code < 200 and message.code != 101:
@@ -9781,6 +9795,8 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended, and with it the exchange."""
+        if exc is not None:
+            self._take_rest()
         self.unseen = self.unseen or (self.silent and self._was_unseen())
         unfinished = not self._body.is_eof() and self._body.exception() is None
         if exc is None and self._parser is not None and unfinished:
@@ -9789,6 +9805,19 @@ class Wire(asyncio.Protocol):
                 self._parser.feed_eof()
         self._flow.ended()
         self.fail(broken(exc))
+
+    def _take_rest(self) -> None:
+        """Read what had come before the connection broke.
+
+        A peer that answers and closes without having read the request resets the connection; who
+        is writing then is told of that first. (The transport closes the socket after this.)
+        """
+        transport = self._flow.required()
+        if transport.get_extra_info("sslcontext") is not None:
+            return
+        with contextlib.suppress(OSError):
+            while data := self._sock.recv(READ_BYTES):
+                self.data_received(data)
 
     def pause_writing(self) -> None:
         """Too much is waiting to be sent."""
@@ -10141,12 +10170,14 @@ class HttpClient:
         *,
         tls: ssl.SSLContext | None = None,
         keepalive: bool = True,
+        on_status: Tell[int] | None = None,
     ) -> HttpResponse:
         """Send a request, and return when the head of the answer has come. No time limit.
 
         `tls` says whom to trust, other than the system's CAs, and who we are. Without `keepalive`
-        the connection is used for this request alone. Raises RequestFailed; and what `body` raises,
-        if that is an HttpError.
+        the connection is used for this request alone. `on_status` is told the status in the first
+        line of an answer whose head is not whole, or is wrong after that. Raises RequestFailed; and
+        what `body` raises, if that is an HttpError.
         """
         origin = self._origin(url, tls)
         head = request_head(method, url, headers, body, origin, keepalive)
@@ -10155,13 +10186,14 @@ class HttpClient:
         wire = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
         if wire is not None:
             try:
-                return (await exchange(wire, method, head, body)).keep(release)
+                answer = await exchange(wire, method, head, body, on_status)
+                return answer.keep(release)
             except RequestFailed:
                 self._pool.doubt(origin)
                 if not wire.unseen and not (wire.silent and method in IDEMPOTENT):
                     raise
         wire = await self._connect(origin)
-        return (await exchange(wire, method, head, body)).keep(release)
+        return (await exchange(wire, method, head, body, on_status)).keep(release)
 
     def _origin(self, url: yarl.URL, tls: ssl.SSLContext | None) -> Origin:
         host = url.raw_host or ""
@@ -10219,10 +10251,14 @@ class HttpClient:
 
 
 async def exchange(
-    wire: Wire, method: str, head: bytes, body: bytes | AsyncIterator[bytes]
+    wire: Wire,
+    method: str,
+    head: bytes,
+    body: bytes | AsyncIterator[bytes],
+    on_status: Tell[int] | None,
 ) -> HttpResponse:
     """Send a request and wait for the head of its answer. Raises RequestFailed, HttpError."""
-    answer = wire.begin(method)
+    answer = wire.begin(method, on_status)
     sending = None
     if isinstance(body, bytes):
         wire.write(head + body)
@@ -11337,10 +11373,7 @@ class CallbackJob:
         log_bodies(config.log, claim.call_id, callback=claim.body)
         limit = Limit(config.callback.timeout, "callback.timeout")
         try:
-            async with TimeLimit(limit):
-                response = await self._send(claim)
-            async with response:
-                await response.discard()  # The status line has decided.
+            status, headers = await self._deliver(claim, limit)
         except Shortage:  # of this machine: it is charged to nobody
             await asyncio.sleep(RETRY_STORE_S)
             return None
@@ -11349,13 +11382,13 @@ class CallbackJob:
             who = "callbacks" if forbidden else "the callback URL"
             outcome = unanswered(exc, who, time.perf_counter() - started)
         else:
-            ok = 200 <= response.status < 300
+            ok = 200 <= status < 300
             outcome = Outcome(
-                status=response.status,
+                status=status,
                 ok=ok,
                 duration_s=time.perf_counter() - started,
-                headers=response.headers,
-                error=None if ok else f"the callback URL answered {response.status}",
+                headers=headers,
+                error=None if ok else f"the callback URL answered {status}",
             )
         if outcome.answered:
             self.failing.discard(claim.lane)
@@ -11363,7 +11396,24 @@ class CallbackJob:
             self.failing.add(claim.lane)
         return outcome
 
-    async def _send(self, claim: Claim) -> HttpResponse:
+    async def _deliver(self, claim: Claim, limit: Limit) -> tuple[int, Headers]:
+        """Status and headers of the receiver's answer. Raises RequestFailed, Shortage.
+
+        The status line decides: that of a 2xx is enough, whatever becomes of the rest.
+        """
+        first_lines: list[int] = []
+        try:
+            async with TimeLimit(limit):
+                response = await self._send(claim, first_lines.append)
+        except RequestFailed:
+            if first_lines and 200 <= first_lines[-1] < 300:
+                return first_lines[-1], ()
+            raise
+        async with response:
+            await response.discard()
+        return response.status, response.headers
+
+    async def _send(self, claim: Claim, on_status: Tell[int]) -> HttpResponse:
         """The POST, to this daemon itself where the host is one of its names."""
         config = self.settings()
         url = yarl.URL(claim.target, encoded=True)
@@ -11382,7 +11432,10 @@ class CallbackJob:
             return await self.own.request("POST", url, headers, claim.body)
         if not callback_allowed(host, None, config.callback):
             raise RequestFailed(FailureKind.FORBIDDEN, f"to {host} are not allowed")
-        return await self.http.request("POST", url, headers, claim.body, tls=config.callback.tls)
+        tls = config.callback.tls
+        return await self.http.request(
+            "POST", url, headers, claim.body, tls=tls, on_status=on_status
+        )
 
     def _headers(self, claim: Claim) -> list[Header]:
         """The function's own end-to-end headers, and ours in place of those of the same name."""

@@ -428,6 +428,27 @@ def test_an_answer_may_come_before_the_request_is_whole(run: Scenario) -> None:
     run(scenario())
 
 
+def test_an_answer_wins_over_the_reset_that_follows_it(run: Scenario) -> None:
+    """Who refuses a body may close without having read it: who still sends that finds a broken connection."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            accepting = asyncio.ensure_future(peer.accept())
+
+            async def body() -> AsyncIterator[bytes]:
+                yield b"the beginning"
+                connection = await accepting
+                await connection.loop.sock_recv(connection.sock, 1)
+                # From here on the client's side does nothing until it sends.
+                connection.sock.send(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno")
+                connection.close()
+                yield b"x" * 2**20
+
+            assert await peer.ask(body=body()) == (413, b"no")
+
+    run(scenario())
+
+
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NO_HTTP, BROKEN = (
     (FailureKind.INVALID, "did not answer in valid HTTP"),
