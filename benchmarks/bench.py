@@ -79,7 +79,7 @@ BODY = b"x" * 256
 STOCK_BARE = 20_000.0  # requests/s of the bare handler where the stock figures were measured
 IN_FLIGHT = {"one": 1, "many": 64, "parked": 1, "backlog": 64}  # queues, each with a function of the same name
 ALL_IN_FLIGHT = {**IN_FLIGHT, "provided": 64}
-LIBRARIES = "import aiohttp.web, prometheus_client, sqlite3, uvloop"
+LIBRARIES = "import aiohttp, prometheus_client, sqlite3, uvloop"
 GROUPS = (
     "start",
     "idle",

@@ -279,3 +279,25 @@ async def test_calls_of_a_mebibyte_each_have_their_price_and_no_more(
         print(f"idle {idle / MIB:.0f} MiB, peak {resident(gateway, 'VmHWM') / MIB:.0f} MiB")
     assert {len(request.body) for request in (*function.requests, *sink.requests)} == {MIB}
     assert resident(gateway, "VmHWM") - idle < PEAK
+
+
+COMPILED = f"""
+import re, sys
+sys.dont_write_bytecode = True
+sys.pycache_prefix = sys.argv[1]
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import faasd_async
+memory = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = memory()
+faasd_async.give_back_memory()
+print(before - memory())
+"""
+
+
+async def test_what_compiling_has_taken_is_given_back(tmp_path: Path) -> None:
+    """Where no bytecode is kept, 20 MiB of a start would stay with the process."""
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", COMPILED, str(tmp_path)), stdout=asyncio.subprocess.PIPE
+    )
+    told, _ = await asyncio.wait_for(program.communicate(), PATIENCE)
+    assert int(told) * 1024 > 10 * MIB
