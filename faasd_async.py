@@ -241,6 +241,7 @@ LOG_S = 1.0  # what the last lines get at the end
 MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
 GROUP_COMMIT_MAX = 512  # operations that share one fsync
 MAX_CLAIMS = 32  # of all queues together that are taken at once
+MAX_PAGE = 1000  # records in one answer
 BATCH = 500  # calls that one step of a bulk operation takes before others get their turn
 CHANGES_S = (
     500  # that are told one by one in a second: nobody follows more, and calls need the time
@@ -614,11 +615,11 @@ def local_moment(value: Any) -> float:
     return datetime.fromisoformat(value).timestamp()
 
 
-@expects("a whole number from 1 to 1000")
+@expects(f"a whole number from 1 to {MAX_PAGE}")
 def page_size(value: Any) -> int:
     """How many records one answer may have."""
     size = number(value)
-    require(size <= 1000)
+    require(size <= MAX_PAGE)
     return size
 
 
@@ -13014,18 +13015,67 @@ class HealthRoutes:
 
 
 @dataclass(frozen=True)
+class WaitReasons:
+    """Why calls wait that have not begun, as far as this daemon can tell without a search.
+
+    Slots that hosts share and earlier calls of the same queue are told as "its turn".
+    """
+
+    settings: Settings
+    records: CallRecords
+    limits: FunctionLimits
+    inflight: Callable[[], Mapping[str, int]]  # attempts running, by queue
+
+    async def reason(self, record: CallRecord) -> str | None:
+        """What a call waits for; None: it doesn't."""
+        if record.status == "delayed":
+            return "its next attempt" if record.attempts else "its time"
+        if record.status != "queued":
+            return None
+        stats = (await self.records.stats()).get(record.queue)
+        if stats is not None and stats.paused:
+            return f"queue {record.queue}, which is paused"
+        return self._room(record) or self._turn(record)
+
+    def _room(self, record: CallRecord) -> str | None:
+        """What has to end first, where as many calls run as may."""
+        config = self.settings().queue(record.queue)
+        running = self.inflight().get(record.queue, 0)
+        if running >= config.max_inflight:
+            return f"room in queue {record.queue}, which runs {running} of {config.max_inflight}"
+        lane = f"{record.function}.{record.namespace}"
+        if self.limits.room(config.adaptive).get(lane, 1):
+            return None
+        if not self.limits.full(lane):
+            return f"function {record.function}, which takes no calls for a moment"
+        running = self.limits.running(lane)
+        return f"function {record.function}, which runs {running} of {self.limits.limit(lane)}"
+
+    def _turn(self, record: CallRecord) -> str:
+        if record.concurrency_key is not None:
+            return f"its turn among calls with the key {record.concurrency_key}"
+        lane = f"{record.function}.{record.namespace}"
+        rate = self.limits.rates().get(lane) or self.settings().queue(record.queue).rate
+        return f"its turn, at a rate of {rate.text}" if rate else "its turn"
+
+
+@dataclass(frozen=True)
 class CallRoutes:
     """Calls: what became of them, and what is to become of them."""
 
     settings: Settings
     records: CallRecords
     waiters: CallWaiters
+    reasons: WaitReasons
 
     async def show_call(self, request: Request) -> Response:
         """The record; with `wait`, as soon as it is final, or when the time is over."""
         wait_s = parse_one(request.query, "wait", duration)
         record = await self._final_record(request.parts[0], wait_s or 0.0)
-        return reply(record_document(record))
+        shown = record_document(record)
+        if reason := await self.reasons.reason(record):
+            shown["waits_for"] = reason
+        return reply(shown)
 
     async def _final_record(self, call_id: str, wait_s: float) -> CallRecord:
         loop = asyncio.get_running_loop()
@@ -13041,13 +13091,24 @@ class CallRoutes:
                     await ended.wait()
 
     async def list_calls(self, request: Request) -> Response:
-        """Records that match, newest first."""
-        filters = self._filters(request, "limit", "cursor")
+        """Records that match, newest first; with `count`, how many there are."""
+        filters = self._filters(request, "limit", "cursor", "count")
+        if parse_one(request.query, "count", switch):
+            return reply({"count": await self._count(filters)})
         limit = parse_one(request.query, "limit", page_size) or 100
         cursor = parse_one(request.query, "cursor", page_cursor)
         page = await self.records.list_records(filters, limit, cursor)
         calls = [record_document(record) for record in page.records]
         return reply({"calls": calls, "next_cursor": page.next_cursor})
+
+    async def _count(self, filters: CallFilter) -> int:
+        """How many records match: page after page, so that nobody waits for it."""
+        page = await self.records.list_records(filters, MAX_PAGE)
+        number = len(page.records)
+        while page.next_cursor is not None:
+            page = await self.records.list_records(filters, MAX_PAGE, page.next_cursor)
+            number += len(page.records)
+        return number
 
     def _filters(self, request: Request, *others: str) -> CallFilter:
         """The filters of a request. Raises HttpError(400)."""
@@ -13285,6 +13346,7 @@ class StatsRoutes:
             "type": function.type,
             "queue": function.queue,
             "max_inflight": self.limits.limit(key),
+            "rate": function.rate.text if function.rate else None,
             "inflight": self.limits.running(key),
             "replicas": function.replicas,
             "invocations": metrics.activity.invocations[key],
@@ -13367,6 +13429,8 @@ class LogRoutes:
 EVENTS_KEPT = 1000  # for streams that begin again where they were cut
 MAX_STREAMS = 8  # a browser allows six to one host
 STREAM_PERIOD_S = 0.2  # between writes to one stream: what has happened meanwhile goes together
+BURST_PERIOD_S = 0.5  # the same when that is more than BURST_BYTES, which nobody reads as it comes
+BURST_BYTES = 16 * KIB
 PING_S = 15.0  # Proxies cut connections on which nothing happens, nginx after 60 s.
 GAP_S = 0.25  # between two events that tell of missed changes
 LINGER_WATCH_S = 60.0  # for which events are kept when the last stream has ended: it may come back
@@ -13459,8 +13523,8 @@ class EventHub:
             stream.unsent.wake()
 
     def ping(self) -> bytes:
-        """Something that is no event. A reader has had all that it wants up to this id."""
-        return f": still here\nid: {self._last_id}\n\n".encode()
+        """That the stream is still there. A reader has had all that it wants up to this id."""
+        return event_text(self._last_id, "ping", {})
 
     @property
     def _last_id(self) -> str:
@@ -13533,7 +13597,8 @@ class EventRoutes:
             while not self.hub.closed:
                 data = await stream.unsent.take(PING_S) or self.hub.ping()
                 await write_in_time(request.http, data, limit_s)
-                await asyncio.sleep(STREAM_PERIOD_S)
+                burst = len(data) > BURST_BYTES
+                await asyncio.sleep(BURST_PERIOD_S if burst else STREAM_PERIOD_S)
             await request.http.end()
         finally:
             self.hub.leave(stream)
@@ -13742,8 +13807,8 @@ button, .button, input[type=search], textarea {
   background: var(--panel); color: inherit; font: inherit;
 }
 textarea { width: 100%; min-height: 9rem; padding: .625rem; }
-button, .button, nav a, td a, th a, .run { display: inline-flex; align-items: center; }
-nav a, td a, th a, .run { min-height: var(--target); }
+button, .button, :is(nav, td, th) a, .run { display: inline-flex; align-items: center; }
+:is(nav, td, th) a, .run { min-height: var(--target); }
 button, .button { justify-content: center; cursor: pointer; text-decoration: none; }
 button:hover { text-decoration: underline; }
 .main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
@@ -13775,15 +13840,17 @@ th, td { padding: 0 .625rem; height: var(--target); text-align: left; white-spac
 thead th, dt, small, .empty { font-size: .8125rem; color: var(--quiet); }
 tbody td, tbody th { border-top: 1px solid var(--line); }
 tbody tr:hover, tbody tr:focus-within { background: var(--hover); }
-td a, th a { color: inherit; font-weight: 600; }
-td a:not(:hover), th a:not(:hover) { text-decoration: none; }
+:is(td, th) a { color: inherit; font-weight: 600; }
+:is(td, th) a:not(:hover) { text-decoration: none; }
 .number, .actions { text-align: right; }
 .actions button { margin: 3px 0 3px .5rem; }
 .pick label { display: grid; place-items: center; min-height: var(--target); }
 .pick { width: 44px; padding: 0; }
 .why { width: 35%; max-width: 1px; overflow: hidden; text-overflow: ellipsis; }
-.hour { width: 96px; height: 22px; margin-right: .5rem; vertical-align: middle; }
-.hour { color: var(--accent); stroke-width: 1; }
+.hour {
+  width: 96px; height: 22px; margin-right: .5rem; vertical-align: middle;
+  color: var(--accent); stroke-width: 1;
+}
 
 .state { display: inline-flex; align-items: center; gap: .375rem; vertical-align: bottom; }
 .success { color: var(--good); }
@@ -13807,8 +13874,10 @@ dd { margin: 0; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 .sides > * { min-width: 0; }
 
-dialog { width: min(36rem, calc(100vw - 2rem)); border: 1px solid var(--edge); }
-dialog { border-radius: 10px; background: var(--panel); color: inherit; }
+dialog {
+  width: min(36rem, calc(100vw - 2rem)); border: 1px solid var(--edge);
+  border-radius: 10px; background: var(--panel); color: inherit;
+}
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog h2 { margin-top: 0; }
 dialog dl { display: grid; grid-template-columns: 3rem 1fr; gap: .375rem; }
@@ -13818,12 +13887,13 @@ kbd { padding: 0 .4rem; border: 1px solid var(--edge); border-radius: 4px; }
   nav#views { order: 1; flex-basis: 100%; }
   .sides { grid-template-columns: 1fr; }
   .line p { grid-column: 1 / -1; }
-  thead { display: none; }
+  thead th:not(.pick) { display: none; }
+  thead .pick label::after { content: "All"; }
   tbody, tbody td, tbody th { display: block; border: 0; height: auto; white-space: normal; }
   tbody tr { display: flex; flex-wrap: wrap; align-items: center; padding: .25rem 0; }
   tbody tr { border-top: 1px solid var(--line); }
   td:empty { display: none; }
-  td[data-name]::before { content: attr(data-name) " "; color: var(--quiet); }
+  .named::before { content: attr(data-name) ": "; color: var(--quiet); }
   .why, .actions { flex-basis: 100%; max-width: none; }
 }
 """
@@ -13831,6 +13901,7 @@ kbd { padding: 0 .4rem; border: 1px solid var(--edge); border-radius: 4px; }
 # --- Page script ----------------------------------------------------------------------------------
 # One ES module, in parts that are joined: what all views use, then a part for each view.
 
+# h makes an element, such as h("p.quiet", { id: "x" }, "text"), without what is false or missing.
 # Text goes in as text, whatever it says: nothing is ever parsed as markup.
 PAGE_TOOLS = """\
 const $ = (selector) => document.querySelector(selector);
@@ -13841,10 +13912,10 @@ const LIKE = {
   missed: "timeout",
   skipped: "paused",
   pruned: "cancelled",
+  none: "queued",
 };
 const DRAWN = ["svg", "use", "path", "rect"];
 
-// An element, such as h("p.quiet", { id: "x" }, "text"). What is false or missing is left out.
 function h(name, ...content) {
   const [tag, ...classes] = name.split(".");
   const space = `http://www.w3.org/${DRAWN.includes(tag) ? "2000/svg" : "1999/xhtml"}`;
@@ -13863,16 +13934,20 @@ function setAttributes(node, attributes) {
   }
 }
 
-const icon = (name) =>
-  h("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, h("use", { href: `#i-${name}` }));
+const drawing = (name, viewBox, ...parts) =>
+  h(name, { viewBox, preserveAspectRatio: "none", "aria-hidden": "true" }, parts);
+const icon = (name) => drawing("svg", "0 0 16 16", h("use", { href: `#i-${name}` }));
 const state = (name, label = name) => {
   const kind = LIKE[name] ?? name; // whose colour and icon it has
   return h(`span.state.${kind}`, icon(kind), label);
 };
 const button = (label, action, id, kind = "plain") =>
-  h(`button.${kind}`, { type: "button", "data-do": action, "data-id": id }, label);
+  h(`button.${kind}`, { "data-do": action, "data-id": id }, label);
+"""
 
-// Make `old` look like `fresh` and keep what is the same: focus, scrolling, selected text.
+# patch makes `old` look like `fresh` and keeps what is the same: focus, scrolling, selected text.
+# Children with an id keep their element wherever they move to, others their place.
+PAGE_PATCH = """\
 function patch(old, fresh) {
   if (old.nodeType === Node.TEXT_NODE) {
     if (old.data !== fresh.data) old.data = fresh.data;
@@ -13888,7 +13963,6 @@ function patch(old, fresh) {
   patchChildren(old, fresh);
 }
 
-// Children with an id keep their element wherever they move to, others their place.
 function patchChildren(old, fresh) {
   const named = byId(old);
   const stay = byId(fresh);
@@ -13910,9 +13984,12 @@ function patchChildren(old, fresh) {
 const byId = ({ children }) =>
   new Map([...children].filter((node) => node.id).map((node) => [node.id, node]));
 const twin = (node, next) => (node && !node.id && node.nodeName === next.nodeName ? node : null);
+"""
 
+# Numbers, sizes and times as people read them.
+PAGE_UNITS = """\
 const SIZES = ["B", "KiB", "MiB", "GiB", "TiB"];
-const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]; // prettier-ignore
+const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
 const count = (value) => value.toLocaleString("en");
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
@@ -14004,7 +14081,6 @@ const callLink = (id) => `#call?${new URLSearchParams({ id })}`;
 
 // The parameters that choose calls, without those that turn pages.
 const filterOf = (query) => [...query].filter(([name]) => FILTERS.includes(name));
-const withoutState = (query) => filterOf(query).filter(([name]) => name !== "status");
 
 // "status:error function:cat 01a1…": a word without a name is an id.
 function parseFilter(text) {
@@ -14049,7 +14125,7 @@ function drawCalls({ calls, next_cursor: older }, { query }) {
 }
 
 function drawTabs(query) {
-  const others = withoutState(query);
+  const others = filterOf(query).filter(([name]) => name !== "status");
   const counts = others.length ? {} : stats.counts; // there are none for a filter
   const tab = (name, label, chosen) => {
     const current = query.get("status") === name && "page";
@@ -14067,7 +14143,7 @@ function drawBulk(calls, filter) {
   return h(
     "div.row",
     h("span", text, some ? " selected" : " on this page"),
-    mayAct() &&
+    stats.may_act &&
       (some || (filter.length > 0 && calls.length > 0)) && [
         button(`Retry ${which}…`, "change", "retry"),
         button(`Cancel ${which}…`, "change", "cancel"),
@@ -14078,7 +14154,10 @@ function drawBulk(calls, filter) {
 const drawNoCalls = (filter) =>
   filter.length
     ? drawEmpty("No call matches.")
-    : drawEmpty("No calls yet. Queue one: ", h("code", "faasd-async invoke NAME --async"));
+    : drawEmpty("No calls yet. Queue one: ", h("code", firstCommand()));
+
+const firstCommand = () =>
+  `curl -d hello ${BASE}async-function/${stats.functions[0]?.name ?? "NAME"}`;
 
 function drawCallTable(calls) {
   const all = calls.every(({ id }) => picked.has(id));
@@ -14101,21 +14180,23 @@ function drawCallRow(call) {
   const { id, callback, error } = call;
   return h(
     "tr",
-    { id, "data-id": id },
+    { id },
     h("td.pick", tick(id, `Select ${call.function}, ${call.status}`, picked.has(id))),
     h("td", state(call.status)),
     h("td", h("a", { href: callLink(id) }, call.function)),
-    cell("queue", call.queue),
-    figure("attempts", `${call.attempts}/${call.max_attempts}`),
-    figure("age", age(call.created_at)),
-    figure("took", span(call.duration_seconds)),
-    cell("callback", callback.status !== "none" && state(callback.status)),
+    cell(call.queue),
+    figure(`${call.attempts}/${call.max_attempts}`),
+    figure(age(call.created_at)),
+    figure(span(call.duration_seconds)),
+    cell(callback.status !== "none" && state(callback.status)),
     h("td.why", error && h("span", { title: error }, error.replace(/^function \S+ /, ""))),
   );
 }
+"""
 
-// Retry and cancel: the call on screen, those that are ticked, or all that match.
-
+# Retry and cancel: the call on screen, those that are ticked, or all that match. changeAsked asks,
+# unless there is nothing to add to the question, then does it, and says for how many.
+PAGE_CHANGES = """\
 const CHANGES = {
   retry: {
     label: "Retry",
@@ -14140,21 +14221,26 @@ function change(name) {
   return picked.size ? changeThese(name, [...picked.values()]) : changeMatching(name);
 }
 
+async function changeAsked(name, number, more, act) {
+  const { label, kind, done, text } = CHANGES[name];
+  const what = plural(number, "call");
+  const content = [h("p", text), h("p", more)];
+  if (!number) return tell(`That can't be ${done} as it stands.`);
+  if (more != null && !(await ask(`${label} ${what}?`, content, `${label} ${what}`, kind))) return;
+  await attempt(async () => `${await act()} ${done}.`);
+}
+
 async function changeThese(name, calls) {
-  const { label, kind, done, text, one } = CHANGES[name];
   const able = calls.filter((call) => isAble(name, call));
-  const what = plural(able.length, "call");
-  if (!able.length) return tell(`That can't be ${done} as it stands.`);
-  const left = able.length < calls.length && ` It can't be done for ${calls.length - able.length}.`;
-  const asked = h("p", text, left);
+  const left = calls.length - able.length;
+  const more = left ? `It can't be done for ${left}.` : "";
   const harmless = name === "retry" && calls.length === 1;
-  if (!harmless && !(await ask(`${label} ${what}?`, [asked], `${label} ${what}`, kind))) return;
-  const results = await Promise.allSettled(able.map(({ id }) => one(id)));
-  const failures = results.filter(({ status }) => status === "rejected");
-  picked.clear();
-  await attempt(async () => {
-    if (failures.length) throw failures[0].reason;
-    return `${what} ${done}.`;
+  await changeAsked(name, able.length, harmless ? null : more, async () => {
+    const results = await Promise.allSettled(able.map(({ id }) => CHANGES[name].one(id)));
+    picked.clear();
+    const failure = results.find(({ status }) => status === "rejected");
+    if (failure) throw failure.reason;
+    return plural(able.length, "call");
   });
 }
 
@@ -14165,37 +14251,22 @@ const isAble = (name, call) =>
 // The filter for those of the calls that match now which it can be done for.
 function narrowed(name) {
   const filter = new URLSearchParams(filterOf(route().query));
+  const callbacks = name === "cancel" && filter.get("callback") === "pending";
   if (!filter.has("until")) filter.set("until", now());
-  for (const [key, able] of Object.entries(CHANGES[name].narrow)) {
+  for (const [key, able] of Object.entries(callbacks ? {} : CHANGES[name].narrow)) {
     const asked = filter.get(key)?.split(",") ?? able;
     filter.set(key, able.filter((value) => asked.includes(value)).join(","));
   }
   return filter;
 }
 
-async function countMatching(filter) {
-  let number = 0;
-  let cursor = "";
-  do {
-    const page = await get(`system/calls?${filter}&limit=1000${cursor}`);
-    number += page.calls.length;
-    cursor = page.next_cursor && `&cursor=${page.next_cursor}`;
-  } while (cursor);
-  return number;
-}
-
 async function changeMatching(name) {
-  const { label, kind, done, text } = CHANGES[name];
   const filter = narrowed(name);
   const possible = [...filter.values()].every(Boolean);
-  const number = possible ? await countMatching(filter) : 0;
-  if (!number) return tell(`None of them can be ${done} as they stand.`);
-  const what = plural(number, "call");
-  const content = [h("p", text), h("p.quiet", filterText([...filter]))];
-  if (!(await ask(`${label} ${what}?`, content, `${label} ${what}`, kind))) return;
-  await attempt(async () => {
-    const result = await (await post(`system/calls/${name}?${filter}`)).json();
-    return `${plural(result.done, "call")} of ${count(result.matched)} ${done}.`;
+  const number = possible ? (await get(`system/calls?${filter}&count=1`)).count : 0;
+  await changeAsked(name, number, filterText([...filter]), async () => {
+    const { done, matched } = await (await post(`system/calls/${name}?${filter}`)).json();
+    return `${plural(done, "call")} of ${count(matched)}`;
   });
 }
 """
@@ -14224,26 +14295,6 @@ async function loadCall({ query }) {
     readOutput(call, details);
   }
   return { call, ...details };
-}
-
-// A body and, where it is text, its text; or the reason why there is none.
-async function loadBody(path) {
-  try {
-    const response = await api(path);
-    const bytes = new Uint8Array(await response.arrayBuffer());
-    const body = { bytes: bytes.length, type: response.headers.get("Content-Type"), text: null };
-    return bytes.includes(0) ? body : { ...body, text: decoded(bytes) };
-  } catch (error) {
-    return { missing: reason(error) };
-  }
-}
-
-function decoded(bytes) {
-  try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch {
-    return null;
-  }
 }
 
 // Read what the function writes, as it writes it, until something else is on screen.
@@ -14294,7 +14345,7 @@ function drawCallActions(call, body) {
   const told = final && call.callback.status !== "none";
   return h(
     "div.row",
-    mayAct() && [
+    stats.may_act && [
       final && button("Run again", "change", "retry", "main"),
       body.text != null && button("Run with another body…", "edit"),
       told && button("Send callback again", "post", `${callPath(call.id)}/callback`),
@@ -14314,7 +14365,7 @@ function happenings(call) {
     ...history.map((run) => ["run before", run.status, run.started_at, null, run.error]),
     ["waited", "queued", call.created_at, between(call.created_at, begin(call))],
     ...failed("attempt"),
-    waits && ["waits", status, call.due_at],
+    waits && ["waits", status, call.due_at, null, `for ${call.waits_for}`],
     began && !waits && [`attempt ${attempts}`, status, began, call.duration_seconds, call.error],
     ...failed("callback"),
     callback.url && [`callback ${callback.attempts || ""}`, callback.status, null, null, target],
@@ -14332,22 +14383,41 @@ function begin(call) {
   return new Date(Date.parse(first.failed_at) - first.duration_seconds * 1000).toISOString();
 }
 
-const local = (at) => new Date(at).toLocaleString();
-
-const drawHappening = ([name, kind, at, took, why]) =>
-  h("li", state(kind, name), h("span", at && local(at)), h("span", span(took)), why && h("p", why));
+function drawHappening([name, kind, at, took, why]) {
+  const local = at && new Date(at).toLocaleString();
+  return h("li", state(kind, name), h("span", local), h("span", span(took)), why && h("p", why));
+}
 
 // Waiting and running, in proportion.
 function drawBar(call) {
   const share =
     between(call.created_at, begin(call)) / between(call.created_at, call.completed_at ?? now());
   const part = (kind, x, width) => h(`rect.${kind}`, { x, width, height: 1 });
-  return h(
-    "svg.bar",
-    { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" },
-    part("queued", 0, 1),
-    part(call.status, share, 1 - share),
-  );
+  const ran = part(call.status, share, 1 - share);
+  return drawing("svg.bar", "0 0 1 1", part("queued", 0, 1), ran);
+}
+"""
+
+# A body is shown as its text, where it is text; JSON with a line for each value, and each number
+# with all its digits.
+PAGE_BODIES = r"""
+async function loadBody(path) {
+  try {
+    const response = await api(path);
+    const bytes = new Uint8Array(await response.arrayBuffer());
+    const body = { bytes: bytes.length, type: response.headers.get("Content-Type"), text: null };
+    return bytes.includes(0) ? body : { ...body, text: decoded(bytes) };
+  } catch (error) {
+    return { missing: reason(error) };
+  }
+}
+
+function decoded(bytes) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    return null;
+  }
 }
 
 function drawBody(name, { missing, bytes, text, type }) {
@@ -14363,7 +14433,6 @@ function drawText(name, text) {
   return h("pre.sheet", scrolls, text.slice(0, MOST_TEXT), more);
 }
 
-// JSON with a line for each value, and each number with all its digits; other text as it came.
 function indented(text) {
   const exact = (key, value, { source }) =>
     typeof value === "number" ? JSON.rawJSON(source) : value;
@@ -14375,11 +14444,10 @@ function indented(text) {
 }
 """
 
-# Queues and functions, schedules, the host.
-PAGE_OVERVIEWS = """\
+# Queues and functions.
+PAGE_QUEUES = """\
 const QUEUES = "Queue,State,Waiting,Running,Oldest,Last hour,Failed,Actions".split(",");
 const FUNCTIONS = "Function,Kind,Queue,Running,Replicas,Calls,Last hour,Failed".split(",");
-const SCHEDULES = "Schedule,Function,When,Next in,Last runs,Actions".split(",");
 
 const drawQueues = () => [
   h("h2", "Queues"),
@@ -14391,14 +14459,17 @@ const drawQueues = () => [
 ];
 
 function drawTable(id, titles, rows) {
+  for (const row of rows) {
+    for (const one of row.querySelectorAll(".named")) one.dataset.name = titles[one.cellIndex];
+  }
   const kind = (i) => ({ scope: "col", class: rows[0]?.children[i].className });
   const head = titles.map((title, i) => h("th", kind(i), title));
   return h("table", { id }, h("thead", h("tr", head)), h("tbody", rows));
 }
 
 const drawEmpty = (...text) => h("p.sheet.empty", text);
-const cell = (name, ...value) => h("td", { "data-name": name }, value);
-const figure = (name, value) => h("td.number", { "data-name": name }, value);
+const cell = (...value) => h("td.named", value);
+const figure = (value) => h("td.named.number", value);
 const drawName = (name, query) =>
   h("th", { scope: "row" }, query ? h("a", { href: link(query) }, name) : name);
 
@@ -14409,11 +14480,11 @@ function drawQueueRow({ name, paused, depth, hour, ...queue }) {
     { id: `queue-${name}` },
     drawName(own ? name : "callbacks", own && { queue: name }),
     h("td", paused ? state("paused") : "open"),
-    figure("waiting", count(depth)),
-    figure("running", `${queue.inflight} of ${queue.max_inflight}`),
-    figure("oldest", depth > 0 && span(queue.oldest_seconds)),
-    cell("last hour", hour && drawHour(hour.accepted)),
-    figure("failed", hour && count(total(hour.failed))),
+    figure(count(depth)),
+    figure(drawLoad(queue)),
+    figure(depth > 0 && span(queue.oldest_seconds)),
+    cell(hour && drawHour(hour.accepted)),
+    figure(hour && count(total(hour.failed))),
     drawActions(
       own && depth > 0 && button("Purge…", "purge", name, "danger"),
       own && pauseButton(queuePath(name), paused),
@@ -14421,34 +14492,33 @@ function drawQueueRow({ name, paused, depth, hour, ...queue }) {
   );
 }
 
+const drawLoad = ({ inflight, max_inflight: most, rate }) =>
+  h("span", inflight, most && ` of ${most}`, rate && `, ${rate}`);
 const queuePath = (name) => `system/queues/${encodeURIComponent(name)}`;
-const drawActions = (...buttons) => h("td.actions", mayAct() && buttons);
+const drawActions = (...buttons) => h("td.actions", stats.may_act && buttons);
 const pauseButton = (path, paused) =>
   paused ? button("Resume", "post", `${path}/resume`) : button("Pause", "post", `${path}/pause`);
 
 function drawFunctionRow({ name, namespace, kind, queue, hour, counts, ...figures }) {
-  const most = figures.max_inflight ? ` of ${figures.max_inflight}` : "";
   return h(
     "tr",
     { id: `function-${name}.${namespace}` },
     drawName(name, { function: name }),
-    cell("kind", kind ?? "gone"),
-    cell("queue", queue),
-    figure("running", kind && `${figures.inflight}${most}`),
-    figure("replicas", kind === "provider" && figures.replicas),
-    figure("calls", count(total(Object.values(counts)))),
-    cell("last hour", hour && drawHour(hour.calls)),
-    figure("failed", hour && count(total(hour.failures))),
+    cell(kind ?? "gone"),
+    cell(queue),
+    figure(kind && drawLoad(figures)),
+    figure(kind === "provider" && figures.replicas),
+    figure(count(total(Object.values(counts)))),
+    cell(hour && drawHour(hour.calls)),
+    figure(hour && count(total(hour.failures))),
   );
 }
 
-// An hour, minute by minute, and its sum.
 function drawHour(minutes) {
   const most = Math.max(1, ...minutes);
   const points = minutes.map((value, i) => `${i} ${short(20 - (18 * value) / most)}`);
-  const frame = { viewBox: "0 0 59 22", preserveAspectRatio: "none", "aria-hidden": "true" };
   const line = h("path", { d: `M${points.join("L")}` });
-  return [h("svg.hour", frame, line), count(total(minutes))];
+  return [drawing("svg.hour", "0 0 59 22", line), count(total(minutes))];
 }
 
 async function purge(name) {
@@ -14461,8 +14531,11 @@ async function purge(name) {
     return `${plural(cancelled, "call")} of ${name} cancelled.`;
   });
 }
+"""
 
-// Schedules.
+# Schedules, and the host.
+PAGE_HOST = """\
+const SCHEDULES = "Schedule,Function,When,Next in,Last runs,Missed,Actions".split(",");
 
 const drawSchedules = ({ schedules }) => [
   h("h2", "Schedules"),
@@ -14473,15 +14546,16 @@ const drawSchedules = ({ schedules }) => [
 
 function drawScheduleRow({ name, paused, enabled, ...schedule }) {
   const path = `system/schedules/${encodeURIComponent(name)}`;
-  const next = enabled ? age(schedule.next[0]) : "off";
+  const next = enabled ? schedule.next.slice(0, 3).map((at) => h("div", age(at))) : "off";
   return h(
     "tr",
     { id: `schedule-${name}` },
     drawName(name, { schedule: name }),
-    cell("function", schedule.function),
-    cell("when", h("span", { title: schedule.words }, `${schedule.cron} (${schedule.timezone})`)),
-    cell("next in", paused ? state("paused") : next),
-    cell("last runs", schedule.runs.map(drawRun)),
+    cell(schedule.function),
+    cell(h("span", { title: schedule.words }, `${schedule.cron} (${schedule.timezone})`)),
+    cell(paused ? state("paused") : next),
+    cell(schedule.runs.map(drawRun)),
+    figure(count(schedule.missed)),
     drawActions(button("Run now", "post", `${path}/run`), pauseButton(path, paused)),
   );
 }
@@ -14489,10 +14563,10 @@ function drawScheduleRow({ name, paused, enabled, ...schedule }) {
 const drawRun = ({ id, status, scheduled_for: at }) =>
   h(id ? "a.run" : "span.run", { href: id && callLink(id), title: at }, state(status));
 
-// The host.
+const problems = () => [stats.trouble, ...stats.warnings].filter(Boolean);
 
 function drawHost() {
-  const { store, warnings, callbacks, commit_seconds: commit } = stats;
+  const { store, callbacks, commit_seconds: commit } = stats;
   const failed = h("a", { href: link({ callback: "failed" }) }, count(callbacks.failed));
   return [
     h("h2", "Host"),
@@ -14510,10 +14584,10 @@ function drawHost() {
     h("h2", "What a 202 means"),
     h("p.sheet.empty", state(stats.durable ? "success" : "timeout", stats.guarantee)),
     h("h2", "Warnings"),
-    warnings.length
+    problems().length
       ? h(
           "ul.sheet",
-          warnings.map((text) => h("li", text)),
+          problems().map((text) => h("li", text)),
         )
       : drawEmpty("None."),
   ];
@@ -14531,7 +14605,8 @@ const VIEWS = {
   schedules: { load: () => get("system/schedules"), draw: drawSchedules },
   host: { draw: drawHost },
 };
-const PACE = 500; // milliseconds between looks at least: two a second
+const PACE = 500; // milliseconds between looks, and between updates of the screen: two a second
+const SILENCE = 40_000; // that a stream is dead after: it says something every 15 seconds
 
 let stats = {}; // the daemon in figures
 let shown = { look: 0, data: {} }; // what is on screen, and which look gave it
@@ -14539,11 +14614,13 @@ let looks = 0; // begun
 let looked = 0; // when the last one began
 let pace = PACE;
 let due = null; // the timer of the next look
-let painting = null; // the timer of what is painted without one
+let painting; // the timer of the next update of the screen
+let painted = 0; // when the last one was
 let failing = false; // the last look failed
 let stream = null;
-
-const mayAct = () => stats.may_act;
+let heard = 0; // when it said something, or began
+let live = false; // it has said something
+let many = false; // more has changed than it tells
 
 function route() {
   const [view, query] = location.hash.slice(1).split("?");
@@ -14551,20 +14628,21 @@ function route() {
 }
 
 function paint() {
-  painting = null;
+  painting = clearTimeout(painting);
+  painted = Date.now();
   showLive();
   if (shown.address !== location.hash) return;
   const here = route();
   document.title = `${here.view} · faasd-async`;
   patchChildren($("#view"), h("main", VIEWS[here.view].draw(shown.data, here)));
+  $("#problems").textContent = problems().length ? `⚠ ${problems().length}` : "";
   for (const tab of document.querySelectorAll("#views a")) {
-    if (tab.hash.startsWith(`#${here.view}`)) tab.setAttribute("aria-current", "page");
-    else tab.removeAttribute("aria-current");
+    tab.ariaCurrent = tab.hash.startsWith(`#${here.view}`) ? "page" : null;
   }
 }
 
 function paintSoon() {
-  painting ??= setTimeout(paint, PACE);
+  painting ??= setTimeout(paint, painted + PACE - Date.now());
 }
 
 // Look again, and show what there is now. A daemon that takes its time is asked less often.
@@ -14582,27 +14660,32 @@ async function refresh() {
     shown = { look, data: data ?? {}, address };
     if (failing) tell("");
     failing = false;
-    paint();
+    paintSoon();
   } catch (error) {
     failing = true;
     tell(reason(error));
   }
-  pace = Math.max(PACE, 2 * (Date.now() - looked));
+  pace = Math.max(many ? 2 * PACE : PACE, 2 * (Date.now() - looked));
+  many = false;
 }
 
 function changed() {
   if (document.hidden) return;
-  due ??= setTimeout(refresh, Math.max(0, looked + pace - Date.now()));
+  due ??= setTimeout(refresh, looked + pace - Date.now());
 }
+"""
 
-// The stream of changes. Where it is cut the browser asks for what came after the last id; where
-// there is none, the page looks every five seconds.
+# The stream of changes. Where it is cut the browser asks for what came after the last id; where
+# there is none, or a proxy keeps it to itself, the page looks every five seconds.
+PAGE_STREAM = """\
 function connect() {
   stream?.close();
   stream = null;
+  live = false;
+  heard = Date.now();
   if (!document.hidden) {
     stream = new EventSource(`${BASE}system/events`);
-    for (const kind of ["open", "call", "gap"]) stream.addEventListener(kind, changed);
+    for (const kind of ["open", "call", "gap", "ping"]) stream.addEventListener(kind, hear);
     stream.onerror = () => {
       if (stream.readyState === EventSource.CLOSED) setTimeout(connect, 30_000);
       showLive();
@@ -14611,7 +14694,17 @@ function connect() {
   showLive();
 }
 
-const isLive = () => stream?.readyState === EventSource.OPEN;
+function hear({ type, data }) {
+  if (!data) return; // The connection stands, which says nothing of what comes through.
+  heard = Date.now();
+  live = true;
+  many ||= type === "gap";
+  if (type === "ping") showLive();
+  else changed();
+}
+
+const isSilent = () => Date.now() - heard > SILENCE;
+const isLive = () => live && stream?.readyState === EventSource.OPEN && !isSilent();
 
 function showLive() {
   $("#live").classList.toggle("on", isLive());
@@ -14621,7 +14714,7 @@ function showLive() {
 """
 
 # What buttons and keys do.
-PAGE_ACTIONS = r"""
+PAGE_ACTIONS = """\
 const ACTIONS = {
   pick,
   change,
@@ -14643,9 +14736,10 @@ function pick(id) {
   }
   paint();
 }
+"""
 
-// The call's request as a new call: by hand, or with another body.
-
+# The call's request as a new call: by hand, or with another body.
+PAGE_NEW_CALL = r"""
 function newCall() {
   const { call, request } = shown.data;
   const [, type] = (request.headers ?? []).find(([name]) => /^content-type$/i.test(name)) ?? [];
@@ -14661,6 +14755,10 @@ function field(label, value) {
 
 async function edit() {
   const { path, headers } = newCall();
+  const sent = new URL(path, BASE);
+  if (sent.origin + sent.pathname + sent.search !== BASE + path) {
+    return tell("A browser would change its path. Copy it as curl.");
+  }
   const text = h("p", "A new call is queued with this body. It has no callback.");
   const body = field("Body", shown.data.body.text);
   if (!(await ask("Run with another body", [text, body], "Queue it"))) return;
@@ -14677,7 +14775,8 @@ async function curl() {
   const { path, headers } = newCall();
   const words = Object.entries(headers).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`);
   const url = quoted(BASE + path);
-  const command = ["curl", url, ...words, "--data-binary", quoted(shown.data.body.text)].join(" ");
+  const body = quoted(shown.data.body.text);
+  const command = ["curl -g --path-as-is", url, ...words, "--data-raw", body].join(" ");
   try {
     await navigator.clipboard.writeText(command);
     tell("Copied.", true);
@@ -14686,9 +14785,10 @@ async function curl() {
     $("#field").select();
   }
 }
+"""
 
-// Keys.
-
+# Keys, and what else happens in the window.
+PAGE_KEYS = """\
 const KEYS = {
   "/": ["to the filter", () => $("#words")?.focus()],
   j: ["next call", () => step(1)],
@@ -14708,7 +14808,7 @@ function step(by) {
 }
 
 function changeHere(name) {
-  if (!mayAct()) return;
+  if (!stats.may_act) return;
   const here = row() && shown.data.calls.filter(({ id }) => id === row().id);
   if (shown.data.call || picked.size) change(name);
   else if (here) changeThese(name, here);
@@ -14719,34 +14819,42 @@ function help() {
   ask("Keys", [h("dl", keys)]);
 }
 
-document.addEventListener("keydown", (event) => {
+document.onkeydown = (event) => {
   const { target, key } = event;
   const typing = target.closest("input:not([type=checkbox]), textarea, dialog");
   if (typing || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(KEYS, key)) return;
   event.preventDefault();
   KEYS[key][1]();
-});
+};
 
-document.addEventListener("click", ({ target }) => {
+document.onclick = ({ target }) => {
   const control = target.closest("[data-do]");
   if (control) ACTIONS[control.dataset.do](control.dataset.id);
-});
+};
 
-document.addEventListener("submit", (event) => {
+document.onsubmit = (event) => {
   event.preventDefault();
   location.hash = link(parseFilter($("#words").value));
-});
+};
 
-addEventListener("hashchange", () => {
+window.onhashchange = () => {
   picked.clear();
   tell("");
+  painting = clearTimeout(painting);
+  painted = 0;
   refresh();
-});
+};
 
-document.addEventListener("visibilitychange", connect);
+window.onunhandledrejection = (event) => tell(reason(event.reason));
+
+document.onvisibilitychange = () => {
+  connect();
+  changed();
+};
 
 setInterval(() => {
-  if (!isLive() || !["calls", "call"].includes(route().view)) changed();
+  if (isSilent()) connect();
+  if (!isLive() || route().view !== "calls") changed();
 }, 5000);
 
 setInterval(() => {
@@ -14761,7 +14869,11 @@ refresh();
 # The page is one document: nothing else is loaded, neither from here nor from elsewhere.
 
 PAGE_SCRIPT = "\n".join(
-    (PAGE_TOOLS, PAGE_API, PAGE_CALLS, PAGE_CALL, PAGE_OVERVIEWS, PAGE_LIVE, PAGE_ACTIONS)
+    (
+        *(PAGE_TOOLS, PAGE_PATCH, PAGE_UNITS, PAGE_API, PAGE_CALLS, PAGE_CHANGES, PAGE_CALL),
+        *(PAGE_BODIES, PAGE_QUEUES, PAGE_HOST, PAGE_LIVE, PAGE_STREAM, PAGE_ACTIONS),
+        *(PAGE_NEW_CALL, PAGE_KEYS),
+    )
 )
 PAGE = f"""\
 <!doctype html>
@@ -14790,10 +14902,10 @@ PAGE = f"""\
 <a href="#calls">Calls</a>
 <a href="#queues">Queues</a>
 <a href="#schedules">Schedules</a>
-<a href="#host">Host</a>
+<a href="#host">Host <small id="problems"></small></a>
 </nav>
 <span id="live" role="status"></span>
-<button type="button" data-do="help" aria-label="Keys">?</button>
+<button data-do="help" aria-label="Keys">?</button>
 </header>
 <noscript>
 <p>This page needs JavaScript. Without it: <code>faasd-async calls list</code></p>
@@ -15743,9 +15855,10 @@ class Daemon:
         functions = FunctionRoutes(settings, directory, self._limits, caller, intake, metrics)
         inflight = self._consumers.inflight
         queues = QueueRoutes(settings, self._queue, directory, metrics, inflight)
+        reasons = WaitReasons(settings, self._queue, self._limits, inflight)
         routes = route_table(
             functions,
-            CallRoutes(settings, self._queue, self._waiters),
+            CallRoutes(settings, self._queue, self._waiters, reasons),
             LogRoutes(settings, self._queue, self._waiters, outputs),
             queues,
             StatsRoutes(queues, self._queue, self._limits, self._warnings.lines),

@@ -33,6 +33,7 @@ from conftest import (
     never,
     parse,
 )
+from jetstream import StartHost
 
 KIB = 1024
 
@@ -436,6 +437,56 @@ async def test_the_answer_for_a_callback_that_was_cancelled_is_cut(
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------
+
+
+WAITING = """
+[queues.wide]
+max_inflight = 16
+[functions.it]
+url = "{url}"
+queue = "line"
+[functions.narrow]
+url = "{url}"
+queue = "wide"
+max_inflight = 1
+[functions.keyed]
+url = "{url}"
+queue = "wide"
+[functions.seldom]
+url = "{url}"
+queue = "wide"
+rate = "1/1h"
+[functions.fails]
+command = ["false"]
+"""
+REASONS = {
+    "it": "room in queue line, which runs 1 of 1",
+    "narrow": "function narrow, which runs 1 of 1",
+    "keyed": "its turn among calls with the key k",
+    "seldom": "its turn, at a rate of 1/1h",
+}
+
+
+@pytest.mark.parametrize("store", ["sqlite", "nats"])
+async def test_a_call_that_waits_says_why(daemon: StartDaemon, hosts: StartHost, function: Server, store: str) -> None:
+    """A limit, a key, a rate, its time, a pause; one that runs or has ended says nothing."""
+    function.behaviour = gate = Gate()
+    gateway = await (daemon if store == "sqlite" else hosts)(WAITING.format(url=function.url))
+    for number, (name, reason) in enumerate(REASONS.items(), 1):
+        headers = {"X_Concurrency_Key": "k"} if name == "keyed" else {}
+        first = await gateway.submit(name, b"", **headers)
+        await function.wait_for(number)
+        second = await gateway.submit(name, b"", **headers)
+        assert (await gateway.record(second))["waits_for"] == reason
+        assert "waits_for" not in await gateway.record(first)
+    failed = await gateway.submit("fails")
+    await gateway.until(failed, lambda record: record["status"] == "delayed")
+    assert (await gateway.record(failed))["waits_for"] == "its next attempt"
+    assert (await gateway.record(await gateway.submit("it", X_Delay="1h")))["waits_for"] == "its time"
+    await ask(gateway.url, "/system/queues/wide/pause", method="POST")
+    assert (await gateway.record(second))["waits_for"] == "queue wide, which is paused"
+    gate.open()
+    assert "waits_for" not in await gateway.final(first)
 
 
 async def test_a_queued_call_can_be_cancelled(gateway: Daemon, function: Server) -> None:

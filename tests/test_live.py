@@ -491,12 +491,12 @@ async def test_a_reader_that_is_too_slow_is_told_that_it_has_missed_something(
 
 
 async def test_a_stream_on_which_nothing_happens_is_kept_open(daemon: StartDaemon, function: Server) -> None:
-    """By comments, which name the event that it can be resumed after."""
+    """By events that say no more than that, and after which it can be resumed."""
     gateway = await daemon(SETTINGS.format(url=function.url), before="faasd_async.PING_S = 0.05")
     async with events(gateway) as stream:
         await stream.next()
         begun_at = stream.last_id
-        assert await stream.fields() == {"": "still here", "id": begun_at}
+        assert await stream.fields() == {"id": begun_at, "event": "ping", "data": "{}"}
 
 
 async def test_more_than_eight_streams_are_refused(daemon: StartDaemon, function: Server) -> None:

@@ -58,6 +58,7 @@ class Page:
 
     async def open(self, place: str = "") -> None:
         """Show a view, as if its address was typed in."""
+        await self.browser.open("about:blank")  # else what is loaded stays, and what is on it for a moment
         await self.browser.open(f"{self.gateway.url}/ui/{place}")
         view = place.strip("#").partition("?")[0] or "calls"
         await self.browser.until(f"document.title.startsWith({view!r})")

@@ -445,6 +445,15 @@ async def test_the_list_has_what_matches_all_filters(gateway: Daemon, variety: d
         assert await ids(gateway, query) == [variety[word] for word in words.split()], query
 
 
+async def test_what_matches_is_counted(daemon: StartDaemon) -> None:
+    """However many pages of a list it would be."""
+    gateway = await daemon("[functions.it]\ncommand = ['true']", before="faasd_async.MAX_PAGE = 2")
+    await asyncio.gather(*(gateway.submit("it", X_Delay="1h") for _ in range(5)))
+    for query, number in {"": 5, "&status=delayed&function=it": 5, "&status=queued": 0}.items():
+        assert json.loads((await ask(gateway.url, f"/system/calls?count=1{query}")).body) == {"count": number}
+    assert_refused(await ask(gateway.url, "/system/calls?count=maybe"), 400, "count: ")
+
+
 RUN_AGAIN = {
     "status=error": "failed",
     "status=error,timeout": "failed late",
