@@ -9499,9 +9499,7 @@ MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
 DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
 STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
 DNS_CACHE_S = 10.0
-PROOF_S = 0.1  # idle for so long, a connection shows that its peer does keep connections
-MAX_UNPROVEN = 2  # connections that are kept to find that out
-MAX_ORIGINS = 1_000  # of which is known that they do
+MAX_ORIGINS = 1_000  # of which something is remembered
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
 FRAMING = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection"))
@@ -9606,6 +9604,17 @@ def tcp_info(sock: socket.socket) -> TcpInfo:
     return TcpInfo(ESTABLISHED)
 
 
+def left_unread(sock: socket.socket) -> Iterator[bytes]:
+    """What had come in on a connection before it broke, and its transport closes it.
+
+    A peer that answers and closes without having read the request resets the connection; who is
+    writing then is told of that first.
+    """
+    with contextlib.suppress(OSError):
+        while data := sock.recv(READ_BYTES):
+            yield data
+
+
 def new_parser(flow: Flow, headless: bool) -> HttpResponseParser:
     """A parser of answers, `headless` for those that have no body (HEAD)."""
     return HttpResponseParser(
@@ -9651,6 +9660,7 @@ class Wire(asyncio.Protocol):
         self._before = TcpInfo(ESTABLISHED)  # when it was used again
         self._farewell = False  # whether the peer has closed it in good order
         self.idle_since = 0.0
+        self.ended_at: float | None = None  # monotonic
         self.silent = True  # whether nothing of an answer has come
         self.unseen = False  # whether the peer can't have seen anything of the request
 
@@ -9695,6 +9705,11 @@ class Wire(asyncio.Protocol):
     def finished(self) -> bool:
         """Whether the whole answer has come and another request may follow."""
         return self._answer is None and self._body.is_eof() and self._keep and not self.closed
+
+    @property
+    def idle_s(self) -> float:
+        """How long it has been idle, or was when it ended."""
+        return (self.ended_at or time.monotonic()) - self.idle_since
 
     def rest(self) -> None:
         """Take note that it is idle from now on."""
@@ -9796,8 +9811,9 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended, and with it the exchange."""
-        if exc is not None:
-            self._take_rest()
+        if exc is not None and self._flow.required().get_extra_info("sslcontext") is None:
+            for data in left_unread(self._sock):
+                self.data_received(data)
         self.unseen = self.unseen or (self.silent and self._was_unseen())
         unfinished = not self._body.is_eof() and self._body.exception() is None
         if exc is None and self._parser is not None and unfinished:
@@ -9805,20 +9821,8 @@ class Wire(asyncio.Protocol):
             with contextlib.suppress(HttpProcessingError):
                 self._parser.feed_eof()
         self._flow.ended()
+        self.ended_at = time.monotonic()
         self.fail(broken(exc))
-
-    def _take_rest(self) -> None:
-        """Read what had come before the connection broke.
-
-        A peer that answers and closes without having read the request resets the connection; who
-        is writing then is told of that first. (The transport closes the socket after this.)
-        """
-        transport = self._flow.required()
-        if transport.get_extra_info("sslcontext") is not None:
-            return
-        with contextlib.suppress(OSError):
-            while data := self._sock.recv(READ_BYTES):
-                self.data_received(data)
 
     def pause_writing(self) -> None:
         """Too much is waiting to be sent."""
@@ -9829,7 +9833,14 @@ class Wire(asyncio.Protocol):
         self._flow.resume_writing()
 
 
-# -- the pool
+# --- HTTP pool ------------------------------------------------------------------------------------
+# Connections that wait for another request.
+
+PROOF_S = 0.5  # idle for so long, a connection is tried: does its peer answer on it again?
+PROOF_GROWTH = 3.0  # after each time that it did not
+MAX_PROOF_S = 0.9 * POOL_IDLE_S
+MAX_UNPROVEN = 2  # connections that are kept to find that out
+HASTY_S = 1.0  # servers that keep connections don't close them sooner (most do after 5 s to 2 min)
 
 
 class Origin(NamedTuple):
@@ -9841,40 +9852,81 @@ class Origin(NamedTuple):
     proxy: yarl.URL | None
 
 
-class Pool:
-    """Idle connections by origin.
+class Habit:
+    """Whether a peer keeps its connections open.
 
-    They are used again once their peer has shown that it keeps them. Small servers answer in
-    HTTP/1.1 and close all the same, without saying so: what was sent meanwhile would be lost.
+    Small servers answer in HTTP/1.1 and close all the same, without saying so, at once or a while
+    later: what was sent meanwhile is lost. So a peer has to show first that it answers again on a
+    connection that has been idle for a while; one at a time is tried. Who closes nevertheless has
+    to show it anew, with a connection that has been idle for longer.
     """
+
+    def __init__(self) -> None:
+        self.keeps = False
+        self._proof_s = PROOF_S
+        self._trial: Wire | None = None  # that carries a second request, to find out
+
+    def allows(self, wire: Wire) -> bool:
+        """Whether an idle connection may be used."""
+        if self._trial is not None and self._trial.closed:
+            if self._trial.silent:  # It was given up: the peer had not read its second request.
+                self.doubt()
+            self._trial = None
+        return self.keeps or (self._trial is None and wire.idle_s >= self._proof_s)
+
+    def use(self, wire: Wire) -> None:
+        """A connection is used again."""
+        if not self.keeps:
+            self._trial = wire
+
+    def answered(self, wire: Wire) -> None:
+        """An answer has come."""
+        if wire is self._trial:
+            self._trial = None
+            self.keeps = True
+
+    def lost(self, wire: Wire) -> None:
+        """A connection has ended while it was idle."""
+        if self.keeps and wire.idle_s < HASTY_S:
+            self.doubt()
+
+    def doubt(self) -> None:
+        """The peer has closed a connection that it should have kept."""
+        self.keeps = False
+        self._trial = None
+        self._proof_s = min(PROOF_GROWTH * self._proof_s, MAX_PROOF_S)
+
+
+class Pool:
+    """Idle connections by origin, and the habits of their peers."""
 
     def __init__(self, keepalive_s: float) -> None:
         self._keepalive_s = keepalive_s
         self._idle: dict[Origin, deque[Wire]] = {}  # the one that was used last at the end
-        self._proven: OrderedDict[tuple[str, int], None] = OrderedDict()  # hosts and ports
+        self._habits: OrderedDict[tuple[str, int], Habit] = OrderedDict()  # by host and port
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, origin: Origin) -> Wire | None:
         """A connection that can be used."""
         wires = self._idle.get(origin)
-        while wires:
-            if origin[:2] not in self._proven:
-                if time.monotonic() - wires[0].idle_since < PROOF_S:
-                    return None
-                wires.rotate(-1)
-            wire = wires.pop()
+        if not wires:
+            return None
+        habit = self._habit(origin)
+        while wires and habit.allows(wires[0]):
+            wire = wires.pop() if habit.keeps else wires.popleft()
             if wire.renew():
-                self._proven[origin[:2]] = None
-                if len(self._proven) > MAX_ORIGINS:
-                    self._proven.popitem(last=False)
+                habit.use(wire)
                 return wire
+            habit.lost(wire)
             wire.abort()
         return None
 
     def put(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose exchange has ended, or close it."""
+        habit = self._habit(origin)
+        habit.answered(wire)
         count = len(self._idle.get(origin, ()))
-        if not wire.finished or (origin[:2] not in self._proven and count >= MAX_UNPROVEN):
+        if not wire.finished or (not habit.keeps and count >= MAX_UNPROVEN):
             wire.abort()
             return
         wire.rest()
@@ -9885,7 +9937,15 @@ class Pool:
 
     def doubt(self, origin: Origin) -> None:
         """A connection that was used again has failed."""
-        self._proven.pop(origin[:2], None)
+        self._habit(origin).doubt()
+
+    def _habit(self, origin: Origin) -> Habit:
+        habit = self._habits.get(origin[:2])
+        if habit is None:
+            habit = self._habits[origin[:2]] = Habit()
+            if len(self._habits) > MAX_ORIGINS:
+                self._habits.popitem(last=False)
+        return habit
 
     def _sweep(self) -> None:
         """Close what has been idle for too long."""
@@ -9893,6 +9953,8 @@ class Pool:
         oldest = time.monotonic() - self._keepalive_s
         for origin, wires in list(self._idle.items()):
             for wire in [wire for wire in wires if wire.closed or wire.idle_since < oldest]:
+                if wire.closed:
+                    self._habit(origin).lost(wire)
                 wires.remove(wire)
                 wire.abort()
             if not wires:

@@ -591,14 +591,60 @@ def test_a_peer_has_to_show_that_it_keeps_connections(run: Scenario) -> None:
         async with Peer() as peer:
             connections = [await first(peer) for _ in range(3)]
             await connections[2].ended()  # two are enough to find out
-            pool = peer.client._pool
-            (wires,) = pool._idle.values()
-            for wire in wires:
-                wire.idle_since -= faasd_async.PROOF_S  # as if so much time had passed
+            let_time_pass(peer)
             for _ in range(3):
                 asking = peer.ask()
                 await connections[0].answer(OK)
                 assert await asking == (200, b"ok")
+            assert len(peer.connections) == 3
+
+    run(scenario())
+
+
+def let_time_pass(peer: Peer) -> None:
+    """As if all connections that are idle had been so for long enough to be tried."""
+    (wires,) = peer.client._pool._idle.values()
+    for wire in wires:
+        wire.idle_since -= faasd_async.PROOF_S
+
+
+def test_one_connection_is_tried_at_a_time(run: Scenario) -> None:
+    """Whoever would be next has a connection of its own, until there is an answer on that one."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connections = [await first(peer) for _ in range(2)]
+            let_time_pass(peer)
+            trying = peer.ask()
+            await connections[0].request()
+            await first(peer)
+            await connections[0].send(OK)
+            assert await trying == (200, b"ok")
+            assert len(peer.connections) == 3
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_peer_that_closes_all_the_same_has_to_show_it_anew(run: Scenario, gives_up: bool) -> None:
+    """After an answer, or while a second request waits for one: a connection has to last for longer now."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            let_time_pass(peer)
+            asking = peer.ask()
+            await connection.request()
+            if gives_up:
+                asking.cancel()
+                await connection.ended()
+            else:
+                await connection.send(OK)
+                assert await asking == (200, b"ok")
+                connection.close()
+            await first(peer)
+            let_time_pass(peer)
+            await first(peer)
             assert len(peer.connections) == 3
 
     run(scenario())

@@ -30,7 +30,7 @@ SECTIONS = (
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
     "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
-    "HTTP failures", "HTTP connections", "HTTP client", "Commands",
+    "HTTP failures", "HTTP connections", "HTTP pool", "HTTP client", "Commands",
     "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP requests", "HTTP server", "HTTP front",
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
     "Page style", "Page script", "Page views", "Page actions", "Operator's page",
