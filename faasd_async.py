@@ -275,8 +275,10 @@ CONTROL_HEADERS = (
 )
 HOPS = "X-Callback-Hops"  # how many callbacks led to this call
 STEERING = frozenset(
-    [b"host", b"expect", b"authorization", b"cookie", b"content-length"]
-    + [b"origin", b"sec-fetch-site", HOPS.lower().encode()]
+    b"host expect authorization cookie content-length via origin sec-fetch-site".split()
+    + b"range if-match if-none-match if-modified-since if-unmodified-since if-range".split()
+    + b"x-http-method-override x-http-method x-method-override".split()
+    + [HOPS.lower().encode()]
     + [name.lower().encode() for name in CONTROL_HEADERS]
 )
 
@@ -9423,6 +9425,18 @@ def broken(exc: Exception | None) -> RequestFailed:
     return RequestFailed(FailureKind.BROKEN, text)
 
 
+def no_answer(exc: HttpProcessingError, data: bytes) -> RequestFailed:
+    """What is wrong with what came instead of an answer."""
+    text = "did not answer in valid HTTP"
+    if isinstance(exc, LineTooLong):
+        text = f"answered with a header longer than {MAX_HEADER_BYTES} bytes"
+    elif "Too many headers" in str(exc):
+        text = "answered with too many headers"
+    elif data.startswith(b"\x15\x03"):  # the alert of a TLS server
+        text = "speaks TLS: its URL begins with https://"
+    return RequestFailed(FailureKind.INVALID, text)
+
+
 class Limit(NamedTuple):
     """How long something may take."""
 
@@ -9764,15 +9778,12 @@ class Wire(asyncio.Protocol):
         self.silent = False
         try:
             messages, _, _ = self._parser.feed_data(data)
-        except HttpProcessingError:
+        except HttpProcessingError as exc:
             parser = new_parser(self._flow, self._headless)
             for message, body in whole_heads(parser, self._head + data):
                 self._answered(message, body)
             self._tell_status(data)
-            said = "did not answer in valid HTTP"
-            if data.startswith(b"\x15\x03"):  # the alert of a TLS server
-                said = "speaks TLS: its URL begins with https://"
-            self.fail(RequestFailed(FailureKind.INVALID, said))
+            self.fail(no_answer(exc, data))
             return
         for message, body in messages:
             self._answered(message, body)
@@ -9780,7 +9791,8 @@ class Wire(asyncio.Protocol):
             self._tell_status(data)
             self._head += data
             if len(self._head) > MAX_HEAD_BYTES:
-                self.fail(RequestFailed(FailureKind.INVALID, "did not answer in valid HTTP"))
+                too_long = f"answered with headers longer than {MAX_HEAD_BYTES} bytes"
+                self.fail(RequestFailed(FailureKind.INVALID, too_long))
 
     def _tell_status(self, data: bytes) -> None:
         """Tell what is known of an answer that may never be whole."""
@@ -9798,6 +9810,10 @@ class Wire(asyncio.Protocol):
             self.unseen = self._was_unseen()
         if self.unseen:  # It was said to the idle connection, when the request was on its way.
             self.fail(broken(None))
+            return
+        if message.code < 200:
+            text = f"answered {message.code:03}, which is no answer"
+            self.fail(RequestFailed(FailureKind.INVALID, text))
             return
         answer, self._answer = self._answer, None
         self._body = body
@@ -12698,10 +12714,8 @@ async def stream_answer(
             headers.update(ours)
             headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
             allow_origin(headers, request.trusted_origin)
-            # A status below 200 would lead to another protocol: not through us.
-            status = answer.status if answer.status >= 200 else 502
             reason = re.sub("[^ -~]", "?", answer.reason)
-            passed_on = Response(status, headers, reason=reason)
+            passed_on = Response(answer.status, headers, reason=reason)
             await copy_body(answer, http, passed_on, write_timeout_s)
     except RequestFailed as exc:
         error = f"{who} {exc.text}"

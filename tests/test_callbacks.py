@@ -565,3 +565,19 @@ async def test_a_receiver_gets_the_headers_that_the_file_has_for_it(
         assert "t0ken" not in text
         assert "an0ther" not in text
     await other.stop()
+
+
+async def test_what_would_steer_a_request_does_not_reach_the_receiver(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """A function may give back all headers that it was sent."""
+    names = "Host Expect Authorization Cookie Via Origin Sec-Fetch-Site Range If-Match If-None-Match If-Modified-Since"
+    names += " If-Unmodified-Since If-Range X-HTTP-Method-Override X-HTTP-Method X-Method-Override X-Callback-Hops"
+    names += " X-Callback-Url X-Failure-Callback-Url Idempotency-Key X-Delay X-Not-Before X-Deadline X-Max-Attempts"
+    names += " X-Queue X-Concurrency-Key"
+    function.behaviour = answer(200, b"", ETag="it", **dict.fromkeys(names.split(), "steers"))
+    gateway = await daemon(f'[functions.f]\nurl = "{function.url}"')
+    await gateway.submit("f", X_Callback_Url=sink.url)
+    (told,) = await sink.wait_for(1)
+    assert told.headers["ETag"] == "it"
+    assert "steers" not in told.headers.values()

@@ -454,6 +454,8 @@ NO_HTTP, BROKEN = (
     (FailureKind.INVALID, "did not answer in valid HTTP"),
     (FailureKind.BROKEN, "broke off the connection"),
 )
+LONG_HEADER = (FailureKind.INVALID, "answered with a header longer than 32768 bytes")
+LONG_HEAD = (FailureKind.INVALID, "answered with headers longer than 131072 bytes")
 BAD: dict[str, tuple[bytes, tuple[FailureKind, str]]] = {
     "nothing": (b"", BROKEN),
     "half a head": (b"HTTP/1.1 200 OK\r\nContent-", BROKEN),
@@ -464,10 +466,17 @@ BAD: dict[str, tuple[bytes, tuple[FailureKind, str]]] = {
     "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", NO_HTTP),
     "a bad chunk": (CHUNKED + b"zz\r\n", NO_HTTP),
     "two lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 5\r\n\r\n", NO_HTTP),
-    "a long header": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**16, NO_HTTP),
-    "many headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, NO_HTTP),
-    "a long head": (b"HTTP/1.1 200 OK\r\n" + (b"X: " + b"x" * 30_000 + b"\r\n") * 20, NO_HTTP),
-    "interim answers without end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000, NO_HTTP),
+    "a long header": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**16, LONG_HEADER),
+    "many headers": (
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000,
+        (FailureKind.INVALID, "answered with too many headers"),
+    ),
+    "a long head": (b"HTTP/1.1 200 OK\r\n" + (b"X: " + b"x" * 30_000 + b"\r\n") * 20, LONG_HEAD),
+    "interim answers without end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000, LONG_HEAD),
+    "another protocol from here on": (
+        b"HTTP/1.1 101 Yes\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+        (FailureKind.INVALID, "answered 101, which is no answer"),
+    ),
     "an alert of TLS": (
         b"\x15\x03\x01\x00\x02\x02\x46",
         (FailureKind.INVALID, "speaks TLS: its URL begins with https://"),
