@@ -944,6 +944,9 @@ def tls_conflicts(*files: str | None) -> Iterator[str]:
     if key_file and not cert_file:
         yield "tls_key_file needs tls_cert_file"
         return
+    if cert_file and not key_file and b"PRIVATE KEY-----" not in Path(cert_file).read_bytes():
+        yield f"{cert_file} holds no private key: tls_key_file says where that is"
+        return
     try:
         tls_context(*files)
     except OSError as exc:
@@ -9376,8 +9379,11 @@ MAX_GRACE_S = 1.0
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
 
 
-def unreachable(exc: OSError, host: str) -> Exception:
-    """Why no connection could be made: RequestFailed, or Shortage where it is our own."""
+def unreachable(exc: OSError, host: str, through: str = "") -> Exception:
+    """Why no connection could be made: RequestFailed, or Shortage where it is our own.
+
+    `through` says with whom it failed, if not with the host itself.
+    """
     if exc.errno in Shortage.ERRORS or out_of_descriptors():
         return Shortage("this machine has no descriptors or memory left for a connection")
     if isinstance(exc, ssl.SSLError):
@@ -9392,7 +9398,7 @@ def unreachable(exc: OSError, host: str) -> Exception:
         reason = os.strerror(exc.errno)
     else:
         reason = str(exc)
-    return RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: {reason}")
+    return RequestFailed(FailureKind.UNREACHABLE, f"can't be reached{through}: {reason}")
 
 
 def out_of_descriptors() -> bool:
@@ -10156,6 +10162,8 @@ class HttpResponse:
             if len(body) > keep and whole:
                 raise too_long(keep)
             return shorten(body, keep), len(body)
+        if whole and told_length(self.headers) > keep:
+            raise too_long(keep)  # However slowly it may come, it does not get shorter.
         return await gather(self.read_chunk, keep, whole, tell)
 
     async def discard(self) -> None:
@@ -10181,6 +10189,13 @@ async def gather(
         if whole and kept.size > keep:
             raise too_long(keep)
     return kept.whole(), kept.size
+
+
+def told_length(headers: Headers) -> int:
+    """The Content-Length of an answer; 0 where it is not told."""
+    return max(
+        (int(value) for name, value in headers if name.lower() == b"content-length"), default=0
+    )
 
 
 def too_long(keep: int) -> RequestFailed:
@@ -10305,9 +10320,13 @@ class HttpClient:
         except BaseException as exc:
             if sock is not None:
                 sock.close()
-            if isinstance(exc, OSError):
-                raise unreachable(exc, origin.host) from exc
-            raise
+            if not isinstance(exc, OSError):
+                raise
+            if sock is None and origin.proxy is not None:
+                host = origin.proxy.raw_host or ""
+                through = f" through the proxy {host}:{origin.proxy.port}"
+                raise unreachable(exc, host, through) from exc
+            raise unreachable(exc, origin.host) from exc
 
     async def _open(self, origin: Origin) -> socket.socket:
         """A connected socket. Raises RequestFailed, OSError."""

@@ -542,6 +542,20 @@ def test_an_answer_that_cannot_be_held_is_given_up_at_once(run: Scenario) -> Non
     run(scenario())
 
 
+def test_an_answer_that_is_told_to_be_too_long_is_not_waited_for(run: Scenario) -> None:
+    """It may come slowly, or break off: it would be asked for again."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            asking = peer.ask()
+            connection = await peer.accept()
+            await connection.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\nx" % (2**20 + 1))
+            assert await failure(asking) == (FailureKind.TOO_LONG, f"answered more than {2**20} bytes")
+            await connection.ended()
+
+    run(scenario())
+
+
 def test_the_rest_of_an_answer_is_waited_for_only_briefly(run: Scenario, trusting: None) -> None:
     """Where the status line decides: a short rest frees the connection, an endless one costs it."""
 
@@ -1229,6 +1243,21 @@ def test_a_tunnel_is_asked_for_what_is_secret(run: Scenario, pki: Pki) -> None:
 
     with tls_server(pki.server("other")) as url:
         run(scenario())
+
+
+def test_a_proxy_that_cannot_be_reached_is_told(run: Scenario) -> None:
+    """By its name, without its credentials: nothing is wrong with who was to be reached."""
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.listener.close()
+            proxy.client = HttpClient(environment={"all_proxy": f"http://us:pw@127.0.0.1:{proxy.port}"})
+            for url in ("http://far.example/", "https://far.example/"):
+                proxy.url = yarl.URL(url)
+                reason = f"can't be reached through the proxy 127.0.0.1:{proxy.port}: Connection refused"
+                assert await failure(proxy.ask()) == (FailureKind.UNREACHABLE, reason)
+
+    run(scenario())
 
 
 def test_a_proxy_that_is_no_url_is_ignored() -> None:

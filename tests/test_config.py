@@ -789,11 +789,13 @@ def test_a_certificate_that_cannot_be_used_is_told_before_it_is_needed(folder: P
         'tls_ca_file = "none.pem"': f"{table}.tls_ca_file: none.pem: No such file or directory",
         'tls_cert_file = "text.pem"': f"{table}.tls_cert_file: text.pem holds nothing in PEM format",
         'tls_key_file = "empty.pem"': f"{table}: tls_key_file needs tls_cert_file",
+        'tls_cert_file = "empty.pem"': f"{table}: empty.pem holds no private key: tls_key_file says where that is",
     }.items():
         assert problems(f"[{table}]\n{url}{keys}") == [f"config.toml: {said}"]
-    for key in ("tls_ca_file", "tls_cert_file"):
-        (line,) = problems(f'[{table}]\n{url}{key} = "empty.pem"')
-        assert line.startswith(f"config.toml: {table}: empty.pem: ")
+    (line,) = problems(f'[{table}]\n{url}tls_ca_file = "empty.pem"')
+    assert line.startswith(f"config.toml: {table}: empty.pem: ")
+    (line,) = problems(f'[{table}]\n{url}tls_cert_file = "empty.pem"\ntls_key_file = "empty.pem"')
+    assert line.startswith(f"config.toml: {table}: empty.pem, empty.pem: ")
 
 
 def test_keys_of_a_url_are_not_for_a_command(folder: Path) -> None:
