@@ -9576,6 +9576,11 @@ class Flow:
             raise ConnectionResetError("the peer has gone away")
         return self.transport
 
+    @property
+    def full(self) -> bool:
+        """Whether who sends has to wait."""
+        return self._room is not None
+
     async def drain(self) -> None:
         """Wait until the peer takes more, or the connection ends."""
         if self._room is not None:
@@ -12073,12 +12078,19 @@ class Exchange:
     """A request that has come in, and the way on which its answer goes out."""
 
     __slots__ = (
-        *("_chunked", "_flow", "begun", "content", "headers"),
+        *("_chunked", "_flow", "_write_timeout_s", "begun", "content", "headers"),
         *("keep_alive", "method", "path", "raw_headers", "sent_bytes", "version"),
     )
 
-    def __init__(self, flow: Flow, message: RawRequestMessage, content: StreamReader) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        message: RawRequestMessage,
+        content: StreamReader,
+        write_timeout_s: float,
+    ) -> None:
         self._flow = flow
+        self._write_timeout_s = write_timeout_s
         self._chunked = False  # whether the body of the answer is
         self.method: str = message.method
         self.path: str = message.path  # with the query; see `sent_target`
@@ -12153,8 +12165,16 @@ class Exchange:
         await self.drain()
 
     async def drain(self) -> None:
-        """Wait until the client takes more. Raises ConnectionResetError."""
-        await self._flow.drain()
+        """Wait until the client takes more. One that takes nothing for too long is cut off.
+
+        Raises ConnectionResetError.
+        """
+        if self._flow.full:
+            timer = Timer(self._write_timeout_s, self.transport.abort)
+            try:
+                await self._flow.drain()
+            finally:
+                timer.cancel()
         self._flow.required()
 
     def _head(self, answer: Response, framing: str) -> bytes:
@@ -12380,7 +12400,8 @@ class Connection(asyncio.Protocol):
             if isinstance(message, HttpProcessingError):
                 self._refuse(message)
                 return True
-            self._exchange = Exchange(self._flow, message, content)
+            write_timeout_s = self._server.write_timeout_s
+            self._exchange = Exchange(self._flow, message, content, write_timeout_s)
             await self._answer(self._exchange)
             await self._discard(content)
             if not self._exchange.keep_alive or not content.is_eof():
@@ -12527,10 +12548,14 @@ class Server:
     """Listens, and has each request answered."""
 
     def __init__(
-        self, answer: Callable[[Exchange], Awaitable[Response]], read_timeout_s: float
+        self,
+        answer: Callable[[Exchange], Awaitable[Response]],
+        read_timeout_s: float,
+        write_timeout_s: float,
     ) -> None:
         self.answer = answer  # its task is cancelled when the client goes away
-        self.read_timeout_s = read_timeout_s
+        self.read_timeout_s = read_timeout_s  # what a request has to come in
+        self.write_timeout_s = write_timeout_s  # for which a client may take nothing
         self.connections: set[Connection] = set()
         self._listening: list[asyncio.Server] = []
         self._news = asyncio.Event()  # an answer has ended, a connection has asked or gone
@@ -12713,15 +12738,13 @@ async def stream_answer(
     request: Request,
     asked: Awaitable[HttpResponse],
     ours: Mapping[str, str],
-    limits: tuple[Limit, float],
+    limit: Limit,
     who: str,
 ) -> Response:
     """Pass on the answer of `who` as it comes, with our headers in place of its own.
 
-    `limits` are what all of it may take, and the seconds for the client to take a piece. HttpError
-    when there is no answer; one that breaks off breaks the client's connection off.
+    HttpError when there is no answer; one that breaks off breaks the client's connection off.
     """
-    limit, write_timeout_s = limits
     started = time.perf_counter()
     http = request.http
     transport = http.transport
@@ -12735,7 +12758,7 @@ async def stream_answer(
             allow_origin(headers, request.trusted_origin)
             reason = re.sub("[^ -~]", "?", answer.reason)
             passed_on = Response(answer.status, headers, reason=reason)
-            await copy_body(answer, http, passed_on, write_timeout_s)
+            await copy_body(answer, http, passed_on)
     except RequestFailed as exc:
         error = f"{who} {exc.text}"
         if not transport.is_closing():
@@ -12746,25 +12769,14 @@ async def stream_answer(
     return passed_on
 
 
-async def write_in_time(http: Exchange, data: bytes, limit_s: float) -> None:
-    """Write a piece. A client that takes nothing for too long is cut off."""
-    timer = Timer(limit_s, http.transport.abort)
-    try:
-        await http.write(data)
-    finally:
-        timer.cancel()
-
-
-async def copy_body(
-    answer: HttpResponse, http: Exchange, head: Response, write_timeout_s: float
-) -> None:
-    """Send an answer on as it comes in. A client that takes nothing for too long is cut off."""
+async def copy_body(answer: HttpResponse, http: Exchange, head: Response) -> None:
+    """Send an answer on as it comes in."""
     if answer.whole:
         http.send(head._replace(body=await answer.read_chunk()))
         return
     await http.begin(head)
     while chunk := await answer.read_chunk():
-        await write_in_time(http, chunk, write_timeout_s)
+        await http.write(chunk)
     await http.end()
 
 
@@ -13031,8 +13043,7 @@ class FunctionRoutes:
         limit = Limit(config.upstream_timeout, "gateway.upstream_timeout")
         if not function.command:
             answering = self.caller.request(function, asked)
-            limits = (limit, config.write_timeout)
-            return await stream_answer(request, answering, ours, limits, who)
+            return await stream_answer(request, answering, ours, limit, who)
         try:
             outcome = await self.caller.commands.run(function, asked, limit, MAX_RESPONSE_BYTES)
         except RequestFailed as exc:
@@ -13487,11 +13498,10 @@ class LogRoutes:
         head = respond(200, headers | {"X-Accel-Buffering": "no"})
         if request.http.method == "HEAD":
             return head
-        limit_s = self.settings().gateway.write_timeout
         await request.http.begin(head)
         async with contextlib.aclosing(self._follow(record)) as pieces:
             async for piece in pieces:
-                await write_in_time(request.http, piece, limit_s)
+                await request.http.write(piece)
         await request.http.end()
         return head
 
@@ -13686,12 +13696,11 @@ class EventRoutes:
         if request.http.method == "HEAD":
             return head
         stream = self.hub.join(wants, request.headers.get("Last-Event-ID"))
-        limit_s = self.settings().gateway.write_timeout
         try:
             await request.http.begin(head)
             while not self.hub.closed:
                 data = await stream.unsent.take(PING_S) or self.hub.ping()
-                await write_in_time(request.http, data, limit_s)
+                await request.http.write(data)
                 burst = len(data) > BURST_BYTES
                 await asyncio.sleep(BURST_PERIOD_S if burst else STREAM_PERIOD_S)
             await request.http.end()
@@ -13786,8 +13795,7 @@ class RestRoutes:
         """What is streamed: logs, for as long as somebody follows them."""
         headers = forward_headers(request.http.raw_headers, COMPUTED)
         asked = self.provider.request(request.http.method, request.target, headers)
-        limits = (Limit(None), self.settings().gateway.write_timeout)
-        return await stream_answer(request, asked, {}, limits, "the provider")
+        return await stream_answer(request, asked, {}, Limit(None), "the provider")
 
     def _own_documents(self) -> dict[str, Any]:
         """What is answered where there is no provider."""
@@ -15901,7 +15909,8 @@ class Daemon:
             for level, line in introduced:  # Where no start comes of it, one line says why.
                 log.log(level, "%s", line)
             front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])
-            server = Server(front.answer, self.config.gateway.read_timeout)
+            timeouts = (self.config.gateway.read_timeout, self.config.gateway.write_timeout)
+            server = Server(front.answer, *timeouts)
             stack.push_async_callback(server.close)
             for sock in sockets:
                 await server.listen(sock)

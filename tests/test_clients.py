@@ -146,6 +146,39 @@ async def test_a_call_whose_body_never_ends_is_not_queued(daemon: StartDaemon, f
     assert function.requests == []
 
 
+@pytest.mark.parametrize("answer", ["whole", "endless"])
+async def test_a_client_that_takes_nothing_is_cut_off(daemon: StartDaemon, answer: str) -> None:
+    """After `write_timeout`, whether its answer lies here or comes in; and so is the function that still sends."""
+    cut = asyncio.Event()
+
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(bytes(2**16))
+                await writer.drain()
+        cut.set()
+
+    async with await asyncio.start_server(endless, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        gateway = await daemon(f"""
+            [gateway]
+            write_timeout = "500ms"
+            [functions.endless]
+            url = "http://127.0.0.1:{port}"
+            [functions.whole]
+            command = ["head", "-c", "12MB", "/dev/zero"]
+        """)
+        before = open_files(gateway)
+        with socket.create_connection(("127.0.0.1", urlsplit(gateway.url).port)) as client:
+            client.sendall(b"GET /function/%b HTTP/1.1\r\nHost: x\r\n\r\n" % answer.encode())
+            assert await asyncio.to_thread(client.recv, 1) == b"H"
+            await until_files(gateway, before)
+            if answer == "endless":
+                await asyncio.wait_for(cut.wait(), PATIENCE)
+
+
 # ---- two calls out of one --------------------------------------------------------------------------------------
 
 POST = b"POST /function/echo/one HTTP/1.1\r\nHost: x\r\n"
