@@ -6949,6 +6949,35 @@ def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
     return call, parts
 
 
+async def crowds(link: NatsLink, stream: str, pattern: str) -> AsyncIterator[tuple[str, int]]:
+    """The subjects that there are, and how many messages each has."""
+    offset = 0
+    while True:
+        body = {"subjects_filter": pattern, "offset": offset}
+        answer = await link.api(f"STREAM.INFO.{stream}", body)
+        found = answer["state"].get("subjects") or {}
+        for subject, number in found.items():
+            yield subject, number
+        offset += len(found)
+        if not found or offset >= answer.get("total", 0):
+            return
+
+
+async def sweep_records(link: NatsLink, config: NatsConfig) -> None:
+    """Delete what stands under a newer record of the same call.
+
+    A server that was killed may bring back what it had deleted (seen with 2.15, once in some
+    hundred kills). Such a record would be taken for the call's when the newer one has gone. The
+    names of all records are read only if there are more messages than subjects.
+    """
+    state = (await link.api(f"STREAM.INFO.{config.stream}"))["state"]
+    if state["messages"] <= state.get("num_subjects", 0):
+        return
+    async for subject, number in crowds(link, config.stream, NatsSubjects(config).every("call")):
+        if number > 1:
+            await link.api(f"STREAM.PURGE.{config.stream}", {"filter": subject, "keep": 1})
+
+
 class NatsCalls:
     """Reads and writes calls. A record is written if it is still the one that was read."""
 
@@ -7063,13 +7092,7 @@ class NatsCalls:
 
     async def subjects(self, pattern: str) -> list[str]:
         """The subjects that there are."""
-        found: list[str] = []
-        while True:
-            body = {"subjects_filter": pattern, "offset": len(found)}
-            answer = await self._link.api(f"STREAM.INFO.{self._stream}", body)
-            found.extend(answer["state"].get("subjects", ()))
-            if len(found) >= answer.get("total", 0):
-                return found
+        return [subject async for subject, _ in crowds(self._link, self._stream, pattern)]
 
     async def own_ids(self, call_id: str) -> list[str]:
         """The ids of the calls with this id or call id, newest first."""
@@ -8991,6 +9014,7 @@ class NatsKeeper:
         self._chores = chores
         self._changes = changes
         self._look = asyncio.Event()  # at all lanes, now
+        self._swept = ""  # by which server's id that was done last
         self._deadlines = asyncio.Event()  # some have passed
         self._tasks: Sequence[asyncio.Task[None]] = ()
 
@@ -9053,6 +9077,10 @@ class NatsKeeper:
             consumers = await self._consumers.poll()
             if fresh:
                 await self._chores.recover(consumers)
+            server = self._link.info["server_id"]  # Each start of one has another.
+            if server != self._swept:
+                await sweep_records(self._link, self._settings().nats)
+                self._swept = server
         except NatsRefused as exc:
             if exc.code in NOT_THERE:
                 log.error("%s", exc)

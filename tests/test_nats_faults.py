@@ -137,6 +137,28 @@ async def test_work_flows_again_when_the_server_is_back(hosts: StartHost, server
         await works_again(*pair)
 
 
+async def test_what_a_killed_server_brings_back_under_a_record_is_deleted(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """It would be taken for the record when that has been kept for its time."""
+    gateway = await hosts(one_function(function))
+    record = await gateway.final(await gateway.submit("it"))
+    async with server.client(max_reconnect_attempts=-1, reconnect_time_wait=0.02) as client:
+        jetstream = client.jetstream(timeout=PATIENCE)
+        subjects = (await jetstream.stream_info(STREAM, subjects_filter="faas.call.>")).state.subjects
+        (subject,) = subjects or {}
+        newest = await jetstream.get_last_msg(STREAM, subject)
+        await jetstream.publish(subject, newest.data or b"")  # It does not say that it replaces what was there.
+        await server.restart()
+
+        async def one_is_left() -> bool:
+            state = (await jetstream.stream_info(STREAM, subjects_filter=subject)).state
+            return state.subjects == {subject: 1}
+
+        await eventually(one_is_left)
+    assert await gateway.record(record["id"]) == record
+
+
 async def test_a_call_that_runs_while_the_server_is_away_is_not_run_again(
     hosts: StartHost, server: NatsServer, function: Server
 ) -> None:
