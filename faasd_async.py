@@ -3106,6 +3106,7 @@ class Metrics:
             "What durable commits took.",
             buckets=self.COMMIT_BUCKETS_S,
         )
+        self.set_aside = counter("faasd_async_messages_set_aside", "Messages that are no calls.")
         self.activity = Activity()
 
     def observe_commit(self, seconds: float) -> None:
@@ -7329,12 +7330,14 @@ class NatsMessages:
         consumers: NatsConsumers,
         lanes: NatsLanes,
         replies: NatsReplies,
+        metrics: Metrics,
     ) -> None:
         self._link = link
         self._subjects = subjects
         self._consumers = consumers
         self._lanes = lanes
         self._replies = replies
+        self._metrics = metrics
 
     async def store(self, root: str, stored: Stored, queue: str, lane: str, dedup: str) -> bool:
         """Publish a work message ("work"), or one that becomes it when it is due ("later").
@@ -7419,6 +7422,7 @@ class NatsMessages:
 
     async def set_aside(self, delivery: Delivery) -> None:
         """Nobody can do anything with a message: delete it."""
+        self._metrics.set_aside.inc()
         await self._link.send(delivery.reply, b"+TERM")
 
     async def answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
@@ -8958,12 +8962,18 @@ class NatsTakeover:
     """
 
     def __init__(
-        self, link: NatsLink, subjects: NatsSubjects, settings: Settings, intake: NatsIntake
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        settings: Settings,
+        intake: NatsIntake,
+        metrics: Metrics,
     ) -> None:
         self._link = link
         self._subjects = subjects
         self._settings = settings
         self._intake = intake
+        self._metrics = metrics
         self._taken = 0
 
     async def listen(self) -> None:
@@ -8975,7 +8985,8 @@ class NatsTakeover:
         try:
             await self._intake.enqueue(openfaas_call(message.data, self._settings()))
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            log.error("NATS: a message on %s is no call: %s", place, type(exc).__name__)
+            log.error("NATS: a message on %s is no call: set aside: %s", place, type(exc).__name__)
+            self._metrics.set_aside.inc()
         except (StoreError, HttpError) as exc:
             log.error("NATS: a message on %s can't be taken over: %s", place, exc)
             return
@@ -9200,9 +9211,9 @@ class NatsParts(NamedTuple):
 class NatsQueue:
     """The queue on JetStream: WorkQueue and CallRecords, for as many daemons as share it."""
 
-    def __init__(self, settings: Settings, observe_commit: Tell[float]) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
-        self._observe_commit = observe_commit
+        self._metrics = metrics
         self._kept = settings().calls  # what records were written with
         self._link = NatsLink(settings().nats)
         self._subjects = NatsSubjects(settings().nats)
@@ -9250,7 +9261,7 @@ class NatsQueue:
         replies = NatsReplies(link)
         lanes = NatsLanes(link, settings, replies, self._wake)
         consumers = NatsConsumers(link, subjects, settings, lanes)
-        messages = NatsMessages(link, subjects, consumers, lanes, replies)
+        messages = NatsMessages(link, subjects, consumers, lanes, replies, self._metrics)
         keys = NatsKeys(link, subjects, settings().nats.stream, calls, messages)
         ends = NatsEnds(subjects, settings, calls, messages, news, keys)
         holdings = NatsHoldings()
@@ -9277,7 +9288,7 @@ class NatsQueue:
             news=news,
             peers=NatsPeers(link, subjects, lanes, holdings, operator, news),
             recovery=recovery,
-            takeover=NatsTakeover(link, subjects, settings, intake),
+            takeover=NatsTakeover(link, subjects, settings, intake, self._metrics),
             schedules=NatsSchedules(link, subjects, calls, intake),
         )
 
@@ -9300,7 +9311,7 @@ class NatsQueue:
             raise StoreError("the queue is closed")
         started = time.perf_counter()
         call_id = await self._parts.intake.enqueue(call)
-        self._observe_commit(time.perf_counter() - started)
+        self._metrics.observe_commit(time.perf_counter() - started)
         return call_id
 
     async def claim(
@@ -15815,11 +15826,11 @@ Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon
 NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
-def make_queue(config: Config, settings: Settings, observe_commit: Tell[float]) -> Queue:
+def make_queue(config: Config, settings: Settings, metrics: Metrics) -> Queue:
     """The queue that store.backend names."""
     if config.store.backend == "nats":
-        return NatsQueue(settings, observe_commit)
-    return SqliteQueue(store_path(config), settings, observe_commit)
+        return NatsQueue(settings, metrics)
+    return SqliteQueue(store_path(config), settings, metrics.observe_commit)
 
 
 class ConfigWarnings:
@@ -15914,7 +15925,7 @@ class Daemon:
         self._metrics = Metrics()
         self._waiters = CallWaiters()
         self._schedule_news = ScheduleNews()
-        self._queue = make_queue(config, self.settings, self._metrics.observe_commit)
+        self._queue = make_queue(config, self.settings, self._metrics)
         self._consumers = Consumers(self.settings, self._queue, self._ended)
         self._hub = EventHub(self._queue)
         self._limits = FunctionLimits(self.settings, self._consumers.wake_all)

@@ -187,7 +187,7 @@ class NatsStore:
         def settings() -> Config:
             return dataclasses.replace(self.config(), nats=nats)
 
-        return NatsQueue(settings, self.metrics.commits.observe)
+        return NatsQueue(settings, self.metrics)
 
     async def cut_power(self, queue: Backend) -> None:
         """Cut the connection: the server sees a daemon go that has said nothing."""

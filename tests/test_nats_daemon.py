@@ -586,7 +586,7 @@ async def test_the_messages_of_an_openfaas_gateway_are_taken_over(
         "QueryString": "c=d",
         "Function": "it",
         "QueueName": "faas-request",
-        "Annotations": None,
+        "Annotations": {"com.openfaas.retry.attempts": "1"},
         "CallbackUrl": {
             "Scheme": "http",
             "Opaque": "",
@@ -605,9 +605,35 @@ async def test_the_messages_of_an_openfaas_gateway_are_taken_over(
     (callback,) = await sink.wait_for(1)
     assert (callback.target, callback.call_id) == ("/back", "theirs")
     assert (await gateway.final("theirs"))["status"] == "success"
-    await gateway.wait_for_log("faas-request")
     assert "no JSON" not in gateway.log
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+async def test_messages_that_are_no_calls_are_set_aside_told_and_counted(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """Among OpenFaaS's messages, and on the subjects of our own; what is behind them runs."""
+    gateway = await hosts(one_function(function))
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    async with server.client() as client:
+        for data in (b"no JSON", b'{"Function": 5}', b"[]"):
+            await client.publish(STREAM, data)
+        await client.jetstream(timeout=PATIENCE).publish("faas.work.faas-request.it=2Eopenfaas-fn.x", b"no call")
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+    async def counted() -> bool:
+        return b"\nfaasd_async_messages_set_aside_total 4.0\n" in (await ask(gateway.url, "/metrics")).body
+
+    await eventually(counted)
+    assert gateway.log.count("set aside") == 4
+    assert "no JSON" not in gateway.log
+    assert (await server_messages(server)) == 2
+
+
+async def server_messages(server: NatsServer) -> int:
+    """How many messages the stream has."""
+    async with server.jetstream() as jetstream:
+        return (await jetstream.stream_info(STREAM)).state.messages
 
 
 # ---- retention -----------------------------------------------------------------------------------
