@@ -11874,7 +11874,8 @@ class Controls:
     callback_url: str | None = None
     failure_url: str | None = None
     idempotency_key: str | None = None
-    due_at: float | None = None
+    delay_s: float = 0.0  # from when the whole request is here
+    due_at: float = 0.0
     deadline_at: float | None = None
     max_attempts: int | None = None
     queue: str | None = None
@@ -11913,11 +11914,11 @@ def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) ->
         raise HttpError(400, f"{name}: {shown}: {exc}") from None
 
 
-def require_chance(deadline_at: float, due_at: float | None) -> None:
+def require_chance(deadline_at: float, due_at: float) -> None:
     """HttpError(400) for a call that could not start before its deadline."""
     if deadline_at <= time.time():
         raise HttpError(400, f"X-Deadline: {rfc3339(deadline_at)} has passed already")
-    if due_at is not None and deadline_at <= due_at:
+    if deadline_at <= due_at:
         reason = f"{rfc3339(deadline_at)} is before the call is due, at {rfc3339(due_at)}"
         raise HttpError(400, f"X-Deadline: {reason}")
 
@@ -11936,22 +11937,17 @@ class Intake:
         if app is None and ASKING.isdisjoint(map(str.lower, headers)):
             return NO_CONTROLS  # as most do
 
-        def delay(value: str) -> float:
-            return time.time() + duration(value)
-
-        due = [
-            parse_one(headers, "X-Delay", delay),
-            parse_one(headers, "X-Not-Before", parse_when),
-        ]
-        due_at = max((at for at in due if at is not None), default=None)
+        delay_s = parse_one(headers, "X-Delay", duration) or 0.0
+        due_at = parse_one(headers, "X-Not-Before", parse_when) or 0.0
         deadline_at = parse_one(headers, "X-Deadline", parse_deadline)
         if deadline_at is not None:
-            require_chance(deadline_at, due_at)
+            require_chance(deadline_at, max(due_at, time.time() + delay_s))
         return Controls(
             call_id=parse_one(headers, "X-Call-Id", visible),
             callback_url=parse_one(headers, "X-Callback-Url", self._callback_url),
             failure_url=parse_one(headers, "X-Failure-Callback-Url", self._callback_url),
             idempotency_key=parse_one(headers, "Idempotency-Key", visible),
+            delay_s=delay_s,
             due_at=due_at,
             deadline_at=deadline_at,
             max_attempts=parse_one(headers, "X-Max-Attempts", number),
@@ -12020,7 +12016,7 @@ class Intake:
             namespace=function.namespace,
             queue=queue,
             start_time=start_time,
-            due_at=max(now, controls.due_at or now),
+            due_at=max(now + controls.delay_s, controls.due_at),
             deadline_at=controls.deadline_at,
             max_attempts=controls.max_attempts or function.retry.attempts,
             callback_url=controls.callback_url,

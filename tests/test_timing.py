@@ -58,6 +58,21 @@ async def test_a_delayed_call_runs_when_its_time_has_come(gateway: Daemon, funct
     assert (await gateway.final(call_id))["status"] == "success"
 
 
+async def test_a_delay_begins_when_the_whole_request_is_there(gateway: Daemon, function: Server) -> None:
+    """However long its body takes: `X-Delay` behind the `X-Start-Time` of the 202."""
+    assert gateway.url.startswith("http://")
+    reader, writer = await asyncio.open_connection(*gateway.url.removeprefix("http://").split(":"))
+    head = f"POST /async-function/it HTTP/1.1\r\nHost: x\r\nX-Delay: {UNIT}s\r\nContent-Length: 2\r\n\r\n"
+    writer.write(head.encode() + b"1")
+    await asyncio.sleep(UNIT)  # that time passes is what this is about
+    writer.write(b"2")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    (request,) = await function.wait_for(1)
+    assert time.time() >= int(request.headers["X-Start-Time"]) / 1e9 + UNIT
+    assert request.body == b"12"
+
+
 async def test_a_delayed_call_shows_when_it_is_due(gateway: Daemon, function: Server) -> None:
     """`delayed` until then, with a `due_at` that is the delay behind `created_at`."""
     for delay, seconds in (("1h", 3600), ("5m30s", 330), ("1.5h", 5400), ("2h45m", 9900), ("90000ms", 90)):
