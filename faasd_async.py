@@ -101,6 +101,7 @@ import hashlib
 import heapq
 import hmac
 import http.client
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -6163,15 +6164,35 @@ def nats_answer(message: nats.aio.msg.Msg) -> dict[str, Any]:
     return answer
 
 
+def nats_credentials(name: str) -> str:
+    """The path of a file with a user's JWT and seed, as nsc makes it. Raises ConfigError.
+
+    The client would look for what is missing in a file without an end.
+    """
+    path = os.path.expandvars(name)
+    trouble = None
+    try:
+        text = Path(path).read_text()
+        if "BEGIN NATS USER JWT" not in text or "BEGIN USER NKEY SEED" not in text:
+            trouble = f"{path} has not both a NATS USER JWT and a USER NKEY SEED"
+    except (OSError, ValueError) as exc:
+        trouble = f"{path}: {exc}"
+    if importlib.util.find_spec("nkeys") is None:
+        trouble = "it takes the package nkeys: pip install 'faasd-async[nats-creds]'"
+    if trouble:
+        raise ConfigError([f"nats.creds_file: {trouble}"])
+    return path
+
+
 def nats_login(config: NatsConfig) -> dict[str, Any]:
-    """How we come in. Raises StoreError."""
+    """How we come in. Raises StoreError, ConfigError."""
     login: dict[str, Any] = {}
     if config.user_file and config.password_file:
         login = {"user": config.user_file.decode(), "password": config.password_file.decode()}
     if config.token_file:
         login["token"] = config.token_file.decode()
     if config.creds_file:
-        login["user_credentials"] = os.path.expandvars(config.creds_file)
+        login["user_credentials"] = nats_credentials(config.creds_file)
     files = (config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
     if not any(files) and not any(server.startswith("tls:") for server in config.servers):
         return login

@@ -36,6 +36,7 @@ from jetstream import (
     post,
     submit_all,
 )
+from nats_credentials import make_credentials
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
 CONFIG_ERROR = 78  # EX_CONFIG
@@ -501,6 +502,33 @@ async def test_a_stream_is_made_as_the_settings_say(hosts: StartHost, server: Na
     assert all(subject.startswith("my.") or subject == STREAM for subject in stream.config.subjects or ())
 
 
+async def test_a_host_takes_the_first_server_that_is_there(
+    nats_server: StartServer, hosts: StartHost, function: Server
+) -> None:
+    """Of those in `servers`; others of them may be away."""
+    away, server = await nats_server(start=False), await nats_server()
+    gateway = await hosts(one_function(function), away.url, server.url)
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+async def test_a_file_with_credentials_lets_a_host_in(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """A JWT that an operator's account has signed, and its seed; what is no such file is refused in one line."""
+    settings, text = make_credentials()
+    server = await nats_server(settings)
+    path = tmp_path / "host.creds"
+    path.write_text(text)
+    keys = one_function(function, f'[nats]\ncreds_file = "{path}"')
+    gateway = await hosts(keys, server.url)
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    assert text.splitlines()[5] not in gateway.log
+    path.write_text("no credentials")
+    line = await refusal(await hosts(keys, server.url, start=False))
+    assert "nats.creds_file" in line
+    assert str(path) in line
+
+
 async def test_a_password_a_token_or_a_certificate_lets_a_host_in(
     nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
 ) -> None:
@@ -535,12 +563,34 @@ async def test_what_the_server_promises_about_a_power_cut_is_said(hosts: StartHo
     reply = await ask(gateway.url, "/readyz")
     assert reply.status == 200
     assert b"sync" in reply.body
+    stats = await get(gateway, "/system/stats")
+    assert (stats["durable"], stats["guarantee"]) == (False, reply.body.decode().strip())
 
 
 async def test_a_host_may_require_a_server_that_syncs(hosts: StartHost) -> None:
     """It does not start on one that does not, or does not say."""
     line = await refusal(await hosts("[nats]\nrequire_sync = true", start=False))
     assert "require_sync" in line
+
+
+async def test_a_server_that_always_syncs_is_taken_at_its_word(
+    nats_server: StartServer, hosts: StartHost, tmp_path: Path
+) -> None:
+    """It tells that to the system account, from which ours imports it, as the README has it."""
+    asked = "$SYS.REQ.SERVER.PING.JSZ"
+    for name in ("user", "password"):
+        (tmp_path / name).write_text(name)
+    ours = {"jetstream": "enabled", "users": [{"user": "user", "password": "password"}]}
+    ours |= {"imports": [{"service": {"account": "SYS", "subject": asked}}]}
+    accounts = {"SYS": {"exports": [{"service": asked}]}, "FAAS": ours}
+    server = await nats_server(
+        {"accounts": accounts, "system_account": "SYS", "jetstream": {"sync_interval": "always"}}
+    )
+    login = f'user_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
+    gateway = await hosts(f"[nats]\nrequire_sync = true\n{login}", server.url)
+    assert (await ask(gateway.url, "/readyz")).body == b"ok\n"
+    assert (await get(gateway, "/system/stats"))["durable"] is True
+    await gateway.wait_for_log("sync_interval is always")
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
