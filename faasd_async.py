@@ -163,7 +163,7 @@ try:
     import prometheus_client
     import yarl
     from aiohappyeyeballs import start_connection
-    from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+    from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
     from aiohttp.http_parser import (
         HttpRequestParser,
         HttpResponseParser,
@@ -12063,6 +12063,7 @@ class Intake:
 
 MAX_PIPELINED = 16  # requests that wait behind the one that is being answered
 MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # of a target that is as long as it may be, in ASCII
+MAX_SPLITS = 2_000  # of a piece of what came in, to find targets that are no ASCII
 DISCARD_BODY_S = 10.0  # what the rest of a body that nobody wants gets to come in
 BACKLOG = 1024  # connections that wait to be accepted
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -12265,6 +12266,11 @@ def ascii_line(line: bytes) -> bytes:
     return found[1] + ESCAPED.encode() + target + found[3]
 
 
+def may_have_high_line(data: bytes) -> bool:
+    """Whether there may be such a first line in data, or the beginning of one at its end."""
+    return not data.isascii() or BEGINNING.fullmatch(data, data.rfind(b"\n") + 1) is not None
+
+
 Arrival = tuple[RawRequestMessage | HttpProcessingError, StreamReader]
 
 
@@ -12301,7 +12307,7 @@ class RequestReader:
         if self._kept is not None:
             self._kept += data
             return
-        if self._line or b"\n" not in data or not data.isascii():
+        if self._line or b"\n" not in data or may_have_high_line(data):
             data = self._receive_lines(self._line + data)
         self._parse(data)
 
@@ -12344,21 +12350,24 @@ class RequestReader:
     def _receive_lines(self, data: bytes) -> bytes:
         """Look for targets with bytes above 127, request by request; what is left to be parsed."""
         self._line = b""
-        while data and (left := self._body_left()) is not None:
+        for _ in range(MAX_SPLITS):
+            left = self._body_left()
             if left:
                 self._parse(data[:left])
                 data = data[left:]
                 continue
-            line, newline, rest = data.partition(b"\n")
-            if not newline and BEGINNING.fullmatch(line):
-                if len(line) <= MAX_HEADER_BYTES:
-                    self._line = line
-                    return b""
-                return b"GET /" + b"x" * MAX_LINE_BYTES  # It has the parser say: too long.
-            data = ascii_line(line + newline) + rest
+            if left == 0 and data:
+                line, newline, rest = data.partition(b"\n")
+                if not newline and BEGINNING.fullmatch(line):
+                    if len(line) <= MAX_HEADER_BYTES:
+                        self._line = line
+                        return b""
+                    return b"GET /" + b"x" * MAX_LINE_BYTES  # It has the parser say: too long.
+                data = ascii_line(line + newline) + rest
+            # Sooner than here neither a head ends nor a body in chunks.
             found = (self._last + data).find(HEAD_END)
             end = found + len(HEAD_END) - len(self._last)
-            if found < 0 or data[end:].isascii():
+            if found < 0 or not may_have_high_line(data[end:]):
                 break
             self._parse(data[:end])
             data = data[end:]
@@ -12395,6 +12404,8 @@ def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
         return 431, f"a header is longer than {MAX_HEADER_BYTES} bytes"
     if "Too many headers" in str(exc):
         return 431, "there are too many headers"
+    if isinstance(exc, BadHttpMethod) and re.search(r"b'[!#-~]+ [!-~]+ HTTP/1\.[01]'", str(exc)):
+        return 501, "no method of HTTP has this name"
     return 400, "this is not a valid HTTP request"
 
 

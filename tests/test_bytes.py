@@ -108,6 +108,25 @@ async def test_requests_with_such_targets_may_follow_each_other_in_any_pieces(ga
         assert [await lines.next() for _ in requests] == [b"POST /base/%d\xe9 HTTP/1.1" % n for n in range(4)]
 
 
+async def test_what_comes_before_such_a_target_may_have_any_form(gateway: Daemon, lines: Lines) -> None:
+    """A body in chunks, with anything in it; and none, with the next request's line cut anywhere."""
+    last = post(b"function", b"near", b"/\xe9")
+    chunked = b"POST /function/program HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunked += b"7\r\n\xff\r\n\r\n\xfe\xfd\r\n0\r\nX-Last: \xe9\r\n\r\n"
+    bare = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    pieces = [[chunked + last], [chunked * 3 + last]]
+    pieces += [[(bare + last)[:at], (bare + last)[at:]] for at in range(len(bare), len(bare) + 20)]
+    for sent in pieces:
+        async with connection(gateway.url) as (reader, writer):
+            for piece in sent:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+            answers = await asyncio.wait_for(reader.read(), PATIENCE)
+        assert answers.count(b"HTTP/1.1 200 OK") == b"".join(sent).count(b"Host"), sent
+        assert await lines.next() == b"POST /base/\xe9 HTTP/1.1"
+
+
 async def test_in_routes_of_our_own_such_bytes_are_what_they_are_in_percent(gateway: Daemon) -> None:
     """No id, function or route has them: that is told as of any other."""
     for line, status in {

@@ -257,6 +257,7 @@ NOT_HERE = {
         POST.replace(b"1.1", b"1.0") + b"Connection: keep-alive\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
         400,
     ),
+    "an unknown method": (POST.replace(b"POST", b"BREW") + b"Content-Length: 0\r\n\r\n", 501),
     "a tunnel": (POST.replace(b"POST", b"CONNECT") + b"Content-Length: 0\r\n\r\n", 501),
 }
 
