@@ -156,7 +156,7 @@ from typing import (
     overload,
     runtime_checkable,
 )
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 try:
     import aiohttp
@@ -10169,11 +10169,11 @@ def proxy_login(proxy: yarl.URL) -> Sequence[Header]:
 
 
 def url_login(url: yarl.URL) -> bytes | None:
-    """The Authorization header for the credentials in a URL."""
-    if url.raw_user is None:
+    """The Authorization header for the credentials in a URL, which may be a password alone."""
+    if not url.raw_user and not url.raw_password:
         return None
-    login = basic_auth((url.user or "").encode(), (url.password or "").encode())
-    return login.encode() if login else None
+    login = unquote_to_bytes(url.raw_user or "") + b":" + unquote_to_bytes(url.raw_password or "")
+    return b"Basic " + base64.b64encode(login)
 
 
 # -- requests
@@ -11931,7 +11931,8 @@ def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) ->
     try:
         return parse(value)
     except ValueError as exc:
-        shown = json.dumps((show_url(value) or "")[:80])
+        # What is no URL may have credentials too.
+        shown = json.dumps((show_url(value) or "").rpartition("@")[2][:80])
         raise HttpError(400, f"{name}: {shown}: {exc}") from None
 
 

@@ -205,17 +205,21 @@ def test_a_request_is_sent_as_it_is(run: Scenario, name: str) -> None:
     run(scenario())
 
 
-def test_the_credentials_of_a_url_win(run: Scenario) -> None:
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("us%2565r:p:w", b"us%65r:p:w"), ("user", b"user:"), (":token", b":token"), ("%C3%A9:%FF", b"\xc3\xa9:\xff")],
+)
+def test_the_credentials_of_a_url_win(run: Scenario, written: str, meant: bytes) -> None:
     """They are sent as basic authentication, in place of what the caller has sent."""
 
     async def scenario() -> None:
         async with Peer() as peer:
-            peer.url = peer.url.with_user("us%65r").with_password("p:w")
+            peer.url = yarl.URL(f"http://{written}@127.0.0.1:{peer.port}", encoded=True)
             asking = peer.ask("GET", b"", [(b"authorization", b"Bearer x")])
             request = await (await peer.accept()).answer(OK)
             assert await asking == (200, b"ok")
             sent = [line for line in request.split(b"\r\n") if line.lower().startswith(b"authorization")]
-            assert sent == [b"Authorization: Basic " + base64.b64encode(b"us%65r:p:w")]
+            assert sent == [b"Authorization: Basic " + base64.b64encode(meant)]
 
     run(scenario())
 
