@@ -11,8 +11,9 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
+from aiohttp import web
 from browser import CHROMIUM, DRIVER, Browser, chromium
-from conftest import SCRIPT, Daemon, Gate, Server, StartDaemon, answer, ask, run
+from conftest import SCRIPT, Daemon, Gate, Request, Server, StartDaemon, answer, ask, run
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
@@ -21,6 +22,9 @@ SETTINGS = """
 url = "{url}"
 [functions.shell]
 command = ["sh", "-c", "cat; echo told >&2"]
+[functions.talks]
+command = ["sh", "-c", "while echo line; do sleep 0.02; done"]
+queue = "loud"
 [functions.later]
 url = "{url}"
 queue = "slow"
@@ -56,10 +60,10 @@ class Page:
         self.browser = browser
         self.gateway = gateway
 
-    async def open(self, place: str = "") -> None:
-        """Show a view, as if its address was typed in."""
+    async def open(self, place: str = "", at: str = "") -> None:
+        """Show a view, as if its address was typed in; another one than the daemon's, if that is given."""
         await self.browser.open("about:blank")  # else what is loaded stays, and what is on it for a moment
-        await self.browser.open(f"{self.gateway.url}/ui/{place}")
+        await self.browser.open(f"{at or self.gateway.url}/ui/{place}")
         view = place.strip("#").partition("?")[0] or "calls"
         await self.browser.until(f"document.title.startsWith({view!r})")
 
@@ -77,6 +81,48 @@ class Page:
         """Keep a picture, where somebody wants to look at it."""
         if SHOTS:
             await self.browser.do(self.browser.driver.save_screenshot, str(Path(SHOTS) / f"{name}.png"))
+
+
+class Relay:
+    """A proxy before a daemon, as a server behaves; it may cut streams of events, or keep them to itself."""
+
+    def __init__(self, gateway: Daemon) -> None:
+        self.gateway = gateway
+        self.told = ""  # by streams, whether it was passed on or not
+        self.keeps = False
+        self.cuts = False  # streams that are asked for, too
+        self.closed = asyncio.Event()  # a stream has ended
+        self.streams: set[asyncio.Transport] = set()  # that are open
+
+    async def __call__(self, request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        """Ask the daemon, and pass on what it says."""
+        transport = request.transport
+        assert transport
+        is_stream = seen.target == "/system/events"
+        if is_stream and self.cuts:
+            transport.abort()
+        headers = {name: seen.headers[name] for name in ("Accept", "Last-Event-ID") if name in seen.headers}
+        async with self.gateway.http.get(self.gateway.url + seen.target, headers=headers) as reply:
+            response = web.StreamResponse(status=reply.status, headers={"Content-Type": reply.headers["Content-Type"]})
+            await response.prepare(request)
+            if is_stream:
+                self.streams.add(transport)
+            try:
+                async for piece in reply.content.iter_any():
+                    self.told += piece.decode() if is_stream else ""
+                    if not (is_stream and self.keeps):
+                        await response.write(piece)
+            finally:
+                if is_stream:
+                    self.streams.discard(transport)
+                    self.closed.set()
+        return response
+
+    def cut(self) -> None:
+        """Break off what there is, and what will be tried."""
+        self.cuts = True
+        for transport in self.streams:
+            transport.abort()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +146,16 @@ async def browser(driver: webdriver.Chrome) -> AsyncIterator[Browser]:
 @pytest.fixture
 async def page(browser: Browser, daemon: StartDaemon, function: Server) -> Page:
     """The page of a daemon whose function `it` is the test's server."""
-    return Page(browser, await daemon(SETTINGS.format(url=function.url)))
+    return Page(browser, await daemon(SETTINGS.format(url=function.url), before="faasd_async.PING_S = 0.1"))
+
+
+@pytest.fixture
+async def hurried(browser: Browser) -> AsyncIterator[None]:
+    """What a page does every few seconds it does twenty times as often."""
+    source = "const wait = setInterval; window.setInterval = (step, period) => wait(step, period / 20);"
+    script = await browser.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)
+    yield
+    await browser.cdp("Page.removeScriptToEvaluateOnNewDocument", **script)
 
 
 async def test_the_page_is_one_document_that_may_load_nothing_else(daemon: StartDaemon) -> None:
@@ -215,6 +270,7 @@ async def test_a_daemon_that_comes_back_is_shown_again(page: Page) -> None:
     assert await browser.run("return document.querySelector('#notice').hidden")
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_without_a_stream_the_page_looks_by_itself(page: Page) -> None:
     """As many streams as there may be are open: one more page still shows what happens."""
     browser, gateway = page.browser, page.gateway
@@ -225,6 +281,95 @@ async def test_without_a_stream_the_page_looks_by_itself(page: Page) -> None:
         await browser.shows("every 5 s", "#live")
         await gateway.submit("it", X_Delay="1h")
         await page.rows(1)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_stream_that_a_proxy_keeps_to_itself_is_none(page: Page, sink: Server) -> None:
+    """It is open, and silent: the page does not claim to be live, and looks by itself."""
+    browser, gateway = page.browser, page.gateway
+    sink.behaviour = relay = Relay(gateway)
+    relay.keeps = True
+    await page.open(at=sink.url)
+    call = await gateway.submit("it", X_Delay="1h")
+    await page.rows(1)
+    assert call in relay.told
+    assert "every 5 s" in await browser.text("#live")
+
+
+async def test_a_stream_that_was_cut_goes_on_where_it_was(page: Page, sink: Server) -> None:
+    """What has happened meanwhile is on screen, once, and so is what was there before."""
+    browser, gateway = page.browser, page.gateway
+    sink.behaviour = relay = Relay(gateway)
+    calls = [await gateway.submit("it", X_Delay="1h")]
+    await page.open(at=sink.url)
+    calls.append(await gateway.submit("it", X_Delay="1h"))
+    await page.rows(2)
+    await browser.shows("live", "#live")
+    relay.cut()
+    await browser.shows("every 5 s", "#live")
+    last = re.findall("^id: (.*)$", relay.told, re.MULTILINE)[-1]
+    calls.append(await gateway.submit("it", X_Delay="1h"))
+    relay.told = ""
+    relay.cuts = False
+    await browser.shows("live", "#live")
+    await page.rows(3)
+    assert (
+        await browser.run("return [...document.querySelectorAll('#calls tbody tr')].map(one => one.id)") == calls[::-1]
+    )
+    streams = [request.headers.get("Last-Event-ID") for request in sink.requests if request.target == "/system/events"]
+    assert (streams[0], set(streams[1:])) == (None, {last})
+    assert '"resumed": true' in relay.told
+    assert relay.told.count("event: call") == 1
+
+
+async def test_a_page_that_nobody_sees_asks_for_nothing(page: Page, sink: Server) -> None:
+    """Its stream ends; as soon as it is seen again it shows what has happened."""
+    browser, gateway = page.browser, page.gateway
+    sink.behaviour = relay = Relay(gateway)
+    await page.open(at=sink.url)
+    await browser.shows("live", "#live")
+    window = browser.driver.current_window_handle
+    await browser.do(browser.driver.switch_to.new_window, "tab")
+    await relay.closed.wait()
+    number = len(sink.requests)
+    await gateway.submit("it", X_Delay="1h")
+    await page.open()
+    await page.rows(1)  # Here it is seen. There it would be, too.
+    assert (len(sink.requests), relay.streams) == (number, set())
+    await browser.do(browser.driver.close)
+    await browser.do(browser.driver.switch_to.window, window)
+    await page.rows(1)
+    await browser.shows("live", "#live")
+
+
+# Notes when the view was updated. Ages, which grow by themselves, are no updates.
+UPDATES = """
+window.updates = [];
+const counts = ({ target }) => !(target.closest ? target : target.parentElement)?.closest("time");
+const note = (changes) => { if (changes.some(counts)) window.updates.push(performance.now()); };
+const all = { subtree: true, childList: true, attributes: true, characterData: true };
+new MutationObserver(note).observe(document.querySelector("#view"), all);
+"""
+
+
+async def test_a_burst_updates_the_screen_twice_a_second_at_most(page: Page) -> None:
+    """However much is written and however many calls change."""
+    browser, gateway = page.browser, page.gateway
+    call = await gateway.submit("talks")
+    await page.open(f"#call?id={call}")
+    await browser.shows("line", "#view > section pre")
+    await browser.run(UPDATES)
+
+    async def burst() -> None:
+        while True:
+            await gateway.submit("it")
+
+    task = asyncio.create_task(burst())
+    await browser.until("window.updates.length > 5")
+    task.cancel()
+    await ask(gateway.url, f"/async-function/{call}", method="DELETE")
+    first, *_, last = (await browser.run("return window.updates"))[:6]
+    assert last - first > 4.5 * 500, "milliseconds for five updates"
 
 
 async def test_what_is_selected_is_retried(page: Page, function: Server) -> None:
@@ -278,7 +423,7 @@ async def test_queues_are_paused_resumed_and_purged(page: Page, function: Server
     await gateway.submit("later", X_Delay="1h")
     await gateway.final(await gateway.submit("it"))
     await page.open("#queues")
-    await page.rows(3, "queues")
+    await page.rows(4, "queues")
     slow = "document.querySelector('#queue-slow').innerText"
     await browser.click("#queue-slow td:last-child button:last-child")
     await browser.until(f"{slow}.includes('paused')")
