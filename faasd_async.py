@@ -14818,11 +14818,12 @@ function paintSoon() {
 
 // Look again, and show what there is now. A daemon that takes its time is asked less often.
 async function refresh() {
+  due = null;
+  if (document.hidden) return;
   const look = ++looks;
   const address = location.hash;
   const here = route();
   looked = Date.now();
-  due = null;
   try {
     const [data, figures] = await Promise.all([VIEWS[here.view].load?.(here), get("system/stats")]);
     if (address !== location.hash || look < shown.look) return;
@@ -14841,7 +14842,6 @@ async function refresh() {
 }
 
 function changed() {
-  if (document.hidden) return;
   due ??= setTimeout(refresh, looked + pace - Date.now());
 }
 """
