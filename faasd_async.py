@@ -14007,7 +14007,8 @@ nav a:focus-visible { outline-offset: -3px; }
 .sheet { padding: .75rem .875rem; }
 ul.sheet { padding-left: 2rem; }
 table { width: 100%; border-spacing: 0; }
-th, td { padding: 0 .625rem; height: var(--target); text-align: left; white-space: nowrap; }
+th, td { padding: 0 .625rem; height: var(--target); text-align: left; overflow-wrap: break-word; }
+thead, .number, .actions, .state, .why { white-space: nowrap; }
 thead th, dt, small, .empty { font-size: .8125rem; color: var(--quiet); }
 tbody td, tbody th { border-top: 1px solid var(--line); }
 tbody tr:hover, tbody tr:focus-within { background: var(--hover); }
@@ -14052,20 +14053,22 @@ dialog {
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 dialog h2 { margin-top: 0; }
 dialog dl { display: grid; grid-template-columns: 3rem 1fr; gap: .375rem; }
-kbd { padding: 0 .4rem; border: 1px solid var(--edge); border-radius: 4px; }
+kbd { padding: 0 .4rem; border: 1px solid var(--edge); }
 
 @media (max-width: 46rem) {
   nav#views { order: 1; flex-basis: 100%; }
   .sides { grid-template-columns: 1fr; }
   .line p { grid-column: 1 / -1; }
+  .run { min-width: 44px; }
   thead th:not(.pick) { display: none; }
-  thead .pick label::after { content: "All"; }
-  tbody, tbody td, tbody th { display: block; border: 0; height: auto; white-space: normal; }
+  thead label { grid: auto / 44px auto 1fr; }
+  thead label::after { content: "All"; }
+  tbody, tbody td, tbody th { display: block; border: 0; height: auto; overflow-wrap: anywhere; }
   tbody tr { display: flex; flex-wrap: wrap; align-items: center; padding: .25rem 0; }
   tbody tr { border-top: 1px solid var(--line); }
   td:empty { display: none; }
   .named::before { content: attr(data-name) ": "; color: var(--quiet); }
-  .why, .actions { flex-basis: 100%; max-width: none; }
+  .why, .actions { flex-basis: 100%; max-width: none; white-space: normal; }
 }
 """
 
@@ -14239,7 +14242,8 @@ function ask(title, content, yes, kind = "main") {
 }
 """
 
-# The list of calls, and what is done with many of them.
+# The list of calls. filterOf gives the parameters of an address that choose calls, without those
+# that turn pages; parseFilter reads "status:error function:cat 01a1…": a word alone is an id.
 PAGE_CALLS = r"""
 const OPEN = ["delayed", "queued", "running"];
 const FINAL = ["success", "error", "timeout", "cancelled"];
@@ -14250,10 +14254,8 @@ const picked = new Map(); // calls that are ticked, by id
 const link = (query) => `#calls?${new URLSearchParams(query)}`;
 const callLink = (id) => `#call?${new URLSearchParams({ id })}`;
 
-// The parameters that choose calls, without those that turn pages.
 const filterOf = (query) => [...query].filter(([name]) => FILTERS.includes(name));
 
-// "status:error function:cat 01a1…": a word without a name is an id.
 function parseFilter(text) {
   const words = text.match(/\S+/g) ?? [];
   return words.map((word) => {
@@ -14366,7 +14368,8 @@ function drawCallRow(call) {
 """
 
 # Retry and cancel: the call on screen, those that are ticked, or all that match. changeAsked asks,
-# unless there is nothing to add to the question, then does it, and says for how many.
+# unless there is nothing to add to the question, then does it, and says for how many. narrowed
+# gives the filter for those of the calls that match now which it can be done for.
 PAGE_CHANGES = """\
 const CHANGES = {
   retry: {
@@ -14419,7 +14422,6 @@ const isFinal = (call) => FINAL.includes(call.status);
 const isAble = (name, call) =>
   call.callback.status === "pending" ? name === "cancel" : isFinal(call) === (name === "retry");
 
-// The filter for those of the calls that match now which it can be done for.
 function narrowed(name) {
   const filter = new URLSearchParams(filterOf(route().query));
   const callbacks = name === "cancel" && filter.get("callback") === "pending";
@@ -14460,7 +14462,7 @@ async function loadCall({ query }) {
     const [body, request, result] = await Promise.all([
       loadBody(`${path}/request`),
       get(`${path}/request`, { Accept: "application/json" }).catch(() => ({})),
-      isFinal(call) ? loadBody(`${path}/result`) : { missing: "There is none yet." },
+      isFinal(call) ? loadBody(`${path}/result`) : { missing: "None yet." },
     ]);
     details = { version, body, request, result, output: "" };
     readOutput(call, details);
@@ -14530,17 +14532,22 @@ function drawCallActions(call, body) {
 function happenings(call) {
   const { history = [], failures = [], callback, status, started_at: began, attempts } = call;
   const failed = (kind) => failures.filter(({ of }) => of === kind).map(failure);
-  const waits = ["delayed", "queued"].includes(status);
+  const waits = call.waits_for;
   const target = [callback.url, callback.error].filter(Boolean).join(": ");
   return [
     ...history.map((run) => ["run before", run.status, run.started_at, null, run.error]),
     ["waited", "queued", call.created_at, between(call.created_at, begin(call))],
     ...failed("attempt"),
-    waits && ["waits", status, call.due_at, null, `for ${call.waits_for}`],
+    waits && waiting(call),
     began && !waits && [`attempt ${attempts}`, status, began, call.duration_seconds, call.error],
     ...failed("callback"),
     callback.url && [`callback ${callback.attempts || ""}`, callback.status, null, null, target],
   ].filter(Boolean);
+}
+
+function waiting({ status, due_at: due, waits_for: what }) {
+  const left = status === "delayed" && [", in ", age(due)];
+  return ["waits", status, due, null, [`for ${what}`, left]];
 }
 
 function failure({ of, number, failed_at: at, duration_seconds: took, error }) {
@@ -14626,14 +14633,14 @@ const drawQueues = () => [
   h("h2", "Functions"),
   stats.functions.length
     ? drawTable("functions", FUNCTIONS, stats.functions.map(drawFunctionRow))
-    : drawEmpty("No functions yet: name one under [functions] in the TOML file."),
+    : drawEmpty("No functions yet: name one under [functions]."),
 ];
 
 function drawTable(id, titles, rows) {
   for (const row of rows) {
     for (const one of row.querySelectorAll(".named")) one.dataset.name = titles[one.cellIndex];
   }
-  const kind = (i) => ({ scope: "col", class: rows[0]?.children[i].className });
+  const kind = (i) => ({ class: rows[0]?.children[i].className });
   const head = titles.map((title, i) => h("th", kind(i), title));
   return h("table", { id }, h("thead", h("tr", head)), h("tbody", rows));
 }
@@ -14654,7 +14661,7 @@ function drawQueueRow({ name, paused, depth, hour, ...queue }) {
     figure(count(depth)),
     figure(drawLoad(queue)),
     figure(depth > 0 && span(queue.oldest_seconds)),
-    cell(hour && drawHour(hour.accepted)),
+    figure(hour && drawHour(hour.accepted)),
     figure(hour && count(total(hour.failed))),
     drawActions(
       own && depth > 0 && button("Purge…", "purge", name, "danger"),
@@ -14664,7 +14671,7 @@ function drawQueueRow({ name, paused, depth, hour, ...queue }) {
 }
 
 const drawLoad = ({ inflight, max_inflight: most, rate }) =>
-  h("span", inflight, most && ` of ${most}`, rate && `, ${rate}`);
+  h("span", inflight, most && ` of ${most}`, rate && `, rate ${rate}`);
 const queuePath = (name) => `system/queues/${encodeURIComponent(name)}`;
 const drawActions = (...buttons) => h("td.actions", stats.may_act && buttons);
 const pauseButton = (path, paused) =>
@@ -14680,7 +14687,7 @@ function drawFunctionRow({ name, namespace, kind, queue, hour, counts, ...figure
     figure(kind && drawLoad(figures)),
     figure(kind === "provider" && figures.replicas),
     figure(count(total(Object.values(counts)))),
-    cell(hour && drawHour(hour.calls)),
+    figure(hour && drawHour(hour.calls)),
     figure(hour && count(total(hour.failures))),
   );
 }
@@ -14717,7 +14724,7 @@ const drawSchedules = ({ schedules }) => [
 
 function drawScheduleRow({ name, paused, enabled, ...schedule }) {
   const path = `system/schedules/${encodeURIComponent(name)}`;
-  const next = enabled ? schedule.next.slice(0, 3).map((at) => h("div", age(at))) : "off";
+  const next = enabled ? schedule.next.slice(0, 3).map((at, i) => [i > 0 && ", ", age(at)]) : "off";
   return h(
     "tr",
     { id: `schedule-${name}` },
@@ -14743,6 +14750,7 @@ function drawHost() {
     h("h2", "Host"),
     h(
       "dl.sheet.facts",
+      fact(`Store (${store.backend})`, h("code", store.place)),
       fact("Version", stats.version),
       fact("Up for", span(stats.uptime_seconds)),
       fact("Memory", size(stats.memory_bytes)),
@@ -14750,7 +14758,6 @@ function drawHost() {
       fact("Left on its disk", size(store.free_bytes) || "not known"),
       fact("Commit, half · 99 %", `${span(commit.p50) || "none"} · ${span(commit.p99) || "none"}`),
       fact("Callbacks failed", failed),
-      fact(`Store (${store.backend})`, h("code", store.place)),
     ),
     h("h2", "What a 202 means"),
     h("p.sheet.empty", state(stats.durable ? "success" : "timeout", stats.guarantee)),
@@ -14965,8 +14972,8 @@ const KEYS = {
   j: ["next call", () => step(1)],
   k: ["previous call", () => step(-1)],
   x: ["select the call, or not", () => row() && pick(row().id)],
-  r: ["retry the call, or those that are selected", () => changeHere("retry")],
-  c: ["cancel the call, or those that are selected", () => changeHere("cancel")],
+  r: ["retry the call, or what is selected", () => changeHere("retry")],
+  c: ["cancel the call, or what is selected", () => changeHere("cancel")],
   "?": ["these keys", help],
 };
 

@@ -30,6 +30,10 @@ url = "{url}"
 queue = "slow"
 [queues.slow]
 max_inflight = 2
+rate = "100/1m"
+[functions.a_name_that_is_as_long_as_names_may_be_and_has_no_place_to_b]
+command = ["sh", "-c", "printf %0200d >&2; exit 3"]
+retry.attempts = 1
 [schedules.nightly]
 function = "it"
 cron = "0 3 * * *"
@@ -38,13 +42,23 @@ attempts = 2
 min_wait = "1ms"
 """
 
-# Controls that are less than 44 px high, but for links in a text.
+LONG = "a_name_that_is_as_long_as_names_may_be_and_has_no_place_to_b"
+
+# Controls that are less than 44 px high, or wide where they are no words.
 SMALL_TARGETS = """
-const controls = [...document.querySelectorAll("button, input, .button, nav a, td > a, th > a")];
-const target = (one) => one.closest("label") ?? one;
-const shown = controls.filter((one) => one.checkVisibility());
-const small = shown.filter((one) => target(one).getBoundingClientRect().height < 44);
-return small.map((one) => one.outerHTML);
+const controls = [...document.querySelectorAll("button, input, .button, .run, nav a, td > a, th > a")];
+const target = (one) => (one.closest("label") ?? one).getBoundingClientRect();
+const isNarrow = (one) => !one.matches("td > a:not(.run), th > a") && target(one).width < 44;
+const isSmall = (one) => target(one).height < 44 || isNarrow(one);
+return controls.filter((one) => one.checkVisibility() && isSmall(one)).map((one) => one.outerHTML);
+"""
+
+# What moves, or would if something changed.
+MOTION = """
+const moves = (style) => style.animationName !== "none" || parseFloat(style.transitionDuration) > 0;
+const styles = (one) => [null, "::before", "::after"].map((part) => getComputedStyle(one, part));
+const all = [...document.querySelectorAll("*")].filter((one) => styles(one).some(moves));
+return all.map((one) => one.outerHTML);
 """
 
 BUTTONS = "return document.querySelectorAll('#view [data-do]:not(input)').length"
@@ -279,6 +293,7 @@ async def test_without_a_stream_the_page_looks_by_itself(page: Page) -> None:
             await streams.enter_async_context(gateway.http.get(f"{gateway.url}/system/events"))
         await page.open()
         await browser.shows("every 5 s", "#live")
+        await browser.shows(f"No calls yet. Queue one: curl -d hello {gateway.url}/async-function/it")
         await gateway.submit("it", X_Delay="1h")
         await page.rows(1)
 
@@ -417,6 +432,20 @@ async def test_all_that_match_are_done_at_once_as_many_as_was_said(page: Page, f
     await page.rows(11)
 
 
+async def test_callbacks_that_are_tried_again_can_all_be_given_up(page: Page, sink: Server) -> None:
+    """They are what a filter for them means; the calls have ended."""
+    browser, gateway = page.browser, page.gateway
+    sink.behaviour = answer(500)
+    calls = [await gateway.submit("it", X_Callback_Url=sink.url) for _ in range(2)]
+    await sink.wait_for(2)
+    await page.open("#calls?callback=pending")
+    await page.rows(2)
+    await browser.click("=Cancel all that match…")
+    await browser.click("=Cancel 2 calls")
+    await browser.shows("2 calls of 2 cancelled", "#notice")
+    assert {(await gateway.record(call))["callback"]["status"] for call in calls} == {"failed"}
+
+
 async def test_queues_are_paused_resumed_and_purged(page: Page, function: Server) -> None:
     """Each with its figures; a purge says how many first."""
     browser, gateway = page.browser, page.gateway
@@ -427,6 +456,7 @@ async def test_queues_are_paused_resumed_and_purged(page: Page, function: Server
     slow = "document.querySelector('#queue-slow').innerText"
     await browser.click("#queue-slow td:last-child button:last-child")
     await browser.until(f"{slow}.includes('paused')")
+    assert "0 of 2, rate 100/1m" in await browser.text("#queue-slow")
     await page.picture("queues")
     await browser.click("#queue-slow td:last-child button:last-child")
     await browser.until(f"{slow}.includes('open')")
@@ -446,6 +476,7 @@ async def test_a_schedule_is_run_now_and_paused(page: Page) -> None:
     await browser.until("document.querySelector('#schedules a.run .success')")
     await browser.click("=Pause")
     await browser.shows("paused", "#schedules")
+    assert "Missed" in await browser.text("#schedules thead")
     await page.picture("schedules")
     await browser.click("=Resume")
     await browser.until("!document.querySelector('#schedules .paused')")
@@ -462,6 +493,7 @@ async def test_the_host_is_shown_with_what_is_wrong(browser: Browser, daemon: St
     await Page(browser, gateway).open("#host")
     for text in ("Version", "Up for", "a call is on disk before its 202", "there is no program /no/such/program"):
         await browser.shows(text)
+    assert await browser.text("#views") == "Calls\nQueues\nSchedules\nHost\n⚠ 1"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -474,6 +506,7 @@ async def test_axe_finds_nothing_that_keeps_people_out(page: Page, function: Ser
     call = await gateway.submit("it", b'{"a": 1}', X_Callback_Url=f"{function.url}/gone")
     await gateway.until(call, lambda record: record["callback"]["attempts"] > 0)
     await gateway.submit("later", X_Delay="1h")
+    await gateway.final(await gateway.submit(LONG))
     await browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     found: dict[str, list[str]] = {}
     for place in ("#calls", f"#call?id={call}", "#queues", "#schedules", "#host", "?"):
@@ -481,6 +514,7 @@ async def test_axe_finds_nothing_that_keeps_people_out(page: Page, function: Ser
             await browser.press("?")
         else:
             await page.open(place)
+            assert await browser.run("return document.documentElement.scrollWidth <= innerWidth"), place
         await browser.run(AXE.read_text())
         script = "axe.run().then((result) => arguments[0](result.violations))"
         violations = await browser.do(browser.driver.execute_async_script, script)
@@ -554,18 +588,25 @@ async def test_a_call_is_run_with_another_body(page: Page, function: Server) -> 
 
 
 async def test_a_call_is_copied_as_a_command(page: Page, function: Server) -> None:
-    """Which does the same when a shell runs it, whatever quotes are in the body."""
+    """Which does the same when a shell runs it: quotes mean nothing, nor does what curl looks for."""
     browser, gateway = page.browser, page.gateway
-    body = b'it\'s "quoted" $HOME `x` \\ \xc3\xa9\n'
-    call = await gateway.submit("it/way?x=1&y", body, Content_Type="text/x-mine")
-    await gateway.final(call)
-    await page.open(f"#call?id={call}")
+    body = b'@/etc/hostname it\'s "quoted" $HOME `x` \\ \xc3\xa9\n'
+    path, kind = "/a/../{x,y}/[1-3]/%27/b?x=1&y='", "text/x-mine; a='$(x)'"
+    call = (
+        await ask(gateway.url, f"/async-function/it{path}", f"Content-Type: {kind}", method="POST", body=body)
+    ).headers
+    await gateway.final(call["X-Call-Id"])
+    await page.open(f"#call?id={call['X-Call-Id']}")
     await browser.run("navigator.clipboard.writeText = (text) => { window.copied = text; }")
     await browser.click("=Copy as curl")
     await browser.shows("Copied", "#notice")
     await run("sh", "-c", await browser.run("return window.copied"))
     one, two = await function.wait_for(2)
-    assert (two.target, two.body, two.headers["Content-Type"]) == (one.target, body, "text/x-mine")
+    assert (one.target, one.body) == (path, body)
+    assert (two.target, two.body, two.headers["Content-Type"]) == (path, body, kind)
+    # A browser would send it to what the dots lead to, which may be another function.
+    await browser.click("=Run with another body…")
+    await browser.shows("A browser would change its path", "#notice")
 
 
 HOSTILE = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script>javascript:alert(1)"
@@ -668,6 +709,7 @@ async def test_all_of_it_is_done_by_keyboard(page: Page, function: Server) -> No
     await browser.run("document.activeElement.blur()")
     await browser.press("j", Keys.ENTER)
     await browser.shows("later", "#view h2")
+    await browser.shows("for its time, in 59 min", "#view .line")
     await browser.press("c")
     await browser.shows("Cancel 1 call?", "#dialog")
     await browser.press(Keys.TAB, Keys.ENTER)
@@ -676,12 +718,16 @@ async def test_all_of_it_is_done_by_keyboard(page: Page, function: Server) -> No
 
 
 async def test_a_phone_shows_all_of_it(page: Page, function: Server) -> None:
-    """360 pixels wide nothing is cut off, and a thumb hits what it wants."""
+    """360 pixels wide nothing is cut off, a thumb hits what it wants, and nothing moves."""
     browser, gateway = page.browser, page.gateway
     function.behaviour = answer(400)
     call = await gateway.submit("it", X_Callback_Url=f"{function.url}/a/rather/long/path/to/somewhere/else")
     await gateway.submit("later", X_Delay="1h")
     await gateway.final(call)
+    for _ in range(2):
+        await gateway.final(await gateway.submit(LONG))
+    await ask(gateway.url, "/system/schedules/nightly/run", method="POST")
+    await browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
     screen = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     await browser.cdp("Emulation.setDeviceMetricsOverride", **screen)
     await browser.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
@@ -691,7 +737,13 @@ async def test_a_phone_shows_all_of_it(page: Page, function: Server) -> None:
             await page.picture(f"phone-{place.strip('#').partition('?')[0]}")
             assert await browser.run("return document.documentElement.scrollWidth") == 360, place
             assert await browser.run(SMALL_TARGETS) == [], place
+            assert await browser.run(MOTION) == [], place
+        await page.open(f"#calls?function={LONG}")
+        await page.rows(2)
+        await browser.click("thead label")
+        await browser.shows("2 calls selected")
     finally:
+        await browser.cdp("Emulation.setEmulatedMedia", features=[])
         await browser.cdp("Emulation.clearDeviceMetricsOverride")
         await browser.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
 
