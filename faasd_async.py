@@ -12820,7 +12820,9 @@ async def stream_answer(
     passed_on = respond(502)
     try:
         async with TimeLimit(limit), await asked as answer:
-            headers = as_multidict(forward_headers(answer.headers, frozenset()))
+            # RFC 9110 8.6: a 204 has no length, whatever the function says.
+            drop = CONTENT_LENGTH if answer.status == 204 else frozenset[bytes]()
+            headers = as_multidict(forward_headers(answer.headers, drop))
             headers.update(ours)
             headers.setdefault("X-Duration-Seconds", f"{time.perf_counter() - started:.6f}")
             allow_origin(headers, request.trusted_origin)

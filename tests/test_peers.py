@@ -213,6 +213,14 @@ async def test_a_head_that_is_odd_does_not_get_the_daemon_into_trouble(
     assert len(sink.requests) == len(ODD)
 
 
+async def test_an_answer_without_content_has_no_length(daemon: StartDaemon) -> None:
+    """Who called would wait for a body that does not come."""
+    async with peer(says(b"HTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\nhello")) as url:
+        gateway = await daemon(f'[functions.f]\nurl = "{url}"')
+        reply = await ask(gateway.url, "/function/f")
+    assert (reply.status, reply.body, "Content-Length" in reply.headers) == (204, b"", False)
+
+
 @contextlib.contextmanager
 def deaf() -> Iterator[str]:
     """A URL whose kernel does not even take connections: its backlog is full."""
