@@ -2476,6 +2476,12 @@ def machine_names() -> tuple[str, ...]:
     return name, short, f"{short}.local"
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether a host is a name of this machine."""
+    name = host.lower().rstrip(".")
+    return name == "localhost" or name in machine_names()
+
+
 def require_login(given: str, login: str, view_login: str | None) -> bool:
     """Whether these credentials may act, or only look. In constant time. HttpError(401)."""
     kind, _, credentials = given.partition(" ")
@@ -10091,10 +10097,11 @@ class CheckedResolver:
         if until > now:
             return infos
         loop = asyncio.get_running_loop()
+        # No address that can't be used; but lo is none for that: while there is no other IPv4
+        # address (at boot, before DHCP), "localhost" would have none.
+        flags = 0 if is_this_machine(host) else socket.AI_ADDRCONFIG
         try:
-            infos = await loop.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-            )
+            infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
         except UnicodeError:
             raise socket.gaierror(socket.EAI_NONAME, "not a name") from None
         if len(self._known) >= MAX_ORIGINS:
@@ -10130,7 +10137,7 @@ def proxies_of(environment: Mapping[str, str]) -> Mapping[str, yarl.URL]:
 def bypasses_proxy(host: str, environment: Mapping[str, str]) -> bool:
     """Whether NO_PROXY has a host or its address, or the host is this machine."""
     name = host.lower().rstrip(".")
-    if name == "localhost" or name in machine_names():
+    if is_this_machine(name):
         return True
     if is_address(name) and ipaddress.ip_address(name).is_loopback:
         return True

@@ -10,6 +10,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -23,7 +24,7 @@ import yarl
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from conftest import PATIENCE, Server, StartDaemon, ask
+from conftest import PATIENCE, Server, StartDaemon, ask, namespaces
 
 import faasd_async
 from faasd_async import (
@@ -968,6 +969,16 @@ def test_all_addresses_of_a_name_are_tried(run: Scenario, refused: str) -> None:
                 await first(peer)
 
     run(scenario())
+
+
+def test_this_machine_is_found_before_it_has_an_address() -> None:
+    """At boot there may be one of IPv6 for a while, and none of IPv4 but the loopback's."""
+    program = "import asyncio, faasd_async as f; client = f.CheckedResolver(lambda host, address: True)"
+    program += "; print(asyncio.run(client.resolve('localhost', 80)))"
+    alone = 'ip link set lo up && ip -6 address add fd00::1/64 dev lo && exec "$@"'
+    command = (*namespaces("net"), "sh", "-c", alone, "sh", sys.executable, "-c", program)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(faasd_async.__file__).parent)
+    assert "'127.0.0.1'" in found.stdout, found.stderr
 
 
 def test_an_address_that_may_not_be_called_is_not_connected_to(run: Scenario) -> None:
