@@ -2011,6 +2011,19 @@ class Page(NamedTuple):
     next_cursor: str | None
 
 
+def readable(body: bytes) -> bytes:
+    """What is compressed with gzip, which may be cut, or with deflate, up to a MiB; else itself."""
+    with contextlib.suppress(zlib.error):
+        if body.startswith(b"\x1f\x8b"):  # RFC 1952 2.3.1
+            return zlib.decompressobj(wbits=31).decompress(body, MIB)
+        if body[:1] == b"x" and int.from_bytes(body[:2]) % 31 == 0:  # RFC 1950 2.2
+            inflating = zlib.decompressobj()
+            inflated = inflating.decompress(body, MIB)
+            if inflating.eof or inflating.unconsumed_tail:  # else it may be text, such as "x^2"
+                return inflated
+    return body
+
+
 class Output(NamedTuple):
     """What a call's last attempt wrote."""
 
@@ -2020,10 +2033,7 @@ class Output(NamedTuple):
     @property
     def written(self) -> bytes:
         """One after the other, for people: a body that is compressed is not any more."""
-        body = self.body
-        if body.startswith(b"\x1f\x8b"):  # gzip (RFC 1952 2.3.1); it may be cut
-            with contextlib.suppress(zlib.error):
-                body = zlib.decompressobj(wbits=31).decompress(body, MIB)
+        body = readable(self.body)
         gap = b"\n" if body and self.stderr and not body.endswith(b"\n") else b""
         return body + gap + self.stderr
 
