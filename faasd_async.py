@@ -693,7 +693,7 @@ def canonical_address(value: Any) -> str:
     """HOST:PORT or unix:/path; also as people, browsers and systemd write these."""
     address = re.sub(r"^unix:(//)?(?=/)|^(?=/(?!/))", "unix:", text(value))
     if not address.startswith("unix:"):
-        address = re.sub(r"^(http:)?//|/$", "", address)
+        address = re.sub(r"(?i)^(http:)?//|/$", "", address)
         address = re.sub(r"^(\*:)?(?=\d+$)", ":", address)  # a port, of every address
     tcp = TCP_ADDRESS.fullmatch(address)
     unix = UNIX_ADDRESS.fullmatch(address)
@@ -2669,7 +2669,7 @@ def command_content_type(function: Function, request: FunctionRequest, body: byt
     if function.content_type:
         return function.content_type.encode()
     for name, value in request.headers:
-        if name.lower() == b"content-type":
+        if name.lower() == b"content-type" and value:
             return value
     return looks_like(body)
 
@@ -15819,12 +15819,27 @@ def passed_sockets() -> list[socket.socket]:
     return sockets
 
 
+def unlink_left_over(path: Path) -> None:
+    """Remove the socket file of a process that was killed. OSError: somebody listens there."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:  # Many wait already to be accepted there.
+            pass
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
 def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
     """The sockets of one address of gateway.listen, those in files with a mode. Raises OSError."""
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:"))
-        if path.is_socket():  # left there by a process that was killed
-            path.unlink()
+        unlink_left_over(path)
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(str(path))
         path.chmod(mode)  # Nobody can connect yet.

@@ -486,6 +486,7 @@ def test_an_address_is_taken_as_it_stands(listen: str) -> None:
         ("*:8080", ":8080"),
         ("http://127.0.0.1:8080", "127.0.0.1:8080"),
         ("http://127.0.0.1:8080/", "127.0.0.1:8080"),
+        ("HTTP://localhost:8080", "localhost:8080"),
         ("/run/faasd.sock", "unix:/run/faasd.sock"),
         ("unix:///run/faasd.sock", "unix:/run/faasd.sock"),
     ],

@@ -754,6 +754,11 @@ async def test_a_socket_file_left_by_a_dead_daemon_is_replaced(daemon: StartDaem
     gateway.configure(f'[gateway]\nlisten = "unix:{path}"\nsocket_mode = "0600"')
     await gateway.start()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    settings = f'[gateway]\nlisten = "unix:{path}"\n[store]\npath = "{tmp_path}/other.db"'
+    other = await daemon(settings, start=False)
+    await other.spawn()
+    assert await other.ended() == 75  # It is not taken away from the one that lives.
+    assert f"{path}: Address already in use" in other.log
     result = await run(
         "curl", "-sS", "-w", "%{http_code}", "-o", "/dev/null", "--unix-socket", path, "http://x/healthz"
     )

@@ -1038,7 +1038,8 @@ async def test_an_answer_is_of_the_requests_kind(daemon: StartDaemon, sink: Serv
 async def test_an_answer_without_a_kind_is_text_or_bytes(daemon: StartDaemon, sink: Server) -> None:
     """What it is can be seen from it."""
     gateway = await daemon(program("cat"))
-    assert await kinds(gateway, sink, "it", "größe".encode()) == {TEXT}
+    for headers in ((), ("Content-Type:",)):
+        assert await kinds(gateway, sink, "it", "größe".encode(), *headers) == {TEXT}
     assert await kinds(gateway, sink, "it", b"\xff\x00") == {BYTES}
 
 
