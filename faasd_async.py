@@ -9885,6 +9885,7 @@ class Wire(asyncio.Protocol):
         """Tell what is known of an answer that may never be whole."""
         if self._on_status is not None and (line := STATUS_LINE.search(self._head + data)):
             self._on_status(int(line[1]))
+            self._on_status = None  # Told once: the rest of the head may come byte by byte.
 
     def _answered(self, message: RawResponseMessage, body: StreamReader) -> None:
         if 100 <= message.code < 200 and message.code != 101:
