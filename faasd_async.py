@@ -5495,7 +5495,9 @@ PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
 NATS_LATE_S = 0.01  # what a message that is stored takes to become known to its consumer
 MAX_HEAD_BYTES = 128 * KIB  # of a message beside its parts: URLs, and what was before a redrive
 PROBE_BYTES = 64 * KIB  # that are stored to see whether there is room
-FENCE_S = 10.0  # and two leases: how long a record is there beyond its time, and not shown
+# And two leases: how long a record is there beyond its time, and not shown. Longer than the two
+# minutes within which a server that is killed may bring back what it had deleted (seen with 2.15).
+FENCE_S = 150.0
 SETTLED_S = 3.0  # after which all daemons that are there have connected to a server again
 CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
 RESEND_S = 2.0  # what it takes at most to write a record, once that has been prepared
@@ -5831,8 +5833,11 @@ class NatsSubjects:
 
     def record(self, call: NatsCall) -> str:
         """The record of a call: its time first, so that a look-up needs no search."""
-        place = f"{nats_token(call.queue)}.{nats_token(call.lane)}"
-        return f"{self._prefix}.call.{call.id[:8]}.{call.id[9]}.{place}.{call.id}"
+        return self.record_at(nats_token(call.queue), nats_token(call.lane), call.id)
+
+    def record_at(self, queue: str, lane: str, own_id: str) -> str:
+        """The same by the last tokens of any message of the call."""
+        return f"{self._prefix}.call.{own_id[:8]}.{own_id[9]}.{queue}.{lane}.{own_id}"
 
     def find(self, own_id: str) -> Sequence[str]:
         """Where a call may be of which only the id is known. The first that is there counts."""
@@ -7001,21 +7006,6 @@ async def crowds(link: NatsLink, stream: str, pattern: str) -> AsyncIterator[tup
             return
 
 
-async def sweep_records(link: NatsLink, config: NatsConfig) -> None:
-    """Delete what stands under a newer record of the same call.
-
-    A server that was killed may bring back what it had deleted (seen with 2.15, once in some
-    hundred kills). Such a record would be taken for the call's when the newer one has gone. The
-    names of all records are read only if there are more messages than subjects.
-    """
-    state = (await link.api(f"STREAM.INFO.{config.stream}"))["state"]
-    if state["messages"] <= state.get("num_subjects", 0):
-        return
-    async for subject, number in crowds(link, config.stream, NatsSubjects(config).every("call")):
-        if number > 1:
-            await link.api(f"STREAM.PURGE.{config.stream}", {"filter": subject, "keep": 1})
-
-
 class NatsCalls:
     """Reads and writes calls. A record is written if it is still the one that was read."""
 
@@ -7444,10 +7434,11 @@ class NatsMessages:
         place = f"{self._lanes.stream}.{lane.consumer}"
         await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
 
-    async def store_again(self, subject: str, data: bytes, seq: int) -> None:
+    async def store_again(self, queue: str, name: str, subject: str, data: bytes, seq: int) -> None:
         """Put a message in its own place, behind those that wait, unless it has changed."""
         with contextlib.suppress(NatsRefused):
-            await self._link.publish(subject, data, Nats_Expected_Last_Subject_Sequence=seq)
+            again = await self._link.publish(subject, data, Nats_Expected_Last_Subject_Sequence=seq)
+            self._lanes.expect(queue, name, again)
 
     def forget(self, queue: str, name: str, own_id: str) -> None:
         """A message that was sent to us is not to be claimed."""
@@ -8870,32 +8861,40 @@ class NatsRecovery:
         self._messages = messages
         self._claims = claims
 
-    async def recover(self, consumers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Have it delivered again, without waiting for leases to run out."""
+    async def recover(
+        self, consumers: Mapping[str, Mapping[str, Any]], restarted: bool = False
+    ) -> None:
+        """Have it delivered again, without waiting for leases to run out.
+
+        `restarted`: the server is another process than the one that we knew.
+        """
         await self._claims.keys.look_after()
         for name, info in consumers.items():
             root, queue, lane = name.split("+")
             if root == "work" and info["delivered"]["stream_seq"]:
-                await self._recover(nats_name(queue), nats_name(lane), info)
+                await self._recover(nats_name(queue), nats_name(lane), info, restarted)
 
-    async def _recover(self, queue: str, lane: str, info: Mapping[str, Any]) -> None:
+    async def _recover(
+        self, queue: str, lane: str, info: Mapping[str, Any], restarted: bool
+    ) -> None:
         """Look through what was delivered and is still there.
 
-        A server that was killed may have forgotten that some of it was not acked (seen with 2.15).
-        It does not deliver that again, so it is stored again.
+        A server that was killed may have forgotten that some of it was not acked, and think so of
+        messages that are gone (seen with 2.15). What it has forgotten it does not deliver again, so
+        where it may have, all is stored again.
         """
         place = self._subjects.place("work", queue, lane, ">")
-        floor = info["ack_floor"]["stream_seq"]
-        found = await self._waiting.between(place, 1, info["delivered"]["stream_seq"])
+        delivered, floor = info["delivered"], info["ack_floor"]["stream_seq"]
+        found = await self._waiting.between(place, 1, delivered["stream_seq"])
         unacked = [seq for seq, _, _ in found if seq > floor]
-        forgotten = len(unacked) > info["num_ack_pending"]
+        differs = restarted or len(unacked) != info["num_ack_pending"]
         for seq, data, subject in found:
-            stray = forgotten or seq <= floor
+            stray = differs or seq <= floor
             verb = await self._how_to_answer(queue, data, stray)
             if verb == b"-NAK" and stray:
-                await self._messages.store_again(subject, data, seq)
+                await self._messages.store_again(queue, lane, subject, data, seq)
             elif verb is not None:
-                count = info["delivered"]["consumer_seq"]
+                count = delivered["consumer_seq"]
                 await self._messages.answer_unacked(queue, lane, seq, count, verb)
 
     async def _how_to_answer(self, queue: str, data: bytes, stray: bool) -> bytes | None:
@@ -9034,12 +9033,59 @@ class NatsTakeover:
                 await self._link.send(message.reply, json.dumps(answer).encode())
 
 
+# A server that was killed may bring back what it had deleted (seen with 2.15, once in some hundred
+# kills). Work messages are delivered again, and their records tell that there is nothing to do.
+
+
+async def sweep_records(link: NatsLink, config: NatsConfig) -> None:
+    """Delete what stands under a newer record of the same call.
+
+    It would be taken for the call's record when the newer one has gone. The names of all records
+    are read only if there are more messages than subjects.
+    """
+    state = (await link.api(f"STREAM.INFO.{config.stream}"))["state"]
+    if state["messages"] <= state.get("num_subjects", 0):
+        return
+    async for subject, number in crowds(link, config.stream, NatsSubjects(config).every("call")):
+        if number > 1:
+            await link.api(f"STREAM.PURGE.{config.stream}", {"filter": subject, "keep": 1})
+
+
+async def sweep_later(link: NatsLink, config: NatsConfig) -> None:
+    """Delete what waits for its time though its call has ended since: no server fires it again.
+
+    It would be shown as a call that waits when the record has gone.
+    """
+    subjects = NatsSubjects(config)
+    places: dict[str, str] = {}  # of a batch, by where the record is
+    gone: list[tuple[str, int]] = []  # with the sequence of the record, which came later
+
+    async def look() -> None:
+        body = json.dumps({"multi_last": list(places)}).encode()
+        for message in await link.gather(f"$JS.API.DIRECT.GET.{config.stream}", body):
+            headers = message.headers or {}
+            if unpack_call(message.data).call.status in FINAL:
+                gone.append((places[headers["Nats-Subject"]], int(headers["Nats-Sequence"])))
+        places.clear()
+
+    async for subject, _ in crowds(link, config.stream, subjects.every("later")):
+        *_, queue, lane, own_id = subject.split(".")
+        if queue[0] != "@":
+            places[subjects.record_at(queue, lane, own_id)] = subject
+        if len(places) == NAMED_SUBJECTS:
+            await look()
+    if places:
+        await look()
+    for subject, seq in gone:
+        await link.api(f"STREAM.PURGE.{config.stream}", {"filter": subject, "seq": seq})
+
+
 class NatsChores(NamedTuple):
     """What is done by the keeper, and how it is done elsewhere."""
 
     begin: Callable[[], Awaitable[None]]
     renew: Callable[[], Awaitable[None]]
-    recover: Callable[[Mapping[str, Mapping[str, Any]]], Awaitable[None]]
+    recover: Callable[[Mapping[str, Mapping[str, Any]], bool], Awaitable[None]]
     expire: Callable[[Delivery], Awaitable[None]]
 
 
@@ -9123,11 +9169,12 @@ class NatsKeeper:
                 self._lanes.wake(queue)
         try:
             consumers = await self._consumers.poll()
-            if fresh:
-                await self._chores.recover(consumers)
             server = self._link.info["server_id"]  # Each start of one has another.
+            if fresh:
+                await self._chores.recover(consumers, server != self._swept)
             if server != self._swept:
                 await sweep_records(self._link, self._settings().nats)
+                await sweep_later(self._link, self._settings().nats)
                 self._swept = server
         except NatsRefused as exc:
             if exc.code in NOT_THERE:

@@ -137,26 +137,37 @@ async def test_work_flows_again_when_the_server_is_back(hosts: StartHost, server
         await works_again(*pair)
 
 
-async def test_what_a_killed_server_brings_back_under_a_record_is_deleted(
+async def test_what_a_killed_server_brings_back_of_a_finished_call_is_deleted(
     hosts: StartHost, server: NatsServer, function: Server
 ) -> None:
-    """It would be taken for the record when that has been kept for its time."""
+    """An earlier record under the last one, a message that waited for its time: they would be shown, or run, later."""
     gateway = await hosts(one_function(function))
-    record = await gateway.final(await gateway.submit("it"))
+    waiting = await gateway.submit("it", X_Delay="1h")
     async with server.client(max_reconnect_attempts=-1, reconnect_time_wait=0.02) as client:
         jetstream = client.jetstream(timeout=PATIENCE)
+
+        async def stored() -> dict[str, int]:
+            return (await jetstream.stream_info(STREAM, subjects_filter="faas.*.faas-request.>")).state.subjects or {}
+
+        (later,) = await stored()
+        delayed = await jetstream.get_last_msg(STREAM, later)
+        await cancel(gateway, waiting)
+        record = await gateway.record(waiting)
         subjects = (await jetstream.stream_info(STREAM, subjects_filter="faas.call.>")).state.subjects
-        (subject,) = subjects or {}
-        newest = await jetstream.get_last_msg(STREAM, subject)
-        await jetstream.publish(subject, newest.data or b"")  # It does not say that it replaces what was there.
+        (place,) = subjects or {}
+        newest = await jetstream.get_last_msg(STREAM, place)
+        # As if the server had forgotten that it has deleted these. The last one does not say that it replaces another.
+        await jetstream.publish(later, delayed.data or b"", headers={"Nats-Rollup": "sub"})
+        await jetstream.publish(place, newest.data or b"")
+        assert list(await stored()) == [later]
         await server.restart()
 
-        async def one_is_left() -> bool:
-            state = (await jetstream.stream_info(STREAM, subjects_filter=subject)).state
-            return state.subjects == {subject: 1}
+        async def they_are_gone() -> bool:
+            state = (await jetstream.stream_info(STREAM, subjects_filter=">")).state
+            return state.subjects == {place: 1}
 
-        await eventually(one_is_left)
-    assert await gateway.record(record["id"]) == record
+        await eventually(they_are_gone)
+    assert await gateway.record(waiting) == record
 
 
 async def test_a_call_that_runs_while_the_server_is_away_is_not_run_again(
