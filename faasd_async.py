@@ -67,7 +67,8 @@ Who owns which task or thread
     HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
                        `exchange`, where no answer came
     Connection         one while it answers; Server.drain and `close` await them
-    Writer             one thread, which alone touches SQLite once it is open; `close` joins it
+    Writer             one thread, which alone touches SQLite once it is open; `close` joins it.
+                       While it makes a copy, one that has the copy's pieces written to disk
     NatsKeeper         lanes, leases, deadlines and news of changes; its `stop` awaits all four
     nats-py            its own, one for each subscription among them; NatsLink.close ends them
 
@@ -137,6 +138,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
@@ -3152,7 +3154,10 @@ class Metrics:
 
 
 def scraped(
-    overview: Overview, queues: Iterable[str], functions: Iterable[Function]
+    stats: Mapping[str, QueueStats],
+    store: StoreFigures,
+    queues: Iterable[str],
+    functions: Iterable[Function],
 ) -> prometheus_client.CollectorRegistry:
     """What has a value only when somebody looks. `queues` are there even if nothing waits."""
     registry = prometheus_client.CollectorRegistry()
@@ -3166,10 +3171,10 @@ def scraped(
     oldest = gauge("faasd_async_oldest_seconds", "Wait of the oldest due call.", ["queue"])
     paused = gauge("faasd_async_queue_paused", "Whether the queue is paused.", ["queue"])
     used = gauge("faasd_async_store_used_bytes", "What the queue's file takes.")
-    used.set(overview.store.used_bytes)
-    if overview.store.free_bytes is not None:
+    used.set(store.used_bytes)
+    if store.free_bytes is not None:
         free = gauge("faasd_async_store_free_bytes", "What is left where that is.")
-        free.set(overview.store.free_bytes)
+        free.set(store.free_bytes)
     for name in queues:
         paused.labels(name).set(0)
     for function in functions:
@@ -3177,7 +3182,7 @@ def scraped(
         replicas.labels(function.key).set(number)
         pending.labels(function.queue, function.key).set(0)
     now = time.time()
-    for name, queue in overview.queues.items():
+    for name, queue in stats.items():
         oldest.labels(name).set(max(0.0, now - queue.oldest_at))
         if name == CALLBACKS:  # whose lanes are hosts, and which can't be paused
             continue
@@ -3375,7 +3380,50 @@ class HasSchedules(Protocol):
         """How far they are."""
 
 
-class Queue(WorkQueue, CallRecords, HasSchedules, Protocol):
+DISCARD_BYTES = 4 * MIB
+DISCARD_PERIOD_S = 0.005
+
+
+class Storage(Protocol):
+    """Where a queue is."""
+
+    async def figures(self) -> StoreFigures:
+        """What it takes, and what is left."""
+
+    async def copy(self) -> IO[bytes]:
+        """All of it as it is at one moment, in a file without a name, to be left to `discard_copy`.
+
+        Work goes on meanwhile. HttpError: 501 it is no file, 503 there is no room, or it stops.
+        """
+
+
+def discard_copy(copy: IO[bytes]) -> None:
+    """Give the room of a file without a name back, in steps. Blocks.
+
+    Whoever syncs waits meanwhile: for a gigabyte at once, a quarter of a second (ext4).
+    """
+    with copy:
+        size = copy.seek(0, os.SEEK_END)
+        while size > 0:
+            size -= DISCARD_BYTES
+            copy.truncate(max(0, size))
+            time.sleep(DISCARD_PERIOD_S)
+
+
+def discard_copy_later(copy: IO[bytes]) -> None:
+    """Have a thread do it, which ends when it is done."""
+    threading.Thread(target=discard_copy, args=(copy,), name="discard", daemon=True).start()
+
+
+class HasStorage(Protocol):
+    """A queue that is open is somewhere."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where it is."""
+
+
+class Queue(WorkQueue, CallRecords, HasSchedules, HasStorage, Protocol):
     """All sides of the seam in one object."""
 
 
@@ -3809,6 +3857,18 @@ def make_private(path: Path) -> None:
             path.with_name(path.name + suffix).chmod(0o600)
 
 
+def store_figures(path: Path) -> StoreFigures:
+    """What a file takes with its log, and what is left where it is. Waits for the disk."""
+    used_bytes = 0
+    free_bytes = None
+    for suffix in ("", "-wal"):
+        with contextlib.suppress(OSError):
+            used_bytes += path.with_name(path.name + suffix).stat().st_size
+    with contextlib.suppress(OSError):
+        free_bytes = shutil.disk_usage(path.parent).free
+    return StoreFigures(str(path), used_bytes, free_bytes)
+
+
 class SqliteFile:
     """The connection, and what is derived from the file in memory.
 
@@ -3831,6 +3891,7 @@ class SqliteFile:
         self._news = News()
         self._last_seq = 0
         self._mark = path.with_name(f"{path.name}-damaged")  # for the next start
+        self.copy = path.with_name(f"{path.name}.copy")  # while one is made
 
     @property
     def news(self) -> News:
@@ -3873,6 +3934,7 @@ class SqliteFile:
         )
         try:
             self._require_durability()
+            self.copy.unlink(missing_ok=True)  # A dead process was making it.
             self._migrate()
             self._read_counts()
             self._recover(self)
@@ -4998,18 +5060,6 @@ def step_overview(file: SqliteFile) -> Overview:
     return Overview(step_stats(file), +counts, store_figures(file.path))
 
 
-def store_figures(path: Path) -> StoreFigures:
-    """What a file takes with its log, and what is left where it is. Waits for the disk."""
-    used_bytes = 0
-    free_bytes = None
-    for suffix in ("", "-wal"):
-        with contextlib.suppress(OSError):
-            used_bytes += path.with_name(path.name + suffix).stat().st_size
-    with contextlib.suppress(OSError):
-        free_bytes = shutil.disk_usage(path.parent).free
-    return StoreFigures(str(path), used_bytes, free_bytes)
-
-
 def step_probe(file: SqliteFile) -> None:
     """Take room for something new, and give it back."""
     file.db.execute("CREATE TABLE room (id)")
@@ -5092,6 +5142,103 @@ def step_save_schedule(file: SqliteFile, state: ScheduleState, calls: Sequence[I
     return state.revision + 1
 
 
+# --- SQLite copies --------------------------------------------------------------------------------
+# The file is copied by the connection that works with it, between its transactions: the lock lets
+# no other in. SQLite carries over what that connection changes meanwhile, so that in the end the
+# copy is the file as it is then (sqlite.org/backup.html).
+
+COPY_PAGES = 64  # of 4 KiB, between two transactions: a millisecond's work
+COPY_CACHE_KIB = 256  # of the copy: a piece is written when the next one is there
+COPY_RESERVE_BYTES = 64 * MIB  # what has to be left beside a copy, for calls that come meanwhile
+
+
+def step_figures(file: SqliteFile) -> StoreFigures:
+    """What the file takes, and what is left."""
+    return store_figures(file.path)
+
+
+class CopyStopped(Exception):
+    """A copy does not come to its end, and why."""
+
+
+def require_room(file: SqliteFile) -> None:
+    """Raises CopyStopped: there is no room for a copy."""
+    (pages,) = file.db.execute("PRAGMA page_count").fetchone()
+    (page_bytes,) = file.db.execute("PRAGMA page_size").fetchone()
+    folder = file.path.parent
+    free = shutil.disk_usage(folder).free
+    if free < pages * page_bytes + COPY_RESERVE_BYTES:
+        takes = f"it takes {brief_size(pages * page_bytes)} in {folder} for a while"
+        reserve = f"{brief_size(COPY_RESERVE_BYTES)} of {brief_size(free)} have to be left"
+        raise CopyStopped(f"{takes}, and {reserve}")
+
+
+def make_copy(file: SqliteFile, between: Tell[int]) -> IO[bytes]:
+    """Copy a file that is open; the copy has no name any more.
+
+    `between` is called after each piece with the descriptor of the copy, and may change the file;
+    what it raises ends all of it. Raises CopyStopped, OSError, sqlite3.Error.
+    """
+    require_room(file)
+    make_private(file.copy)
+    made = file.copy.open("r+b")
+    try:
+        with contextlib.closing(sqlite3.connect(file.copy)) as target:
+            # It is thrown away unless it comes to its end.
+            target.execute("PRAGMA journal_mode = OFF")
+            target.execute("PRAGMA synchronous = OFF")
+            target.execute(f"PRAGMA cache_size = -{COPY_CACHE_KIB}")
+            fd = made.fileno()
+            file.db.backup(target, pages=COPY_PAGES, progress=lambda *_: between(fd), sleep=0)
+    except BaseException:
+        discard_copy_later(made)
+        raise
+    finally:
+        file.copy.unlink()
+    return made
+
+
+def answered_copy(
+    file: SqliteFile,
+    work: Callable[[], None],
+    trouble: Callable[[], str | None],
+    wake: Callable[[], None],
+) -> IO[bytes] | Exception:
+    """A copy, or why there is none. Between its pieces is `work`, which `wake` ends.
+
+    There goes one piece to the disk at a time: nobody's commit has to wait for all of them. It
+    ends when there is `trouble`.
+    """
+    with ThreadPoolExecutor(1, "copy") as disk:
+
+        def between(fd: int) -> None:
+            synced = disk.submit(os.fdatasync, fd)
+            synced.add_done_callback(lambda _: wake())
+            work()
+            while not synced.done():
+                work()
+            synced.result()
+            if reason := trouble():
+                raise CopyStopped(reason)
+
+        try:
+            return make_copy(file, between)
+        except (CopyStopped, OSError, sqlite3.Error) as exc:
+            return exc
+
+
+def deliver_copy(asked: asyncio.Future[IO[bytes]], answer: IO[bytes] | Exception) -> None:
+    """Hand a copy to who has asked for it, or say why there is none."""
+    if isinstance(answer, Exception):
+        if not asked.done():
+            reason = HttpError(503, f"there is no copy of the queue's file: {answer}", LATER)
+            asked.set_exception(reason)
+    elif asked.done():
+        discard_copy_later(answer)
+    else:
+        asked.set_result(answer)
+
+
 # --- SQLite queue ---------------------------------------------------------------------------------
 # -- writer: the thread with its group commit, and the seam in front of it
 
@@ -5159,13 +5306,15 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._outbox: list[Entry] = []  # submitted since the loop's last round
         self._inbox: SimpleQueue[list[Entry]] = SimpleQueue()
+        self._copies: SimpleQueue[asyncio.Future[IO[bytes]]] = SimpleQueue()  # that are asked for
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._closing = False
-        self._busy_since = float("inf")  # monotonic; since when the current transaction runs
+        self._busy_since = float("inf")  # monotonic; since when it has not waited for work
         self._clock = WallClock()
         self._seen_at = 0.0  # the wall clock after the last wait
         self._expire_after = 0.0  # when calls that missed their deadline are ended at the earliest
         self._failure: str | None = None  # why the last transaction failed; None: it did not
+        self._rollbacks = 0  # transactions that failed
         self._watcher: Tell[Changes] | None = None
         self._budget = Budget(CHANGES_S)
         self._nobody: asyncio.Future[None] = self._loop.create_future()
@@ -5196,13 +5345,20 @@ class Writer:
         """See CallRecords."""
         self._watcher = tell
 
+    def copy(self) -> asyncio.Future[IO[bytes]]:
+        """Have a copy made, between transactions. To cancel the future ends that."""
+        asked: asyncio.Future[IO[bytes]] = self._loop.create_future()
+        self._copies.put(asked)
+        self._inbox.put([])  # The writer may wait for something.
+        return asked
+
     @property
     def failure(self) -> str | None:
         """Why the last transaction failed; None: it did not."""
         return self._failure
 
     def busy_s(self) -> float:
-        """For how long the current transaction has been running."""
+        """For how long it has not waited for work."""
         return time.monotonic() - self._busy_since
 
     def _hand_over(self) -> None:
@@ -5211,11 +5367,28 @@ class Writer:
 
     def _run(self) -> None:
         while not self._closing or self._inbox.qsize():
-            batch = self._next_batch()
-            self._busy_since = time.monotonic()
-            self._commit(batch)
-            self._busy_since = float("inf")
+            self._round()
+            while self._copies.qsize():
+                self._copy(self._copies.get())
         self._file.close()
+
+    def _round(self) -> None:
+        """Wait for work, and do it."""
+        self._busy_since = float("inf")
+        batch = self._next_batch()
+        self._busy_since = time.monotonic()
+        self._commit(batch)
+
+    def _copy(self, asked: asyncio.Future[IO[bytes]]) -> None:
+        rollbacks = self._rollbacks
+
+        def trouble() -> str | None:
+            if self._rollbacks > rollbacks:  # SQLite would begin anew.
+                return f"the queue can't store: {self._failure}"
+            return "the daemon stops" if self._closing or asked.done() else None
+
+        answer = answered_copy(self._file, self._round, trouble, lambda: self._inbox.put([]))
+        self._loop.call_soon_threadsafe(deliver_copy, asked, answer)
 
     def _next_batch(self) -> list[Entry]:
         """What was submitted, or what the time has come for."""
@@ -5271,6 +5444,7 @@ class Writer:
         """Nothing of the transaction happened: try its parts, or tell who waits."""
         with contextlib.suppress(sqlite3.Error):  # Then the next BEGIN fails, and leads here again.
             self._file.db.rollback()
+        self._rollbacks += 1
         self._file.distrust(exc)
         parts: dict[Hashable, list[Entry]] = {}
         # What the disk refuses for one step it refuses for all that do the same.
@@ -5331,6 +5505,19 @@ class SqliteSchedules:
 
     async def save(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
         return await self.writer.submit(step_save_schedule, state, calls)
+
+
+@dataclass(frozen=True)
+class SqliteStorage:
+    """See Storage."""
+
+    writer: Writer
+
+    async def figures(self) -> StoreFigures:
+        return await self.writer.submit(step_figures)
+
+    async def copy(self) -> IO[bytes]:
+        return await self.writer.copy()
 
 
 class SqliteQueue:
@@ -5481,6 +5668,11 @@ class SqliteQueue:
     def schedules(self) -> SqliteSchedules:
         """See HasSchedules."""
         return SqliteSchedules(self._writer)
+
+    @property
+    def storage(self) -> SqliteStorage:
+        """See HasStorage."""
+        return SqliteStorage(self._writer)
 
 
 # --- NATS messages --------------------------------------------------------------------------------
@@ -8967,6 +9159,13 @@ class NatsPeers:
         await self._link.subscribe(self._subjects.news, self._heard)
         await self._link.subscribe(self._subjects.owner(self._holdings.owner), self._asked)
 
+    async def pause(self, name: str, paused: bool) -> None:
+        """Have all daemons hold a queue, or go on with it; also those that come later."""
+        note = json.dumps({"queue": name, "paused": paused}).encode()
+        await self._link.publish(self._subjects.pause(name), note)
+        self._lanes.pause(name, paused)
+        await self._news.tell(pause=(name, paused))
+
     async def _heard(self, message: nats.aio.msg.Msg) -> None:
         """Another daemon has told something."""
         news = json.loads(message.data)
@@ -9218,8 +9417,11 @@ async def nats_trouble(link: NatsLink, calls: NatsCalls, subjects: NatsSubjects)
     return f"the queue can't store: {reason}" if reason else None
 
 
-async def nats_stats(lanes: NatsLanes, messages: NatsWaiting) -> Mapping[str, QueueStats]:
-    """See CallRecords.stats."""
+async def nats_stats(
+    consumers: NatsConsumers, lanes: NatsLanes, messages: NatsWaiting
+) -> Mapping[str, QueueStats]:
+    """See CallRecords.stats. Raises StoreError."""
+    await consumers.poll()
     stats = {}
     for name in {*lanes.queues, *lanes.paused} - {DEADLINES}:
         busy = [lane for lane in lanes.queues[name].lanes.values() if lane.waiting]
@@ -9259,15 +9461,24 @@ def nats_counts(lanes: NatsLanes) -> Counter[tuple[str, str]]:
     return +counts
 
 
-async def nats_overview(
-    link: NatsLink, config: NatsConfig, lanes: NatsLanes, stats: Mapping[str, QueueStats]
-) -> Overview:
-    """See CallRecords. Servers count what waits and runs, but not how it ended."""
-    used_bytes = 0
-    if not link.away:
-        used_bytes = (await link.api(f"STREAM.INFO.{config.stream}"))["state"]["bytes"]
-    store = StoreFigures(show_url(" ".join(config.servers)) or "", used_bytes, None)
-    return Overview(stats, nats_counts(lanes), store, complete=False)
+@dataclass(frozen=True)
+class NatsStorage:
+    """See Storage."""
+
+    link: NatsLink
+    settings: Settings
+
+    async def figures(self) -> StoreFigures:
+        """What the stream takes. What is left, servers don't tell."""
+        config = self.settings().nats
+        used_bytes = 0
+        if not self.link.away:
+            used_bytes = (await self.link.api(f"STREAM.INFO.{config.stream}"))["state"]["bytes"]
+        return StoreFigures(show_url(" ".join(config.servers)) or "", used_bytes, None)
+
+    async def copy(self) -> IO[bytes]:
+        command = f"nats stream backup {self.settings().nats.stream} FOLDER"
+        raise HttpError(501, f"the queue is a stream on NATS: back it up there, with {command}")
 
 
 class NatsParts(NamedTuple):
@@ -9465,15 +9676,11 @@ class NatsQueue:
         return await self._parts.operator.purge(name)
 
     async def pause(self, name: str, paused: bool) -> None:
-        note = json.dumps({"queue": name, "paused": paused}).encode()
-        await self._link.publish(self._subjects.pause(name), note)
-        self._parts.lanes.pause(name, paused)
-        await self._parts.news.tell(pause=(name, paused))
+        await self._parts.peers.pause(name, paused)
 
     async def stats(self) -> Mapping[str, QueueStats]:
         with contextlib.suppress(StoreError):  # Who starts or looks goes on all the same.
-            await self._parts.consumers.poll()
-            return await nats_stats(self._parts.lanes, self._waiting)
+            return await nats_stats(self._parts.consumers, self._parts.lanes, self._waiting)
         return {}
 
     def watch(self, tell: Tell[Changes] | None) -> None:
@@ -9481,7 +9688,8 @@ class NatsQueue:
 
     async def overview(self) -> Overview:
         stats = await self.stats()
-        return await nats_overview(self._link, self._settings().nats, self._parts.lanes, stats)
+        counts = nats_counts(self._parts.lanes)
+        return Overview(stats, counts, await self.storage.figures(), complete=False)
 
     async def prune(self) -> int:
         number = await nats_prune(self._calls, self._kept, self._settings)
@@ -9490,8 +9698,11 @@ class NatsQueue:
 
     @property
     def schedules(self) -> NatsSchedules:
-        """See HasSchedules."""
         return self._parts.schedules
+
+    @property
+    def storage(self) -> NatsStorage:
+        return NatsStorage(self._link, self._settings)
 
 
 # --- HTTP failures --------------------------------------------------------------------------------
@@ -13000,7 +13211,7 @@ class Front:
     def _guard(self, http: Exchange, access: Access) -> bool:
         """Whether who asks may act, not only look. Raises HttpError: 401, 403, 421."""
         config = self._settings()
-        if http.method not in SAFE_METHODS:
+        if http.method not in SAFE_METHODS or access is Access.OPERATE:
             self._require_same_site(http)
         auth = config.auth
         operator = access in (Access.VIEW, Access.OPERATE)
@@ -13438,19 +13649,65 @@ def hour_document(hour: LastHour, queue: str) -> dict[str, list[int]]:
     return {kind: hour.series(kind, queue) for kind in ("accepted", "ended", "failed")}
 
 
+COPY_HEADERS = {
+    **HARMLESS,
+    "Content-Type": "application/vnd.sqlite3",
+    "Content-Disposition": 'attachment; filename="faasd-async.db"',
+}
+COPY_READ_BYTES = 256 * KIB
+
+
+@dataclass(frozen=True)
+class BackupRoutes:
+    """All that the daemon knows, as one file."""
+
+    queue: Queue
+    making: asyncio.Lock = field(default_factory=asyncio.Lock)  # A copy takes room.
+
+    async def send_copy(self, request: Request) -> Response:
+        """The queue's file as it is at one moment, while the daemon works."""
+        head = respond(200, COPY_HEADERS)
+        if request.http.method == "HEAD":
+            return head
+        if self.making.locked():
+            raise HttpError(409, "another backup is being made: try again when it is done")
+        started = time.monotonic()
+        async with self.making:
+            copy = await self.queue.storage.copy()
+            try:
+                size = await self._send(request.http, head, copy)
+            finally:
+                discard_copy_later(copy)
+        took = round(time.monotonic() - started, 3)
+        log_with(logging.INFO, "backup sent", bytes=size, duration=took)
+        return head
+
+    async def _send(self, http: Exchange, head: Response, copy: IO[bytes]) -> int:
+        """How many bytes there were."""
+        size = left = copy.seek(0, os.SEEK_END)
+        copy.seek(0)
+        head.headers["Content-Length"] = str(size)
+        await http.begin(head)
+        while left:  # Nothing is waited for after the last piece: the client may ask again then.
+            piece = await asyncio.to_thread(copy.read, min(left, COPY_READ_BYTES))
+            await http.write(piece)
+            left -= len(piece)
+        return size
+
+
 @dataclass(frozen=True)
 class QueueRoutes:
     """Queues and metrics."""
 
     settings: Settings
-    records: CallRecords
+    queue: Queue
     directory: FunctionDirectory
     metrics: Metrics
     inflight: Callable[[], Mapping[str, int]]  # attempts running, by queue
 
     async def list_queues(self, request: Request) -> Response:
         """All queues there are, the callback sender's last."""
-        return reply({"queues": self.documents(await self.records.stats())})
+        return reply({"queues": self.documents(await self.queue.stats())})
 
     def documents(self, stats: Mapping[str, QueueStats]) -> list[dict[str, Any]]:
         """All queues there are, with what they do in an hour."""
@@ -13474,21 +13731,22 @@ class QueueRoutes:
         """Pause, resume or purge a queue."""
         name, action = request.parts
         queues = self.settings().queues
-        known = name in queues or name in await self.records.stats()
+        known = name in queues or name in await self.queue.stats()
         if not known or name == CALLBACKS:
             raise HttpError(404, f"no such queue; there are {', '.join(sorted(queues))}")
         if action == "purge":
-            number = await self.records.purge(name)
+            number = await self.queue.purge(name)
             log_with(logging.INFO, "queue purged", queue=name, cancelled=number)
             return reply({"queue": name, "cancelled": number})
-        await self.records.pause(name, action == "pause")
+        await self.queue.pause(name, action == "pause")
         log.info("queue %s: %sd", name, action)
         return reply({"queue": name, "paused": action == "pause"})
 
     async def expose(self, request: Request) -> Response:
         """The exposition of Prometheus."""
         queues = self.settings().queues
-        now = scraped(await self.records.overview(), queues, self.directory.all())
+        stats, store = await asyncio.gather(self.queue.stats(), self.queue.storage.figures())
+        now = scraped(stats, store, queues, self.directory.all())
         body = prometheus_client.generate_latest(self.metrics.registry)
         body += prometheus_client.generate_latest(now)
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
@@ -15781,7 +16039,7 @@ class ScheduleRoutes:
 # What is answered, and where.
 
 Row = tuple[str, str, Access, Handler]  # method, path, who may use it
-OWN_RESOURCES = "calls|queues|stats|events|schedules"  # of /system; others are OpenFaaS's
+OWN_RESOURCES = "calls|queues|stats|events|schedules|backup"  # of /system; others are OpenFaaS's
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
@@ -15815,6 +16073,7 @@ def route_table(
     calls: CallRoutes,
     logs: LogRoutes,
     queues: QueueRoutes,
+    backup: BackupRoutes,
     stats: StatsRoutes,
     events: EventRoutes,
     health: HealthRoutes,
@@ -15835,6 +16094,7 @@ def route_table(
         *call_rows(calls, logs),
         ("GET", "/system/queues", VIEW, queues.list_queues),
         ("POST", "/system/queues/{segment}/(pause|resume|purge)", OPERATE, queues.change_queue),
+        ("GET", "/system/backup", OPERATE, backup.send_copy),
         ("GET", "/system/stats", VIEW, stats.show_stats),
         ("GET", "/system/events", VIEW, events.show_events),
         ("GET", "/system/schedules", VIEW, schedules.list_schedules),
@@ -16122,6 +16382,7 @@ class Daemon:
             CallRoutes(settings, self._queue, self._waiters, reasons),
             LogRoutes(settings, self._queue, self._waiters, outputs),
             queues,
+            BackupRoutes(self._queue),
             StatsRoutes(queues, self._queue, self._limits, self._warnings.lines),
             EventRoutes(settings, self._hub),
             HealthRoutes(self._queue, self._waiters),
@@ -16885,6 +17146,50 @@ def change_queue(args: Arguments) -> None:
         write(f"{document['queue']}: {'paused' if document['paused'] else 'resumed'}\n")
 
 
+def save_backup(args: Arguments) -> None:
+    """A copy of the queue's file as it is at one moment: whole, or not there at all."""
+    pieces = Client(args).stream("GET /system/backup")
+    if args.copy == "-":
+        if sys.stdout.isatty():
+            raise HttpError(400, "a copy is no text: name a file, or pipe it on")
+        for piece in pieces:
+            write(piece)
+        return
+    target = Path(args.copy).resolve()  # What a link names is replaced, not the link.
+    if target.exists() and not target.is_file():
+        raise HttpError(400, f"{args.copy} is no file: name one, or - for standard output")
+    if target.exists() and not args.force:
+        raise HttpError(400, f"{args.copy} is there already: --force replaces it")
+    write_whole(target, pieces)
+    write(f"{args.copy}: {brief_size(target.stat().st_size)}\n")
+
+
+def write_whole(target: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file for its owner only, which is there once all of it is on disk. Raises HttpError.
+
+    What ends this program ends it without a part of the file.
+    """
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+
+    def stop(number: int, frame: object) -> None:
+        part.unlink(missing_ok=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    try:
+        with open(part, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+        sync_folder(target.parent)
+    except OSError as exc:
+        raise HttpError(400, f"{target}: {exc.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # What is said of the whole daemon, and from when on it is worth a look.
 STUCK_S = 60.0  # a call that is due, while nothing runs in its queue
 NEARLY_FULL = 0.9
@@ -17309,6 +17614,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "name": {"metavar": "NAME", "help": "which one; of a function also its path: NAME/PATH?QUERY"},
     "file": {"metavar": "FILE", "nargs": "?", "help": "the file, as with --config"},
+    "copy": {"metavar": "FILE", "help": "where the copy goes; - is standard output"},
+    "--force": {"action": "store_true", "help": "replace a file that is there"},
     "shell": {"metavar": "SHELL", "choices": SHELLS, "help": ", ".join(SHELLS)},
 }
 WHICH = "--status --callback --function --queue --schedule --since --until"
@@ -17410,6 +17717,10 @@ COMMANDS: Sequence[Command] = (
     Command(
         *("invoke", invoke, "call a function"),
         f"name -d/--data -H/--header --async --wait --json {WHERE}",
+    ),
+    Command(
+        *("backup", save_backup, "copy the queue's file while it is used"),
+        f"copy --force {WHERE}",
     ),
     Command("man", print_manual, "print the manual page, for man", ""),
     Command("completion", print_completion, "print what a shell needs to complete", "shell"),

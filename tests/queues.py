@@ -34,6 +34,7 @@ from faasd_async import (
     Config,
     Ended,
     HasSchedules,
+    HasStorage,
     HttpError,
     Invocation,
     Metrics,
@@ -81,7 +82,7 @@ class Settings:
         self.config = parse_config({"calls": calls or {}, "queues": {REQUESTS: queue}})
 
 
-class Backend(WorkQueue, CallRecords, HasSchedules, Protocol):
+class Backend(WorkQueue, CallRecords, HasSchedules, HasStorage, Protocol):
     """A queue as its owner has it: all sides of the seam in one object."""
 
 

@@ -21,6 +21,7 @@ from conftest import (
     StartDaemon,
     answer,
     ask,
+    assert_refused,
     namespaces,
     ok,
     run,
@@ -154,6 +155,14 @@ async def test_a_full_disk_refuses_calls_and_loses_none(
     await assert_unable(gateway, function, "full")
     await disk.mend("full")
     await assert_well(gateway, accepted, function)
+
+
+async def test_a_copy_that_would_fill_the_disk_is_not_made(daemon: StartDaemon, disk: Disk, function: Server) -> None:
+    """The answer says what there is and what it takes, and calls go on."""
+    gateway = await daemon(settings(function, disk.settings), prefix=disk.enter)
+    reply = await ask(gateway.url, "/system/backup", host="localhost")
+    assert_refused(reply, 503, "it takes", "64.0 MiB of", "have to be left")
+    await assert_well(gateway, [], function)
 
 
 @pytest.mark.parametrize("how", ["full", "read only"])

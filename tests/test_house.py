@@ -26,7 +26,8 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 SECTIONS = (
     "Constants", "Errors", "Values", "Secrets", "Cron expressions", "Configuration", "Configuration file",
     "Domain data", "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
-    "SQLite index", "SQLite file", "SQLite limits", "SQLite steps", "SQLite schedules", "SQLite queue",
+    "SQLite index", "SQLite file", "SQLite limits", "SQLite steps", "SQLite schedules", "SQLite copies",
+    "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
     "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",

@@ -39,10 +39,12 @@ from faasd_async import (
     Ended,
     HttpError,
     Invocation,
+    NatsQueue,
     Outcome,
     ScheduledRun,
     ScheduleState,
     StoreError,
+    discard_copy,
     pack_headers,
     rfc3339,
 )
@@ -2199,6 +2201,33 @@ async def test_what_is_stored_takes_room(bench: Bench) -> None:
     overview = await bench.queue.overview()
     assert overview.store.used_bytes > 500_000
     assert overview.queues[REQUESTS].depth == 1
+    assert (await bench.queue.storage.figures())[0] == overview.store[0]
+    assert (await bench.queue.storage.figures()).used_bytes > 500_000
+
+
+async def test_a_copy_has_all_that_was_stored_or_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """Where there is a file, with what came while it was made; where there is none, the line says what to do."""
+    for call_id in ("a", "b", "c"):
+        await bench.enqueue(call_id, body=bytes(900_000))
+    if isinstance(bench.queue, NatsQueue):
+        with pytest.raises(HttpError, match="nats stream backup") as caught:
+            await bench.queue.storage.copy()
+        assert caught.value.status == 501
+        return
+    making = asyncio.create_task(bench.queue.storage.copy())
+    while not making.done():
+        last = await bench.enqueue()
+    copy = await making
+    copy.seek(0)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "calls.db").write_bytes(copy.read())
+    discard_copy(copy)
+    other = Bench(type(bench.store)(tmp_path / "copy", bench.config), bench.config)
+    await other.open()
+    assert await other.status("a") == "queued"
+    assert {"a", "b", "c"} <= {*await other.claim()} <= {*await bench.listed()}
+    await other.queue.close()
+    assert await bench.status(last) == "queued"
 
 
 # ---- watch ---------------------------------------------------------------------------------------

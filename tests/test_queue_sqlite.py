@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from unittest import mock
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import Clock
 from queues import (
     BAD,
     OK,
+    PATIENCE,
     REQUESTS,
     SINK,
     Bench,
@@ -30,10 +33,12 @@ from faasd_async import (
     CALLBACKS,
     BulkResult,
     CallFilter,
+    HttpError,
     SqliteFile,
     SqliteQueue,
     StoreError,
     StoreLocked,
+    discard_copy,
 )
 
 T = TypeVar("T")
@@ -492,3 +497,85 @@ async def test_a_bulk_reaches_a_rare_match_however_far_back(
     assert await sqlite.queue.cancel_matching(filters) == BulkResult(5, 5)
     assert await sqlite.queue.redrive_matching(filters) == BulkResult(5, 5)
     assert len(await sqlite.claim()) == 50
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+async def begin_copy(
+    sqlite: SqliteBench, step: Callable[[SqliteFile], object]
+) -> tuple[asyncio.Future[IO[bytes]], Awaitable[object]]:
+    """Have a copy made of some pieces. The step is a transaction between two of them."""
+    await sqlite.enqueue("a", body=bytes(3_000_000))
+    busy = threading.Event()
+    go_on = threading.Event()
+
+    def hold(file: SqliteFile) -> None:
+        busy.set()
+        go_on.wait(PATIENCE)
+
+    held = sqlite.in_writer(hold)
+    await asyncio.to_thread(busy.wait, PATIENCE)
+    making = sqlite.queue._writer.copy()
+    begun = threading.Event()
+
+    def stop_between(file: SqliteFile) -> None:
+        begun.set()
+        step(file)
+
+    between = sqlite.in_writer(stop_between)
+    await asyncio.sleep(0)  # Both are handed over to the writer, which begins with the copy.
+    go_on.set()
+    await held
+    await asyncio.to_thread(begun.wait, PATIENCE)
+    return making, between
+
+
+async def copied_bytes(sqlite: SqliteBench) -> int:
+    """How large a copy is."""
+    copy = await sqlite.queue.storage.copy()
+    size = copy.seek(0, os.SEEK_END)
+    discard_copy(copy)
+    return size
+
+
+async def test_a_copy_that_nobody_waits_for_is_given_up(sqlite: SqliteBench, tmp_path: Path) -> None:
+    """Its room is free again, the queue goes on, and the next copy is whole."""
+    let_go = threading.Event()
+    making, between = await begin_copy(sqlite, lambda file: let_go.wait(PATIENCE))
+    assert (tmp_path / "calls.db.copy").stat().st_size < 3_000_000
+    making.cancel()
+    let_go.set()
+    await between
+    await sqlite.enqueue("b")
+    assert await copied_bytes(sqlite) > 3_000_000
+    assert not (tmp_path / "calls.db.copy").exists()
+    assert sorted(await sqlite.claim()) == ["a", "b"]
+
+
+async def test_a_copy_ends_with_the_daemon(sqlite: SqliteBench) -> None:
+    """Which does not wait for it."""
+    let_go = threading.Event()
+    making, _ = await begin_copy(sqlite, lambda file: let_go.wait(PATIENCE))
+    closing = asyncio.create_task(sqlite.queue.close())
+    await asyncio.sleep(0)  # It has begun.
+    let_go.set()
+    await closing
+    with pytest.raises(HttpError, match="the daemon stops") as caught:
+        await making
+    assert caught.value.status == 503
+    await sqlite.open()
+
+
+async def test_a_copy_ends_when_nothing_can_be_stored(sqlite: SqliteBench) -> None:
+    """SQLite begins anew after each transaction that is rolled back, and might never come to an end."""
+
+    def fail(file: SqliteFile) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    making, between = await begin_copy(sqlite, fail)
+    with pytest.raises(StoreError):
+        await between
+    with pytest.raises(HttpError, match="the queue can't store: disk I/O error"):
+        await making
+    assert await copied_bytes(sqlite) > 3_000_000
