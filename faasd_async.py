@@ -14333,7 +14333,7 @@ nav a:focus-visible { outline-offset: -3px; }
 ul.sheet { padding-left: 2rem; }
 table { width: 100%; border-spacing: 0; }
 th, td { padding: 0 .625rem; height: var(--target); text-align: left; overflow-wrap: break-word; }
-thead, .number, .actions, .state, .why { white-space: nowrap; }
+thead, .number, .actions, td .state, .why { white-space: nowrap; }
 thead th, dt, small, .empty { font-size: .8125rem; color: var(--quiet); }
 tbody td, tbody th { border-top: 1px solid var(--line); }
 tbody tr:hover, tbody tr:focus-within { background: var(--hover); }
@@ -15296,7 +15296,7 @@ const KEYS = {
   "/": ["to the filter", () => $("#words")?.focus()],
   j: ["next call", () => step(1)],
   k: ["previous call", () => step(-1)],
-  x: ["select the call, or not", () => row() && pick(row().id)],
+  x: ["select it, or not", () => row() && pick(row().id)],
   r: ["retry the call, or what is selected", () => changeHere("retry")],
   c: ["cancel the call, or what is selected", () => changeHere("cancel")],
   "?": ["these keys", help],

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from browser import CHROMIUM, DRIVER, Browser, chromium
 from conftest import SCRIPT, Daemon, Gate, Request, Server, StartDaemon, answer, ask, run
+from jetstream import StartHost
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
@@ -33,6 +34,7 @@ max_inflight = 2
 rate = "100/1m"
 [functions.a_name_that_is_as_long_as_names_may_be_and_has_no_place_to_b]
 command = ["sh", "-c", "printf %0200d >&2; exit 3"]
+queue = "a-queue-whose-name-is-just-as-long-but-has-many-places-to-break"
 retry.attempts = 1
 [schedules.nightly]
 function = "it"
@@ -452,7 +454,7 @@ async def test_queues_are_paused_resumed_and_purged(page: Page, function: Server
     await gateway.submit("later", X_Delay="1h")
     await gateway.final(await gateway.submit("it"))
     await page.open("#queues")
-    await page.rows(4, "queues")
+    await page.rows(5, "queues")
     slow = "document.querySelector('#queue-slow').innerText"
     await browser.click("#queue-slow td:last-child button:last-child")
     await browser.until(f"{slow}.includes('paused')")
@@ -746,6 +748,25 @@ async def test_a_phone_shows_all_of_it(page: Page, function: Server) -> None:
         await browser.cdp("Emulation.setEmulatedMedia", features=[])
         await browser.cdp("Emulation.clearDeviceMetricsOverride")
         await browser.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+async def test_a_host_that_shares_its_queue_shows_the_same(
+    browser: Browser, hosts: StartHost, function: Server
+) -> None:
+    """What happens on it, by a stream; and that others keep the calls, and how well, also on a phone."""
+    page = Page(browser, await hosts(SETTINGS.format(url=function.url)))
+    await page.open()
+    await browser.shows("live", "#live")
+    await page.gateway.submit("it")
+    await browser.until("document.querySelector('#calls tbody .success')")
+    assert (await browser.text("nav[aria-label=States] a:nth-child(5)")).split() == ["success", "1"]
+    screen = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    await browser.cdp("Emulation.setDeviceMetricsOverride", **screen)
+    await page.open("#host")
+    await page.picture("phone-nats-host")
+    assert "nats://" in await browser.text(".facts")
+    assert await browser.run("return document.documentElement.scrollWidth") == 360
+    await browser.cdp("Emulation.clearDeviceMetricsOverride")
 
 
 async def test_output_shows_while_it_is_written(browser: Browser, daemon: StartDaemon, tmp_path: Path) -> None:
