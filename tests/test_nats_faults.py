@@ -644,13 +644,14 @@ async def assert_it_ended_once(stage: Stage, client: Client) -> None:
 
 
 LONG_SCENARIOS = [("retry", "killed"), ("redrive", "killed")]
-LONG_SCENARIOS += [(name, "unacknowledged") for name in ("callback", "retry", "key")]
+LONG_SCENARIOS += [(name, "unacknowledged") for name in ("callback", "retry")]
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
     [
         *((name, "killed") for name in SCENARIOS if (name, "killed") not in LONG_SCENARIOS),
+        ("key", "unacknowledged"),
         *(pytest.param(*scenario, marks=pytest.mark.long) for scenario in LONG_SCENARIOS),
     ],
 )
@@ -762,8 +763,7 @@ class Siege:
 MOST_RUNNING = 16 + 4  # calls of one host at once
 
 
-# With daemons killed, too, some leftovers of finished calls stay for longer than the test waits.
-@pytest.mark.parametrize("who", [pytest.param(who, marks=pytest.mark.long) for who in ("server", "anybody")])
+@pytest.mark.parametrize("who", [pytest.param("server", marks=pytest.mark.long), "anybody"])
 async def test_random_kills_break_no_promise(
     hosts: StartHost, server: NatsServer, function: Server, sink: Server, who: str
 ) -> None:

@@ -29,7 +29,7 @@ from conftest import (
     preloaded,
     to_toml,
 )
-from jetstream import StartHost, eventually, get, post
+from jetstream import NatsServer, StartHost, eventually, get, post
 from provider import credential_files, running_provider
 from test_clock import WallClock
 
@@ -489,9 +489,10 @@ async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
 
 @pytest.mark.parametrize("jitter", ["0s", "3s"])
 async def test_daemons_on_one_nats_fire_each_instant_once(
-    hosts: StartHost, function: Server, tmp_path: Path, jitter: str
+    hosts: StartHost, server: NatsServer, function: Server, tmp_path: Path, jitter: str
 ) -> None:
-    """Whichever of them comes first, also while one is dead; what is paused at one rests at all."""
+    """Whichever of them comes first, also while one is dead, or all are and the server too; what is paused at one rests
+    at all."""
     clock = WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
     begun = unix("2026-03-01T12:00:30")
     one = {"function": "it", "cron": "* * * * *", "overlap": "queue", "catch_up": "all", "jitter": jitter}
@@ -533,7 +534,14 @@ async def test_daemons_on_one_nats_fire_each_instant_once(
     await left.kill()
     clock.set(round(begun + 60 * 10 - time.time()))
     await until_fired(10)
-    expected = [f"2026-03-01T12:{minute:02}" for minute in (1, 2, 3, 4, 5, 6, 7, 10)]
+    await right.kill()
+    await server.kill()
+    clock.set(round(begun + 60 * 13 - time.time()))
+    await server.start()
+    await asyncio.gather(left.start(), right.start())
+    await until_fired(13)
+    expected = [f"2026-03-01T12:{minute:02}" for minute in (1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13)]
+    await function.until(lambda: len({one.headers["X-Scheduled-For"] for one in function.requests}) > 11, "all of them")
     records = (await get(right, "/system/calls?schedule=one"))["calls"]
     assert sorted(record["scheduled_for"][:16] for record in records) == expected
     # What the daemon that was killed had begun may run once more, as any call.
