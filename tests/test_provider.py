@@ -989,13 +989,15 @@ async def use_connections(gateway: Daemon, provider: Provider, env: Deployed, nu
 async def test_a_connection_that_was_closed_while_idle_is_no_error(
     start: StartGateway, provider: Provider, env: Deployed
 ) -> None:
-    """When it shows in the moment of sending, too, and on each connection that was kept: the call runs, once."""
+    """The call runs, once. What may be done twice: also where it shows in the moment of sending."""
     gateway = await start()
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
         provider.cuts_reused = False
         await use_connections(gateway, provider, env)
-        provider.cuts_reused = True
+        provider.cuts_reused = method not in ("POST", "PATCH")
         for number in range(5):
+            if not provider.cuts_reused:
+                await provider.close_idle()
             reply = await ask(gateway.url, "/function/env", method=method, body=b"%d" % number)
             assert (reply.status, reply.body) == (200, b"ok"), method
         assert [request.body for request in env.requests] == [b"0", b"1", b"2", b"3", b"4"], method
@@ -1007,8 +1009,8 @@ async def test_a_connection_that_was_closed_while_idle_costs_no_attempt(
     """A queued call does not notice."""
     gateway = await start(ONE_ATTEMPT)
     await use_connections(gateway, provider, env)
-    provider.cuts_reused = True
     for _ in range(5):
+        await provider.close_idle()
         assert (await gateway.final(await gateway.submit("env")))["status"] == "success"
     assert len(env.requests) == 5
 
@@ -1045,15 +1047,14 @@ async def test_a_call_past_the_service_timeout_is_a_bad_gateway(
     assert len(env.requests) == 1
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_a_call_past_the_service_timeout_is_not_made_twice(
-    start: StartGateway, provider: Provider, env: Deployed, method: str
+    start: StartGateway, provider: Provider, env: Deployed
 ) -> None:
     """On a kept-alive connection this looks much like one that was closed while idle, but the function has run."""
     gateway = await start()
     await use_connections(gateway, provider, env, 1)
     env.behaviour, provider.service_timeout = never, 2.0
-    assert_refused(await ask(gateway.url, "/function/env", method=method, body=SECRET), 502, "env")
+    assert_refused(await ask(gateway.url, "/function/env", method="POST", body=SECRET), 502, "env")
     assert len(env.requests) == 1
 
 
