@@ -644,7 +644,7 @@ async def assert_it_ended_once(stage: Stage, client: Client) -> None:
 
 
 LONG_SCENARIOS = [("retry", "killed"), ("redrive", "killed")]
-LONG_SCENARIOS += [(name, "unacknowledged") for name in ("callback", "retry")]
+LONG_SCENARIOS += [(name, "unacknowledged") for name in SCENARIOS if name != "key"]
 
 
 @pytest.mark.parametrize(
