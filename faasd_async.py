@@ -4340,17 +4340,19 @@ EXPIRE_CALLS = """
         lane, callback_url, failure_url
 """
 
-RECORD_COLUMNS = """
+# To the microsecond that a record shows, or `since` with what it shows would miss it.
+CREATED_AT = "(start_time / 1000 / 1e6)"
+RECORD_COLUMNS = f"""
     id, coalesce(call_id, id), function, namespace, queue,
     iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
-    http_status, error, start_time / 1e9, started_at, completed_at,
+    http_status, error, {CREATED_AT}, started_at, completed_at,
     iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
     traceparent, schedule, scheduled_for, concurrency_key,
     callback_status, callback_attempts, callback_http_status, callback_error, history, failures,
     callback_url, failure_url, seq
 """
 # Lists are JSON; an empty one, like NULL, matches everything.
-MATCHES = """
+MATCHES = f"""
     (:statuses = '[]' OR iif(status = 'queued' AND due_at > :now, 'delayed', status)
         IN (SELECT value FROM json_each(:statuses)))
     AND (:callbacks = '[]' OR callback_status IN (SELECT value FROM json_each(:callbacks)))
@@ -4358,8 +4360,8 @@ MATCHES = """
     AND (:queue IS NULL OR queue = :queue)
     AND (:app IS NULL OR app = :app)
     AND (:schedule IS NULL OR schedule = :schedule)
-    AND (:since IS NULL OR start_time / 1e9 >= :since)
-    AND (:until IS NULL OR start_time / 1e9 < :until)
+    AND (:since IS NULL OR {CREATED_AT} >= :since)
+    AND (:until IS NULL OR {CREATED_AT} < :until)
 """
 SELECT_RECORD = f"SELECT {RECORD_COLUMNS} FROM calls WHERE seq = :seq"
 SELECT_RECORDS = f"""
@@ -5885,7 +5887,7 @@ def nats_record(call: NatsCall, now: float) -> CallRecord:
         max_attempts=call.max_attempts,
         http_status=call.http_status,
         error=call.error,
-        created_at=call.start_time / 1e9,
+        created_at=call.start_time // 1000 / 1e6,  # as it is shown
         started_at=call.started_at,
         completed_at=call.completed_at,
         due_at=call.due_at if waits else None,

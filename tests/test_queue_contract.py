@@ -46,6 +46,7 @@ from faasd_async import (
     StoreError,
     discard_copy,
     pack_headers,
+    parse_when,
     rfc3339,
 )
 
@@ -1541,7 +1542,7 @@ async def test_the_time_that_a_record_shows_is_the_one_that_counts(bench: Bench)
     for number in range(50):
         await bench.enqueue(f"call-{number}", start_time=now + number * 1_001)
     for record in await bench.records():
-        name, created_at = record.call_id, record.created_at
+        name, created_at = record.call_id, parse_when(rfc3339(record.created_at))
         assert name in await bench.listed(since=created_at)
         assert name not in await bench.listed(until=created_at)
 
