@@ -16939,13 +16939,7 @@ def describe(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         runs += f", {record['interrupted']} interrupted"
     yield "runs", runs
     yield "created", f"{clock(record['created_at'])}  ({brief(ago(record['created_at']))} ago)"
-    if record["status"] == "delayed":
-        yield "due", f"{clock(record['due_at'])}  (in {brief(max(0.0, -ago(record['due_at'])))})"
-    if record["started_at"]:
-        yield "started", clock(record["started_at"])
-    if record["completed_at"]:
-        took = record["duration_seconds"]
-        yield "ended", clock(record["completed_at"]) + (f"  (took {brief(took)})" if took else "")
+    yield from describe_times(record)
     yield "request", brief_size(record["request_bytes"])
     if record["response_bytes"] is not None:
         status = f"{record['http_status']}, " if record["http_status"] else ""
@@ -16953,6 +16947,19 @@ def describe(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from describe_callback(record["callback"])
     for was in record.get("history", ()):
         yield "before", f"{was['status']}, ended {clock(was['completed_at'])}"
+
+
+def describe_times(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines of what a record waits for, of when it ran, and for how long."""
+    if "waits_for" in record:
+        yield "waits for", record["waits_for"]
+    if record["status"] == "delayed":
+        yield "due", f"{clock(record['due_at'])}  (in {brief(max(0.0, -ago(record['due_at'])))})"
+    if record["started_at"]:
+        yield "started", clock(record["started_at"])
+    if record["completed_at"]:
+        took = record["duration_seconds"]
+        yield "ended", clock(record["completed_at"]) + (f"  (took {brief(took)})" if took else "")
 
 
 def describe_callback(callback: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -30,6 +30,7 @@ from conftest import (
     ask,
     assert_refused,
     connection,
+    faasd,
     never,
     parse,
 )
@@ -485,6 +486,8 @@ async def test_a_call_that_waits_says_why(daemon: StartDaemon, hosts: StartHost,
     assert (await gateway.record(await gateway.submit("it", X_Delay="1h")))["waits_for"] == "its time"
     await ask(gateway.url, "/system/queues/wide/pause", method="POST")
     assert (await gateway.record(second))["waits_for"] == "queue wide, which is paused"
+    shown = await faasd("calls", "show", second, "--url", gateway.url)
+    assert "waits for   queue wide, which is paused\n" in shown.out
     gate.open()
     assert "waits_for" not in await gateway.final(first)
 
