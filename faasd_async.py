@@ -5241,6 +5241,57 @@ def deliver_copy(asked: asyncio.Future[IO[bytes]], answer: IO[bytes] | Exception
         asked.set_result(answer)
 
 
+# --- SQLite move ----------------------------------------------------------------------------------
+# Waiting calls that go to another store: read here, and forgotten once they are stored there.
+
+SELECT_MOVING = """
+    SELECT seq, id, coalesce(call_id, id) AS call_id, function, namespace, queue, start_time,
+        due_at, deadline_at, max(1, max_attempts - attempts) AS max_attempts,
+        callback_url, failure_url, idempotency_key, app, target, headers, body,
+        hops, traceparent, tracestate, method, schedule, scheduled_for, concurrency_key
+    FROM calls JOIN requests USING (seq)
+    WHERE status = 'queued' AND seq > ? ORDER BY seq LIMIT ?
+"""
+SELECT_PENDING = "SELECT count(*) FROM calls WHERE callback_status = 'pending'"
+FORGET_MOVED = tuple(
+    f"DELETE FROM {table} WHERE seq = ?" for table in ("calls", "requests", "outputs")
+)
+
+
+class Moving(NamedTuple):
+    """A call that waits, and its row; `max_attempts` are those that it has left."""
+
+    seq: int
+    call: Invocation
+
+
+def waiting_calls(file: SqliteFile, after: int, limit: int) -> Sequence[Moving]:
+    """The calls that wait, oldest first, in rows after this one."""
+    moving = []
+    for seq, *values in file.db.execute(SELECT_MOVING, (after, limit)).fetchall():
+        call = Invocation(*values)
+        if isinstance(call.target, bytes):
+            call = call._replace(target=call.target.decode("utf-8", "surrogateescape"))
+        moving.append(Moving(seq, call))
+    return moving
+
+
+def forget_moved(file: SqliteFile, moved: Iterable[Moving]) -> None:
+    """Delete what is stored elsewhere by now. In one commit. Raises sqlite3.Error."""
+    file.db.execute("BEGIN IMMEDIATE")
+    for seq, call in moved:
+        for statement in FORGET_MOVED:
+            file.db.execute(statement, (seq,))
+        file.tally.move(f"{call.function}.{call.namespace}", "queued", None)
+    file.write_counts()
+    file.db.execute("COMMIT")
+
+
+def pending_callbacks(file: SqliteFile) -> int:
+    """How many outcomes are still to be told."""
+    return int(file.db.execute(SELECT_PENDING).fetchone()[0])
+
+
 # --- SQLite queue ---------------------------------------------------------------------------------
 # -- writer: the thread with its group commit, and the seam in front of it
 
@@ -17431,6 +17482,131 @@ def check(args: Arguments) -> None:
         print(f"schedules.{name}: {'; '.join(told)}")
 
 
+# --- Move command ---------------------------------------------------------------------------------
+# From a file to the queue of the configuration. It may be killed anywhere and be run again: a call
+# leaves the file after it was stored, and what was stored is known by its id.
+
+MOVED_AT_ONCE = 64  # calls
+
+
+def nothing(about: object) -> None:
+    """Nobody here runs calls or waits for their ends."""
+
+
+class Move:
+    """Moves what waits, and counts what it has moved and what it had to leave."""
+
+    def __init__(self, file: SqliteFile, queue: Queue) -> None:
+        self._file = file
+        self._queue = queue
+        self.moved: Counter[str] = Counter()  # by what it is
+        self.left: dict[str, list[str]] = {}  # call ids, by the reason
+
+    async def run(self) -> None:
+        """Move all. Raises StoreError: some is not moved yet.
+
+        Pauses come first, so that nothing of a paused queue runs.
+        """
+        for name in sorted(self._file.index.paused):
+            await self._queue.pause(name, True)
+            self.moved["paused queue"] += 1
+        for state in step_schedules(self._file).values():
+            if await self._queue.schedules.save(state._replace(revision=0), ()):
+                self.moved["schedule"] += 1
+        after = 0
+        while calls := waiting_calls(self._file, after, MOVED_AT_ONCE):
+            await self._move(calls)
+            after = calls[-1].seq
+
+    async def _move(self, calls: Sequence[Moving]) -> None:
+        """Store calls, and forget those that are stored."""
+        attempts = (self._store(moving.call) for moving in calls)
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        moved = []
+        for moving, result in zip(calls, results, strict=True):
+            if isinstance(result, HttpError):
+                self.left.setdefault(str(result), []).append(moving.call.call_id)
+            elif not isinstance(result, BaseException):
+                moved.append(moving)
+        forget_moved(self._file, moved)
+        self.moved["call"] += len(moved)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, HttpError):
+                raise result
+
+    async def _store(self, call: Invocation) -> None:
+        """Store a call, unless an earlier move was killed after that. HttpError: it can't be."""
+        try:
+            await self._queue.lookup(call.id)
+        except HttpError as exc:
+            if exc.status != 404:
+                raise
+            call_id = await self._queue.enqueue(call)
+            if call_id != call.call_id:
+                reason = f"call {call_id} has the same Idempotency-Key"
+                raise HttpError(409, reason) from None
+
+    def report(self) -> Iterator[str]:
+        """What was done, and what is left."""
+        words = [count_of(self.moved[name], name) for name in ("call", "paused queue", "schedule")]
+        yield f"moved {', '.join(words)}"
+        for reason, call_ids in self.left.items():
+            yield f"left {count_of(len(call_ids), 'call')}, {call_ids[0]} first: {reason}"
+        if number := pending_callbacks(self._file):
+            told = f"left {count_of(number, 'callback')} of finished calls"
+            yield f"{told}: a daemon on the file sends them"
+
+
+async def move_calls(file: SqliteFile, config: Config) -> Move:
+    """Move what waits in a file to the queue of the configuration. Raises StoreError."""
+    queue = make_queue(config, lambda: config, Metrics())
+    move = Move(file, queue)
+    log.disabled = True  # It would say what we raise, and that it tries again.
+    await queue.open(nothing, nothing, nothing)
+    try:
+        if reason := await queue.failing():
+            raise StoreError(reason)
+        await move.run()
+    except StoreError as exc:
+        told = f"{count_of(move.moved['call'], 'call')} moved so far, run it again for the others"
+        raise StoreError(f"{exc}; {told}") from exc
+    finally:
+        await queue.close()
+    return move
+
+
+def require_queue_file(path: Path) -> None:
+    """Raise StoreError for what is no SQLite file: to open it would make one, or set it aside."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as exc:
+        raise StoreError(f"{path}: {exc.strerror}") from exc
+    if head != b"SQLite format 3\0":
+        raise StoreError(f"{path}: this is no queue's file")
+
+
+def move(args: Arguments) -> int:
+    """Move what waits in a file to NATS; 1: some of it is left."""
+    config = load_config(args.config or default_config())
+    path = Path(args.store).expanduser() if args.store else store_path(config)
+    if config.store.backend == "sqlite":
+        reason = 'store.backend is "sqlite": name a file with --config that has "nats"'
+        raise ConfigError([reason])
+    require_queue_file(path)
+    file = SqliteFile(path, lambda: config, recover)
+    file.open()
+    try:
+        moved = asyncio.run(move_calls(file, config))
+        for line in moved.report():
+            print(f"{path}: {line}")
+    except sqlite3.Error as exc:
+        raise StoreError(f"{path}: {exc}; run it again") from exc
+    finally:
+        file.close()
+    return 1 if moved.left else 0
+
+
 # --- Manual page ----------------------------------------------------------------------------------
 # What it and --help have beside the commands.
 
@@ -17625,6 +17801,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "file": {"metavar": "FILE", "nargs": "?", "help": "the file, as with --config"},
     "copy": {"metavar": "FILE", "help": "where the copy goes; - is standard output"},
     "--force": {"action": "store_true", "help": "replace a file that is there"},
+    "store": {"metavar": "FILE", "nargs": "?", "help": "the queue's file, instead of store.path"},
     "shell": {"metavar": "SHELL", "choices": SHELLS, "help": ", ".join(SHELLS)},
 }
 WHICH = "--status --callback --function --queue --schedule --since --until"
@@ -17650,6 +17827,7 @@ COMMANDS: Sequence[Command] = (
     Command("", serve, SUMMARY, "--config --listen"),
     Command("serve", serve, "run the daemon (as without a command)", "--config --listen"),
     Command("check", check, "check a configuration file", "file --config"),
+    Command("move", move, "move what waits in a stopped daemon's file to NATS", "store --config"),
     Command("status", show_status, "tell how the daemon is", f"--json {WHERE}"),
     Command(
         *("calls", list_calls, "list calls, or what ACTION says"),

@@ -27,7 +27,7 @@ SECTIONS = (
     "Constants", "Errors", "Values", "Secrets", "Cron expressions", "Configuration", "Configuration file",
     "Domain data", "Rules", "Schedule rules", "Logging, metrics, sd_notify", "Queue seam",
     "SQLite index", "SQLite file", "SQLite limits", "SQLite steps", "SQLite schedules", "SQLite copies",
-    "SQLite queue",
+    "SQLite move", "SQLite queue",
     "NATS messages", "NATS connection", "NATS stream and lanes", "NATS turns", "NATS records",
     "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS operators", "NATS intake", "NATS upkeep", "NATS queue",
@@ -36,7 +36,7 @@ SECTIONS = (
     "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
     "Page style", "Page script", "Page views", "Page actions", "Operator's page",
     "Schedule steps", "Schedules", "Routes and sockets", "Daemon", "Client", "Client commands", "Operator commands",
-    "Schedule commands", "Service commands", "Manual page", "Command line",
+    "Schedule commands", "Service commands", "Move command", "Manual page", "Command line",
 )  # fmt: skip
 # A quarter of these is statements, which are text, a clause a line.
 LONG_SECTIONS = {"SQLite steps": 900}
