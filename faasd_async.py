@@ -6303,7 +6303,7 @@ class NatsLink:
 
     def set_clock(self, server_time: str) -> None:
         """What the servers' clock has shown just now."""
-        offset_s = datetime.fromisoformat(server_time[:23] + "+00:00").timestamp() - time.time()
+        offset_s = datetime.fromisoformat(server_time).timestamp() - time.time()
         self.clock_offset_s = offset_s if abs(offset_s) > CLOCKS_DIFFER_S else 0.0
 
     @property

@@ -928,3 +928,12 @@ def test_a_rate_that_is_none_is_refused(text: str) -> None:
     """The text says which form is expected."""
     with pytest.raises(ValueError, match="10/1m"):
         rate(text)
+
+
+@pytest.mark.parametrize("fraction", ["", ".1", ".123456789"])
+def test_the_clock_of_a_nats_server_is_read_with_any_number_of_digits(fraction: str) -> None:
+    """Go leaves the zeros at the end out."""
+    link = faasd_async.NatsLink(faasd_async.NatsConfig())
+    ahead = datetime.fromtimestamp(time.time() + 300, UTC)
+    link.set_clock(f"{ahead:%Y-%m-%dT%H:%M:%S}{fraction}Z")
+    assert link.clock_offset_s == pytest.approx(300, abs=60)
