@@ -17923,6 +17923,8 @@ class Parser(argparse.ArgumentParser):
         if match := re.search(UNKNOWN_COMMAND, message):
             known = re.findall(r"[\w-]+", match[2])
             message = f"there is no command {match[1]}{close_names(match[1], known)}"
+            if re.search(r"[:/.\d]", match[1]):  # the value of an option such as --url
+                message = f"there is no command {match[1]}: options stand behind their command"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 

@@ -30,6 +30,7 @@ How each group is measured:
   provider as sync and drain, with the function behind a provider: a small HTTP server made for this
   enqueue  /async-function, every call on disk before its 202, while the function holds its only call open
   fair     as drain with 64 in flight, with the calls spread over so many functions of one queue, which take turns
+  backup   the 99th percentile of enqueues while a copy of the queue's file (1 GB) is made and sent, and without
   memory   of the daemon that has been through all of the above
   loop     enqueue, sync and drain once more, daemon and bare handler on asyncio's own loop, as on armv7l
   million  two daemons take turns, one on an empty store, the other with the backlog, built through HTTP
@@ -92,6 +93,7 @@ GROUPS = (
     "loop",
     "fair",
     "bulk",
+    "backup",
     "command",
     "schedules",
     "million",
@@ -415,12 +417,24 @@ def run_on(loop: str, main: Coroutine[Any, Any, None]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def post(port: int, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+def post(port: int, path: str, headers: dict[str, str] | None = None, body: bytes = BODY) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
-        connection.request("POST", path, BODY, headers or {})
+        connection.request("POST", path, body, headers or {})
         response = connection.getresponse()
         return response.status, response.read()
+
+
+def save_copy(port: int) -> int:
+    """How many bytes a backup of the queue's file has."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    with contextlib.closing(connection):
+        connection.request("GET", "/system/backup")
+        response = connection.getresponse()
+        size = 0
+        while piece := response.read(2**20):
+            size += len(piece)
+        return size
 
 
 @contextlib.contextmanager
@@ -911,6 +925,30 @@ class Bench:
                 title = f"  enqueue meanwhile, the first {self.seconds:g} s"
                 self.add(title, "/s", beside, beside=alone, ratio=beside / alone, goal="ratio >= 0.8")
 
+    def backup(self) -> None:
+        """Copies of a store of 1 GB (of 200 MB with --quick), beside enqueues of others; all of them wait."""
+        megabytes, delay = 200 if self.rounds == 1 else 1000, "X-Delay: 1h\r\n"
+        with self.daemon("backup") as daemon:
+            for _ in range(megabytes):
+                post(daemon.port, daemon.route("parked"), {"X-Delay": "1h"}, bytes(1_000_000))
+            for connections in (1, 32):
+                rounds = []
+                for _ in range(self.rounds):
+                    run = partial(self.generator.run, daemon.port, daemon.route("one"), connections, headers=delay)
+                    alone = run(self.seconds).p99_ms
+                    with ThreadPoolExecutor() as pool:
+                        begun = time.monotonic()
+                        done = pool.submit(save_copy, daemon.port)
+                        beside = run(self.seconds).p99_ms
+                        size = done.result()
+                    rounds.append((beside / alone, beside, alone, time.monotonic() - begun))
+                    if size < megabytes * 1_000_000:
+                        raise BenchError(f"a copy has {size} bytes")
+                ratio, beside, alone, spent = (median(figures) for figures in zip(*rounds, strict=True))
+                title = f"enqueue p99 beside a backup, {connections} connection{'s' if connections > 1 else ''}"
+                self.add(title, "ms", beside, beside=alone, ratio=ratio, goal="ratio <= 2")
+                self.add(f"  the backup, of {size / 1e6:,.0f} MB", "s", spent)
+
     def command(self) -> None:
         """What it takes to start a program, one after the other and 32 at once."""
         with self.daemon("command") as daemon:
@@ -1026,7 +1064,7 @@ def busy_s() -> tuple[float, float]:
 def measure(bench: Bench, groups: set[str], million: int) -> None:
     if "start" in groups:
         bench.start()
-    alone = {"start", "provider", "loop", "fair", "bulk", "command", "schedules", "million"}
+    alone = {"start", "provider", "loop", "fair", "bulk", "backup", "command", "schedules", "million"}
     if of_one_daemon := groups - alone:
         with bench.daemon("main") as daemon:
             for name in GROUPS:
@@ -1035,7 +1073,7 @@ def measure(bench: Bench, groups: set[str], million: int) -> None:
             if of_one_daemon - {"idle"}:
                 time.sleep(2)
                 bench.memory(daemon, "memory, after the load", "<= 52")
-    for name in ("provider", "loop", "fair", "bulk", "command", "schedules"):
+    for name in ("provider", "loop", "fair", "bulk", "backup", "command", "schedules"):
         if name in groups:
             getattr(bench, name)()
     if million:

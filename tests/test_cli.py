@@ -568,6 +568,7 @@ async def test_usage_errors_have_the_usual_code(cli: Cli) -> None:
         (("calls", "show"), "ID"),
         (("cals",), "there is no command cals (did you mean calls"),
         (("calls", "sow", "1"), "there is no command sow (did you mean show?)"),
+        (("--url", ":8080", "status"), "there is no command :8080: options stand behind their command"),
     ):
         result = await cli(*words, code=2)
         assert said in result.err
