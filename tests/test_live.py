@@ -155,6 +155,7 @@ LOOKING = (
     *("/system/schedules", "/system/functions", "/system/info", "/metrics", "/ui/", "/v1/apps/a/calls"),
 )
 ACTING = (
+    "GET /system/backup",  # It has the requests of others in it.
     *("POST /system/calls/retry?status=error", "POST /system/calls/cancel?status=queued"),
     *("POST /system/calls/ID/retry", "POST /system/calls/ID/callback", "POST /system/queues/line/pause"),
     *("POST /system/queues/line/purge", "POST /system/schedules/x/run", "POST /system/functions"),
