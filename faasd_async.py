@@ -6272,7 +6272,7 @@ class NatsLink:
                 self._since = time.monotonic()
         except (OSError, TimeoutError, nats.errors.Error) as exc:
             servers = " ".join(self._config.servers)
-            reason = str(exc) or type(exc).__name__
+            reason = str(exc) or self._error or type(exc).__name__
             raise StoreError(f"NATS at {show_url(servers)} can't be reached: {reason}") from None
 
     async def close(self) -> None:

@@ -557,6 +557,20 @@ async def test_a_password_a_token_or_a_certificate_lets_a_host_in(
         assert await gateway.terminate() == 0
 
 
+async def test_a_password_that_is_wrong_is_named_as_the_reason(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """At the start, whichever server is asked; the daemon goes on, because the server may be what is wrong."""
+    users = {"authorization": {"user": "host", "password": "right"}}
+    urls = [(await nats_server(users)).url for _ in range(3)]
+    for name, text in (("user", "host"), ("password", "wrong")):
+        (tmp_path / name).write_text(text)
+    keys = f'[nats]\nuser_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
+    gateway = await hosts(one_function(function, keys), *urls)
+    (line,) = (line for line in gateway.lines if "can't be reached" in line)
+    assert "Authorization Violation" in line and "TimeoutError" not in line
+
+
 async def test_what_the_server_promises_about_a_power_cut_is_said(hosts: StartHost) -> None:
     """A server that syncs now and then can lose what it acknowledged: in the log, and where the ready look."""
     gateway = await hosts("")

@@ -47,6 +47,18 @@ async def test_the_units_are_valid_and_as_tight_as_they_say(tmp_path: Path, drop
     assert float(exposure) <= most, found.out
 
 
+async def test_the_unit_of_a_nats_server_is_valid_and_tight(tmp_path: Path) -> None:
+    """As our own one; its configuration is a credential, which has passwords."""
+    unit = tmp_path / "nats-server.service"
+    program = Path(sys.executable).with_name("nats-server")
+    unit.write_text((UNITS / unit.name).read_text().replace("/usr/local/bin/nats-server", str(program)))
+    verified = await run("systemd-analyze", "verify", "--man=no", unit)
+    assert (verified.code, verified.out + verified.err) == (0, "")
+    found = await run("systemd-analyze", "security", "--offline=true", "--no-pager", unit)
+    (exposure,) = re.findall(r"Overall exposure level .*: ([0-9.]+)", found.out)
+    assert float(exposure) <= 1.3, found.out
+
+
 async def allowed_system_calls() -> set[str]:
     """What SystemCallFilter of the unit comes to."""
 
