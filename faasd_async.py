@@ -17484,7 +17484,7 @@ def check(args: Arguments) -> None:
 
 # --- Move command ---------------------------------------------------------------------------------
 # From a file to the queue of the configuration. It may be killed anywhere and be run again: a call
-# leaves the file after it was stored, and what was stored is known by its id.
+# leaves the file after it was stored, and to store it again changes nothing (WorkQueue.enqueue).
 
 MOVED_AT_ONCE = 64  # calls
 
@@ -17535,16 +17535,10 @@ class Move:
                 raise result
 
     async def _store(self, call: Invocation) -> None:
-        """Store a call, unless an earlier move was killed after that. HttpError: it can't be."""
-        try:
-            await self._queue.lookup(call.id)
-        except HttpError as exc:
-            if exc.status != 404:
-                raise
-            call_id = await self._queue.enqueue(call)
-            if call_id != call.call_id:
-                reason = f"call {call_id} has the same Idempotency-Key"
-                raise HttpError(409, reason) from None
+        """Store a call; once more, where a move was killed after that. HttpError: it can't be."""
+        call_id = await self._queue.enqueue(call)
+        if call_id != call.call_id:
+            raise HttpError(409, f"call {call_id} has the same Idempotency-Key")
 
     def report(self) -> Iterator[str]:
         """What was done, and what is left."""

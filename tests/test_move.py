@@ -6,7 +6,7 @@ from subprocess import PIPE
 
 import pytest
 from conftest import Daemon, Finished, Server, StartDaemon, answer, faasd, finish, ok, start_program
-from jetstream import NatsServer, StartHost, StartServer, ended, get, one_function, post, submit_all
+from jetstream import STREAM, NatsServer, StartHost, StartServer, ended, get, one_function, post, submit_all
 
 RETRY = '[retry]\nattempts = 3\nmin_wait = "1h"\nmax_wait = "1h"\n'
 SCHEDULE = '[schedules.nightly]\ncron = "0 3 * * *"\nfunction = "it"\n'
@@ -34,7 +34,7 @@ async def move(file: Path, host: Daemon) -> Finished:
 
 @pytest.mark.parametrize("early", [True, False], ids=["before the file forgets", "after it has forgotten"])
 async def test_a_move_that_is_killed_and_run_again_moves_every_call_once(
-    early: bool, daemon: StartDaemon, hosts: StartHost, function: Server
+    early: bool, daemon: StartDaemon, hosts: StartHost, function: Server, server: NatsServer
 ) -> None:
     """Also when hosts have run what came first before the second move."""
     old = await daemon(one_function(function))
@@ -45,6 +45,10 @@ async def test_a_move_that_is_killed_and_run_again_moves_every_call_once(
     words = ("move", old.store, "--config", host.config)
     killed = await finish(await start_program(*words, before=KILL.format(early=early), stdout=PIPE, stderr=PIPE), b"")
     assert killed.code == -signal.SIGKILL
+    async with server.jetstream() as jetstream:  # The server forgets what it had: only records know it.
+        config = (await jetstream.stream_info(STREAM)).config
+        config.duplicate_window = 0.1
+        await jetstream.update_stream(config)
     await host.start()
     await post(host, "/system/queues/faas-request/resume")
     assert await ended(host, [call for call in calls if await has(host, call)]) == {"success": 128}
