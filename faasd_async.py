@@ -12260,8 +12260,8 @@ def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) ->
     try:
         return parse(value)
     except ValueError as exc:
-        # What is no URL may have credentials too.
-        shown = json.dumps((show_url(value) or "").rpartition("@")[2][:80])
+        # What is no URL may have credentials too, before an @.
+        shown = json.dumps(re.sub("^.+@", "", show_url(value) or "", flags=re.DOTALL)[:80])
         raise HttpError(400, f"{name}: {shown}: {exc}") from None
 
 

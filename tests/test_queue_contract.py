@@ -419,7 +419,7 @@ async def test_a_completed_call_is_final(bench: Bench) -> None:
         "max_attempts": 10,
         "http_status": 500,
         "error": BAD.error,
-        "created_at": rfc3339(work.start_time / 1e9),
+        "created_at": rfc3339(work.start_time // 1000 / 1e6),
         "due_at": None,
         "duration_seconds": 0.5,
         "interrupted": 0,

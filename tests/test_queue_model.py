@@ -97,7 +97,7 @@ class Row:
 
     def matches(self, wanted: CallFilter, now: float) -> bool:
         """Whether it is among what a list with this filter shows."""
-        call, created_at = self.call, self.call.start_time / 1e9
+        call, created_at = self.call, self.call.start_time // 1000 / 1e6
         return all(
             (
                 not wanted.statuses or self.state(now) in wanted.statuses,

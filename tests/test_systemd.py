@@ -96,8 +96,8 @@ async def test_the_unit_allows_what_the_daemon_and_its_programs_do(
     assert await gateway.terminate() == 0
     seen = trace.read_text(errors="replace")
     assert not re.findall(r"mprotect\(.*PROT_EXEC|mmap\(.*PROT_WRITE\|PROT_EXEC", seen), "MemoryDenyWriteExecute"
-    # Name look-ups ask the kernel for its addresses, and do without where they may not.
-    assert set(re.findall(r"socket\((AF_\w+)", seen)) == {"AF_INET", "AF_UNIX", "AF_NETLINK"}
+    # Some name look-ups ask the kernel for its addresses, and do without where they may not.
+    assert set(re.findall(r"socket\((AF_\w+)", seen)) - {"AF_NETLINK"} == {"AF_INET", "AF_UNIX"}
     done = {name for name, result in re.findall(r"^\d+ +(\w+)\(.* = (\S+)", seen, re.MULTILINE)}
     assert {"fdatasync", "execve", "accept4", "connect"} <= done
     assert done - await allowed_system_calls() <= {"fchown"}, "not allowed"  # SQLite's, and only as root
