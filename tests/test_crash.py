@@ -15,7 +15,7 @@ from aiohttp import web
 from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, run
 
 CALLS = 1000
-KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 20))  # 200 for the long form
+KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 12))  # 200 for the long form
 DELAY_S = 0.2
 
 

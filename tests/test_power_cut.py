@@ -17,7 +17,7 @@ from nats.js.api import StreamConfig
 from power_cut import SECTOR
 from test_crash import CANCELLED, ENDS, Witness, is_done, submit_many
 
-CUTS = int(os.environ.get("FAASD_ASYNC_CUTS", 15))  # 300 for the long form
+CUTS = int(os.environ.get("FAASD_ASYNC_CUTS", 10))  # 300 for the long form
 BURST = 50  # calls or messages
 SECTORS = 64
 

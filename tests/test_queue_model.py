@@ -577,7 +577,7 @@ class BulkMachine(QueueMachine):
 
 
 MODEL = settings(
-    max_examples=30,
+    max_examples=20,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
