@@ -5748,6 +5748,7 @@ CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours
 RESEND_S = 2.0  # what it takes at most to write a record, once that has been prepared
 CLAIM_AGAIN_S = 0.5  # after which a claim that could not be stored is tried again
 POLL_S = 1.0  # between looks at all lanes, and what other daemons have said since
+OWN_CONSUMER = re.compile(r"(work|later)\+[^+]+\+[^+]+")  # the name of one: root, queue and lane
 WATCHED_S = 5 * POLL_S  # since another daemon has said that it wants to hear of changes
 TELL_S = 0.05  # for which changes are collected before they are told
 DEADLINES = "@deadlines"  # the queue of deadlines that pass
@@ -7062,7 +7063,7 @@ class NatsConsumers:
     async def poll(self) -> Mapping[str, Mapping[str, Any]]:
         """Ask for all consumers: count what waits, get to know lanes. What is known, by consumer.
 
-        Consumers that somebody has deleted are made again.
+        Consumers that somebody has deleted are made again; those of others are left alone.
         """
         consumers: dict[str, dict[str, Any]] = {}
         while True:
@@ -7074,6 +7075,7 @@ class NatsConsumers:
         for info in consumers.values():
             self._link.set_clock(info["ts"])
             break
+        consumers = {name: info for name, info in consumers.items() if OWN_CONSUMER.fullmatch(name)}
         gone = self._known - consumers.keys()
         for name in sorted(consumers.keys() | gone, reverse=True):  # work before later
             root, *names = name.split("+")
@@ -9366,11 +9368,15 @@ class NatsKeeper:
 
     def start(self) -> None:
         """Begin."""
+        chores = {
+            "lanes": self._keep_looking,
+            "leases": self._keep_leases,
+            "deadlines": self._keep_deadlines,
+            "changes": self._changes.keep_telling,
+        }
         self._tasks = [
-            asyncio.create_task(self._keep_looking(), name="lanes"),
-            asyncio.create_task(self._keep_leases(), name="leases"),
-            asyncio.create_task(self._keep_deadlines(), name="deadlines"),
-            asyncio.create_task(self._changes.keep_telling(), name="changes"),
+            asyncio.create_task(self._go_on(name, chore), name=name)
+            for name, chore in chores.items()
         ]
 
     async def stop(self) -> None:
@@ -9378,6 +9384,15 @@ class NatsKeeper:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _go_on(self, name: str, chore: Callable[[], Awaitable[None]]) -> None:
+        """Whatever a chore comes upon, it begins again: without leases calls would run twice."""
+        while True:
+            try:
+                await chore()
+            except Exception:
+                log.exception("NATS: %s failed in this program itself: trying again", name)
+            await asyncio.sleep(POLL_S)
 
     def deadlines_passed(self) -> None:
         """There are some."""

@@ -37,6 +37,7 @@ from jetstream import (
     post,
     submit_all,
 )
+from nats.js.api import AckPolicy, ConsumerConfig
 from nats_credentials import make_credentials
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
@@ -632,6 +633,27 @@ async def test_a_large_answer_does_not_keep_a_call_from_its_end(
     gateway = await hosts(one_function(function), server.url)
     record = await gateway.final(await gateway.submit("it"))
     assert (record["status"], record["response_bytes"]) == ("success", 60_000)
+
+
+async def test_a_consumer_that_somebody_else_has_made_is_left_alone(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """To look on, for instance: what runs goes on, a start succeeds, and so does what follows a server's restart."""
+    gateway = await hosts(one_function(function))
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    watcher = ConsumerConfig(durable_name="watcher", filter_subject="faas.call.>", ack_policy=AckPolicy.EXPLICIT)
+    async with server.jetstream() as jetstream:
+        await jetstream.add_consumer(STREAM, watcher)
+    await gateway.kill()
+    await gateway.start()
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    await server.kill()
+    await server.start()
+    await gateway.wait_for_log("NATS is back")
+    assert (await gateway.final(await gateway.submit("it", X_Delay="100ms")))["status"] == "success"
+    assert "failed in this program itself" not in gateway.log
+    async with server.jetstream() as jetstream:
+        assert (await jetstream.consumer_info(STREAM, "watcher")).name == "watcher"
 
 
 # ---- OpenFaaS's own messages ---------------------------------------------------------------------
