@@ -7507,7 +7507,11 @@ class NatsWaiting:
             message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
             if "Status" not in (message.headers or {}):
                 found.append(message.data)
-        return min((unpack_call(data).call.due_at for data in found), default=float("inf"))
+        due = []
+        for data in found:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # Who claims it tells.
+                due.append(unpack_call(data).call.due_at)
+        return min(due, default=float("inf"))
 
 
 # --- NATS work ------------------------------------------------------------------------------------
