@@ -13164,8 +13164,7 @@ async def stream_answer(
     started = time.perf_counter()
     http = request.http
     transport = http.transport
-    # What it would be if it broke off.
-    passed_on = respond(502)
+    passed_on: Response  # from when its answer has come
     try:
         async with TimeLimit(limit), await asked as answer:
             # RFC 9110 8.6: a 204 has no length, whatever the function says.
