@@ -23,7 +23,7 @@ How each group is measured:
   schedules the same with a thousand schedules that are not due, read at the start
   drain    the function holds its first calls open until the backlog is complete, then answers. Counted from
            that moment until the function has answered, or its callbacks have arrived. Calls that
-           were already waiting in the function are not counted.
+           were already waiting in the function are not counted. `callback.max_inflight` is 64
   mixed    a backlog is released and new calls come in over 32 connections meanwhile
   callback one call at a time: from sending the POST until its callback has arrived
   sync     /function through to the function, a small HTTP server made for this (stock: through a provider)
@@ -124,6 +124,8 @@ listen = "127.0.0.1:{port}"
 drain_timeout = "1s"
 [log]
 level = "warning"
+[callback]
+max_inflight = 64
 [functions.sink]
 url = "http://127.0.0.1:{sink}"
 [functions.true]

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -103,13 +104,21 @@ def pytest_configure(config: pytest.Config) -> None:
     text = "own_interpreter: the daemons of the test are started as they are installed, not forked"
     config.addinivalue_line("markers", text)
     config.addinivalue_line("markers", "long: it runs with FAASD_ASYNC_LONG_TESTS=1 only")
+    config.addinivalue_line("markers", "no_cover: what pytest's own process does is not measured")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes long, unless it is asked for."""
+    """Leave out what takes long, unless it is asked for.
+
+    The code that a test of a daemon is about runs in the daemon, where it is measured; to measure the
+    test too makes it twice as slow.
+    """
     left_out = [] if LONG_TESTS else [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if {"daemon", "hosts"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -333,8 +342,7 @@ class Daemon:
 
     async def close(self) -> None:
         """End of the test: what still runs must stop well, and none may have logged a traceback."""
-        if self._session is not None:
-            await self._session.close()
+        await self.hang_up()
         try:
             if self.process is not None:
                 assert await self.terminate() == 0, f"the daemon did not stop well:\n{self.log}"
@@ -342,6 +350,12 @@ class Daemon:
             if self.process is not None and self.process.returncode is None:
                 await self.kill()
         assert "Traceback" not in self.log, f"a traceback in the log:\n{self.log}"
+
+    async def hang_up(self) -> None:
+        """Close the connections of our own to it; there are others when it is asked again."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
 
     @property
     def http(self) -> aiohttp.ClientSession:
@@ -356,6 +370,12 @@ class Daemon:
             assert response.status == 200, await response.text()
             record: dict[str, Any] = await response.json()
             return record
+
+    async def forgotten(self, call_id: str) -> None:
+        """Wait until there is no record of a call."""
+        async with asyncio.timeout(PATIENCE):
+            while (await ask(self.url, f"/system/calls/{call_id}")).status != 404:
+                pass
 
     async def until(self, call_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The record of a call as soon as `condition` holds for it.
@@ -388,7 +408,7 @@ class Daemon:
         held = f"{self.url}/system/queues/{queue}"
         async with self.http.post(f"{held}/pause") as response:
             assert response.status == 200, await response.text()
-        call_id = await self.submit(path, body, **headers, X_Deadline="50ms")
+        call_id = await self.submit(path, body, **headers, X_Deadline="100ms")
         record = await self.until(call_id, lambda record: record["completed_at"] is not None)
         assert (record["status"], record["attempts"]) == ("timeout", 0)
         async with self.http.post(f"{held}/resume") as response:
@@ -527,6 +547,23 @@ class ServiceManager:
             pytest.fail("the watchdog goes on being fed")
         gateway.signal(signal.SIGABRT)
         assert await gateway.ended() == -signal.SIGABRT
+
+
+def open_files(pid: int) -> set[int]:
+    """The descriptors of a process."""
+    return {int(file.name) for file in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+@contextlib.contextmanager
+def with_descriptors(daemon: Daemon, most: int) -> Iterator[None]:
+    """Meanwhile the daemon may have only so many."""
+    before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        if daemon.process is not None:
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
 
 
 def free_address() -> str:

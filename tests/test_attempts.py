@@ -62,6 +62,9 @@ print(ask("run", me), end="")
 """
 
 
+UNTIL_DEAD = f"faasd_async.KILL_S = {PATIENCE}"  # What dies late is waited for, on a busy machine too.
+
+
 class Clinging:
     """A function whose runs cling to their lives, or run until the test lets them end.
 
@@ -143,7 +146,7 @@ async def test_a_cancelled_attempt_that_dies_late_takes_no_outcome_along(
     daemon: StartDaemon, clinging: Clinging
 ) -> None:
     """The call was run again at once: that attempt ends later, and its outcome is stored."""
-    gateway = await daemon(settings(clinging))
+    gateway = await daemon(settings(clinging), before=UNTIL_DEAD)
     call_id = await clinging.overtaken(gateway)
     await clinging.dies()
     assert (await gateway.record(call_id))["status"] == "running"
@@ -157,7 +160,7 @@ async def test_the_attempt_after_one_that_died_late_can_be_cancelled_too(
     daemon: StartDaemon, clinging: Clinging
 ) -> None:
     """Cancelled itself, it is stopped."""
-    gateway = await daemon(settings(clinging))
+    gateway = await daemon(settings(clinging), before=UNTIL_DEAD)
     call_id = await clinging.overtaken(gateway)
     await clinging.dies()
     gone = clinging.server.cancelled
@@ -170,7 +173,7 @@ async def test_a_call_can_be_cancelled_while_an_earlier_attempt_of_it_dies(
     daemon: StartDaemon, clinging: Clinging
 ) -> None:
     """Both are stopped; the call can be run once more, and ends well."""
-    gateway = await daemon(settings(clinging))
+    gateway = await daemon(settings(clinging), before=UNTIL_DEAD)
     call_id = await clinging.overtaken(gateway)
     gone = clinging.server.cancelled
     await cancel(gateway, call_id)
@@ -184,7 +187,7 @@ async def test_a_call_can_be_cancelled_while_an_earlier_attempt_of_it_dies(
 
 async def test_attempts_that_die_late_keep_no_slot(daemon: StartDaemon, clinging: Clinging) -> None:
     """Each dies after its call has ended; a queue of two slots goes on after five of them."""
-    gateway = await daemon(settings(clinging, "[queues.faas-request]\nmax_inflight = 2"))
+    gateway = await daemon(settings(clinging, "[queues.faas-request]\nmax_inflight = 2"), before=UNTIL_DEAD)
     for turn in range(1, 6):
         call_id = await clinging.overtaken(gateway, turn)
         clinging.finish.open()
@@ -196,7 +199,7 @@ async def test_attempts_that_die_late_keep_no_slot(daemon: StartDaemon, clinging
 
 async def test_an_attempt_that_dies_late_holds_its_slot_until_then(daemon: StartDaemon, clinging: Clinging) -> None:
     """With it and the next one a queue of two slots is full; what waits begins when it is dead."""
-    gateway = await daemon(settings(clinging, "[queues.faas-request]\nmax_inflight = 2"))
+    gateway = await daemon(settings(clinging, "[queues.faas-request]\nmax_inflight = 2"), before=UNTIL_DEAD)
     call_id = await clinging.overtaken(gateway)
     waiting = await gateway.submit("it")
     listed = json.loads((await ask(gateway.url, "/system/queues")).body)["queues"]
@@ -212,7 +215,7 @@ async def test_the_callback_of_a_call_whose_first_attempt_dies_late_is_delivered
 ) -> None:
     """Once, although that attempt ends while the callback of the second one is being sent."""
     sink.behaviour = taken = Gate()
-    gateway = await daemon(settings(clinging))
+    gateway = await daemon(settings(clinging), before=UNTIL_DEAD)
     call_id = await clinging.overtaken(gateway, X_Callback_Url=sink.url)
     clinging.finish.open()
     await sink.wait_for(1)

@@ -136,6 +136,7 @@ async def test_in_routes_of_our_own_such_bytes_are_what_they_are_in_percent(gate
         b"DELETE /async-function/\xff\xfe": 404,
         b"POST /function/\xe9": 404,
         b"GET /caf\xe9": 404,
+        b"GET /%bytes%/healthz": 404,
     }.items():
         reply = await raw(gateway.url, line + b" HTTP/1.1\r\nHost: gateway.example\r\nConnection: close\r\n\r\n")
         assert reply.status == status, line

@@ -575,6 +575,12 @@ async def test_usage_errors_have_the_usual_code(cli: Cli) -> None:
         assert result.err.count("\n") == 1
 
 
+async def test_a_password_in_an_address_that_is_none_is_not_printed() -> None:
+    """The address is, so that its user sees what was wrong."""
+    result = await faasd("status", "--url", "ftp://us:s3cret@there")
+    assert (result.code, "ftp://there: expected" in result.err, "s3cret" in result.err) == (69, True, False)
+
+
 async def test_the_version_is_told() -> None:
     """In both ways to ask for it."""
     assert (await faasd("-V")).out == (await faasd("--version")).out

@@ -24,7 +24,7 @@ import yarl
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from conftest import PATIENCE, Server, StartDaemon, ask, namespaces
+from conftest import PATIENCE, Server, StartDaemon, ask, namespaces, with_descriptors
 
 import faasd_async
 from faasd_async import (
@@ -41,8 +41,9 @@ from faasd_async import (
     Shortage,
     TimeLimit,
     Wire,
+    bypasses_proxy,
+    pack_headers,
     proxies_of,
-    with_target,
 )
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -155,7 +156,7 @@ async def fetch(
     client: HttpClient, method: str, url: yarl.URL, body: Any = b"", headers: Iterable[Header] = (), **more: Any
 ) -> tuple[int, bytes]:
     """Status and body of an answer."""
-    async with await client.request(method, url, headers, body, **more) as response:
+    async with await client.request(method, url, pack_headers(headers), body, **more) as response:
         return response.status, (await response.read(2**20, whole=True))[0]
 
 
@@ -195,7 +196,7 @@ def test_a_request_is_sent_as_it_is(run: Scenario, name: str) -> None:
 
     async def scenario() -> None:
         async with Peer() as peer:
-            request = peer.client.request(method, with_target(peer.url, target), headers, body, **options)
+            request = peer.client.request(method, peer.url, pack_headers(headers), body, target=target, **options)
             asking = asyncio.ensure_future(request)
             connection = await peer.accept()
             head = expected.replace(b"PORT", b"%d" % peer.port)
@@ -287,7 +288,7 @@ def test_an_answer_is_taken_at_the_pace_of_the_reader(run: Scenario) -> None:
 
     async def scenario() -> None:
         async with Peer() as peer:
-            asking = asyncio.ensure_future(peer.client.request("GET", peer.url, [], b""))
+            asking = asyncio.ensure_future(peer.client.request("GET", peer.url, b"", b""))
             connection = await peer.accept()
             await connection.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
             response: HttpResponse = await asking
@@ -351,6 +352,7 @@ ANSWERS: dict[str, tuple[str, bytes, int, bytes]] = {
     ),
     "without a reason": ("POST", b"HTTP/1.1 404\r\nContent-Length: 0\r\n\r\n", 404, b""),
     "with bare line feeds": ("POST", b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok", 200, b"ok"),
+    "with a body of blank lines": ("POST", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n\r\n\r\n", 200, b"\r\n\r\n"),
     "to HEAD": ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", 200, b""),
     "204 with a length": ("POST", b"HTTP/1.1 204 No\r\nContent-Length: 0\r\n\r\n", 204, b""),
     "304 with a length": ("GET", b"HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n", 304, b""),
@@ -368,6 +370,7 @@ LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connect
     "with Connection: close": (b"HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", 500, b"ok"),
     # What follows is wrong, but the answer is there.
     "with something behind it": (OK + b"more", 200, b"ok"),
+    "with bare line feeds and more": (b"HTTP/1.1 200 OK\nContent-Length: 3\n\n\r\n\r\nabc", 200, b"\r\n\r"),
     "with another behind it": (b"HTTP/1.1 100 Go\r\n\r\n" + OK + b"HTTP/1.1 5", 200, b"ok"),
     "204 with a body": (b"HTTP/1.1 204 No\r\nContent-Length: 2\r\n\r\nok", 204, b""),
 }
@@ -520,7 +523,7 @@ def test_a_reset_is_told(run: Scenario) -> None:
             await connection.request()
             connection.close(reset=True)
             assert await failure(asking) == (FailureKind.BROKEN, "reset the connection")
-            request = asyncio.ensure_future(peer.client.request("GET", peer.url, [], b""))
+            request = asyncio.ensure_future(peer.client.request("GET", peer.url, b"", b""))
             connection = await peer.accept()
             await connection.answer(b"HTTP/1.1 200 OK\r\n\r\nhalf")
             async with await request as response:
@@ -568,7 +571,7 @@ def test_the_rest_of_an_answer_is_waited_for_only_briefly(run: Scenario, trustin
         async with Peer() as peer:
 
             async def deliver() -> int:
-                async with await peer.client.request("POST", peer.url, [], b"x") as response:
+                async with await peer.client.request("POST", peer.url, b"", b"x") as response:
                     await response.discard()
                     return response.status
 
@@ -607,6 +610,33 @@ def test_a_connection_is_used_again(run: Scenario, trusting: None) -> None:
                 asking = peer.ask(method, b"")
                 await connection.answer(OK[:-2] if method == "HEAD" else OK)
                 assert await asking == (200, b"" if method == "HEAD" else b"ok")
+            assert len(peer.connections) == 1
+
+    run(scenario())
+
+
+def test_each_answer_has_its_own_body(run: Scenario, trusting: None) -> None:
+    """Also where its head came before: in one piece with that, behind it, or of another length."""
+    head, longer = OK[:-2], OK[:-2].replace(b"Length: 2", b"Length: 3")
+    answers = [
+        (head, b"ab"),
+        (head, b"\n\r"),
+        (longer, b"abc"),
+        (head, b"cd"),
+        (b"\r\n\r\n" + head, b"ef"),
+        (head, b"gh"),
+    ]
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            for start, body in answers:
+                for cut in (len(start), len(start) + 1, len(start + body)):
+                    asking = peer.ask()
+                    await connection.answer((start + body)[:cut])
+                    await asyncio.sleep(0.001)
+                    await connection.send((start + body)[cut:])
+                    assert await asking == (200, body)
             assert len(peer.connections) == 1
 
     run(scenario())
@@ -1001,26 +1031,33 @@ def highest_descriptor() -> int:
     return max(int(item.name) for item in Path("/proc/self/fd").iterdir())
 
 
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Meanwhile this process can open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = highest_descriptor() + 1
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
 def test_our_own_shortage_is_no_failure_of_the_peer(run: Scenario) -> None:
     """No descriptor is left here: that passes."""
 
     async def scenario() -> None:
         async with Peer() as peer:
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            most = highest_descriptor() + 1
-            taken: list[int] = []
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            try:
-                with contextlib.suppress(OSError):
-                    while True:
-                        taken.append(os.dup(0))
+            with no_descriptor_left():
                 for url in (peer.url, peer.url.with_host("localhost")):
                     with pytest.raises(Shortage):
                         await fetch(peer.client, "POST", url, b"x")
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-                for fd in taken:
-                    os.close(fd)
             await first(peer)
 
     run(scenario())
@@ -1283,6 +1320,33 @@ def test_a_proxy_that_is_no_url_is_ignored() -> None:
     }
 
 
+NO_PROXY = [
+    (" .near.example ,10.0.0.0/8", "near.example a.near.example 10.1.2.3", "far.example notnear.example 11.1.2.3"),
+    ("*.near.example", "a.near.example", "far.example"),
+    ("NEAR.example. other.example", "near.EXAMPLE near.example. other.example", "far.example"),
+    ("near.example:81,10.0.0.1:81", "near.example:81 10.0.0.1:81", "near.example near.example:82 10.0.0.1"),
+    ("[2001:db8::1],2001:db8:1::/48,::8", "[2001:db8::1]:81 [2001:db8:1::5] [::8]", "[2001:db8:2::5]"),
+    ("*", "near.example 10.0.0.1", ""),
+    ("", "localhost 127.0.0.1:81 [::1]", "near.example"),
+]  # fmt: skip
+
+
+def test_no_proxy_has_the_forms_that_curl_and_others_read() -> None:
+    """Names with all below them, networks, ports, brackets; commas or spaces between them."""
+    for listed, direct, proxied in NO_PROXY:
+        for hosts, bypassed in ((direct, True), (proxied, False)):
+            for url in (yarl.URL(f"http://{host}") for host in hosts.split()):
+                environment = {"NO_PROXY": listed}
+                assert bypasses_proxy(url.raw_host or "", url.port or 0, environment) is bypassed, (listed, url)
+
+
+async def test_a_proxy_that_speaks_another_protocol_is_told(daemon: StartDaemon) -> None:
+    """One line at the start says that it is not used, without its credentials."""
+    gateway = await daemon("", env={"ALL_PROXY": "socks5://us:s3cret@127.0.0.1:9"})
+    await gateway.wait_for_log("ALL_PROXY is ignored")
+    assert "s3cret" not in gateway.log
+
+
 # ---- time ----------------------------------------------------------------------------------------
 
 
@@ -1295,7 +1359,7 @@ def test_a_limit_is_named(run: Scenario) -> None:
             await peer.accept()
 
             async def limited() -> None:
-                async with TimeLimit(Limit(0.05, "callback.timeout")):
+                with TimeLimit(Limit(0.05, "callback.timeout")):
                     await asking
 
             assert await failure(limited()) == (FailureKind.TIMEOUT, "did not answer within callback.timeout (0.05s)")
@@ -1310,7 +1374,7 @@ def test_input_that_is_there_wins_over_a_timer_that_was_late(run: Scenario) -> N
         async with Peer() as peer:
 
             async def limited() -> tuple[int, bytes]:
-                async with TimeLimit(Limit(0.3)):
+                with TimeLimit(Limit(0.3)):
                     return cast(tuple[int, bytes], await peer.ask())
 
             asking = asyncio.ensure_future(limited())
@@ -1319,6 +1383,26 @@ def test_input_that_is_there_wins_over_a_timer_that_was_late(run: Scenario) -> N
             connection.sock.send(OK)
             time.sleep(0.6)  # noqa: ASYNC251 (as a machine that sleeps)
             assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+def test_what_comes_in_the_round_of_the_loop_in_which_a_limit_ends_is_in_time(run: Scenario) -> None:
+    """Both are due when a loop that was held up for a moment goes on."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        coming = loop.create_future()
+
+        async def limited() -> object:
+            with TimeLimit(Limit(0.02)):
+                return await coming
+
+        asking = asyncio.ensure_future(limited())
+        loop.call_later(0.01, coming.set_result, "there")
+        await asyncio.sleep(0)
+        time.sleep(0.05)  # noqa: ASYNC251 (as a loop that is held up)
+        assert await asking == "there"
 
     run(scenario())
 
@@ -1509,6 +1593,33 @@ async def test_the_credentials_in_a_functions_url_are_used_and_not_shown(
     assert "s3cret" not in reply.body.decode() + str(record) + gateway.log
 
 
+def test_the_systems_cas_are_not_taken_for_none_in_a_shortage(
+    run: Scenario, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL says nothing of a file that it could not open."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(pki.folder / "ca.pem"))
+
+    async def scenario() -> None:
+        with tls_server(pki.server("good")) as url:
+            client = HttpClient()
+            with no_descriptor_left(), pytest.raises(Shortage):
+                await fetch(client, "POST", url, b"x")
+            assert (await fetch(client, "POST", url, b"x"))[0] == 200
+            await client.close()
+
+    run(scenario())
+
+
+async def test_the_files_for_tls_are_read_with_the_configuration(daemon: StartDaemon, pki: Pki, tmp_path: Path) -> None:
+    """What was checked is what is used, whatever becomes of the file before the first call."""
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes((pki.folder / "ca.pem").read_bytes())
+    with tls_server(pki.server("good")) as url:
+        gateway = await daemon(f'[functions.f]\nurl = "{url}"\ntls_ca_file = "{ca}"')
+        ca.unlink()
+        assert (await ask(gateway.url, "/function/f", method="POST", body=b"x")).status == 200
+
+
 async def test_a_ca_is_taken_over_on_reload(daemon: StartDaemon, pki: Pki) -> None:
     """`callback.tls_ca_file`: before that, nobody is trusted whom the system does not trust."""
     base = '[functions.f]\ncommand = ["cat"]\n[callback]\nattempts = 1\n'
@@ -1526,13 +1637,32 @@ async def test_a_ca_is_taken_over_on_reload(daemon: StartDaemon, pki: Pki) -> No
 
 async def test_a_call_waits_for_a_descriptor_and_is_not_charged(daemon: StartDaemon, function: Server) -> None:
     """The shortage is ours."""
-    gateway = await daemon(f'[functions.f]\nurl = "{function.url}"\n[retry]\nattempts = 1')
+    settings = f'[functions.f]\nurl = "{function.url}"\n[retry]\nattempts = 1'
+    gateway = await daemon(settings, before="faasd_async.RETRY_STORE_S = 0.3")
     await gateway.final(await gateway.submit("f"))  # over a connection that stays open
-    before = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (3, before[1]))
-    call_id = await gateway.submit("f")
-    await gateway.wait_for_log("no descriptors")
-    resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, before)
+    with with_descriptors(gateway, 3):
+        call_id = await gateway.submit("f")
+        await gateway.wait_for_log("no descriptors")
     record = await gateway.final(call_id)
     assert (record["status"], record["attempts"]) == ("success", 1)
     assert len(function.requests) == 2
+
+
+def thread_names(pid: int) -> set[str]:
+    """Those of a process's threads."""
+    names = set()
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # It has ended meanwhile.
+            names.add((thread / "comm").read_text().strip())
+    return names
+
+
+async def test_libuv_looks_no_name_up(daemon: StartDaemon, function: Server) -> None:
+    """Its threads may all be busy with names that nobody answers for, and it aborts where it can start none."""
+    urls = "".join(
+        f"[functions.{host[0]}]\nurl = 'http://{host}:{function.port}'\n" for host in ("127.0.0.1", "localhost")
+    )
+    gateway = await daemon(urls)
+    for name in "1l":
+        assert (await ask(gateway.url, f"/function/{name}")).status == 200
+    assert "libuv-worker" not in thread_names(gateway.pid)

@@ -785,12 +785,14 @@ def test_a_certificate_that_cannot_be_used_is_told_before_it_is_needed(folder: P
     """A file that is not there, one that holds none, a key without a certificate."""
     url = 'url = "https://127.0.0.1"\n' if table != "callback" else ""
     (folder / "text.pem").write_text("no certificate")
+    (folder / "locked.pem").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\n-----END ENCRYPTED PRIVATE KEY-----\n")
     (folder / "empty.pem").write_text("-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n")
     for keys, said in {
         'tls_ca_file = "none.pem"': f"{table}.tls_ca_file: none.pem: No such file or directory",
         'tls_cert_file = "text.pem"': f"{table}.tls_cert_file: text.pem holds nothing in PEM format",
         'tls_key_file = "empty.pem"': f"{table}: tls_key_file needs tls_cert_file",
         'tls_cert_file = "empty.pem"': f"{table}: empty.pem holds no private key: tls_key_file says where that is",
+        'tls_cert_file = "locked.pem"': f"{table}: the key in locked.pem has a passphrase: it has to be one without",
     }.items():
         assert problems(f"[{table}]\n{url}{keys}") == [f"config.toml: {said}"]
     (line,) = problems(f'[{table}]\n{url}tls_ca_file = "empty.pem"')

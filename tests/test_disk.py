@@ -194,7 +194,7 @@ async def test_a_slow_disk_holds_up_only_what_is_stored(
     daemon: StartDaemon, faults: Faults, function: Server, gate: Gate
 ) -> None:
     """Sync calls are answered while a sync of the disk takes seconds; async calls wait for it, and are not lost."""
-    gateway = await daemon(settings(function), env=faults.env)
+    gateway = await daemon(settings(function), env=faults.env, before="faasd_async.STALLED_S = 5.0")
     accepted = await submit_three(gateway, function)
     with faults("s", 0):
         waiting = [asyncio.create_task(gateway.submit("it")) for _ in range(3)]

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def assert_one_line(reply: Reply, *words: str, fn: bool = False) -> None:
 async def gateway(daemon: StartDaemon, function: Server) -> Daemon:
     """A daemon with one function, `echo`, and a small limit for bodies."""
     return await daemon(f'[gateway]\nmax_payload = "64KiB"\n[functions.echo]\nurl = "{function.url}"')
+
+
+async def test_a_function_whose_url_leads_back_to_the_daemon_ends(gateway: Daemon) -> None:
+    """Its request is passed on some dozen times, sync and async, and the answer says why no longer."""
+    urls = {name: f"{gateway.url}/{name}/{name}" for name in ("function", "async-function")}
+    gateway.configure("".join(f'[functions.{name}]\nurl = "{url}"\n' for name, url in urls.items()))
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
+    reply = await ask(gateway.url, "/function/function")
+    assert reply.status == 508
+    assert_one_line(reply, "X-Forwarded-For", "32", "url")
+    call_id = await gateway.submit("async-function")  # which all these calls share
+    await gateway.wait_for_log('http_status=508 error="function async-function answered 508"')
+    records = json.loads((await ask(gateway.url, f"/system/calls?call_id={call_id}")).body)["calls"]
+    assert [record["status"] for record in records] == ["error"] + 31 * ["success"]
 
 
 async def submit(gateway: Daemon, *headers: str) -> Reply:

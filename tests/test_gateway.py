@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import re
+import socket
 import stat
 import time
 import uuid
@@ -763,6 +764,19 @@ async def test_a_socket_file_left_by_a_dead_daemon_is_replaced(daemon: StartDaem
         "curl", "-sS", "-w", "%{http_code}", "-o", "/dev/null", "--unix-socket", path, "http://x/healthz"
     )
     assert (result.code, result.out) == (0, "200"), result.err
+    await gateway.terminate()
+    assert not path.exists()
+
+
+async def test_a_stop_removes_no_socket_file_of_another_process(daemon: StartDaemon, tmp_path: Path) -> None:
+    """Which has taken the place of ours."""
+    path = tmp_path / "gateway.sock"
+    gateway = await daemon(f'[gateway]\nlisten = "unix:{path}"')
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(str(path))
+        await gateway.terminate()
+    assert path.is_socket()
 
 
 async def test_the_command_line_can_set_the_listener(daemon: StartDaemon, tmp_path: Path) -> None:

@@ -71,3 +71,27 @@ async def test_a_client_that_waits_for_long_is_not_taken_for_one_that_has_gone(
         gate.open()
         answers = await asyncio.wait_for(reader.read(), PATIENCE)
     assert answers.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"").startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_an_answer_with_a_pause_comes_whole(daemon: StartDaemon, function: Server) -> None:
+    """Whether the client is still there is tried in between, by what means nothing."""
+    go_on = asyncio.Event()
+
+    async def behaviour(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"be")
+        await go_on.wait()
+        await response.write(b"gun")
+        return response
+
+    function.behaviour = behaviour
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(post("function", "streams"))
+        writer.write_eof()
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n2\r\nbe\r\n"), PATIENCE)
+        assert await asyncio.wait_for(reader.readexactly(1), PATIENCE) == b"0"  # of the next length
+        go_on.set()
+        rest = await asyncio.wait_for(reader.read(), PATIENCE)
+    assert rest.lstrip(b"0") == b"3\r\ngun\r\n0\r\n\r\n"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -292,6 +293,33 @@ async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, s
             await systemd.wait_for("WATCHDOG=1", times=1000)
     gateway.signal(signal.SIGCONT)
     await systemd.wait_for("WATCHDOG=1", times=1 + len([line for line in systemd.told if line == "WATCHDOG=1"]))
+
+
+WITHOUT_DESCRIPTORS = """
+import os, resource
+start = faasd_async.Daemon._start_side_jobs
+def short(self, chores):
+    os.close(unused := os.dup(2))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (unused, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return start(self, chores)
+faasd_async.Daemon._start_side_jobs = short
+faasd_async.HOUSEKEEPING_S = 0.1
+"""
+
+
+@own_interpreter
+async def test_side_jobs_outlive_a_want_of_descriptors(daemon: StartDaemon, systemd: ServiceManager) -> None:
+    """From their first step on: what they can't do is told, and done when there are some again."""
+    minutely = '[functions.it]\ncommand = ["true"]\n[schedules.it]\nfunction = "it"\ncron = "* * * * *"\n'
+    watched = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "200000"}
+    gateway = await daemon(minutely, env=watched, before=WITHOUT_DESCRIPTORS)
+    for _ in range(3):
+        said = "systemd could not be notified: [Errno 24] Too many open files"
+        await gateway.wait_for_log(said, first_line=len(gateway.lines))
+    hard = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (1024, hard))
+    await systemd.wait_for("WATCHDOG=1")
+    assert (await ask(gateway.url, "/healthz")).status == 200
 
 
 @own_interpreter

@@ -5,7 +5,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from conftest import Daemon, Finished, Server, StartDaemon, answer, faasd, finish, ok, start_program
+from conftest import Daemon, Finished, Gate, Server, StartDaemon, answer, faasd, finish, ok, start_program
 from jetstream import STREAM, NatsServer, StartHost, StartServer, ended, get, one_function, post, submit_all
 
 RETRY = '[retry]\nattempts = 3\nmin_wait = "1h"\nmax_wait = "1h"\n'
@@ -36,7 +36,7 @@ async def move(file: Path, host: Daemon) -> Finished:
 async def test_a_move_that_is_killed_and_run_again_moves_every_call_once(
     early: bool, daemon: StartDaemon, hosts: StartHost, function: Server, server: NatsServer
 ) -> None:
-    """Also when hosts have run what came first before the second move."""
+    """Also when hosts have run what came first before the second move, which leaves a queue alone that was resumed."""
     old = await daemon(one_function(function))
     await post(old, "/system/queues/faas-request/pause")
     calls = await submit_all(150, old)
@@ -54,11 +54,17 @@ async def test_a_move_that_is_killed_and_run_again_moves_every_call_once(
     assert await ended(host, [call for call in calls if await has(host, call)]) == {"success": 128}
     again = await move(old.store, host)
     left = 150 - 128 + 64 * early
-    assert again.out == f"{old.store}: moved {left} calls, 1 paused queue, 0 schedules\n", again.err
-    await post(host, "/system/queues/faas-request/resume")
+    assert again.out == f"{old.store}: moved {left} calls, 0 callbacks and 0 schedules\n", again.err
     assert await ended(host, calls) == {"success": 150}
     assert sorted(function.call_ids) == sorted(calls)
-    assert (await move(old.store, host)).out.startswith(f"{old.store}: moved 0 calls")
+    assert (await move(old.store, host)).out == f"{old.store}: moved 0 calls, 0 callbacks and 0 schedules\n"
+    assert (await get(host, "/system/queues"))["queues"][0]["paused"] is False
+
+
+def paused(old: Daemon) -> str:
+    """The line that tells of a pause."""
+    how = "to have it go on: faasd-async queues resume faas-request"
+    return f"{old.store}: paused queue faas-request on all hosts, as it is here; {how}\n"
 
 
 async def has(host: Daemon, call_id: str) -> bool:
@@ -83,7 +89,7 @@ async def test_a_call_moves_with_all_that_it_was_asked_to_be(
     due = {call: (await old.record(call))["due_at"] for call in (tried, delayed)}
     await old.terminate()
     host = await hosts(settings, start=False)
-    assert (await move(old.store, host)).out == f"{old.store}: moved 4 calls, 1 paused queue, 1 schedule\n"
+    assert (await move(old.store, host)).out == f"{old.store}: moved 4 calls, 0 callbacks and 1 schedule\n{paused(old)}"
     await host.start()
     moved = await host.record("mine")
     assert (moved["id"], moved["max_attempts"], moved["status"]) == (record["id"], 2, "delayed")
@@ -100,6 +106,43 @@ async def test_a_call_moves_with_all_that_it_was_asked_to_be(
     assert (function.requests[-1].target, function.requests[-1].body) == ("/a%2Fb?c=d", b"once")
 
 
+async def test_a_callback_that_is_pending_moves_and_is_sent_once(
+    daemon: StartDaemon, hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """One that was being sent, one that is to be tried again, with its answer, key and id, also after a killed move.
+
+    It is killed when all is stored and the file has forgotten nothing.
+    """
+    function.behaviour = answer(200, b"x" * 100_000)  # more than is kept of an answer without a callback
+    settings = one_function(function) + '[callback]\nmin_wait = "1h"\nmax_wait = "1h"\n'
+    old = await daemon(settings)
+    sink.behaviour = answer(503)
+    later = await old.submit("it", X_Callback_Url=sink.url)
+    record = await old.until(later, lambda record: record["callback"]["http_status"] == 503)
+    sink.behaviour = Gate()
+    headers = {"X_Callback_Url": sink.url, "X_Call_Id": "mine", "Idempotency_Key": "order-1"}
+    await old.submit("it", b"once", **headers)
+    await sink.wait_for(2)
+    await old.kill()
+    sink.behaviour = ok
+    host = await hosts(settings, start=False)
+    words = ("move", old.store, "--config", host.config)
+    script = KILL.format(early=True).replace("len(groups) == 2", "groups[-1]")
+    killed = await finish(await start_program(*words, before=script, stdout=PIPE, stderr=PIPE), b"")
+    assert killed.code == -signal.SIGKILL
+    await host.start()
+    delivered = await host.until("mine", lambda record: record["callback"]["status"] == "delivered")
+    again = await move(old.store, host)
+    assert again.out == f"{old.store}: moved 0 calls, 2 callbacks and 0 schedules\n", again.err
+    assert (delivered["status"], delivered["attempts"], delivered["callback"]["attempts"]) == ("success", 1, 2)
+    assert (sink.requests[-1].body, sink.requests[-1].headers["X-Call-Id"]) == (b"x" * 100_000, "mine")
+    assert await host.submit("it", b"once", Idempotency_Key="order-1") == "mine"
+    waits = await host.record(later)
+    del waits["callback"]["url"], record["callback"]["url"]
+    assert waits == record
+    assert (len(sink.requests), len(function.requests)) == (3, 2)
+
+
 async def test_what_nats_does_not_take_stays_and_is_told(
     daemon: StartDaemon, hosts: StartHost, function: Server, nats_server: StartServer
 ) -> None:
@@ -114,7 +157,8 @@ async def test_what_nats_does_not_take_stays_and_is_told(
     result = await move(old.store, host)
     assert result.code == 1
     assert result.out.splitlines() == [
-        f"{old.store}: moved 1 call, 1 paused queue, 0 schedules",
+        f"{old.store}: moved 1 call, 0 callbacks and 0 schedules",
+        paused(old).rstrip(),
         f"{old.store}: left 1 call, {large} first: the NATS server takes no messages over 2976 bytes",
     ]
     await old.start()
@@ -148,3 +192,43 @@ async def test_a_move_that_can_not_be_says_why_in_one_line(
     code, line = await refusal(old.store)
     assert code == 1 and str(server.port) in line and "0 calls moved so far, run it again" in line
     assert text.exists()
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["after a stop", "with the log of a killed daemon"])
+async def test_a_damaged_file_is_refused_and_stays_as_it_is(
+    log: bool, daemon: StartDaemon, hosts: StartHost, function: Server
+) -> None:
+    """In its first page, in those behind, or as a daemon has marked it: nothing is moved, nothing is set aside."""
+    old = await daemon(one_function(function))
+    await post(old, "/system/queues/faas-request/pause")
+    await submit_all(8, old)
+    await old.terminate()
+    if log:
+        await old.start()
+        await old.submit("it")
+        await old.kill()
+    host = await hosts(one_function(function))
+    whole = old.store.read_bytes()
+    mark = old.store.with_name(f"{old.store.name}-damaged")
+    for damage in ("pages", "mark") if log else ("first page", "pages", "mark"):
+        content = bytearray(whole)
+        if damage == "first page":
+            content[100:4000] = b"\xff" * 3900
+        elif damage == "pages":
+            content[8192:] = b"\xff" * (len(content) - 8192)
+        else:
+            mark.touch()
+        old.store.write_bytes(content)
+        before = contents(old.store.parent)
+        result = await move(old.store, host)
+        assert (result.code, result.out, result.err.count("\n")) == (1, "", 1), result
+        assert result.err.startswith(f"faasd-async: {old.store}: this is a damaged file (")
+        assert contents(old.store.parent) == before
+    mark.unlink()
+    old.store.write_bytes(whole)
+    assert (await move(old.store, host)).out.startswith(f"{old.store}: moved {8 + log} calls, ")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files in a folder, by name, but for SQLite's own index of its log."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".db-shm"}

@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import collections
+import functools
+import itertools
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from conftest import (
     assert_refused,
 )
 from jetstream import (
+    RESERVE,
     STREAM,
     NatsServer,
     Network,
@@ -33,12 +36,25 @@ from jetstream import (
     eventually,
     get,
     make_certificate,
+    on_nats,
     one_function,
     post,
     submit_all,
 )
+from nats.aio.client import Client
+from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats_credentials import make_credentials
+
+from faasd_async import (
+    NatsCall,
+    NatsConfig,
+    NatsSubjects,
+    key_token,
+    nats_token,
+    new_id,
+    unpack_fields,
+)
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
 CONFIG_ERROR = 78  # EX_CONFIG
@@ -75,6 +91,17 @@ async def test_a_call_that_one_gateway_accepts_runs_on_another_host(
     assert (await here.final(call_id))["status"] == "success"
 
 
+async def test_a_host_leaves_calls_of_functions_that_it_does_not_know_to_others(
+    hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """As while a new one is rolled out: they end well, though it may claim some of them first."""
+    retry = '[retry]\nmin_wait = "10ms"'
+    knows = await hosts(one_function(function, retry))
+    await hosts(one_function(sink, retry, "other"))
+    assert await ended(knows, await submit_all(20, knows)) == {"success": 20}
+    assert len(function.requests) == 20
+
+
 async def test_calls_with_one_key_never_meet_on_two_hosts(hosts: StartHost, function: Server) -> None:
     """Whichever gateway has accepted them; all of them run."""
     one, other = [await hosts(one_function(function)) for _ in range(2)]
@@ -96,6 +123,21 @@ async def test_a_host_that_dies_leaves_its_keys_to_others(hosts: StartHost, func
     assert await ended(other, [first, *calls]) == {"success": 4}
     assert (sorted(sink.call_ids), sink.most_running) == (sorted([first, *calls]), 1)
     gate.open()
+
+
+async def test_a_host_that_dies_leaves_its_callbacks_to_others(
+    hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """When the lease of the calls' queue is over, which theirs is no longer than."""
+    sink.behaviour = gate = Gate()
+    one = await hosts(one_function(function))
+    call = await one.submit("it", X_Callback_Url=sink.url)
+    await sink.wait_for(1)
+    other = await hosts(one_function(function))
+    await one.kill()
+    await sink.wait_for(2)
+    gate.open()
+    assert (await other.final(call))["callback"]["status"] == "delivered"
 
 
 async def test_every_host_knows_every_call(hosts: StartHost, function: Server) -> None:
@@ -435,21 +477,27 @@ async def refusal(gateway: Daemon) -> str:
     return gateway.lines[-1]
 
 
+EDIT = f"name another, or change it: nats stream edit {STREAM}"
+
+
 @pytest.mark.parametrize(
-    ("change", "values"),
+    ("change", "wanted"),
     [
-        ({"retention": "limits"}, ("limits", "workqueue")),
-        ({"max_msgs": 12_345}, ("12345", "-1")),
-        ({"max_bytes": 123_456}, ("123456", "-1")),
-        ({"max_age": 3600 * 10**9}, ("3600", "0")),
-        ({"max_msgs_per_subject": 5}, ("5", "1")),
+        ({"retention": "limits"}, '"workqueue": name another stream, as no server changes that'),
+        ({"max_msgs": 12_345}, f"-1: {EDIT} --max-msgs=-1"),
+        ({"max_bytes": 123_456}, f"-1: {EDIT} --max-bytes=-1"),
+        ({"max_age": 3600 * 10**9}, f"0: {EDIT} --max-age=-1"),
+        ({"max_msgs_per_subject": 5}, f"-1: {EDIT} --max-msgs-per-subject=-1"),
+        ({"no_ack": True}, f"false: {EDIT} --ack"),
+        ({"persist_mode": "async"}, "none: name another stream, as no server changes that"),
+        ({"consumer_limits": {"max_ack_pending": 3}}, f"none: {EDIT} --interactive"),
     ],
-    ids=["retention", "max_msgs", "max_bytes", "max_age", "max_msgs_per_subject"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 async def test_a_stream_that_would_not_keep_the_promise_is_refused(
-    hosts: StartHost, server: NatsServer, change: dict[str, Any], values: Sequence[str]
+    hosts: StartHost, server: NatsServer, change: dict[str, Any], wanted: str
 ) -> None:
-    """The message has what the stream says and what it has to be; the stream stays as its owner made it."""
+    """In one line that says whose value is which, and how it is changed; the stream stays as its owner made it."""
     first = await hosts("")
     assert await first.terminate() == 0
     async with server.client() as client:
@@ -465,9 +513,193 @@ async def test_a_stream_that_would_not_keep_the_promise_is_refused(
         await api("DELETE")
         theirs = (await api("CREATE", made | change))["config"]
         line = await refusal(await hosts("", start=False))
-        for word in (STREAM, *change, *values):
-            assert word in line, line
+        ((name, value),) = change.items()
+        told = f"nats.stream: stream {STREAM} on the server has {name} = {json.dumps(value)}"
+        assert line.endswith(f"{told}, the queue needs {wanted}"), line
         assert (await api("INFO"))["config"] == theirs
+
+
+async def consumer_api(client: Client, verb: str, name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A request about a consumer, as an administrator's tool makes it; its configuration."""
+    request = json.dumps({"stream_name": STREAM, "config": config}).encode() if config else b""
+    reply = await client.request(f"$JS.API.CONSUMER.{verb}.{STREAM}.{name}", request, timeout=PATIENCE)
+    answer: dict[str, Any] = json.loads(reply.data)
+    assert "error" not in answer, answer
+    shown: dict[str, Any] = answer.get("config", {})
+    return shown
+
+
+LANE = "work+faas-request+it=2Eopenfaas-fn"  # the consumer of the function `it`
+
+
+async def test_a_consumer_that_would_keep_calls_back_is_refused(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """At the start by an exit, later by 503, with whose value is which; it stays as its owner has made it."""
+    gateway = await hosts(one_function(function))
+    await gateway.final(await gateway.submit("it"))
+    told = f"consumer {LANE} of stream {STREAM} on the server has"
+    how = f"have it made anew, nothing is lost: nats consumer rm {STREAM} {LANE}"
+    async with server.client() as client:
+        made = await consumer_api(client, "INFO", LANE)
+        assert await gateway.terminate() == 0
+        await consumer_api(client, "DELETE", LANE)
+        theirs = await consumer_api(client, "DURABLE.CREATE", LANE, made | {"max_deliver": 3})
+        line = await refusal(gateway)
+        assert line.endswith(f"nats.stream: {told} max_deliver = 3, the queue needs -1: {how}")
+        assert await consumer_api(client, "INFO", LANE) == theirs
+        await consumer_api(client, "DELETE", LANE)
+        await gateway.start()
+        await gateway.final(await gateway.submit("it"))
+        other = LANE.replace("it", "new")
+        strange = made | {"name": other, "durable_name": other, "max_batch": 1}
+        strange["filter_subject"] = made["filter_subject"].replace("it", "new")
+        await consumer_api(client, "DURABLE.CREATE", other, strange)
+        gateway.configure(on_nats(one_function(function, name="new"), server.url))
+        gateway.signal(signal.SIGHUP)
+        await gateway.wait_for_log("configuration reloaded")
+        reply = await post(gateway, "/async-function/new")
+        assert_refused(reply, 503, "max_batch = 1, the queue needs none", limit=2000)
+
+
+async def test_a_lease_that_is_configured_anew_is_that_of_the_calls_there_are(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """After a restart and after a reload: nobody takes a call over before its time, nor long after it."""
+    gateway = await hosts(one_function(function))
+    await gateway.final(await gateway.submit("it", X_Delay="1ms"))
+
+    def lease(text: str) -> str:
+        return on_nats(one_function(function, f'[queues.faas-request]\nack_wait = "{text}"'), server.url)
+
+    assert await gateway.terminate() == 0
+    gateway.configure(lease("70s"))
+    await gateway.start()
+    async with server.client() as client:
+        assert (await consumer_api(client, "INFO", LANE))["ack_wait"] == 70 * 10**9
+        gateway.configure(lease("5s"))
+        gateway.signal(signal.SIGHUP)
+        await gateway.wait_for_log(f"consumer {LANE} had ack_wait 70s: it is 5s now")
+        assert (await consumer_api(client, "INFO", LANE))["ack_wait"] == 5 * 10**9
+
+
+async def test_other_replicas_and_a_consumer_that_is_in_the_way_are_named(hosts: StartHost, server: NatsServer) -> None:
+    """With the key or the command that mends it, which then does."""
+    first = await hosts("")
+    assert await first.terminate() == 0
+    line = await refusal(await hosts("[nats]\nreplicas = 3", start=False))
+    how = f"set nats.replicas = 1, or change the stream: nats stream edit {STREAM} --replicas=3"
+    told = f"nats.replicas: stream {STREAM} on the server has num_replicas = 1, the configuration says 3"
+    assert line.endswith(f"{told}: {how}"), line
+    name = "work+@deadlines+all"
+    theirs = ConsumerConfig(ack_policy=AckPolicy.EXPLICIT, filter_subject="faas.work.@deadlines.>")
+    async with server.jetstream() as jetstream:
+        await jetstream.delete_consumer(STREAM, name)
+        await jetstream.add_consumer(STREAM, theirs, durable_name="theirs")
+        await first.start()
+        told = await first.wait_for_log(f"consumer {name} of stream {STREAM} can't be made (")
+        assert f"see who is in its place: nats consumer ls {STREAM}" in told
+        await jetstream.delete_consumer(STREAM, "theirs")
+    await eventually(functools.partial(is_ready, first))
+
+
+def framed(head: object) -> bytes:
+    """Bytes that begin like a message of ours."""
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(4, "big") + text
+
+
+ODD: dict[str, Any] = dict.fromkeys(("function", "namespace", "queue", "target", "call_id"), "it")
+ODD |= {"id": new_id(), **dict.fromkeys(("start_time", "due_at", "max_attempts", "request_bytes"), 1)}
+STRAYS = (
+    b"",
+    b"\x00\xff\xfe not ours",
+    b"[" * 5000,
+    b"[]",
+    b"null",
+    b'{"id": 1}',
+    framed(None),
+    framed({"record": 0, "parts": [], "call": {}}),
+    framed({"record": 0, "parts": [], "call": dict.fromkeys(NatsCall._fields[:10], "x")}),
+    framed({"record": 0, "parts": [], "call": ODD | {"deadline_at": "x"}}),
+    framed({"record": 0, "parts": [], "call": ODD | {"history": 1}}),
+)
+BUSY = """
+[queues.shared]
+max_inflight_global = 1
+[functions.one]
+url = "{url}"
+queue = "shared"
+[functions.rated]
+url = "{url}"
+rate = "100/1s"
+[schedules.nightly]
+cron = "0 3 * * *"
+function = "it"
+"""
+
+
+async def publish_strays(jetstream: JetStreamContext, places: Sequence[str]) -> None:
+    """All of them, one on top of the other, on each of these subjects."""
+    await asyncio.gather(*(jetstream.publish(place, stray) for place in places for stray in STRAYS))
+
+
+async def test_a_message_that_is_none_of_ours_holds_nothing_up(
+    hosts: StartHost, server: NatsServer, function: Server, sink: Server
+) -> None:
+    """Whatever subject it is on, on top of what stands there or alone, at work and at a start."""
+    settings = one_function(function, BUSY.format(url=function.url))
+    first, second = [await hosts(settings) for _ in range(2)]
+    calls: list[str] = []
+
+    async def use(gateway: Daemon, *more: str) -> None:
+        calls.append(await gateway.submit("it", b"x", X_Callback_Url=sink.url, X_Call_Id="mine", Idempotency_Key="k"))
+        calls.append(await gateway.submit("it", X_Delay="50ms", X_Deadline="1h"))
+        calls.extend([await gateway.submit("it", X_Concurrency_Key="key") for _ in range(2)])
+        calls.extend([await gateway.submit(name) for name in ("one", "one", "rated")])
+        for call in calls:
+            assert (await gateway.final(call))["status"] == "success", gateway.log
+        assert len((await get(gateway, "/system/calls?limit=1000"))["calls"]) >= len(set(calls))
+        for path in ("/system/stats", "/system/queues", "/system/schedules", "/system/calls/mine", "/readyz"):
+            assert (await ask(gateway.url, path)).status == 200, path
+        for action in ("pause", "resume"):
+            assert (await post(gateway, f"/system/schedules/nightly/{action}")).status == 200
+            assert (await post(gateway, f"/system/queues/shared/{action}")).status == 200
+
+    await use(first)
+    subjects = NatsSubjects(NatsConfig())
+    keys = {"namespace": "openfaas-fn", "concurrency_key": "key", "idempotency_key": "k"}
+    keyed = unpack_fields(ODD | keys)
+    own = new_id()
+    places = [
+        *(subjects.place(root, queue, lane, own) for root in ("work", "later")
+          for queue, lane in (("faas-request", "it.openfaas-fn"), ("@callbacks", "host"), ("@deadlines", "all"))),
+        *(f"faas.{root}.faas-request.{nats_token('it.openfaas-fn')}.x" for root in ("work", "later")),
+        *(subjects.record_at("faas-request", nats_token("it.openfaas-fn"), name) for name in (own, calls[1])),
+        *(f"faas.{root}.{rest}" for root in ("work", "later", "call") for rest in ("x", "x.y", "x.y.z.a.b.c")),
+        *(subjects.key(keyed), subjects.call_id("mine", own), subjects.call_id("mine", "x")),
+        *(subjects.slot("shared", 0), subjects.slot("shared", "x")),
+        subjects.slot("@rate", nats_token("rated.openfaas-fn")),
+        *(subjects.key_holder(key_token(keyed)), subjects.key_line(key_token(keyed), own)),
+        *(subjects.pause("shared"), subjects.pause("x"), subjects.schedule("nightly")),
+    ]  # fmt: skip
+    async with server.jetstream() as jetstream:
+        await publish_strays(jetstream, places)
+        for place, stray in itertools.product((subjects.news, subjects.taken_over), STRAYS):
+            await jetstream._nc.publish(place, stray)
+        await use(second)
+        await use(first)
+        await publish_strays(jetstream, places)
+    for host in (first, second):
+        assert await host.terminate() == 0
+    await server.restart()
+    for host in (first, second):
+        await host.start()
+        await use(host)
+    assert "failed in this program itself" not in first.log + second.log
+    assert "is none of ours" in first.log + second.log
+    assert (first.log + second.log).count(f"on {STREAM} is no call") == len(STRAYS)
+    assert b"faasd_async_messages_set_aside_total 0.0" not in (await ask(first.url, "/metrics")).body
 
 
 async def test_a_server_without_jetstream_is_refused(nats_server: StartServer, hosts: StartHost) -> None:
@@ -531,6 +763,83 @@ async def test_a_file_with_credentials_lets_a_host_in(
     assert str(path) in line
 
 
+async def test_a_login_that_is_refused_is_told_with_the_key_to_look_at(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """In one line of the log, by server, and in /readyz; not what is in the files. Once more after it was right."""
+    settings, _ = make_credentials()
+    names = {"user": "host", "password": "s3cret", "token": "t0ken", "creds": make_credentials()[1]}
+    for name, text in names.items():
+        (tmp_path / name).write_text(text)
+    right = {"authorization": {"user": "host", "password": "right"}}
+    login = f'user_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
+    ways = {
+        "nats.user_file and nats.password_file": (login, right),
+        "nats.token_file": (f'token_file = "{tmp_path}/token"', {"authorization": {"token": "right"}}),
+        "nats.creds_file": (f'creds_file = "{tmp_path}/creds"', settings),
+        "nats.user_file and nats.password_file, nats.token_file or nats.creds_file: none is set": ("", right),
+    }
+    for key, (keys, granted) in ways.items():
+        server = await nats_server(granted)
+        gateway = await hosts(one_function(function, f"[nats]\n{keys}\npublish_timeout = '500ms'"), server.url)
+        line = f"127.0.0.1:{server.port} refuses our login (Authorization Violation): look at {key}"
+        await eventually(functools.partial(has_told, gateway, line, 1))  # The first try may take too long.
+        reply = await ask(gateway.url, "/readyz")
+        assert (reply.status, reply.body) == (503, f"the queue can't store: NATS is away: {line}\n".encode())
+        for secret in ("s3cret", "t0ken", "right", names["creds"].splitlines()[1]):
+            assert secret not in gateway.log
+        if key != next(iter(ways)):
+            await gateway.terminate()
+            await server.kill()
+            continue
+        for password in ("s3cret", "right"):
+            await server.kill()
+            server.configure({"authorization": {"user": "host", "password": password}})
+            await server.start()
+            if password == "s3cret":
+                await eventually(functools.partial(is_ready, gateway))
+        await eventually(functools.partial(has_told, gateway, line, 2))
+
+
+async def test_tls_that_fails_is_told_with_the_key_to_look_at(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """No certificate of ours, another CA, another name; a file that is not there is a fault of the configuration."""
+    root, other = [await make_certificate(tmp_path, name) for name in ("root", "other")]
+    of_server, of_host = [await make_certificate(tmp_path, name, root) for name in ("server", "host")]
+    files = {"cert_file": str(of_server.certificate), "key_file": str(of_server.key)}
+    server = await nats_server(start=False)
+    tls = {**files, "ca_file": str(root.certificate), "verify": True}
+    server.configure({"listen": f"0.0.0.0:{server.port}", "tls": tls})
+    await server.start()
+    ours = f'tls_cert_file = "{of_host.certificate}"\ntls_key_file = "{of_host.key}"'
+    ways = {
+        "certificate required): look at nats.tls_cert_file and nats.tls_key_file": ("127.0.0.1", root, ""),
+        "certificate): look at nats.tls_ca_file": ("127.0.0.1", other, ours),
+        "look at nats.servers: the server's certificate is for other names": ("127.0.0.2", root, ours),
+    }
+    for told, (address, ca, keys) in ways.items():
+        nats = f'[nats]\ntls_ca_file = "{ca.certificate}"\n{keys}\npublish_timeout = "500ms"'
+        gateway = await hosts(one_function(function, nats), f"tls://{address}:{server.port}")
+        told_lines = [line for line in gateway.lines if " ERROR NATS: no TLS" in line]
+        line = told_lines[0].partition(" ERROR NATS: ")[2]
+        assert len(told_lines) == 2 and told_lines[1].endswith(f" ERROR NATS: {line}: trying again"), told_lines
+        assert line.startswith(f"no TLS with {address}:{server.port} (") and line.endswith(told), line
+        assert line.encode() in (await ask(gateway.url, "/readyz")).body
+    line = await refusal(await hosts(f'[nats]\ntls_ca_file = "{tmp_path}/none"', server.url, start=False))
+    assert line.endswith(f"config.toml: nats.tls_ca_file: {tmp_path}/none: No such file or directory"), line
+
+
+async def is_ready(gateway: Daemon) -> bool:
+    """Whether it says that it can accept calls."""
+    return (await ask(gateway.url, "/readyz")).status == 200
+
+
+async def has_told(gateway: Daemon, line: str, times: int) -> bool:
+    """Whether a line of the log has come so often."""
+    return sum(told.endswith(f" ERROR NATS: {line}") for told in gateway.log.splitlines()) == times
+
+
 async def test_a_password_a_token_or_a_certificate_lets_a_host_in(
     nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
 ) -> None:
@@ -568,8 +877,10 @@ async def test_a_password_that_is_wrong_is_named_as_the_reason(
         (tmp_path / name).write_text(text)
     keys = f'[nats]\nuser_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
     gateway = await hosts(one_function(function, keys), *urls)
-    (line,) = (line for line in gateway.lines if "can't be reached" in line)
-    assert "Authorization Violation" in line and "TimeoutError" not in line
+    told = [line for line in gateway.lines if "refuses our login (Authorization Violation)" in line]
+    (last,) = (line for line in told if line.endswith(": trying again"))
+    assert sum(url.removeprefix("nats://") in last for url in urls) == 1
+    assert len(told) == len({line[28:] for line in told}) <= 1 + len(urls), told
 
 
 async def test_what_the_server_promises_about_a_power_cut_is_said(hosts: StartHost) -> None:
@@ -696,6 +1007,28 @@ async def test_the_messages_of_an_openfaas_gateway_are_taken_over(
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
 
 
+async def test_what_a_message_has_in_a_path_or_a_header_stays_there(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """A line break begins no header of the function's request, a blank ends no path; UTF-8 stays what it is."""
+    gateway = await hosts(one_function(function))
+    paths = ["/a b/\u00fc?#%2F", "/a HTTP/1.1\r\nX-Evil: 1\r\nX-B: "]
+    headers = [{"X-Own": ["\u00fc\u20ac"], "X-Empty": [""]}, {}, {"X-A": ["b\r\nX-Evil: 1"]}, {"X-A\r\nX-Evil": ["1"]}]
+    calls = [{"Function": "it", "Path": path, "QueryString": f"q={path}", "Header": headers[0]} for path in paths]
+    calls += [{"Function": "it", "Header": one} for one in headers[2:]]
+    async with server.client() as client:
+        for call in calls:
+            await client.request(STREAM, json.dumps(call).encode(), timeout=PATIENCE)
+    await gateway.final(await gateway.submit("it/last"))
+    seen = await function.wait_for(3)
+    targets = ["/a%20b/%C3%BC%3F%23%2F?q=/a%20b/%C3%BC?#%2F", "/last"]
+    assert [one.target for one in seen if "HTTP" not in one.target] == targets
+    assert not any("X-Evil" in one.headers for one in seen)
+    (own,) = {value for one in seen for name, value in one.raw_headers if name.lower() == b"x-own"}
+    assert own.decode() == "\u00fc\u20ac"
+    assert gateway.log.count("set aside") == 2
+
+
 async def test_messages_that_are_no_calls_are_set_aside_told_and_counted(
     hosts: StartHost, server: NatsServer, function: Server
 ) -> None:
@@ -703,7 +1036,7 @@ async def test_messages_that_are_no_calls_are_set_aside_told_and_counted(
     gateway = await hosts(one_function(function))
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
     async with server.client() as client:
-        for data in (b"no JSON", b'{"Function": 5}', b"[]"):
+        for data in (b"no JSON", b'{"Function": 5}', b'{"Function": "it", "Body": "*"}'):
             await client.publish(STREAM, data)
         await client.jetstream(timeout=PATIENCE).publish("faas.work.faas-request.it=2Eopenfaas-fn.x", b"no call")
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
@@ -712,9 +1045,15 @@ async def test_messages_that_are_no_calls_are_set_aside_told_and_counted(
         return b"\nfaasd_async_messages_set_aside_total 4.0\n" in (await ask(gateway.url, "/metrics")).body
 
     await eventually(counted)
-    assert gateway.log.count("set aside") == 4
+    reasons = re.findall(r"(?:is no call|is none of ours): set aside: (.*)", gateway.log)
+    assert sorted(reasons) == [
+        "it is not JSON",
+        "it is not JSON as OpenFaaS's gateway writes it",
+        "its Body is not base64",
+        "its Function is no name of one",
+    ]
     assert "no JSON" not in gateway.log
-    assert (await server_messages(server)) == 2
+    assert (await server_messages(server)) == 2 + 1  # the reserve
 
 
 async def server_messages(server: NatsServer) -> int:
@@ -743,6 +1082,7 @@ async def test_a_final_record_is_forgotten_after_its_time_everywhere(
     await eventually(forgotten)
     async with server.jetstream() as jetstream:
         subjects = (await jetstream.stream_info(STREAM, subjects_filter=">")).state.subjects or {}
+        assert subjects.pop(RESERVE)
         for subject in subjects:  # The server deletes the record later, as a fence around what may be left of its call.
             message = await jetstream.get_last_msg(STREAM, subject)
             assert re.fullmatch(r"\d+s", (message.headers or {})["Nats-TTL"]), subject

@@ -4,7 +4,9 @@ import asyncio
 import collections
 import contextlib
 import functools
+import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import nats
 import pytest
 from aiohttp import web
 from conftest import (
@@ -27,6 +30,7 @@ from conftest import (
     preloaded,
 )
 from jetstream import (
+    RESERVE,
     STREAM,
     Cluster,
     NatsServer,
@@ -37,6 +41,7 @@ from jetstream import (
     ended,
     eventually,
     get,
+    make_certificate,
     on_nats,
     one_function,
     post,
@@ -44,7 +49,9 @@ from jetstream import (
 )
 from test_crash import CANCELLED, ENDS, TOLD, Witness, is_done
 
-KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 8))  # 200 for the long form
+pytestmark = pytest.mark.no_cover  # the program runs in the daemons
+
+KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 6))  # 200 for the long form
 MANY = "[queues.faas-request]\nmax_inflight = 16\n[retry]\nattempts = 1000\n"
 
 
@@ -58,6 +65,22 @@ async def works_again(*gateways: Daemon) -> None:
     for gateway in gateways:
         await eventually(functools.partial(ready, gateway))
         assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+async def filled(gateway: Daemon, size: int) -> list[str]:
+    """Calls with bodies of so many bytes, as many as servers have room for: their ids."""
+    accepted: list[str] = []
+
+    async def full() -> bool:
+        reply = await post(gateway, "/async-function/it", body=os.urandom(size))
+        if reply.status == 202:
+            accepted.append(reply.headers["X-Call-Id"])
+            return False
+        assert_refused(reply, 503)
+        return True
+
+    await eventually(full)
+    return accepted
 
 
 class Load:
@@ -164,7 +187,7 @@ async def test_what_a_killed_server_brings_back_of_a_finished_call_is_deleted(
 
         async def they_are_gone() -> bool:
             state = (await jetstream.stream_info(STREAM, subjects_filter=">")).state
-            return state.subjects == {place: 1}
+            return state.subjects == {place: 1, RESERVE: 1}
 
         await eventually(they_are_gone)
     assert await gateway.record(waiting) == record
@@ -211,9 +234,26 @@ async def test_what_is_refused_while_the_server_is_away_never_runs(
 async def test_a_server_that_hangs_holds_up_only_what_has_to_be_stored(
     hosts: StartHost, server: NatsServer, function: Server
 ) -> None:
-    """503 within `publish_timeout`; sync calls and the gateway go on; then all goes on by itself."""
-    gateway = await hosts(one_function(function))
+    """503 within `publish_timeout`; sync calls and the gateway go on, figures are the last ones; then all does."""
+    gateway = await hosts(one_function(function, "[queues.held]"))
     await works_again(gateway)
+    await post(gateway, "/system/queues/held/pause")
+    held = await submit_all(3, gateway, X_Queue="held")
+
+    async def figures() -> tuple[float, float, Any]:
+        """How old they are, how many calls wait in the queue, and the document of the same."""
+        scraped = (await ask(gateway.url, "/metrics")).body.decode()
+        age = re.search(r"^faasd_async_figures_age_seconds (.*)", scraped, re.MULTILINE)
+        waiting = re.search(r'^queue_worker_pending_messages.*queue_name="held"} (.*)', scraped, re.MULTILINE)
+        assert age is not None
+        assert waiting is not None
+        return float(age[1]), float(waiting[1]), await get(gateway, "/system/stats")
+
+    async def are_true() -> bool:
+        age_s, waiting, stats = await figures()
+        return (age_s, waiting, stats["store"]["age_seconds"], stats["trouble"]) == (0, 3, 0, None)
+
+    await eventually(are_true)
     server.freeze()
     waiting = asyncio.create_task(post(gateway, "/async-function/it"))
     assert (await ask(gateway.url, "/function/it")).status == 200
@@ -221,8 +261,17 @@ async def test_a_server_that_hangs_holds_up_only_what_has_to_be_stored(
     reply = await waiting
     assert_refused(reply, 503)
     assert int(reply.headers["Retry-After"]) > 0
+    assert_refused(await ask(gateway.url, "/readyz"), 503, "NATS has not answered for")
+    age_s, number, stats = await figures()
+    assert (age_s > 0, number) == (True, 3)
+    assert "NATS has not answered for" in stats["trouble"]
+    assert stats["store"]["age_seconds"] > 0
+    assert [queue["depth"] for queue in stats["queues"] if queue["name"] == "held"] == [3]
     server.thaw()
+    await eventually(are_true)
     await works_again(gateway)
+    await post(gateway, "/system/queues/held/resume")
+    assert await ended(gateway, held) == {"success": 3}
 
 
 @pytest.mark.long
@@ -281,19 +330,96 @@ async def test_what_an_administrator_deletes_is_made_again(
         assert (await gateway.final(call_id))["status"] == "success"
 
 
-async def test_credentials_that_are_wrong_for_a_while_are_said_and_survived(
+async def test_a_stream_that_is_made_again_otherwise_gets_no_calls(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """One that would drop them is told of once, calls get 503, until it is as it has to be; no restart is needed."""
+    gateway = await hosts(one_function(function))
+    await works_again(gateway)
+    async with server.jetstream() as jetstream:
+        theirs = (await jetstream.stream_info(STREAM)).config
+        theirs.max_msgs = 100
+        gateway.signal(signal.SIGSTOP)  # or it would make one first, now and then
+        await jetstream.delete_stream(STREAM)
+        await jetstream.add_stream(theirs)
+        gateway.signal(signal.SIGCONT)
+        problem = f"stream {STREAM} on the server has max_msgs = 100"
+        await gateway.wait_for_log(f"ERROR nats.stream: {problem}")
+        assert_refused(await post(gateway, "/async-function/it"), 503, problem, limit=500)
+        assert_refused(await ask(gateway.url, "/readyz"), 503, problem, limit=500)
+        assert (await jetstream.stream_info(STREAM)).config.max_msgs == 100
+        await jetstream.delete_stream(STREAM)
+        await works_again(gateway)
+    assert gateway.log.count(f"ERROR nats.stream: {problem}") == 1
+
+
+async def test_a_stream_that_is_edited_gets_no_calls_until_it_is_right_again(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """It would drop them: hosts notice by themselves, and say which setting it is."""
+    pair = [await hosts(one_function(function)) for _ in range(2)]
+    await works_again(*pair)
+    async with server.jetstream() as jetstream:
+        right = (await jetstream.stream_info(STREAM)).config
+        await jetstream.update_stream(right.evolve(max_msgs=100))
+        problem = f"stream {STREAM} on the server has max_msgs = 100"
+        for gateway in pair:
+            await gateway.wait_for_log(f"ERROR nats.stream: {problem}")
+            assert_refused(await post(gateway, "/async-function/it"), 503, problem, limit=500)
+            assert_refused(await ask(gateway.url, "/readyz"), 503, problem, limit=500)
+        await jetstream.update_stream(right)
+        await works_again(*pair)
+
+
+@pytest.mark.long
+async def test_a_consumer_that_is_paused_is_told_of_and_goes_on(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """By an administrator; when he resumes it, nobody waits for the end of a pull."""
+    pair = [await hosts(one_function(function)) for _ in range(2)]
+    await works_again(*pair)
+    name = "work+faas-request+it=2Eopenfaas-fn"
+    async with server.client() as client:
+
+        async def pause(until: str) -> None:
+            request = json.dumps({"pause_until": until}).encode()
+            await client.request(f"$JS.API.CONSUMER.PAUSE.{STREAM}.{name}", request)
+
+        await pause("2999-01-01T00:00:00Z")
+        call_id = await pair[0].submit("it")
+        for gateway in pair:
+            await gateway.wait_for_log(f"WARNING NATS: consumer {name} is paused on the server")
+        assert (await pair[0].record(call_id))["status"] == "queued"
+        await pause("0001-01-01T00:00:00Z")
+        assert (await pair[1].final(call_id))["status"] == "success"
+        await works_again(*pair)
+
+
+@pytest.mark.long
+async def test_a_consumer_that_is_edited_is_told_of(hosts: StartHost, server: NatsServer, function: Server) -> None:
+    """It would not hand out again what a host has had that died."""
+    gateway = await hosts(one_function(function))
+    await works_again(gateway)
+    async with server.jetstream() as jetstream:
+        info = await jetstream.consumer_info(STREAM, "work+faas-request+it=2Eopenfaas-fn")
+        await jetstream.add_consumer(STREAM, info.config.evolve(max_deliver=7))
+        await gateway.wait_for_log("has max_deliver = 7, the queue needs -1: have it made anew, nothing is lost")
+        await jetstream.delete_consumer(STREAM, info.name)
+        await works_again(gateway)
+
+
+async def test_a_password_that_is_changed_is_read_again(
     nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
 ) -> None:
-    """The server has a new password, and then the old one again."""
-    right = {"authorization": {"user": "host", "password": "right"}}
-    server = await nats_server(right)
-    for name, text in (("user", "host"), ("password", "right")):
+    """At the server first: that is said, and survived; in our file then, which is all that it takes."""
+    server = await nats_server({"authorization": {"user": "host", "password": "before"}})
+    for name, text in (("user", "host"), ("password", "before")):
         (tmp_path / name).write_text(text)
     keys = f'[nats]\nuser_file = "{tmp_path}/user"\npassword_file = "{tmp_path}/password"'
     gateway = await hosts(one_function(function, keys), server.url)
     await works_again(gateway)
     await server.kill()
-    server.configure({"authorization": {"user": "host", "password": "wrong"}})
+    server.configure({"authorization": {"user": "host", "password": "rotated"}})
     await server.start()
     await server.wait_for_log("authentication error")
 
@@ -303,11 +429,52 @@ async def test_credentials_that_are_wrong_for_a_while_are_said_and_survived(
 
     await eventually(explained)
     assert_refused(await post(gateway, "/async-function/it"), 503)
-    await server.kill()
-    server.configure(right)
-    await server.start()
+    (tmp_path / "password").write_text("rotated\n")
     await works_again(gateway)
-    assert "right" not in gateway.log
+    assert "before" not in gateway.log
+    assert "rotated" not in gateway.log
+
+
+@pytest.mark.long
+async def test_certificates_that_are_changed_are_read_again(
+    nats_server: StartServer, hosts: StartHost, function: Server, tmp_path: Path
+) -> None:
+    """Those of a new authority: at the server first, then in our files, which is all that it takes."""
+
+    async def issue(name: str) -> dict[str, Any]:
+        """What a server needs; ours are in the files of the configuration then."""
+        folder = made(tmp_path / name)
+        authority = await make_certificate(folder, "ca")
+        theirs, ours = [await make_certificate(folder, name, authority) for name in ("server", "host")]
+        files = {"cert_file": str(theirs.certificate), "key_file": str(theirs.key)}
+        for target, source in {"ca": authority.certificate, "cert": ours.certificate, "key": ours.key}.items():
+            (tmp_path / f"next-{target}.pem").write_bytes(source.read_bytes())
+        return {"tls": {**files, "ca_file": str(authority.certificate), "verify": True}}
+
+    def take() -> None:
+        for target in ("ca", "cert", "key"):
+            (tmp_path / f"next-{target}.pem").replace(tmp_path / f"{target}.pem")
+
+    server = await nats_server(await issue("before"))
+    take()
+    keys = "\n".join(f'tls_{name}_file = "{tmp_path}/{name}.pem"' for name in ("ca", "cert", "key"))
+    gateway = await hosts(one_function(function, f"[nats]\n{keys}"), server.url.replace("nats://", "tls://"))
+    await works_again(gateway)
+    await server.kill()
+    server.configure(await issue("after"))
+    await server.start()
+    await gateway.wait_for_log("ERROR NATS: no TLS with")
+    take()
+    await works_again(gateway)
+
+
+LITTLE_ROOM: dict[str, dict[str, Any]] = {
+    "server": {"jetstream": {"max_file_store": 2_000_000}},
+    "account": {
+        "accounts": {"A": {"jetstream": {"max_file": 2_000_000}, "users": [{"user": "a", "password": "a"}]}},
+        "no_auth_user": "a",
+    },
+}
 
 
 @pytest.fixture
@@ -338,17 +505,7 @@ async def test_a_full_disk_of_the_server_refuses_calls_and_loses_none(
     function.behaviour = gate = Gate()
     server = await nats_server({"jetstream": {"store_dir": str(folder), "max_file_store": 10**9}}, prefix=enter)
     gateway = await hosts(one_function(function), server.url)
-    accepted: list[str] = []
-
-    async def full() -> bool:
-        reply = await post(gateway, "/async-function/it", body=os.urandom(300_000))
-        if reply.status == 202:
-            accepted.append(reply.headers["X-Call-Id"])
-            return False
-        assert_refused(reply, 503)
-        return True
-
-    await eventually(full)
+    accepted = await filled(gateway, 300_000)
     assert (await ask(gateway.url, "/readyz")).status == 503
     remount = ("mount", "-o", "remount,size=64M", str(folder))
     process = await asyncio.create_subprocess_exec(*enter, *remount)
@@ -357,6 +514,52 @@ async def test_a_full_disk_of_the_server_refuses_calls_and_loses_none(
     await server.restart()
     await works_again(gateway)
     assert await ended(gateway, accepted) == {"success": len(accepted)}
+
+
+@pytest.mark.parametrize("whose", ["server", pytest.param("account", marks=pytest.mark.long)])
+async def test_what_is_accepted_ends_though_the_server_has_no_room_for_more(
+    nats_server: StartServer, hosts: StartHost, function: Server, whose: str
+) -> None:
+    """No gateway accepts more, and says why; what there is runs, leaves room, and all goes on by itself."""
+    function.behaviour = gate = Gate()
+    server = await nats_server(LITTLE_ROOM[whose])
+    settings = one_function(function, "[queues.faas-request]\nmax_inflight = 4\n[gateway]\nmax_payload = '200KB'")
+    pair = [await hosts(settings, server.url) for _ in range(2)]
+    accepted = await filled(pair[0], 150_000)
+    for gateway in pair:
+        assert_refused(await post(gateway, "/async-function/it"), 503, "no room for more calls")
+        assert_refused(await ask(gateway.url, "/readyz"), 503, "no room for more calls")
+    if whose == "account":  # Another process takes over what this one has, without room for more.
+        await pair[0].kill()
+        await pair[0].start()
+    gate.open()
+    assert await ended(pair[1], accepted) == {"success": len(accepted)}
+    await works_again(*pair)
+    if whose == "server":
+        assert sorted(set(function.call_ids)) == sorted(function.call_ids)
+
+
+@pytest.mark.long
+async def test_what_is_due_while_the_server_has_no_room_is_not_forgotten(
+    nats_server: StartServer, hosts: StartHost, function: Server
+) -> None:
+    """The server does forget it: somebody else's stream has used its room up for a while."""
+    server = await nats_server(LITTLE_ROOM["server"])
+    gateway = await hosts(one_function(function), server.url)
+    await works_again(gateway)
+    async with server.jetstream() as jetstream:
+        delayed = await submit_all(3, gateway, X_Delay="1s")
+        gateway.signal(signal.SIGSTOP)  # or it would make room in time
+        await jetstream.add_stream(name="theirs", subjects=["theirs"])
+        with contextlib.suppress(nats.js.errors.APIError):
+            while True:
+                await jetstream.publish("theirs", bytes(100_000))
+        await asyncio.sleep(2)  # until they were due; that time passes is what this is about
+        gateway.signal(signal.SIGCONT)
+        assert_refused(await post(gateway, "/async-function/it"), 503, "insufficient resources")
+        await jetstream.delete_stream("theirs")
+    assert await ended(gateway, delayed) == {"success": 3}
+    await works_again(gateway)
 
 
 @pytest.mark.long
@@ -418,7 +621,7 @@ async def test_a_frozen_host_takes_nothing_with_it(hosts: StartHost, function: S
 async def test_a_host_whose_clock_is_wrong_keeps_the_times_that_callers_asked_for(
     hosts: StartHost, function: Server, tmp_path: Path, offset_s: int
 ) -> None:
-    """Five minutes off: a short delay is not long, and a deadline of a minute has not passed, at either gateway."""
+    """Five minutes off, from the start or from now on: a short delay is not long, and a deadline has not passed."""
     library, control = await preloaded("wall_clock.c", tmp_path), tmp_path / "clock"
     control.write_text(f"{offset_s:+d}\n")
     wrong = await hosts(one_function(function), env={"LD_PRELOAD": str(library), "WALL_CLOCK": str(control)})
@@ -426,7 +629,10 @@ async def test_a_host_whose_clock_is_wrong_keeps_the_times_that_callers_asked_fo
     pair = (wrong, right)
     delayed = await submit_all(10, *pair, X_Delay="300ms")
     limited = await submit_all(10, *pair, X_Deadline="1m")
-    assert await ended(right, delayed + limited) == {"success": 20}
+    control.write_text(f"{-offset_s:+d}\n")  # It is set.
+    delayed += await submit_all(10, wrong, X_Delay="300ms")
+    limited += await submit_all(10, wrong, X_Deadline="1m")
+    assert await ended(right, delayed + limited) == {"success": 40}
     later = await submit_all(4, *pair, X_Delay="4m")
     assert {(await right.record(call_id))["status"] for call_id in later} == {"delayed"}
     assert set(function.call_ids) == {*delayed, *limited}
@@ -507,11 +713,16 @@ SCENARIOS = {
 }
 
 
+# With eight servers at a time, and whatever else a machine does, one may take seconds to answer.
+LONG_PATIENCE = "10s"
+
+
 class Stage:
     """A host that is disturbed, another one that comes when it was, and functions that know the scenarios."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: str) -> None:
         self.server = NatsServer(folder / "nats")
+        self.patience = patience  # of the disturbed host, until an answer of its server counts as lost
         self.network = Network(self.server)
         self.function, self.sink = Server(), Server()
         self.function.behaviour = self._behave
@@ -526,9 +737,9 @@ class Stage:
     async def __aenter__(self) -> "Stage":
         await asyncio.gather(self.server.start(), self.function.start(), self.sink.start())
         await self.network.start()
-        settings = one_function(self.function, one_function(self.sink, '[nats]\npublish_timeout = "700ms"', "sink"))
-        for host, url in zip(self.hosts, (self.network.url, self.server.url), strict=True):
-            host.configure(on_nats(settings, url))
+        settings = one_function(self.function, one_function(self.sink, '[nats]\npublish_timeout = "{}"', "sink"))
+        self.disturbed.configure(on_nats(settings.replace("{}", self.patience), self.network.url))
+        self.well.configure(on_nats(settings.replace("{}", LONG_PATIENCE), self.server.url))
         return self
 
     async def start(self) -> None:
@@ -595,7 +806,7 @@ async def disturb(name: str, folder: Path, number: int, how: str) -> bool:
 
     `killed`: the host dies before the step arrives; `unacknowledged`: the answer to it is lost.
     """
-    async with Stage(folder) as stage:
+    async with Stage(folder, LONG_PATIENCE if how == "killed" else "700ms") as stage:
         network, client = stage.network, Client(SCENARIOS[name])
         await stage.start()
         (network.hold if how == "killed" else network.swallow)(Nth(number))
@@ -672,6 +883,25 @@ async def test_no_step_is_the_wrong_moment(name: str, how: str, tmp_path: Path) 
         if not all(results):
             break
     assert reached >= 2
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+async def test_a_nak_that_the_server_forgets_costs_no_lease(
+    behind: int, hosts: StartHost, server: NatsServer, network: Network, function: Server
+) -> None:
+    """A call that was sent to a host which died with it runs at once all the same, also if others wait behind it."""
+    alone = await hosts(one_function(function, '[queues.faas-request]\nack_wait = "1h"'), network.url)
+    await post(alone, "/system/queues/faas-request/pause")
+    calls = [await alone.submit("it") for _ in range(1 + behind)]
+    async with server.jetstream() as jetstream:  # a host that dies with the first of them
+        dead = await jetstream.pull_subscribe_bind("work+faas-request+it=2Eopenfaas-fn", STREAM)
+        await dead.fetch(1)
+    network.weaken(1)
+    await alone.kill()
+    await alone.start()
+    await network.until(lambda: any(message.data == b"-NAK" for message in network.changes), "a NAK")
+    await post(alone, "/system/queues/faas-request/resume")
+    assert await ended(alone, calls) == {"success": 1 + behind}
 
 
 # ---- all at random -------------------------------------------------------------------------------

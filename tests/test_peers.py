@@ -86,6 +86,7 @@ PEERS: dict[str, tuple[Serve, int | None, str]] = {
         502,
         "answered 101, which is no answer",
     ),
+    "a-later-version": (says(b"HTTP/1.2 200 OK\r\n" + EMPTY, None), 502, NO_HTTP),
     "bad-chunk": (says(CHUNKED + b"zz\r\nhello\r\n0\r\n\r\n", None), None, NO_HTTP),
     "two-digit-status": (says(b"HTTP/1.1 99 What\r\n" + EMPTY, None), 502, NO_HTTP),
     "header-without-colon": (says(OK + b"What\r\n" + EMPTY, None), 502, NO_HTTP),
@@ -195,6 +196,17 @@ async def test_the_record_of_a_callback_to_a_bad_receiver_says_why(
     }
 
 
+async def test_a_refusal_counts_by_its_status_line(daemon: StartDaemon, function: Server) -> None:
+    """Whether a callback is sent again follows from the status, however much of the head is missing or wrong."""
+    async with contextlib.AsyncExitStack() as stack:
+        cut = await stack.enter_async_context(peer(says(b"HTTP/1.1 404 Not Found\r\nX-Long", None)))
+        wrong = await stack.enter_async_context(peer(says(b"HTTP/1.1 503 No\r\nWhat\r\n" + EMPTY, None)))
+        gateway = await daemon(f'[callback]\nattempts = 2\nmin_wait = "0s"\n[functions.well]\nurl = "{function.url}"')
+        for url, status, attempts in ((cut, 404, 1), (wrong, 503, 2)):
+            told = (await gateway.final(await gateway.submit("well", X_Callback_Url=url)))["callback"]
+            assert (told["status"], told["http_status"], told["attempts"]) == ("failed", status, attempts)
+
+
 async def test_a_head_that_is_odd_does_not_get_the_daemon_into_trouble(
     daemon: StartDaemon, function: Server, sink: Server
 ) -> None:
@@ -271,7 +283,7 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
     assert (await gateway.final(lost_async))["error"] == f"function lost {QUEUE_LATE}"
     told = [(await gateway.final(call_id))["callback"] for call_id in lost]
     assert {(one["status"], one["error"]) for one in told} == {("failed", f"the callback URL {CALLBACK_LATE}")}
-    names.found |= {name: [] for name in names.asked}  # let those go who still wait: the daemon's end waits for them
+    assert await gateway.terminate() == 0  # It waits for none of them.
 
 
 async def test_a_name_that_does_not_exist_is_told(daemon: StartDaemon, function: Server, names: Names) -> None:

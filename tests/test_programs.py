@@ -32,6 +32,7 @@ from conftest import (
     connection,
     faasd,
     merge,
+    open_files,
     run,
     to_toml,
 )
@@ -74,6 +75,7 @@ def program(*words: str, more: Mapping[str, Any] | None = None, **keys: Any) -> 
 
 
 ONCE = {"retry": {"attempts": 1}}
+SOON = "faasd_async.RETRY_STORE_S = 0.3"  # when what could not be done is tried again
 ONE_AT_A_TIME = {**ONCE, "queues": {"faas-request": {"max_inflight": 1}}}
 
 
@@ -178,11 +180,11 @@ class User:
         shutil.copy("/usr/bin/setpriv", self.become_root)
         self.become_root.chmod(0o4755)
 
-    async def start(self, settings: str) -> Daemon:
+    async def start(self, settings: str, before: str = "") -> Daemon:
         """A daemon as this user."""
         caps = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
         ids = (f"--reuid={self.id}", f"--regid={self.id}", "--clear-groups")
-        return await self._daemon(settings, prefix=("setpriv", *ids, *caps), before=self._loop)
+        return await self._daemon(settings, prefix=("setpriv", *ids, *caps), before=f"{self._loop}\n{before}")
 
 
 @pytest.fixture(params=LOOPS)
@@ -767,19 +769,52 @@ async def assert_waits_uncharged(gateway: Daemon, name: str, most: Callable[[], 
 
 async def test_a_daemon_that_may_not_fork_lets_its_calls_wait(user: User) -> None:
     """EAGAIN, by `ulimit -u` or TasksMax, is our own shortage: 503 for who waits for the answer."""
-    gateway = await user.start(program("cat", more=ONCE))
+    gateway = await user.start(program("cat", more=ONCE), before=SOON)
     await assert_waits_uncharged(gateway, "nproc", lambda: 1)
+
+
+async def test_a_daemon_that_may_start_no_thread_looks_up_names_later(user: User, function: Server) -> None:
+    """libuv would abort the process."""
+
+    async def echo(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return web.Response(body=seen.body)
+
+    function.behaviour = echo
+    named = {"url": f"http://localhost:{function.port}", "keepalive": False}
+    forgetful = f"{SOON}\nfaasd_async.DNS_CACHE_S = 0.0"
+    gateway = await user.start(to_toml({"functions": {"it": named}} | ONCE), before=forgetful)
+    await assert_waits_uncharged(gateway, "nproc", lambda: 1)
+
+
+WITHOUT_MORE_THREADS = """
+import resource
+start = faasd_async.Daemon._start_side_jobs
+def short(self, chores):
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    return start(self, chores)
+faasd_async.Daemon._start_side_jobs = short
+faasd_async.HOUSEKEEPING_S = 0.1
+"""
+
+
+async def test_a_daemon_that_may_start_no_thread_does_without(user: User) -> None:
+    """From its first step on: it keeps house, is reloaded, refuses a backup and stops well."""
+    keep = {"calls": {"keep": "1s", "keep_failed": "1s"}}
+    gateway = await user.start(program("cat", more=keep), before=WITHOUT_MORE_THREADS)
+    call_id = await gateway.submit("it", X_Delay="1h")
+    assert (await ask(gateway.url, f"/async-function/{call_id}", method="DELETE")).status == 202
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
+    refused = await ask(gateway.url, "/system/backup")
+    reason = b"there is no copy of the queue's file: can't start new thread\n"
+    assert (refused.status, refused.body) == (503, reason)
+    await gateway.forgotten(call_id)
 
 
 async def test_a_daemon_without_descriptors_lets_its_calls_wait(start: StartDaemon) -> None:
     """EMFILE, too."""
-    gateway = await start(program("cat", more=ONCE))
+    gateway = await start(program("cat", more=ONCE), before=SOON)
     await assert_waits_uncharged(gateway, "nofile", lambda: with_free_descriptors(gateway, 2))
-
-
-def open_files(pid: int) -> set[int]:
-    """The descriptors of a process."""
-    return {int(file.name) for file in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def with_free_descriptors(gateway: Daemon, count: int) -> int:
@@ -881,7 +916,7 @@ async def test_a_call_that_is_cancelled_as_its_program_starts_leaves_nothing_beh
         return call_soon_threadsafe(both)
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", then_cancel)
-    request = FunctionRequest("POST", "/", [], b"")
+    request = FunctionRequest("POST", "/", b"", b"")
     before = {*children(os.getpid())}
     call = asyncio.create_task(CommandRunner().run(function, request, Limit(PATIENCE), KIB))
     await asyncio.wait({call})

@@ -29,13 +29,14 @@ from conftest import (
 from provider import Deployed, Provider, basic, credential_files, running_provider
 
 ONE_HOUR = 'cache = "1h"'  # a look-up that is made once stays known for the rest of the test
+SOON = "faasd_async.RETRY_STORE_S = 0.3"  # when what could not be done is tried again
 NO_TIME = 'cache = "1ms"'  # and is known no more when the next request comes
 
 
 class StartGateway(Protocol):
     """What the `start` fixture gives."""
 
-    async def __call__(self, more: str = "", *, keys: str = ONE_HOUR) -> Daemon: ...
+    async def __call__(self, more: str = "", *, keys: str = ONE_HOUR, before: str = SOON) -> Daemon: ...
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def start(daemon: StartDaemon, provider: Provider, tmp_path: Path) -> StartGatew
     """Start a daemon in front of the provider: `await start('''more TOML''', keys="of [provider]")`."""
     files = credential_files(tmp_path, "provider", provider.user, provider.password)
 
-    async def start_gateway(more: str = "", *, keys: str = ONE_HOUR) -> Daemon:
-        gateway = await daemon(f'[provider]\nurl = "{provider.url}"\n{files}{keys}\n{more}')
+    async def start_gateway(more: str = "", *, keys: str = ONE_HOUR, before: str = SOON) -> Daemon:
+        gateway = await daemon(f'[provider]\nurl = "{provider.url}"\n{files}{keys}\n{more}', before=before)
         provider.host_url = gateway.url  # the gateway is what listens on port 8080 of a faasd host
         return gateway
 
@@ -429,7 +430,7 @@ async def test_a_slow_look_up_holds_up_nobody_else(start: StartGateway, provider
 
 async def test_a_look_up_that_is_never_answered_is_an_error(start: StartGateway, provider: Provider) -> None:
     """A provider that hangs does not make its callers hang for ever."""
-    gateway = await start('[gateway]\nupstream_timeout = "200ms"')
+    gateway = await start('[gateway]\nupstream_timeout = "200ms"', before="faasd_async.PROVIDER_S = 0.5")
     provider.may_look_up.clear()
     reply = await ask(gateway.url, "/function/env")
     assert reply.status in (502, 503, 504), reply

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
-from queues import BAD, OK, REQUESTS, STORES, Bench, NatsStore, Settings, Store, invocation, owner
+from queues import BAD, OK, REQUESTS, STORES, Bench, NatsStore, Settings, Store, invocation, open_bench, owner
 
 from faasd_async import Claim, Ended, NatsQueue, Rate, rate
 
@@ -17,11 +17,8 @@ from faasd_async import Claim, Ended, NatsQueue, Rate, rate
 @pytest.fixture(params=STORES, ids=lambda store: store.__name__)
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     """An open queue on an empty store."""
-    config = Settings()
-    found = Bench(request.param(tmp_path, config), config)
-    await found.open()
-    yield found
-    await found.queue.close()
+    async with open_bench(Bench, request.param, tmp_path) as bench:
+        yield bench
 
 
 # ---- keys ----------------------------------------------------------------------------------------

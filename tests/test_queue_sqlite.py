@@ -25,6 +25,7 @@ from queues import (
     SqliteStore,
     as_an_older_version,
     invocation,
+    open_bench,
     owner,
 )
 
@@ -69,11 +70,8 @@ class SqliteBench(Bench):
 @pytest.fixture
 async def sqlite(tmp_path: Path) -> AsyncIterator[SqliteBench]:
     """An open queue on a new file."""
-    config = Settings()
-    found = SqliteBench(SqliteStore(tmp_path, config), config)
-    await found.open()
-    yield found
-    await found.queue.close()
+    async with open_bench(SqliteBench, SqliteStore, tmp_path) as bench:
+        yield bench
 
 
 @pytest.fixture
@@ -193,6 +191,34 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
 
 
+@pytest.mark.parametrize(
+    ("change", "trouble"),
+    [
+        (
+            "DROP INDEX calls_turn; ALTER TABLE calls DROP COLUMN turn",
+            "not of schema 4, .* no calls.turn, calls_turn. M",
+        ),
+        ("DROP TABLE rates", "not of schema 4, as it says: it has no rates.name, rates.next_at. Move it away"),
+        ("DROP INDEX calls_well", "not of schema 4, as it says: it has no calls_well. Move it away"),
+        ("PRAGMA user_version = 3", "not of schema 3, as it says: duplicate column name: traceparent. Move it away"),
+        ("PRAGMA user_version = 0", "a database of something else .with calls.app.: store.path has to be our own"),
+    ],
+)
+async def test_a_file_that_is_not_what_its_version_says_is_refused(
+    sqlite: SqliteBench, change: str, trouble: str
+) -> None:
+    """One line says what is missing, and the file stays as it is."""
+    await sqlite.enqueue("a")
+    await sqlite.queue.close()
+    with contextlib.closing(sqlite3.connect(sqlite.store.path)) as db:
+        db.executescript(change)
+    before = sqlite.store.path.read_bytes()
+    with pytest.raises(StoreError, match=trouble) as caught:
+        await SqliteStore(sqlite.store.path.parent, Settings()).queue().open(print, print, print)
+    assert str(caught.value).startswith(f"{sqlite.store.path}: ")
+    assert sqlite.store.path.read_bytes()[100:] == before[100:]
+
+
 # ---- commits -------------------------------------------------------------------------------------
 
 
@@ -201,6 +227,44 @@ async def test_calls_that_come_at_once_share_commits(sqlite: SqliteBench) -> Non
     before = sqlite.commits()
     await asyncio.gather(*(sqlite.enqueue() for _ in range(300)))
     assert 1 <= sqlite.commits() - before <= 10
+
+
+async def test_calls_that_come_before_a_commit_share_it(sqlite: SqliteBench) -> None:
+    """Groups of callers are not torn in two by those of them who come a moment later."""
+    busy = threading.Event()
+    go_on = threading.Event()
+
+    def hold(file: SqliteFile) -> None:
+        busy.set()
+        go_on.wait(PATIENCE)
+
+    before = sqlite.commits()
+    early = asyncio.gather(sqlite.enqueue(), sqlite.in_writer(hold))
+    await asyncio.to_thread(busy.wait, PATIENCE)
+    late = asyncio.gather(*(sqlite.enqueue() for _ in range(3)))
+    for _ in range(3):  # They are handed over to the writer.
+        await asyncio.sleep(0)
+    go_on.set()
+    await early
+    await late
+    assert sqlite.commits() - before == 1
+
+
+async def test_the_log_is_carried_over_to_the_file_in_a_pause(sqlite: SqliteBench) -> None:
+    """Before SQLite would do so in a commit, which callers wait for."""
+    begun = threading.Event()
+
+    def look(statement: str) -> None:
+        if "wal_checkpoint" in statement:
+            begun.set()
+
+    await sqlite.in_writer(lambda file: file.db.set_trace_callback(look))
+    await asyncio.gather(*(sqlite.enqueue() for _ in range(500)))
+    assert await asyncio.to_thread(begun.wait, PATIENCE)
+    await sqlite.records()  # The pause is over.
+    # So opened the file is read alone, without its log.
+    with contextlib.closing(sqlite3.connect(f"file:{sqlite.store.path}?immutable=1", uri=True)) as db:
+        assert db.execute("SELECT count(*) FROM calls").fetchone() == (500,)
 
 
 async def test_reading_commits_nothing(sqlite: SqliteBench) -> None:
@@ -505,7 +569,10 @@ async def test_a_bulk_reaches_a_rare_match_however_far_back(
 async def begin_copy(
     sqlite: SqliteBench, step: Callable[[SqliteFile], object]
 ) -> tuple[asyncio.Future[IO[bytes]], Awaitable[object]]:
-    """Have a copy made of some pieces. The step is a transaction between two of them."""
+    """Have a copy made of some pieces. The step is a transaction between two of them.
+
+    The transaction before the copy fails: it would take the step in.
+    """
     await sqlite.enqueue("a", body=bytes(3_000_000))
     busy = threading.Event()
     go_on = threading.Event()
@@ -513,6 +580,7 @@ async def begin_copy(
     def hold(file: SqliteFile) -> None:
         busy.set()
         go_on.wait(PATIENCE)
+        raise sqlite3.OperationalError("held")
 
     held = sqlite.in_writer(hold)
     await asyncio.to_thread(busy.wait, PATIENCE)
@@ -524,9 +592,11 @@ async def begin_copy(
         step(file)
 
     between = sqlite.in_writer(stop_between)
-    await asyncio.sleep(0)  # Both are handed over to the writer, which begins with the copy.
+    for _ in range(3):  # Both are handed over to the writer, which begins with the copy.
+        await asyncio.sleep(0)
     go_on.set()
-    await held
+    with pytest.raises(StoreError, match="held"):
+        await held
     await asyncio.to_thread(begun.wait, PATIENCE)
     return making, between
 

@@ -5,6 +5,7 @@ harm. Where a person gives root's password, waits for the journal or has systemd
 """
 
 import asyncio
+import fcntl
 import os
 import re
 import shlex
@@ -18,6 +19,8 @@ import pytest
 from conftest import SCRIPT, namespaces
 
 from faasd_async import make_parser
+
+pytestmark = pytest.mark.no_cover  # what runs here is what was installed
 
 ROOT = SCRIPT.parent
 README = (ROOT / "README.md").read_text()
@@ -81,11 +84,17 @@ def blocks(heading: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pip finds where there is no network."""
-    folder = tmp_path_factory.mktemp("wheels")
+    """What pip finds where there is no network. The processes of one run of pytest share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels"
     needed = ("flit_core>=3.12", "shtab", ".")
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    subprocess.run([*pip, "wheel", "--wheel-dir", folder, *needed], cwd=ROOT, check=True)
+    with folder.with_name("wheels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first one makes them
+        if not folder.exists():
+            made = folder.with_name("wheels.made")
+            subprocess.run([*pip, "wheel", "--wheel-dir", made, *needed], cwd=ROOT, check=True)
+            made.rename(folder)
     return folder
 
 

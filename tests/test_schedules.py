@@ -464,7 +464,7 @@ async def test_reboot_fires_once_after_each_start_of_the_machine(host: Host, tmp
 async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
     """The daemon is killed around each instant, some milliseconds earlier or later."""
     rng = random.Random(1)
-    kills = 200 if LONG else 20
+    kills = 200 if LONG else 12
     patient = "[retry]\nmax_interruptions = 1000"  # A call may be what runs at each of them.
     await host.start("2026-03-01T12:00:30", more=patient, cron="* * * * *", overlap="queue", catch_up="all")
     minutes = [f"2026-03-01T{12 + minute // 60:02}:{minute % 60:02}" for minute in range(1, kills + 2)]

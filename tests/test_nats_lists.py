@@ -1,0 +1,250 @@
+"""What lists cost on NATS, where much is stored; calls of an earlier version, and those that were given back."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jetstream import Network, eventually
+from queues import BAD, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench
+
+import faasd_async
+from faasd_async import (
+    MANY_GIVEN_BACK,
+    CallFilter,
+    NatsCall,
+    NatsLane,
+    NatsQueue,
+    Parts,
+    id_number,
+    new_id,
+    pack_call,
+    stream_config,
+    uuid7,
+)
+
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    """A queue on an empty stream."""
+    async with open_bench(Bench, NatsStore, tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+async def counted(tmp_path: Path, network: Network) -> AsyncIterator[Bench]:
+    """The same behind a network that counts."""
+    (tmp_path / "nats").write_text(f"{network.url} t{new_id()[-12:]}")
+    async with open_bench(Bench, NatsStore, tmp_path) as bench:
+        yield bench
+
+
+def queue_of(bench: Bench) -> NatsQueue:
+    """The queue, as the one that it is."""
+    assert isinstance(bench.queue, NatsQueue)
+    return bench.queue
+
+
+def own_id(at_ms: int) -> str:
+    """The id of a call of this time."""
+    return uuid7(at_ms, random.getrandbits(12), random.getrandbits(62))
+
+
+def finished(name: str, function: str = "figlet", status: str = "success") -> NatsCall:
+    """A call that has ended."""
+    at = int(name.replace("-", "")[:12], 16) / 1000
+    call = invocation(id=name, call_id=name, function=function, start_time=round(at * 1e9), due_at=at)
+    kept = {key: value for key, value in call._asdict().items() if key in NatsCall._fields}
+    return NatsCall(**kept, request_bytes=4, status=status, attempts=1, completed_at=time.time())
+
+
+async def fill(bench: Bench, calls: Sequence[NatsCall], root: str = "call") -> None:
+    """Store records, or messages that wait, as they are, without asking whether each was stored."""
+    queue = queue_of(bench)
+    for number, call in enumerate(calls, 1):
+        place = queue._subjects.place(root, call.queue, call.lane, call.id)
+        subject = queue._subjects.record(call) if root == "call" else place
+        if number == len(calls):  # One answer is enough.
+            await queue._link.publish(subject, pack_call(call, Parts()))
+        else:
+            queue._link.send(subject, pack_call(call, Parts()))
+
+
+async def all_pages(bench: Bench, limit: int, **filters: Any) -> list[str]:
+    """The ids of all that match, page after page."""
+    return [name async for page in bench.pages(limit, **filters) for name in page]
+
+
+# ---- what lists cost -----------------------------------------------------------------------------
+
+
+async def test_a_page_costs_what_is_on_it_and_not_what_there_is(counted: Bench, network: Network) -> None:
+    """Whatever the calls' times are: many at once, long ago, one now and then, the clock of a host ahead.
+
+    What servers send for a page is counted: it never is the names of all calls, let alone the calls.
+    """
+    now = round(time.time() * 1000)
+    times = [now + 5 * 60_000, *(now - 2 * HOUR_MS - number // 2 for number in range(3000))]
+    times += [now - number * HOUR_MS // 7 for number in range(1000)]
+    times += [now - 40 * HOUR_MS] * 1200  # of one moment: more than a server sends at once
+    calls = [finished(own_id(at), "rare" if number % 500 == 0 else "figlet") for number, at in enumerate(times)]
+    await fill(counted, calls)
+    queue = queue_of(counted)
+    await queue._parts.consumers.ensure("work", REQUESTS, "rare.openfaas-fn")
+    newest = sorted((call.id for call in calls), reverse=True)
+    rare = sorted((call.id for call in calls if call.function == "rare"), reverse=True)
+
+    async def cost(expected: Sequence[str], limit: int, cursor: str | None = None, **filters: Any) -> list[int]:
+        network.arrived.clear()
+        page = await counted.queue.list_records(CallFilter(**filters), limit, cursor)
+        assert [record.id for record in page.records] == list(expected[:limit])
+        return list(network.arrived)
+
+    for sizes in (
+        await cost(newest, 100),
+        await cost(newest, 10),
+        await cost(newest[2500:], 100, str(id_number(newest[2499]))),
+        await cost(rare, 100, function="rare"),
+        await cost([], 100, function="nobody"),
+        await cost([], 100, statuses=("queued", "running")),
+        await cost(newest, 100, statuses=("success",)),
+    ):
+        assert 0 < len(sizes) < 600
+        assert max(sizes) < 20_000
+        assert sum(sizes) < 250_000  # The names alone would be 600,000.
+    assert await all_pages(counted, 400) == newest
+    assert await all_pages(counted, 7, function="rare") == rare
+
+
+async def test_what_is_done_to_all_that_match_finds_it_in_parts(counted: Bench, network: Network) -> None:
+    """Calls that wait, of days: those of a queue are cancelled, others and what runs stay, and all are read once."""
+    await counted.enqueue("runs")
+    await counted.take()
+    now = round(time.time() * 1000)
+    calls = [finished(own_id(now - number * HOUR_MS // 16), status="queued") for number in range(2000)]
+    calls = [call._replace(completed_at=None, attempts=0) for call in calls]
+    calls[::10] = [call._replace(queue="line") for call in calls[::10]]
+    await fill(counted, calls, "work")
+    network.arrived.clear()
+    assert await counted.listed(statuses=("running",)) == ["runs"]
+    assert 0 < len(network.arrived) < 100
+    assert await counted.queue.purge("line") == 200
+    assert max(network.arrived) < 20_000
+    left = [call.id for call in calls if call.queue != "line"]
+    assert await all_pages(counted, 1000, statuses=("queued", "delayed")) == sorted(left, reverse=True)
+    result = await counted.queue.redrive_matching(CallFilter(statuses=("cancelled",)))
+    assert (result.matched, result.done) == (200, 0)  # There is no request to be stored again.
+
+
+# ---- calls of an earlier version -----------------------------------------------------------------
+
+
+async def make_older(bench: Bench) -> None:
+    """Have the queue do as an earlier version did, on a stream as that one made it."""
+    queue = queue_of(bench)
+    queue._subjects.begin("z")  # Every id comes before this.
+    config = stream_config(queue._settings().nats)
+    config["subjects"] = [name for name in config["subjects"] if ".timed." not in name]
+    config["metadata"] = {}
+    await queue._link.api(f"STREAM.UPDATE.{config['name']}", config)
+
+
+async def test_calls_of_an_earlier_version_are_shown_and_run(bench: Bench) -> None:
+    """Their messages have other subjects; calls that come later do not."""
+    await make_older(bench)
+    await bench.enqueue_all("done", "failed", "tried")
+    for outcome, status in ((None, "success"), (BAD, "error")):
+        (work,) = await bench.claims(1)
+        await bench.queue.complete(work, outcome or BAD._replace(status=200), status)
+    (work,) = await bench.claims(1)
+    await bench.queue.retry(work, BAD, 3600.0)
+    await bench.enqueue("told", callback_url=SINK)
+    await bench.run()
+    await bench.enqueue("later", due_at=time.time() + 3600)
+    await bench.enqueue_all("first", "second")
+    await bench.enqueue("elsewhere", queue="other", function="other")
+    old = ["elsewhere", "second", "first", "later", "told", "tried", "failed", "done"]
+    assert await bench.listed() == old
+    await bench.reopen()
+    queue = queue_of(bench)
+    assert queue._subjects.since not in ("", "z")
+    await bench.enqueue("new")
+    assert await bench.listed() == ["new", *old]
+    assert await all_pages(bench, 2) == ["new", *old]
+    assert await bench.listed(function="other") == ["elsewhere"]
+    assert await bench.listed(statuses=("success", "error")) == ["told", "failed", "done"]
+    assert await bench.listed(statuses=("queued",)) == ["new", "elsewhere", "second", "first"]
+    assert {(await bench.take_when_woken()).call_id for _ in range(3)} == {"first", "second", "new"}
+    assert (await bench.deliver()).call_id == "told"
+    await bench.queue.redrive("failed")
+    assert await bench.queue.cancel("later") == 1
+    assert (await bench.run()).call_id == "failed"
+    assert [await bench.status(name) for name in old] == [
+        *("queued", "running", "running", "cancelled", "success", "delayed", "success", "success")
+    ]
+    assert await bench.queue.purge("other") == 1
+    assert await bench.queue.purge(REQUESTS) == 1
+    assert await bench.listed(statuses=("cancelled",)) == ["elsewhere", "later", "tried"]
+
+
+async def test_hosts_that_find_an_older_stream_at_once_agree_since_when_it_is_new(bench: Bench) -> None:
+    """One changes it, the others come in later."""
+    await make_older(bench)
+    await bench.queue.close()
+    others = [Bench(bench.store, bench.config) for _ in range(3)]
+    await asyncio.gather(*(other.open() for other in others))
+
+    async def all_are_in() -> bool:
+        return all(queue_of(other)._subjects.since for other in others)
+
+    await eventually(all_are_in)
+    (since,) = {queue_of(other)._subjects.since for other in others}
+    assert since != "z"
+    for other in others:
+        await other.queue.close()
+
+
+async def test_a_call_that_waits_is_not_stored_twice_though_its_server_does_not_know_its_id_any_more(
+    bench: Bench,
+) -> None:
+    """A move that was killed comes back with it, perhaps after more than the two minutes of a server's memory."""
+    call = invocation("first")
+    kept = {key: value for key, value in call._asdict().items() if key in NatsCall._fields}
+    await fill(bench, [NatsCall(**kept, request_bytes=4)], "work")
+    assert await bench.queue.enqueue(call) == "first"
+    await bench.until(lambda: REQUESTS in bench.woken)
+    assert await bench.claim() == ["first"]
+    assert await bench.claim() == []
+
+
+# ---- what is given back --------------------------------------------------------------------------
+
+
+async def test_a_call_that_was_given_back_runs_though_its_server_forgets_that(
+    counted: Bench, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came while there was no room for it; nothing has failed, and its lease is not waited for."""
+    monkeypatch.setattr(faasd_async, "POLL_S", 0.2)
+    assert await counted.claim() == []
+    network.weaken(1)
+    await counted.enqueue("first")
+    await counted.until(lambda: REQUESTS in counted.woken)
+    assert await counted.claim(room={"": 0}) == []
+    await network.until(lambda: any(message.data == b"-NAK" for message in network.changes), "a NAK")
+    assert (await counted.take_when_woken()).call_id == "first"
+    assert await counted.claim() == []
+
+
+def test_what_others_have_by_now_is_not_remembered_for_ever() -> None:
+    """Of what is given back while much more waits, nothing tells who gets it."""
+    lane = NatsLane(REQUESTS, "figlet", "consumer")
+    for seq in range(3 * MANY_GIVEN_BACK):
+        lane.release(seq)
+        lane.release(seq)
+    assert lane.waiting == MANY_GIVEN_BACK
+    assert lane.first_seq == 2 * MANY_GIVEN_BACK
