@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+import faasd_async
 from faasd_async import (
     CALLBACKS,
     CallFilter,
@@ -180,6 +181,8 @@ class NatsStore:
         self.url, self.name = place.read_text().split()
         self.config = config
         self.metrics = Metrics()
+        # A queue waits this long for what it has just stored, or is woken: tests are not, but look at once.
+        faasd_async.NATS_LATE_S = 2.0
 
     def queue(self) -> NatsQueue:
         """A new queue on the stream."""
