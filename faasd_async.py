@@ -12857,6 +12857,7 @@ class Wire(asyncio.Protocol):
         self._keep = True  # whether another request may follow
         self._before = b""  # raw_tcp_info when it was used again
         self._farewell = False  # whether the peer has closed it in good order
+        self.answers = 0  # that have come
         self.idle_since = 0.0
         self.ended_at: float | None = None  # monotonic
         self.silent = True  # whether nothing of an answer has come
@@ -12915,7 +12916,8 @@ class Wire(asyncio.Protocol):
         return (self.ended_at or time.monotonic()) - self.idle_since
 
     def rest(self) -> None:
-        """Take note that it is idle from now on."""
+        """Take note that an answer has come, and that it is idle from now on."""
+        self.answers += 1
         self.idle_since = time.monotonic()
 
     def renew(self) -> bool:
@@ -13040,6 +13042,7 @@ class Wire(asyncio.Protocol):
 PROOF_S = 0.5  # idle for so long, a connection is tried: does its peer answer on it again?
 PROOF_GROWTH = 3.0  # after each time that it did not
 MAX_PROOF_S = 0.9 * POOL_IDLE_S
+MAX_WARY_S = 3600.0  # for which no connection is tried after that
 MAX_UNPROVEN = 2  # connections that are kept to find that out
 HASTY_S = 1.0  # servers that keep connections don't close them sooner (most do after 5 s to 2 min)
 
@@ -13054,48 +13057,59 @@ class Origin(NamedTuple):
 
 
 class Habit:
-    """Whether a peer keeps its connections open.
+    """Whether a peer keeps its connections open, and for how many answers.
 
     Small servers answer in HTTP/1.1 and close all the same, without saying so, at once or a while
-    later: what was sent meanwhile is lost. So a peer has to show first that it answers again on a
-    connection that has been idle for a while; one at a time is tried. Who closes nevertheless has
-    to show it anew, with a connection that has been idle for longer.
+    later, some of them after a number of answers: what was sent meanwhile is lost. So a peer has to
+    show first that it answers again on a connection that has been idle for a while; one at a time
+    is tried. Who closes nevertheless is trusted up to the answer before that, and has to show it
+    anew with a connection that has been idle for longer.
     """
 
     def __init__(self) -> None:
-        self.keeps = False
-        self._proof_s = PROOF_S
-        self._trial: Wire | None = None  # that carries a second request, to find out
+        self.trusted = 1  # a connection with fewer answers than these is used again at once
+        self._wary_s = PROOF_S
+        self._wary_until = 0.0  # monotonic; nothing is tried until then
+        self._trial: Wire | None = None  # that carries one more request, to find out
 
     def allows(self, wire: Wire) -> bool:
         """Whether an idle connection may be used."""
         if self._trial is not None and self._trial.closed:
-            if self._trial.silent:  # It was given up: the peer had not read its second request.
-                self.doubt()
+            if self._trial.silent:  # It was given up: the peer had not read its last request.
+                self.doubt(self._trial)
             self._trial = None
-        return self.keeps or (self._trial is None and wire.idle_s >= self._proof_s)
+        if wire.answers < self.trusted:
+            return True
+        lasts = wire.idle_s >= min(self._wary_s, MAX_PROOF_S)
+        return lasts and self._trial is None and time.monotonic() >= self._wary_until
 
     def use(self, wire: Wire) -> None:
         """A connection is used again."""
-        if not self.keeps:
+        if wire.answers >= self.trusted:
             self._trial = wire
 
     def answered(self, wire: Wire) -> None:
         """An answer has come."""
         if wire is self._trial:
             self._trial = None
-            self.keeps = True
+            self.trusted = sys.maxsize
 
     def lost(self, wire: Wire) -> None:
         """A connection has ended while it was idle."""
-        if self.keeps and wire.idle_s < HASTY_S:
-            self.doubt()
+        if wire.answers < self.trusted and wire.idle_s < HASTY_S:
+            self.doubt(wire)
 
-    def doubt(self) -> None:
+    def doubt(self, wire: Wire) -> None:
         """The peer has closed a connection that it should have kept."""
-        self.keeps = False
+        self.trusted = min(self.trusted, wire.answers)
         self._trial = None
-        self._proof_s = min(PROOF_GROWTH * self._proof_s, MAX_PROOF_S)
+        now = time.monotonic()
+        if now < self._wary_until:
+            return  # Many end at once where a peer is started anew.
+        if now > self._wary_until + MAX_WARY_S:
+            self._wary_s = PROOF_S
+        self._wary_s = min(PROOF_GROWTH * self._wary_s, MAX_WARY_S)
+        self._wary_until = now + self._wary_s
 
 
 class Pool:
@@ -13103,7 +13117,8 @@ class Pool:
 
     def __init__(self, keepalive_s: float) -> None:
         self._keepalive_s = keepalive_s
-        self._idle: dict[Origin, deque[Wire]] = {}  # the one that was used last at the end
+        # The one that was used last at the end; those that have to last first at the beginning.
+        self._idle: dict[Origin, deque[Wire]] = {}
         self._habits: OrderedDict[Origin, Habit] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -13113,8 +13128,8 @@ class Pool:
         if not wires:
             return None
         habit = self._habit(origin)
-        while wires and habit.allows(wires[0]):
-            wire = wires.pop() if habit.keeps else wires.popleft()
+        while wires and habit.allows(wires[-1]):
+            wire = wires.pop()
             if wire.renew():
                 habit.use(wire)
                 return wire
@@ -13129,18 +13144,19 @@ class Pool:
         wires = self._idle.get(origin)
         if wires is None:
             wires = self._idle[origin] = deque()
-        if not wire.finished or (not habit.keeps and len(wires) >= MAX_UNPROVEN):
+        wire.rest()
+        trusted = wire.answers < habit.trusted
+        if not wire.finished or not (trusted or len(wires) < MAX_UNPROVEN):
             wire.abort()
             return
-        wire.rest()
-        wires.append(wire)
+        (wires.append if trusted else wires.appendleft)(wire)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
 
-    def doubt(self, origin: Origin) -> None:
+    def doubt(self, origin: Origin, wire: Wire) -> None:
         """A connection that was used again has failed."""
-        self._habit(origin).doubt()
+        self._habit(origin).doubt(wire)
 
     def _habit(self, origin: Origin) -> Habit:
         habit = self._habits.get(origin)
@@ -13708,7 +13724,7 @@ class HttpClient:
             try:
                 return (await exchange(wire, request)).keep(release)
             except RequestFailed:
-                self._pool.doubt(origin)
+                self._pool.doubt(origin, wire)
                 if not wire.unseen and not (wire.silent and method in IDEMPOTENT):
                     raise
         wire = await self._connect(origin)

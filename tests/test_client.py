@@ -697,13 +697,64 @@ def test_a_peer_that_closes_all_the_same_has_to_show_it_anew(run: Scenario, give
                 asking.cancel()
                 await connection.ended()
             else:
-                await connection.send(OK)
-                assert await asking == (200, b"ok")
                 connection.close()
+                assert await failure(asking) == BROKEN
             await first(peer)
             let_time_pass(peer)
             await first(peer)
             assert len(peer.connections) == 3
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("idle", [False, True], ids=["with the next request", "while it is idle"])
+def test_a_number_of_answers_after_which_a_peer_closes_is_learned(run: Scenario, idle: bool) -> None:
+    """One connection tells it: others are used so often at once, and no more."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            let_time_pass(peer)
+            for _ in range(2):
+                asking = peer.ask()
+                await connection.answer(OK)
+                assert await asking == (200, b"ok")
+            if idle:
+                connection.close()
+            else:
+                asking = peer.ask()
+                await connection.request()
+                connection.close()
+                assert await failure(asking) == BROKEN
+            for number in range(2, 6):
+                connection = await first(peer)
+                assert len(peer.connections) == number
+                for _ in range(2):
+                    asking = peer.ask()
+                    await connection.answer(OK)
+                    assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
+def test_a_peer_that_was_started_anew_is_trusted_again(run: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as a connection has lasted beyond the answer after which one had ended."""
+    monkeypatch.setattr(faasd_async, "PROOF_GROWTH", 1e-6)
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            connection = await first(peer)
+            let_time_pass(peer)
+            asking = peer.ask()
+            await connection.request()
+            connection.close(reset=True)
+            assert await failure(asking) == (FailureKind.BROKEN, "reset the connection")
+            connection = await first(peer)
+            for _ in range(4):
+                asking = peer.ask()
+                await connection.answer(OK)
+                assert await asking == (200, b"ok")
+            assert len(peer.connections) == 2
 
     run(scenario())
 
