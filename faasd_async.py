@@ -986,25 +986,40 @@ def pem_file(path: Any) -> str:
     return name
 
 
-def tls_context(
-    ca_file: str | None, cert_file: str | None, key_file: str | None
-) -> ssl.SSLContext | None:
-    """Whom to trust in TLS, and who we are; None: the system's CAs, and nobody. Raises OSError."""
-    if ca_file is None and cert_file is None:
+class TlsFiles(Protocol):
+    """A table of the configuration that says whom to trust in TLS, and who we are."""
+
+    @property
+    def tls_ca_file(self) -> str | None: ...
+
+    @property
+    def tls_cert_file(self) -> str | None: ...
+
+    @property
+    def tls_key_file(self) -> str | None: ...
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """See `tls_context`."""
+
+
+def tls_context(table: TlsFiles) -> ssl.SSLContext | None:
+    """What a table's files give; None: the system's CAs, and nobody. Raises OSError."""
+    if table.tls_ca_file is None and table.tls_cert_file is None:
         return None
-    context = ssl.create_default_context(cafile=ca_file)
-    if cert_file is not None:
+    context = ssl.create_default_context(cafile=table.tls_ca_file)
+    if table.tls_cert_file is not None:
         # A password would be asked for at the terminal.
-        context.load_cert_chain(cert_file, key_file, password="")
+        context.load_cert_chain(table.tls_cert_file, table.tls_key_file, password="")
     return context
 
 
-def tls_conflicts(read: Callable[[], object], *files: str | None) -> Iterator[str]:
-    """What is wrong with the files of `tls_context`, which `read` gives to it.
+def tls_conflicts(table: TlsFiles) -> Iterator[str]:
+    """What is wrong with a table's files.
 
-    They are read now, and kept: later there may be other ones, or no descriptor to read them.
+    Most tables keep what is read now: later there may be other ones, or no descriptor to read them.
     """
-    _, cert_file, key_file = files
+    cert_file, key_file = table.tls_cert_file, table.tls_key_file
     if key_file and not cert_file:
         yield "tls_key_file needs tls_cert_file"
         return
@@ -1015,10 +1030,11 @@ def tls_conflicts(read: Callable[[], object], *files: str | None) -> Iterator[st
         yield f"the key in {key_file or cert_file} has a passphrase: it has to be one without"
         return
     try:
-        read()
+        _ = table.tls
     except OSError as exc:
         reason = getattr(exc, "reason", None) or exc.strerror or str(exc)
-        yield f"{', '.join(filter(None, files))}: {reason.replace('_', ' ').lower()}"
+        files = filter(None, (table.tls_ca_file, cert_file, key_file))
+        yield f"{', '.join(files)}: {reason.replace('_', ' ').lower()}"
 
 
 def basic_auth(user: bytes | None, password: bytes | None) -> str | None:
@@ -1264,7 +1280,7 @@ class ProviderConfig:
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
         """See `tls_context`."""
-        return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
+        return tls_context(self)
 
     @property
     def login(self) -> str | None:
@@ -1274,8 +1290,7 @@ class ProviderConfig:
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
         yield from login_conflicts(self.user_file, self.password_file)
-        files = (self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
-        yield from tls_conflicts(lambda: self.tls, *files)
+        yield from tls_conflicts(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1304,13 +1319,17 @@ class NatsConfig:
     publish_timeout: float = key(positive, "5s")
     require_sync: bool = key(boolean, False)
 
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """See `tls_context`. It is read anew for each connection."""
+        return tls_context(self)
+
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
         user = self.user_file.content if self.user_file else None
         password = self.password_file.content if self.password_file else None
         yield from login_conflicts(user, password)
-        files = (self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
-        yield from tls_conflicts(lambda: tls_context(*files), *files)
+        yield from tls_conflicts(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1369,7 +1388,7 @@ class CallbackConfig:
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
         """See `tls_context`."""
-        return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
+        return tls_context(self)
 
     def headers(self, host: str, port: int | None) -> Mapping[str, str]:
         """What a receiver gets beside the function's headers."""
@@ -1392,8 +1411,7 @@ class CallbackConfig:
     def conflicts(self) -> Iterator[str]:
         """What is wrong."""
         yield from self.policy.conflicts()
-        files = (self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
-        yield from tls_conflicts(lambda: self.tls, *files)
+        yield from tls_conflicts(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1451,7 +1469,7 @@ class Function:
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
         """See `tls_context`."""
-        return tls_context(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
+        return tls_context(self)
 
     @functools.cached_property
     def key(self) -> str:
@@ -1471,8 +1489,7 @@ class Function:
             yield "exec_timeout, env, cwd and content_type are for a command"
         if self.command and (self.tls_ca_file or self.tls_cert_file or not self.keepalive):
             yield "keepalive and the tls_ files are for a url"
-        files = (self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
-        yield from tls_conflicts(lambda: self.tls, *files)
+        yield from tls_conflicts(self)
 
 
 @expects("what comes after the function's name: a path that begins with /, or a query with ?")
@@ -3446,7 +3463,7 @@ def in_thread(
             loop.call_soon_threadsafe(tell, give)
 
     if not begin_thread(name, run):
-        raise Shortage("this machine may have no more threads for now")
+        raise Shortage("this machine may have no more threads")
     return told
 
 
@@ -7904,7 +7921,7 @@ def nats_login(config: NatsConfig) -> dict[str, Any]:
     if config.creds_file:
         login["user_credentials"] = nats_credentials(config.creds_file)
     try:
-        tls = tls_context(config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
+        tls = config.tls
     except OSError as exc:  # They were right when the configuration was read.
         raise StoreError(f"[nats] tls files: {exc.strerror or exc}") from None
     if tls is None and any(server.startswith("tls:") for server in config.servers):
@@ -13149,7 +13166,10 @@ class Pool:
         if not wire.finished or not (trusted or len(wires) < MAX_UNPROVEN):
             wire.abort()
             return
-        (wires.append if trusted else wires.appendleft)(wire)
+        if trusted:
+            wires.append(wire)
+        else:
+            wires.appendleft(wire)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
