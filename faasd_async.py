@@ -3001,11 +3001,11 @@ class LogWriter(logging.Handler):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         self._lost = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
+        super().__init__()  # At exit Python closes what has begun as a handler.
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand a line over, if there is room."""
@@ -20933,6 +20933,9 @@ def change_schedule(args: Arguments) -> None:
 
 # --- Service commands -----------------------------------------------------------------------------
 
+NO_THREAD = "can't start new thread"  # as Python says it
+FEWEST_DESCRIPTORS = 24  # free ones: a dozen are used to begin with, and by a command
+
 
 def open_standard_files() -> None:
     """Have 0, 1 and 2 be something: they may be closed, and would become sockets or the store."""
@@ -20958,6 +20961,25 @@ def require_library() -> None:
         raise ConfigError([f"aiohttp {oldest} or later is needed, and there is {there}"])
 
 
+def require_descriptors() -> None:
+    """Raise Shortage where there are not enough to serve a call.
+
+    Event loops that meet that while they begin leave tracebacks, or hang.
+    """
+    held: list[int] = []
+    try:
+        while len(held) < FEWEST_DESCRIPTORS:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as exc:
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        text = f"this process may have {most} descriptors, of which {len(held)} are left"
+        more = f"{FEWEST_DESCRIPTORS} are the least to start with (LimitNOFILE=, ulimit -n)"
+        raise Shortage(f"{exc.strerror}: {text}; {more}") from None
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
 def collect_less() -> None:
     """Look more rarely for cycles of garbage, of which a call leaves none.
 
@@ -20971,6 +20993,7 @@ def collect_less() -> None:
 def serve(args: Arguments) -> int:
     """Run the daemon until a signal."""
     require_library()
+    require_descriptors()
     collect_less()
     path = args.config or default_config()
     config = load_config(path)
@@ -21544,6 +21567,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StoreError, ListenError, HttpError) as exc:
         print(f"faasd-async: {exc}", file=sys.stderr)
         return exit_code(exc)
+    except (RuntimeError, MemoryError) as exc:
+        if isinstance(exc, RuntimeError) and str(exc) != NO_THREAD:
+            raise
+        limits = "LimitNPROC=, TasksMax=, LimitAS=; ulimit -u, ulimit -v"
+        print(f"faasd-async: {exc or 'no memory is left'} ({limits})", file=sys.stderr)
+        return 75
     except BrokenPipeError:  # Who reads our output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

@@ -322,6 +322,24 @@ async def test_side_jobs_outlive_a_want_of_descriptors(daemon: StartDaemon, syst
     assert (await ask(gateway.url, "/healthz")).status == 200
 
 
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("--nofile=7", "descriptors"),
+        ("--nofile=12", "LimitNOFILE="),
+        ("--nofile=20", "24 are the least"),
+        (f"--stack={1 << 46}", "can't start new thread (LimitNPROC=, TasksMax="),  # No thread finds room for that.
+    ],
+)
+async def test_a_start_that_is_short_of_something_ends_with_one_line(limit: str, words: str, tmp_path: Path) -> None:
+    """What there is too little of, and which settings give more; status 75: it may be better later."""
+    serve = (sys.executable, "-m", "faasd_async", "serve", "--config", tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text('[gateway]\nlisten = "127.0.0.1:0"\n[functions.f]\ncommand = ["true"]')
+    finished = await run("prlimit", f"{limit}:{limit.partition('=')[2]}", *serve)
+    assert finished.code == 75, finished
+    assert (words in finished.err, finished.err.count("\n")) == (True, 1), finished.err
+
+
 @own_interpreter
 async def test_an_abstract_notify_socket_works_too(daemon: StartDaemon) -> None:
     """A name that starts with @ is in the abstract namespace."""
