@@ -365,6 +365,10 @@ class ListenError(Exception):
     """An address can't be listened on for now: it may be there later. Exit code 75."""
 
 
+class UsageError(Exception):
+    """What was typed on the command line can't be meant. Exit code 2."""
+
+
 class HttpError(Exception):
     """What ends a request without success: HTTP status, one line of text, extra headers."""
 
@@ -20109,8 +20113,9 @@ def canonical_url(address: str) -> str:
         address += ":8080"
     try:
         address = canonical_address(address)
-    except ValueError as exc:
-        raise HttpError(0, f"{show_url(address)}: {exc}") from None
+    except ValueError:
+        forms = "HOST:PORT, http://HOST or unix:/path"
+        raise HttpError(0, f"{show_url(address)}: expected {forms}") from None
     if address.startswith("unix:"):
         return address
     if address.startswith(":"):  # every address of this machine
@@ -20159,8 +20164,21 @@ class Client:
         """The body that answers "METHOD PATH"."""
         return b"".join(self.stream(request, body, headers))
 
+    def document(self, request: str, *members: str, headers: HeaderPairs = ()) -> dict[str, Any]:
+        """The JSON document that answers "METHOD PATH", and has these members."""
+        return self.parsed(self.ask(request, headers=headers), *members)
+
+    def parsed(self, answer: bytes, *members: str) -> dict[str, Any]:
+        """An answer as the JSON document that it has to be."""
+        try:
+            document: dict[str, Any] = json.loads(answer)
+            require(document.keys() >= set(members))
+        except (ValueError, AttributeError):  # such as the page of another program
+            raise HttpError(0, f"what answers at {self._url} is no faasd-async") from None
+        return document
+
     def stream(self, request: str, body: bytes = b"", headers: HeaderPairs = ()) -> Iterator[bytes]:
-        """The same in pieces, as they come."""
+        """The body that answers in pieces, as they come."""
         refusal = b""
         try:
             with contextlib.closing(self._connect()) as connection:
@@ -20250,7 +20268,7 @@ class Client:
             request += "?wait=60s"
         while True:
             try:
-                record: dict[str, Any] = json.loads(self.ask(request))
+                record = self.document(request, "id", "status")
             except HttpError:
                 if wait and self.late:
                     raise HttpError(503, "the call has not ended within --timeout") from None
@@ -20268,7 +20286,7 @@ class Client:
             query = {**filters, "limit": str(min(1000, limit - len(records)))}
             if cursor:
                 query["cursor"] = cursor
-            page = json.loads(self.ask("GET /system/calls?" + urlencode(query)))
+            page = self.document(f"GET /system/calls?{urlencode(query)}", "calls", "next_cursor")
             records += page["calls"]
             cursor = page["next_cursor"]
         return records, cursor
@@ -20559,7 +20577,7 @@ def print_request(args: Arguments) -> None:
     client = Client(args)
     request = f"GET {call_path(client.full_id(args.id))}/request"
     if args.json:
-        write_json(json.loads(client.ask(request, headers=[("Accept", "application/json")])))
+        write_json(client.document(request, headers=[("Accept", "application/json")]))
     else:
         write(client.ask(request))
 
@@ -20570,13 +20588,13 @@ def change_calls(args: Arguments) -> None:
     if bool(args.ids) == bool(filters):
         options = "--status, --function, --since and others"
         reason = f"which calls? Give call ids (- reads them from standard input), or {options}"
-        raise HttpError(400, reason)
+        raise UsageError(reason)
     if args.ids:
         change_by_id(args)
         return
     action, done = CHANGES[args.request]
-    answer = Client(args).ask(f"POST /system/calls/{action}?{urlencode(filters)}")
-    result = json.loads(answer)
+    request = f"POST /system/calls/{action}?{urlencode(filters)}"
+    result = Client(args).document(request, "matched", "done")
     write(f"{result['done']} of {result['matched']} matching calls {done}\n")
 
 
@@ -20586,7 +20604,7 @@ def change_by_id(args: Arguments) -> None:
     Raises HttpError at the end if some could not be, each told on standard error.
     """
     if not args.ids:
-        raise HttpError(400, "which calls? Give call ids (- reads them from standard input)")
+        raise UsageError("which calls? Give call ids (- reads them from standard input)")
     client = Client(args)
     ids = sys.stdin.read().split() if args.ids == ["-"] else args.ids
     missed = 0
@@ -20601,7 +20619,7 @@ def change_by_id(args: Arguments) -> None:
             print(f"{given}: {exc.text}", file=sys.stderr)
             missed += 1
     if missed:
-        raise HttpError(409, f"not done for {missed} calls")
+        raise HttpError(409, f"not done for {count_of(missed, 'call')}")
 
 
 def read_data(data: str | None) -> bytes:
@@ -20667,7 +20685,7 @@ def invoke(args: Arguments) -> None:
         return
     headers = (*args.header, ("Accept", "application/json"))
     answer = call_function(client, "/async-function/", args, headers)
-    call_id = json.loads(answer)["call_id"]
+    call_id = client.parsed(answer, "call_id")["call_id"]
     if not args.wait:
         write(answer if args.json else call_id + "\n")
         return
@@ -20686,7 +20704,7 @@ QUEUE_ROW = "{:28.28}  {:>7}  {:>7}  {:>5}  {:>8}  {:>6}  {}"
 
 def list_queues(args: Arguments) -> None:
     """The last one is the callback sender's."""
-    document = json.loads(Client(args).ask("GET /system/queues"))
+    document = Client(args).document("GET /system/queues", "queues")
     if args.json:
         write_json(document)
     else:
@@ -20708,8 +20726,7 @@ def write_queues(queues: Iterable[Mapping[str, Any]]) -> None:
 
 def change_queue(args: Arguments) -> None:
     """Pause, resume or purge one."""
-    answer = Client(args).ask(args.request.format(quote(args.name, safe="")))
-    document = json.loads(answer)
+    document = Client(args).document(args.request.format(quote(args.name, safe="")), "queue")
     if args.json:
         write_json(document)
     elif "cancelled" in document:
@@ -20771,8 +20788,8 @@ LITTLE_BYTES = 200 * MIB  # left on the disk
 def show_status(args: Arguments) -> int:
     """The daemon in one screen; exit code 1 if it needs somebody."""
     client = Client(args)
-    stats: dict[str, Any] = json.loads(client.ask("GET /system/stats"))
-    schedules = json.loads(client.ask("GET /system/schedules"))["schedules"]
+    stats = client.document("GET /system/stats", "version", "queues", "store")
+    schedules = client.document("GET /system/schedules", "schedules")["schedules"]
     complaints = [*complaints_of(stats)]
     if args.json:
         write_json({**stats, "complaints": complaints})
@@ -20868,7 +20885,7 @@ SCHEDULE_ROW = "{:16.16}  {:12.12}  {:16.16}  {:>6}  {}"  # a time without its s
 
 def list_schedules(args: Arguments) -> None:
     """With the next instant, by this machine's clock, and the last one."""
-    document = json.loads(Client(args).ask("GET /system/schedules"))
+    document = Client(args).document("GET /system/schedules", "schedules")
     if args.json:
         write_json(document)
         return
@@ -20909,7 +20926,7 @@ def named_schedule(args: Arguments) -> Schedule:
             return Schedule(name="", cron=cron_list(args.schedule), timezone=zone)
         except ValueError as exc:
             raise HttpError(400, str(exc)) from None
-    schedules = json.loads(Client(args).ask("GET /system/schedules"))["schedules"]
+    schedules = Client(args).document("GET /system/schedules", "schedules")["schedules"]
     for schedule in schedules:
         if schedule["name"] == args.schedule:
             zone = args.timezone or schedule["timezone"]
@@ -20920,8 +20937,8 @@ def named_schedule(args: Arguments) -> Schedule:
 
 def change_schedule(args: Arguments) -> None:
     """Run one now, and print the id of the call; or pause it, or have it go on."""
-    answer = Client(args).ask(args.request.format(quote(args.schedule, safe="")))
-    document = json.loads(answer)
+    request = args.request.format(quote(args.schedule, safe=""))
+    document = Client(args).document(request, "schedule")
     if args.json:
         write_json(document)
     elif "call_id" in document:
@@ -21546,6 +21563,8 @@ def exit_code(exc: Exception) -> int:
         return 78
     if isinstance(exc, StoreLocked | ListenError):
         return 75
+    if isinstance(exc, UsageError):
+        return 2
     if isinstance(exc, HttpError):
         return {0: 69, 401: 77, 429: 75, 503: 75}.get(exc.status, 1)
     return 1
@@ -21564,7 +21583,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         print(exc, file=sys.stderr)
         return exit_code(exc)
-    except (StoreError, ListenError, HttpError) as exc:
+    except (StoreError, ListenError, UsageError, HttpError) as exc:
         print(f"faasd-async: {exc}", file=sys.stderr)
         return exit_code(exc)
     except (RuntimeError, MemoryError) as exc:

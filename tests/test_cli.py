@@ -366,7 +366,7 @@ async def test_calls_are_run_again_by_filter(cli: Cli, function: Server) -> None
     assert [(await cli.gateway.final(call_id))["status"] for call_id in failed] == ["success"] * 3
     for action in ("retry", "cancel"):
         for words in ((), (good, "--status", "error")):
-            assert "--status" in (await cli("calls", action, *words, code=1)).err
+            assert "--status" in (await cli("calls", action, *words, code=2)).err
 
 
 # ---- queues ----------------------------------------------------------------------------------------------------
@@ -579,6 +579,21 @@ async def test_a_password_in_an_address_that_is_none_is_not_printed() -> None:
     """The address is, so that its user sees what was wrong."""
     result = await faasd("status", "--url", "ftp://us:s3cret@there")
     assert (result.code, "ftp://there: expected" in result.err, "s3cret" in result.err) == (69, True, False)
+
+
+@pytest.mark.parametrize("page", [b"<html>", b"[]", b"{}", b'"calls"', b"null"])
+async def test_another_program_at_the_daemons_address_is_told_apart(function: Server, page: bytes) -> None:
+    """It answers all that is asked, as the page of an application does that lives in one script."""
+    function.behaviour = answer(body=page)
+    id = "01a21fcb-09c6-7aab-a453-ea606c41c390"
+    for line in ("status", "calls", f"calls show {id}", f"calls request {id} --json", "queues", "queues pause x",
+                 "schedules", "schedules next x", "schedules run x", "calls retry --status error",
+                 "invoke x --async -d x", "invoke x --wait -d x"):  # fmt: skip
+        if "request" in line and page == b"{}":  # which may be one
+            continue
+        result = await faasd(*line.split(), "--url", function.url)
+        said = f"faasd-async: what answers at {function.url} is no faasd-async\n"
+        assert (result.code, result.out, result.err) == (69, "", said), line
 
 
 async def test_the_version_is_told() -> None:

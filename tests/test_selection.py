@@ -779,6 +779,6 @@ async def test_commands_want_either_ids_or_filters(gateway: Daemon, action: str)
     """Neither is no selection, and both are none that is clear: nothing is done."""
     call = await submit(gateway, "cat", X_Delay="1h")
     for words in ([], [call, "--status", "delayed"], [call, "--function", "cat"]):
-        result = await command(gateway, "calls", action, *words, code=1)
+        result = await command(gateway, "calls", action, *words, code=2)
         assert (result.out, result.err.count("\n"), "--status" in result.err) == ("", 1, True), result
     assert (await gateway.record(call))["status"] == "delayed"
