@@ -3489,12 +3489,15 @@ class Timer:
     machine that slept), and what has come in meanwhile gets some time to be read.
     """
 
-    __slots__ = ("_callback", "_grace", "_sweep")
+    __slots__ = ("_callback", "_grace", "_loop", "_sweep")
 
-    def __init__(self, seconds: float, callback: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seconds: float, callback: Callable[[], None]
+    ) -> None:
+        self._loop = loop
         self._callback = callback
         self._grace: asyncio.TimerHandle | None = None
-        self._sweep = sweep(asyncio.get_running_loop(), seconds)
+        self._sweep = sweep(loop, seconds)
         self._sweep.add(self)
 
     def cancel(self) -> None:
@@ -3506,8 +3509,7 @@ class Timer:
     def expire(self, late_s: float) -> None:
         """The time is over, since so many seconds."""
         if late_s > LATE_S:
-            loop = asyncio.get_running_loop()
-            self._grace = loop.call_later(min(late_s, MAX_GRACE_S), self._callback)
+            self._grace = self._loop.call_later(min(late_s, MAX_GRACE_S), self._callback)
         else:
             self._callback()
 
@@ -8577,7 +8579,8 @@ class NatsLanes:
                 pull = self._pulls.number()
                 arrived = lane.pull(pull, missing)
                 wait_s = self._settings().nats.publish_timeout
-                limit = Timer(wait_s, functools.partial(lane.status, pull))
+                loop = asyncio.get_running_loop()
+                limit = Timer(loop, wait_s, functools.partial(lane.status, pull))
                 try:
                     await self._pulls.ask(lane, pull, {"batch": missing, "no_wait": True})
                     await arrived
@@ -12592,12 +12595,13 @@ class TimeLimit:
         self._expired = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         assert task is not None
         self._task = task
         self._cancelling = task.cancelling()
         if self._limit.seconds is not None:
-            self._timer = Timer(self._limit.seconds, self._expire)
+            self._timer = Timer(loop, self._limit.seconds, self._expire)
 
     def _expire(self) -> None:
         """What has come in this round of the event loop is read first."""
@@ -14223,33 +14227,31 @@ class FunctionLimits:
         """Take a slot while a call runs in a block with this."""
         return HeldSlot(self, name)
 
-    def begin(self, name: str) -> bool:
-        """A call begins. Whether it takes one of a limited number of slots."""
+    def begin(self, name: str) -> None:
+        """A call begins."""
         self._running[name] += 1
-        return self.limit(name) is not None
 
-    def end(self, name: str, limited: bool) -> None:
+    def end(self, name: str) -> None:
         """It has ended."""
         self._running[name] -= 1
-        if limited or self.limit(name) is not None:
+        if self.limit(name) is not None:  # else nobody waits: who changes limits tells them
             self.changed()
 
 
 class HeldSlot:
     """A slot of a function, from the beginning of a block to its end."""
 
-    __slots__ = ("_limited", "_limits", "_name")
+    __slots__ = ("_limits", "_name")
 
     def __init__(self, limits: FunctionLimits, name: str) -> None:
         self._limits = limits
         self._name = name
-        self._limited = False
 
     def __enter__(self) -> None:
-        self._limited = self._limits.begin(self._name)
+        self._limits.begin(self._name)
 
     def __exit__(self, *_: object) -> None:
-        self._limits.end(self._name, self._limited)
+        self._limits.end(self._name)
 
 
 # --- Functions ------------------------------------------------------------------------------------
@@ -14519,6 +14521,12 @@ class FunctionDirectory:
 # -- call
 
 
+@functools.lru_cache(32)
+def kept_headers(headers: Headers) -> Headers:
+    """Those of an answer that an outcome has. Functions often answer with the same."""
+    return tuple(forward_headers(headers, CONTENT_LENGTH))
+
+
 def has_header(headers: Headers, lower_name: bytes) -> bool:
     """Whether there is one with this name."""
     return any(name.lower() == lower_name for name, _ in headers)
@@ -14594,7 +14602,7 @@ class FunctionCaller:
         if function.provided and has_header(response.headers, b"x-openfaas-internal"):
             self.directory.expire()  # The function may have no replicas any more.
         error = None if ok else f"function {function.name} answered {status}"
-        headers = tuple(forward_headers(response.headers, CONTENT_LENGTH))
+        headers = kept_headers(response.headers)
         duration_s = time.perf_counter() - started
         return Outcome(status, ok, duration_s, headers, body, size, error=error)
 
@@ -14818,7 +14826,7 @@ class InvocationJob:
         limit = queue_limit(claim.queue, queue.timeout)
         started = time.monotonic()
         output = self.outputs.begin(claim)
-        limited = self.limits.begin(claim.lane)
+        self.limits.begin(claim.lane)
         self.metrics.running.begin(claim.queue, claim.lane)
         try:
             with self.metrics.counted(claim.lane) as tell_status:
@@ -14827,7 +14835,7 @@ class InvocationJob:
                 tell_status(outcome.status)
         finally:
             self.metrics.running.end(claim.queue, claim.lane)
-            self.limits.end(claim.lane, limited)
+            self.limits.end(claim.lane)
             self.outputs.end(claim, output)
         if queue.adaptive:
             self.limits.learn(claim.lane, outcome.status, started)
@@ -14842,6 +14850,8 @@ class InvocationJob:
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
         """See Job: the function's retry policy as it is now."""
+        if outcome.ok:
+            return SUCCEEDED
         function = self.directory.known(claim.lane)
         policy = function.retry if function else self.settings().retry
         now = time.time()
@@ -14865,6 +14875,7 @@ class InvocationJob:
         )
 
 
+DELIVERED = Decision("delivered")
 # Packed, in the order of CALLBACK_HEADERS.
 CALLBACK_LINES = (
     f"User-Agent: {USER_AGENT}\nX-Call-Id: %b\nX-Function-Name: %b\nX-Function-Status: %d\n"
@@ -15025,11 +15036,11 @@ class CallbackJob:
         return more
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
+        if outcome.ok:
+            return DELIVERED
         policy = self.settings().callback.policy
         decision = decide(outcome, claim.attempt, policy.attempts, policy, time.time(), self.rng)
-        if decision.delay_s is None:
-            return Decision("delivered" if outcome.ok else "failed")
-        return decision
+        return decision if decision.delay_s is not None else Decision("failed")
 
     def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
         level = logging.INFO
@@ -15081,7 +15092,8 @@ class Consumer:
         self._tasks: set[asyncio.Task[None]] = set()  # these, and those that store their outcome
         self._claiming = False
         self._revoked: set[Hashable] = set()  # receipts that were cancelled meanwhile
-        self._stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._stopping: asyncio.Future[None] = self._loop.create_future()
         self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
         self.wake()
 
@@ -15105,7 +15117,7 @@ class Consumer:
             # Not at once: a task that is cancelled before its first step would not run at all, nor
             # free its slot.
             task = self._running[receipt].task
-            asyncio.get_running_loop().call_soon(task.cancel)
+            self._loop.call_soon(task.cancel)
         elif self._claiming:
             self._revoked.add(receipt)
 
@@ -15173,7 +15185,7 @@ class Consumer:
             quiet = quiet + 1 if len(self._running) == running else 0
 
     def _start(self, claim: Claim) -> None:
-        task = asyncio.create_task(self._work(claim), name=f"call {claim.call_id}")
+        task = self._loop.create_task(self._work(claim), name=f"call {claim.call_id}")
         self._running[claim.receipt] = Running(claim.lane, task)
         self._tasks.add(task)
 
@@ -15783,7 +15795,8 @@ class Exchange:
         Raises ConnectionResetError.
         """
         if self._flow.full:
-            timer = Timer(self._write_timeout_s, self.transport.abort)
+            loop = asyncio.get_running_loop()
+            timer = Timer(loop, self._write_timeout_s, self.transport.abort)
             try:
                 await self._flow.drain()
             finally:
