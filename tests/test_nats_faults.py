@@ -27,10 +27,11 @@ from conftest import (
     Server,
     ask,
     assert_refused,
+    ok,
     preloaded,
 )
 from jetstream import (
-    RESERVE,
+    RESERVES,
     STREAM,
     Cluster,
     NatsServer,
@@ -52,6 +53,7 @@ from test_crash import CANCELLED, ENDS, TOLD, Witness, is_done
 pytestmark = pytest.mark.no_cover  # the program runs in the daemons
 
 KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 6))  # 200 for the long form
+LONG_PATIENCE_S = 4 * PATIENCE  # on a server that is full, where much waits for what else
 MANY = "[queues.faas-request]\nmax_inflight = 16\n[retry]\nattempts = 1000\n"
 
 
@@ -67,12 +69,12 @@ async def works_again(*gateways: Daemon) -> None:
         assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
 
 
-async def filled(gateway: Daemon, size: int) -> list[str]:
+async def filled(gateway: Daemon, size: int, *headers: str) -> list[str]:
     """Calls with bodies of so many bytes, as many as servers have room for: their ids."""
     accepted: list[str] = []
 
     async def full() -> bool:
-        reply = await post(gateway, "/async-function/it", body=os.urandom(size))
+        reply = await post(gateway, "/async-function/it", *headers, body=os.urandom(size))
         if reply.status == 202:
             accepted.append(reply.headers["X-Call-Id"])
             return False
@@ -187,7 +189,7 @@ async def test_what_a_killed_server_brings_back_of_a_finished_call_is_deleted(
 
         async def they_are_gone() -> bool:
             state = (await jetstream.stream_info(STREAM, subjects_filter=">")).state
-            return state.subjects == {place: 1, RESERVE: 1}
+            return state.subjects == dict.fromkeys((place, *RESERVES), 1)
 
         await eventually(they_are_gone)
     assert await gateway.record(waiting) == record
@@ -537,6 +539,72 @@ async def test_what_is_accepted_ends_though_the_server_has_no_room_for_more(
     await works_again(*pair)
     if whose == "server":
         assert sorted(set(function.call_ids)) == sorted(function.call_ids)
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Calls that fill a server, and what becomes of them."""
+
+    body: int
+    answer: int  # bytes
+    called_back: bool = False
+    status: int = 200
+    away: int = 0  # callbacks that get no 2xx
+
+
+@pytest.mark.parametrize(
+    "backlog",
+    [
+        pytest.param(Backlog(10, 8_000), id="small"),
+        pytest.param(Backlog(1_000, 12_000, called_back=True), id="answered"),
+        pytest.param(Backlog(1_000, 12_000, called_back=True, away=150), marks=pytest.mark.long, id="receiver away"),
+        pytest.param(Backlog(300, 8_000, called_back=True, status=500), marks=pytest.mark.long, id="failing"),
+    ],
+)
+async def test_calls_that_leave_more_than_they_took_end_on_a_full_server(
+    nats_server: StartServer, hosts: StartHost, function: Server, sink: Server, backlog: Backlog
+) -> None:
+    """Answers are called back as a whole and then cut short, however many calls wait; what an administrator deletes is
+    room for new calls, without a restart."""
+    gate = Gate()
+
+    async def behave(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        await gate(request, seen)
+        return web.Response(body=os.urandom(backlog.answer), status=backlog.status)
+
+    async def receive(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        return web.Response(status=500 if len(sink.requests) <= backlog.away else 200)
+
+    function.behaviour, sink.behaviour = behave, receive
+    server = await nats_server(LITTLE_ROOM["server"])
+    settings = one_function(
+        function,
+        "[queues.faas-request]\nmax_inflight = 32\n"
+        '[retry]\nattempts = 3\nmin_wait = "100ms"\nmax_wait = "100ms"\n'
+        '[callback]\nattempts = 1000\nmin_wait = "100ms"\nmax_wait = "1s"\n',
+    )
+    pair = [await hosts(settings, server.url) for _ in range(2)]
+    target = (f"X-Callback-Url: {sink.url}",) if backlog.called_back else ()
+    accepted = await filled(pair[0], backlog.body, *target)
+    gate.open()
+    end = "success" if backlog.status == 200 else "error"
+
+    async def all_over() -> bool:
+        async with server.jetstream() as jetstream:
+            left = [await jetstream.stream_info(STREAM, subjects_filter=f"faas.{root}.>") for root in ("work", "later")]
+        return not any(info.state.subjects for info in left)
+
+    await eventually(all_over, LONG_PATIENCE_S)
+    assert await ended(pair[0], accepted) == {end: len(accepted)}
+    if backlog.called_back:
+        assert {*sink.call_ids} == {*accepted}
+        assert {len(request.body) for request in sink.requests} == {backlog.answer}
+    if backlog.status == 200:
+        assert sorted(function.call_ids) == sorted(accepted)
+    async with server.jetstream() as jetstream:  # The records of so many calls may be all that there is room for.
+        await jetstream.purge_stream(STREAM, subject="faas.call.>")
+    function.behaviour = ok
+    await works_again(*pair)
 
 
 @pytest.mark.long
