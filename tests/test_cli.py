@@ -585,8 +585,8 @@ async def test_a_password_in_an_address_that_is_none_is_not_printed() -> None:
 async def test_another_program_at_the_daemons_address_is_told_apart(function: Server, page: bytes) -> None:
     """It answers all that is asked, as the page of an application does that lives in one script."""
     function.behaviour = answer(body=page)
-    id = "01a21fcb-09c6-7aab-a453-ea606c41c390"
-    for line in ("status", "calls", f"calls show {id}", f"calls request {id} --json", "queues", "queues pause x",
+    call = "01a21fcb-09c6-7aab-a453-ea606c41c390"
+    for line in ("status", "calls", f"calls show {call}", f"calls request {call} --json", "queues", "queues pause x",
                  "schedules", "schedules next x", "schedules run x", "calls retry --status error",
                  "invoke x --async -d x", "invoke x --wait -d x"):  # fmt: skip
         if "request" in line and page == b"{}":  # which may be one
