@@ -2212,8 +2212,7 @@ def pack_schedule(state: ScheduleState) -> str:
 
 def unpack_schedule(document: Mapping[str, Any], revision: int) -> ScheduleState:
     """The inverse, of the parsed JSON. What another version has put there is passed over."""
-    size = len(ScheduledRun._fields)
-    runs = tuple(ScheduledRun(*run[:size]) for run in document["runs"])
+    runs = tuple(ScheduledRun(*run[: len(ScheduledRun._fields)]) for run in document["runs"])
     known = {name: document[name] for name in ScheduleState._fields if name in document}
     boots = tuple(document["boots"])
     return ScheduleState(**{**known, "boots": boots, "runs": runs, "revision": revision})
@@ -2225,6 +2224,7 @@ class QueueStats(NamedTuple):
     waiting: Mapping[str, int]
     oldest_at: float  # infinity: nothing waits
     paused: bool
+    held_back: Mapping[str, str] = {}  # lanes of which nothing is handed out all the same, and why
 
     @property
     def depth(self) -> int:
@@ -3562,6 +3562,13 @@ def sweep(loop: asyncio.AbstractEventLoop, seconds: float) -> Sweep:
 # of the caller are HttpErrors, with the status that each implies.
 
 
+def tell_paused(queues: Iterable[str]) -> None:
+    """Remind people of queues that were paused before this start, as they forget it."""
+    for name in sorted(queues):
+        how = f"faasd-async queues resume {name}"
+        log.warning("queue %s is paused, and its calls wait: %s", name, how)
+
+
 class WorkQueue(Protocol):
     """Work, from enqueue to its end.
 
@@ -3572,6 +3579,7 @@ class WorkQueue(Protocol):
     """
 
     IN_STEP: bool  # whether what runs in a queue is best claimed together, and stored together
+    SHARED: bool  # whether other hosts may run its calls, too
 
     async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
         """Recover what a dead process left. What follows is told on the event loop.
@@ -6429,6 +6437,7 @@ class SqliteQueue:
     """The embedded queue: WorkQueue and CallRecords on one file."""
 
     IN_STEP = True  # What runs and the thread, which stores, would wait for each other in Python.
+    SHARED = False
 
     def __init__(self, path: Path, settings: Settings, observe_commit: Tell[float]) -> None:
         self._file = SqliteFile(path, settings, recover)
@@ -6439,6 +6448,7 @@ class SqliteQueue:
     async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
         """See WorkQueue. Raises StoreError, StoreLocked."""
         self._file.open()  # Nothing else runs yet.
+        tell_paused(self._file.index.paused)
         self._wake = wake
         self._writer = Writer(self._file, self._observe_commit, Listener(wake, stop, final))
 
@@ -6600,6 +6610,7 @@ class SqliteQueue:
 # -- messages
 
 NATS_REQUIRED = (2, 12)  # schedules and message TTLs
+NATS_CONNECT_S = 2  # until another server is tried
 PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
 NATS_LATE_S = 0.01  # what a message that is stored takes to become known to its consumer
 MAX_HEAD_BYTES = 128 * KIB  # of a message beside its parts: URLs, and what was before a redrive
@@ -7372,6 +7383,7 @@ class Awaited(NamedTuple):
     future: asyncio.Future[NatsMessage]
     many: list[NatsMessage] | None
     until: float  # by the event loop's clock
+    wait_s: float  # before that
 
 
 class NatsAnswers:
@@ -7406,7 +7418,7 @@ class NatsAnswers:
         if self._owed_since is None:
             self._owed_since = now
         self._count += 1
-        self._awaited[self._count] = Awaited(future, many, until)
+        self._awaited[self._count] = Awaited(future, many, until, timeout_s)
         if until < self._look_at:
             self._look_then(until)
         return self._count, future
@@ -7446,7 +7458,7 @@ class NatsAnswers:
             return
         over = [number for number, awaited in self._awaited.items() if awaited.until <= now]
         for number in over:
-            self._fail(number, "NATS did not answer in time")
+            self._fail(number, f"NATS has not answered within {self._awaited[number].wait_s:g} s")
         if self._awaited:
             self._look_then(min(awaited.until for awaited in self._awaited.values()))
 
@@ -7471,6 +7483,8 @@ def require_few(end: NatsMessage) -> None:
 def plain_nats_error(exc: Exception) -> str:
     """What the client, or the server, has said of a connection."""
     text = str(exc).removeprefix("nats: ").strip("'")
+    if isinstance(exc, TimeoutError) and text in ("", "timeout"):
+        return f"it has not answered within {NATS_CONNECT_S} s"
     return re.sub(r"^\[SSL: \w+\] |\.? \(_ssl\.c:\d+\)$", "", text) or type(exc).__name__
 
 
@@ -7539,7 +7553,7 @@ async def finish_within(wait_s: float, work: Coroutine[Any, Any, None]) -> None:
         ended_in_time = task.done()
         await cancel_all([task])
     if not ended_in_time:
-        raise TimeoutError
+        raise TimeoutError(f"no server has answered within {wait_s:g} s")
     await task
 
 
@@ -7549,7 +7563,7 @@ async def finish_within(wait_s: float, work: Coroutine[Any, Any, None]) -> None:
 
 # It looks for a server until there is one, and keeps nothing to be sent to it then.
 NATS_OPTIONS: Mapping[str, Any] = {
-    "connect_timeout": 2,
+    "connect_timeout": NATS_CONNECT_S,
     "reconnect_time_wait": 0.2,
     "max_reconnect_attempts": -1,
     "ping_interval": 10,
@@ -7577,7 +7591,7 @@ class NatsTrouble:
 
     def note(self, exc: Exception, server: str) -> None:
         """A connection has failed. Who refuses a login or TLS, and where to look, is told once."""
-        if self.text and not str(exc):  # A time that is over says less.
+        if self.text and isinstance(exc, TimeoutError):  # A time that is over says less.
             return
         text = plain_nats_error(exc)
         place = server.rpartition("@")[2]
@@ -8705,6 +8719,16 @@ class NatsLanes:
 # -- consumers
 
 
+def consumer_name(root: str, queue: str, lane: str) -> str:
+    """What the consumer of a lane is called."""
+    return f"{root}+{nats_token(queue)}+{nats_token(lane)}"
+
+
+def resume_consumer(stream: str, name: str) -> str:
+    """With what NATS's own tool has a consumer go on."""
+    return f"nats consumer resume {stream} {name}"
+
+
 def consumer_config(name: str, subject: str, ack_wait_s: float) -> dict[str, Any]:
     """A consumer as it has to be, and is made."""
     return {
@@ -8767,7 +8791,7 @@ class NatsConsumers:
             raise StoreError(exc.problems[0]) from None
 
     async def _ensure(self, root: str, queue: str, name: str) -> None:
-        consumer = f"{root}+{nats_token(queue)}+{nats_token(name)}"
+        consumer = consumer_name(root, queue, name)
         if consumer in self._known and not self._lined_up:
             return
         self._lined_up += 1  # Who comes later does not overtake.
@@ -8855,11 +8879,20 @@ class NatsConsumers:
     def _tell_paused(self, paused: set[str]) -> None:
         """Tell once which consumers hand nothing out, as an administrator wants it."""
         for name in sorted(paused - self._paused):
-            how = f"nats consumer resume {self._stream} {name}"
+            how = resume_consumer(self._stream, name)
             log.warning("NATS: consumer %s is paused on the server, its calls wait: %s", name, how)
         for name in sorted(self._paused - paused):
             log.info("NATS: consumer %s is not paused any more", name)
         self._paused = paused
+
+    def held_back(self, lanes: Iterable[NatsLane]) -> dict[str, str]:
+        """See QueueStats."""
+        why = "consumer %s, which is paused on the NATS server: %s"
+        return {
+            lane.name: why % (lane.consumer, resume_consumer(self._stream, lane.consumer))
+            for lane in lanes
+            if lane.consumer in self._paused
+        }
 
     async def _is_gone(self, consumer: str) -> bool:
         """Whether one that was not listed is not there: pages shift while others are made."""
@@ -11935,9 +11968,16 @@ class NatsLeases:
 
 async def learn_pauses(calls: NatsCalls, subjects: NatsSubjects, lanes: NatsLanes) -> None:
     """Hold the queues that are paused."""
+    known = set(lanes.paused)
     for subject in await calls.subjects(subjects.pauses):
         if note := await calls.note(subject, "queue", "paused"):
             lanes.pause(note["queue"], note["paused"])
+    tell_paused(lanes.paused - known)
+
+
+def pause_note(name: str, paused: bool) -> bytes:
+    """What is stored of a queue that was paused or resumed."""
+    return json.dumps({"queue": name, "paused": paused}).encode()
 
 
 class NatsPeers:
@@ -11966,10 +12006,16 @@ class NatsPeers:
 
     async def pause(self, name: str, paused: bool) -> None:
         """Have all daemons hold a queue, or go on with it; also those that come later."""
-        note = json.dumps({"queue": name, "paused": paused}).encode()
-        await self._link.publish(self._subjects.pause(name), note)
+        await self._link.publish(self._subjects.pause(name), pause_note(name, paused))
         self._lanes.pause(name, paused)
         self._news.tell(pause=(name, paused))
+
+    async def restore_pauses(self) -> None:
+        """Store again what went with a stream that somebody has deleted. Raises StoreError."""
+        for name in self._lanes.paused:
+            place, note = self._subjects.pause(name), pause_note(name, True)
+            with contextlib.suppress(NatsChanged):  # It is there, or the queue was resumed since.
+                await self._link.publish(place, note, Nats_Expected_Last_Subject_Sequence=0)
 
     async def _heard(self, message: nats.aio.msg.Msg) -> None:
         """Somebody has told something: another daemon."""
@@ -12134,6 +12180,7 @@ class NatsChores(NamedTuple):
 
     begin: Callable[[], Awaitable[None]]
     stream: NatsStream
+    peers: NatsPeers
     renew: Callable[[], Awaitable[None]]
     recovery: NatsRecovery
     expire: Callable[[Delivery], Awaitable[None]]
@@ -12261,6 +12308,7 @@ class NatsKeeper:
             consumers = await self._consumers.poll()
             if await self._chores.stream.is_edited() or self._link.room.unfit:
                 await self._chores.stream.begin()
+                await self._chores.peers.restore_pauses()
             server = self._link.info["server_id"]  # Each start of one has another.
             if fresh:
                 await self._chores.recovery.recover(consumers, server != self._swept)
@@ -12272,6 +12320,7 @@ class NatsKeeper:
             if exc.code in NOT_THERE:
                 log.error("%s", exc)
                 await self._chores.stream.begin()
+                await self._chores.peers.restore_pauses()
             raise
 
     async def _keep_leases(self) -> None:
@@ -12381,7 +12430,9 @@ class NatsFigures:
             heads = await asyncio.gather(*map(self._messages.head, busy))
             paused = name in lanes.paused
             if waiting or paused:
-                stats[name] = QueueStats(waiting, min(heads, default=float("inf")), paused)
+                oldest_at = min(heads, default=float("inf"))
+                held_back = self._consumers.held_back(busy)
+                stats[name] = QueueStats(waiting, oldest_at, paused, held_back)
         self._stats = stats
 
     async def figures(self) -> StoreFigures:
@@ -12414,7 +12465,6 @@ class NatsParts(NamedTuple):
     intake: NatsIntake
     news: NatsNews
     peers: NatsPeers
-    recovery: NatsRecovery
     takeover: NatsTakeover
     schedules: NatsSchedules
     figures: NatsFigures
@@ -12428,6 +12478,7 @@ class NatsQueue:
     """The queue on JetStream: WorkQueue and CallRecords, for as many daemons as share it."""
 
     IN_STEP = False  # Half of it runs while servers store what has become of the other half.
+    SHARED = True
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
@@ -12492,8 +12543,6 @@ class NatsQueue:
         expire = NatsDeadlines(calls, ends, messages, operator).expire
         renew = NatsLeases(replies, lanes, holdings, slots).renew
         recovery = NatsRecovery(subjects, calls, self._waiting, messages, claims)
-        chores = NatsChores(self._begin, self._stream, renew, recovery, expire)
-        self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
         self._parts = NatsParts(
             lanes=lanes,
             consumers=consumers,
@@ -12505,11 +12554,12 @@ class NatsQueue:
             intake=intake,
             news=news,
             peers=NatsPeers(link, subjects, lanes, holdings, operator, news),
-            recovery=recovery,
             takeover=NatsTakeover(link, subjects, settings, intake, self._metrics),
             schedules=NatsSchedules(link, subjects, calls, intake),
             figures=NatsFigures(link, settings, consumers, lanes, self._waiting),
         )
+        chores = NatsChores(self._begin, self._stream, self._parts.peers, renew, recovery, expire)
+        self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
 
     async def close(self) -> None:
         """See WorkQueue. What is left of our claims is taken over by who comes next."""
@@ -14900,6 +14950,7 @@ class InvocationJob:
     caller: FunctionCaller
     outputs: LiveOutputs
     metrics: Metrics
+    shared: bool  # WorkQueue.SHARED
     rng: random.Random = field(default_factory=random.Random)
 
     def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
@@ -14943,7 +14994,7 @@ class InvocationJob:
 
         These get its calls then: it counts as one that can't be reached here.
         """
-        if self.settings().store.backend == "sqlite":
+        if not self.shared:
             error = f"function {claim.function} does not exist any more"
             return Outcome(404, False, 0.0, error=error, answered=False)
         self.limits.rest(claim.lane, UNKNOWN_S)
@@ -17190,7 +17241,8 @@ class WaitReasons:
         stats = (await self.records.stats()).get(record.queue)
         if stats is not None and stats.paused:
             return f"queue {record.queue}, which is paused"
-        return self._room(record) or self._turn(record)
+        held_back = stats.held_back.get(record.lane) if stats is not None else None
+        return held_back or self._room(record) or self._turn(record)
 
     def _room(self, record: CallRecord) -> str | None:
         """What has to end first, where as many calls run as may."""
@@ -17584,6 +17636,7 @@ class LogRoutes:
     records: CallRecords
     waiters: CallWaiters
     outputs: LiveOutputs
+    shared: bool  # WorkQueue.SHARED
 
     async def show_log(self, request: Request) -> Response:
         """What the function wrote: its answer's body, and a command's stderr."""
@@ -17607,7 +17660,7 @@ class LogRoutes:
 
     async def _follow(self, record: CallRecord) -> AsyncGenerator[bytes, None]:
         """What a call writes, attempt by attempt, to its end; of one that ran elsewhere, then."""
-        shared = self.settings().store.backend == "nats"
+        shared = self.shared
         followed = 0  # the last attempt of which this was
         while True:
             changed = self.waiters.event(record.id)
@@ -20084,7 +20137,8 @@ class Daemon:
         chores = (scheduler.run, ProvidedSchedules(settings, provider, directory, news).run)
         sender = CallbackJob(settings, callback_http, own_http, own_url, metrics)
         outputs = LiveOutputs(self._waiters)
-        invoker = InvocationJob(settings, directory, self._limits, caller, outputs, metrics)
+        shared = self._queue.SHARED
+        invoker = InvocationJob(settings, directory, self._limits, caller, outputs, metrics, shared)
         functions = FunctionRoutes(settings, directory, self._limits, caller, intake, metrics)
         inflight = self._consumers.inflight
         queues = QueueRoutes(settings, self._queue, directory, metrics, inflight)
@@ -20092,7 +20146,7 @@ class Daemon:
         routes = route_table(
             functions,
             CallRoutes(settings, self._queue, self._waiters, reasons),
-            LogRoutes(settings, self._queue, self._waiters, outputs),
+            LogRoutes(settings, self._queue, self._waiters, outputs, shared),
             queues,
             BackupRoutes(self._queue),
             StatsRoutes(queues, self._queue, self._limits, self._warnings.lines),

@@ -261,7 +261,7 @@ async def test_a_server_that_hangs_holds_up_only_what_has_to_be_stored(
     assert (await ask(gateway.url, "/function/it")).status == 200
     assert (await ask(gateway.url, "/healthz")).status == 200
     reply = await waiting
-    assert_refused(reply, 503)
+    assert_refused(reply, 503, "NATS has not answered within 2 s")
     assert int(reply.headers["Retry-After"]) > 0
     assert_refused(await ask(gateway.url, "/readyz"), 503, "NATS has not answered for")
     age_s, number, stats = await figures()
@@ -287,6 +287,20 @@ async def test_a_daemon_that_starts_before_its_server_gets_ready_later(
     assert_refused(reply, 503, "nats")
     assert_refused(await post(gateway, "/async-function/it"), 503)
     await server.start()
+    await works_again(gateway)
+
+
+@pytest.mark.long
+async def test_a_daemon_that_starts_while_its_server_hangs_says_so(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """Whom it has asked, and for how long; in words."""
+    server.freeze()
+    gateway = await hosts(one_function(function))
+    place = server.url.removeprefix("nats://")
+    assert_refused(await ask(gateway.url, "/readyz"), 503, "answered within 2 s")
+    await gateway.wait_for_log(f"ERROR NATS at nats://{place} can't be reached: no server has answered within 2 s")
+    server.thaw()
     await works_again(gateway)
 
 
@@ -330,6 +344,32 @@ async def test_what_an_administrator_deletes_is_made_again(
 
         call_id = await eventually(accepted)
         assert (await gateway.final(call_id))["status"] == "success"
+
+
+async def test_a_pause_outlives_the_stream_that_it_is_stored_in(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """An administrator has deleted it: hosts that come later hold the queue too, and say so at their start."""
+    one = await hosts(one_function(function))
+    await works_again(one)
+    await post(one, "/system/queues/faas-request/pause")
+    async with server.jetstream() as jetstream:
+        await jetstream.delete_stream(STREAM)
+
+        async def stored() -> bool:
+            try:
+                await jetstream.get_last_msg(STREAM, "faas.queue.faas-request")
+            except nats.js.errors.NotFoundError:
+                return False
+            return True
+
+        await eventually(stored)
+    other = await hosts(one_function(function))
+    await other.wait_for_log("WARNING queue faas-request is paused, and its calls wait: faasd-async queues resume")
+    call_id = await other.submit("it")
+    assert (await one.record(call_id))["waits_for"] == "queue faas-request, which is paused"
+    await post(other, "/system/queues/faas-request/resume")
+    assert (await one.final(call_id))["status"] == "success"
 
 
 async def test_a_stream_that_is_made_again_otherwise_gets_no_calls(
@@ -391,7 +431,9 @@ async def test_a_consumer_that_is_paused_is_told_of_and_goes_on(
         call_id = await pair[0].submit("it")
         for gateway in pair:
             await gateway.wait_for_log(f"WARNING NATS: consumer {name} is paused on the server")
-        assert (await pair[0].record(call_id))["status"] == "queued"
+        record = await pair[0].record(call_id)
+        assert record["status"] == "queued"
+        assert record["waits_for"].startswith(f"consumer {name}, which is paused on the NATS server")
         await pause("0001-01-01T00:00:00Z")
         assert (await pair[1].final(call_id))["status"] == "success"
         await works_again(*pair)
