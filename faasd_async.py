@@ -678,8 +678,8 @@ def visible(value: Any) -> str:
     return str(value)
 
 
-@expects("a queue's name")
-def queue_name(value: Any) -> str:
+@expects("a name of letters, digits, dashes and underscores, with no dot")
+def plain_name(value: Any) -> str:
     """A name as functions and queues have them in the file."""
     require(NAME.fullmatch(value))
     return str(value)
@@ -689,7 +689,7 @@ def queue_name(value: Any) -> str:
 def program(value: Any) -> tuple[str, ...]:
     """What is executed: no shell is involved."""
     words = list_of(text)(value)
-    require(words)
+    require(words and "\0" not in "".join(words))
     return words
 
 
@@ -740,14 +740,16 @@ def canonical_address(value: Any) -> str:
     return address
 
 
-@expects(f"one or more of {ADDRESS_FORM}")
+@expects(f"one or more of {ADDRESS_FORM}, each once")
 def addresses(value: Any) -> tuple[str, ...]:
     """Where to listen."""
     if type(value) is int:  # a port
         value = str(value)
     listed = (value,) if isinstance(value, str) else value
     require(listed)
-    return list_of(canonical_address)(listed)
+    canonical = list_of(canonical_address)(listed)
+    require(len(set(canonical)) == len(canonical))
+    return canonical
 
 
 @expects("'NAME: VALUE'")
@@ -806,7 +808,7 @@ def table(value: Any) -> Mapping[str, Any]:
 
 @expects("a table of strings")
 def string_table(value: Any) -> Mapping[str, str]:
-    """Labels, annotations, environment variables."""
+    """Labels and annotations."""
     require(all(isinstance(item, str) for item in value.values()))
     return dict(value)
 
@@ -873,7 +875,7 @@ def uuid7(stamp_ms: int, high: int, low: int) -> str:
 
 
 # --- Secrets --------------------------------------------------------------------------------------
-# What stands in files of its own: passwords, keys, certificates.
+# What stands in files of its own: passwords, keys, certificates, headers; tables of such texts.
 
 
 def whole_file(path: Any) -> bytes:
@@ -924,6 +926,22 @@ def header_table(value: Any) -> Mapping[str, str]:
         require(re.fullmatch(HEADER_NAME, name))
         require(re.fullmatch(r"[\t -~\x80-\uffff]*", content))
     return headers
+
+
+@expects("a table of strings, of names without =")
+def environment(value: Any) -> Mapping[str, str]:
+    """Variables as a program can have them (environ(7))."""
+    variables = string_table(value)
+    require("" not in variables and "=" not in "".join(variables))
+    require("\0" not in "".join([*variables, *variables.values()]))
+    return variables
+
+
+@expects('a media type such as "text/plain; charset=utf-8"')
+def media_type(value: Any) -> str:
+    """What a Content-Type says, in one line."""
+    require(re.fullmatch("[ -~]+", value))
+    return str(value)
 
 
 NOT_GIVEN = HOP_BY_HOP | {b"host", b"content-length"}  # what belongs to a connection or a body
@@ -1221,7 +1239,7 @@ class GatewayConfig:
     write_timeout: float = key(positive, "60s")
     upstream_timeout: float = key(positive, "65s")
     max_payload: int = key(size, "1MiB")
-    namespace: str = key(text, "openfaas-fn")
+    namespace: str = key(plain_name, "openfaas-fn")
     drain_timeout: float = key(duration, "20s")
     trusted_origins: tuple[str, ...] = key(origins, [])
     hosts: tuple[str, ...] = key(host_names, [])
@@ -1310,9 +1328,9 @@ class NatsConfig:
     """[nats]: the JetStream servers that keep the queue where `store.backend` is "nats"."""
 
     servers: tuple[str, ...] = key(nats_servers, ["nats://127.0.0.1:4222"])
-    stream: str = key(queue_name, DEFAULT_QUEUE)
+    stream: str = key(plain_name, DEFAULT_QUEUE)
     replicas: int = key(count, 1)
-    prefix: str = key(queue_name, "faas")
+    prefix: str = key(plain_name, "faas")
     user_file: SecretFile | None = key(secret_file)
     password_file: SecretFile | None = key(secret_file)
     token_file: SecretFile | None = key(secret_file)
@@ -1461,9 +1479,9 @@ class Function:
     rate: Rate | None = key(rate)
     annotations: Mapping[str, str] = key(string_table, {})
     labels: Mapping[str, str] = key(string_table, {})
-    env: Mapping[str, str] = key(string_table, {})
+    env: Mapping[str, str] = key(environment, {})
     cwd: str | None = key(text)
-    content_type: str | None = key(text)
+    content_type: str | None = key(media_type)
     keepalive: bool = key(boolean, True)
     tls_ca_file: str | None = key(pem_file)
     tls_cert_file: str | None = key(pem_file)
@@ -1532,7 +1550,7 @@ class Schedule:
     headers: Mapping[str, str] = key(header_table, {})
     body: str | None = key(text)
     body_file: bytes | None = key(whole_file)
-    queue: str | None = key(queue_name)
+    queue: str | None = key(plain_name)
     overlap: str = key(one_of("skip", "queue", "replace"), "skip")
     catch_up: str = key(one_of("last", "none", "all"), "last")
     max_late: float = key(duration, "1h")
@@ -1704,7 +1722,7 @@ def annotated(
     return Function(
         name=name,
         namespace=namespace,
-        queue=read("queue", queue_name, DEFAULT_QUEUE),
+        queue=read("queue", plain_name, DEFAULT_QUEUE),
         max_inflight=read("max_inflight", number, None),
         rate=read("rate", rate, None),
         annotations=annotations,
@@ -3811,7 +3829,7 @@ def require_whole(
     HttpError: 409 the call has not finished, 410 there is no answer, or only a part of it.
     """
     if status not in FINAL:
-        raise HttpError(409, f"the call has not finished yet: it is {status}")
+        raise HttpError(409, "the call has not finished yet: its record tells how it stands")
     if not response_bytes and status != "success":
         raise HttpError(410, f"there is no answer: the call ended in {status}: {error or ''}")
     if kept_bytes != response_bytes:
@@ -19937,6 +19955,18 @@ def new_sockets(config: GatewayConfig) -> list[socket.socket]:
     return sockets
 
 
+def start_listening(server: Server, sock: socket.socket) -> None:
+    """Accept connections there. Raises ListenError: others may listen who came after the bind.
+
+    These may be ourselves, where one of the addresses includes another (as 0.0.0.0 does).
+    """
+    try:
+        server.listen(sock)
+    except OSError as exc:
+        line = f"gateway.listen: {socket_url(sock)}: {exc.strerror or exc}"
+        raise ListenError(line) from exc
+
+
 def socket_files(sockets: Sequence[socket.socket]) -> Mapping[Path, int]:
     """Their files, with inodes: another process may put its own in their place."""
     names = [sock.getsockname() for sock in sockets if sock.family == socket.AF_UNIX]
@@ -20095,7 +20125,7 @@ class Daemon:
             server = Server(front.answer, *timeouts)
             stack.push_async_callback(server.close)
             for sock in sockets:
-                server.listen(sock)
+                start_listening(server, sock)
                 log.info("listening on %s", socket_url(sock))
             names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
             self._consumers.start(jobs, names)

@@ -417,6 +417,24 @@ def test_an_address_that_can_not_be_listened_on_is_refused(listen: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('gateway.namespace = "two.parts"', "gateway.namespace"),
+        ('gateway.listen = ["127.0.0.1:8080", "http://127.0.0.1:8080"]', "gateway.listen"),
+        ('functions.it.command = ["echo", "\\u0000"]', "functions.it.command"),
+        ('functions.it.env = { "A=B" = "1" }', "functions.it.env"),
+        ('functions.it.env = { "" = "1" }', "functions.it.env"),
+        ('functions.it.env = { A = "\\u0000" }', "functions.it.env"),
+        ('functions.it.content_type = "text/plain\\nX-Other: 1"', "functions.it.content_type"),
+    ],
+)
+def test_a_value_that_can_never_work_is_refused(line: str, key: str) -> None:
+    """Before a call finds out: names with an = and texts with a NUL start no program, to give examples."""
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: expected"):
+        parse_config(tomllib.loads(line))
+
+
+@pytest.mark.parametrize(
     "value", ["10", "5 m", "1.5d", "1h7d", "-5s", "s", "", "1h-5m", "1e3s", "100000000h", 10, 1.5, True, None]
 )
 def test_a_bad_duration_is_refused(value: Any) -> None:

@@ -351,7 +351,7 @@ WRONG = {
     'headers = { X-A = "a\\nb" }': "schedules.one.headers: expected a table of header names",
     "headers = { X-Callback-Url = 'ftp://x' }": "schedules.one: headers: X-Callback-Url: expected an absolute",
     "headers = { idempotency-key = 'x' }": "schedules.one: headers: Idempotency-Key is not for a schedule",
-    "queue = 'no.dots'": "schedules.one.queue: expected a queue's name",
+    "queue = 'no.dots'": "schedules.one.queue: expected a name of letters",
     "corn = '* * * * *'": "schedules.one.corn: unknown key (did you mean cron?)",
 }
 

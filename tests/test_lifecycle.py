@@ -624,6 +624,17 @@ async def test_an_address_in_use_is_one_clear_line(daemon: StartDaemon, tmp_path
     assert len([line for line in gateway.lines if address in line]) == 1, gateway.log
 
 
+async def test_an_address_that_includes_another_is_one_clear_line(daemon: StartDaemon, tmp_path: Path) -> None:
+    """Both can be bound, but one can be listened on: the exit code is that of an address in use."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    gateway = await daemon(f'[gateway]\nlisten = ["0.0.0.0:{port}", "127.0.0.1:{port}"]', start=False)
+    await gateway.spawn()
+    assert await gateway.ended() == 75
+    assert f"faasd-async: gateway.listen: http://127.0.0.1:{port}: Address already in use" in gateway.lines
+
+
 async def test_a_file_that_is_no_socket_is_not_replaced(daemon: StartDaemon, tmp_path: Path) -> None:
     """It stays, and the daemon says what is in the way."""
     path = tmp_path / "notes"
