@@ -2274,9 +2274,9 @@ class Overview(NamedTuple):
 
 def failure_of(of: str, number: int, outcome: Outcome, now: float) -> Failure:
     """What a record keeps of an outcome that leads to another attempt or delivery."""
-    no_status = of == "callback" and not outcome.answered
-    http_status = None if no_status else outcome.status
-    return Failure(of, number, round(now, 6), outcome.duration_s, http_status, outcome.error)
+    http_status = None if of == "callback" and not outcome.answered else outcome.status
+    times = (round(now, 6), round(outcome.duration_s, 6))
+    return Failure(of, number, *times, http_status, outcome.error)
 
 
 def failure_document(failure: Failure) -> dict[str, Any]:
@@ -7007,7 +7007,8 @@ def ended_call(call: NatsCall, outcome: Outcome, status: str, now: float) -> Nat
     if call.deadline_at is not None:
         call = call._replace(deadline_at=None)
     ended = (status, None, call.attempts, call.started_at, now)
-    answer = (outcome.status, outcome.duration_s, outcome.size, call.interrupted, outcome.error)
+    duration_s = round(outcome.duration_s, 6)
+    answer = (outcome.status, duration_s, outcome.size, call.interrupted, outcome.error)
     rest = call[FATE + len(ended) + len(answer) :]
     return NatsCall._make(call[:FATE] + ended + answer + rest)
 
@@ -15561,11 +15562,14 @@ class Accepted(NamedTuple):
 def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T | None:
     """A parameter or header, parsed; None where it is absent.
 
-    Raises HttpError(400) naming it, its value and the form that was expected.
+    Raises HttpError(400) naming it, its value and the form that was expected; or of a header that
+    says two things.
     """
     value = given.get(name)
     if value is None:
         return None
+    if isinstance(given, CIMultiDict | CIMultiDictProxy) and len(set(given.getall(name))) > 1:
+        raise HttpError(400, f"{name}: it is there more than once, and not with the same value")
     try:
         return parse(value)
     except ValueError as exc:
@@ -17921,13 +17925,15 @@ class RestRoutes:
         if request.http.method in ("GET", "HEAD"):
             if resource == "function" and name in own:
                 return reply(self._document(own[name]))
-            return await self._read(request, resource, own)
+            return await self._read(request, resource, name, own)
         if self.provider.url is None:
             reason = "functions are defined in the TOML file: change that and reload"
             raise HttpError(405, reason, {"Allow": "GET"})
         return await self._write(request, resource)
 
-    async def _read(self, request: Request, resource: str, own: Mapping[str, Function]) -> Response:
+    async def _read(
+        self, request: Request, resource: str, name: str, own: Mapping[str, Function]
+    ) -> Response:
         documents = self._own_documents()
         if self.provider.url is not None:
             if resource not in ("info", "functions"):
@@ -17935,11 +17941,15 @@ class RestRoutes:
             answer = await self._ask(request, "GET", b"")
             if answer.status != 200:
                 return passed(answer, answer.status)
-            documents[resource] = json.loads(answer.body)
+            documents[resource] = parse_provided(answer, request.target)
         elif resource == "logs":
             return respond(200, {"Content-Type": "application/x-ndjson"})
+        elif resource == "namespace" and name in documents["namespaces"]:
+            return reply({"name": name, "labels": {}, "annotations": {}})
+        elif resource in ("function", "namespace"):
+            raise HttpError(404, f"no such {resource}: it is not in the configuration")
         elif resource not in documents:
-            raise HttpError(404, "no such function: it is not in the configuration")
+            raise HttpError(404, "no such route below /system")
         if resource == "info":
             arch = os.uname().machine
             return reply({"provider": documents["info"], "version": OWN_VERSION, "arch": arch})
@@ -17985,6 +17995,14 @@ class RestRoutes:
             if document["name"] not in own:
                 key = f"{document['name']}.{document['namespace']}"
                 yield document | {"invocationCount": self.metrics.functions.started[key]}
+
+
+def parse_provided(answer: Fetched, target: str) -> Any:
+    """What the provider says of itself or its functions. ProviderAway: it is no JSON."""
+    try:
+        return json.loads(answer.body)
+    except ValueError:
+        raise ProviderAway(f"what the provider answered to {target} is no JSON") from None
 
 
 def passed(answer: Fetched, status: int) -> Response:

@@ -304,6 +304,24 @@ async def test_a_bad_control_header_is_refused(gateway: Daemon, function: Server
     assert function.requests == []
 
 
+async def test_a_control_that_says_two_things_is_refused(gateway: Daemon, function: Server) -> None:
+    """Neither is taken for what the caller meant; one that is repeated as it was is no harm."""
+    for name, first, second in (
+        ("X-Delay", "1h", "2h"),
+        ("X-Max-Attempts", "1", "2"),
+        ("X-Callback-Url", "http://127.0.0.1:1/a", "http://127.0.0.1:1/b"),
+        ("Idempotency-Key", "one", "two"),
+        ("X-Call-Id", "one", "two"),
+    ):
+        reply = await submit(gateway, f"{name}: {first}", f"{name.lower()}: {second}")
+        assert reply.status == 400, name
+        assert_one_line(reply, name)
+    reply = await ask(gateway.url, "/function/echo", "X-Call-Id: one", "X-Call-Id: two")
+    assert reply.status == 400
+    assert function.requests == []
+    assert (await submit(gateway, "X-Delay: 1h", "X-Delay: 1h")).status == 202
+
+
 # ---- what is not HTTP ------------------------------------------------------------------------------------------
 
 

@@ -312,6 +312,31 @@ async def test_secrets_and_namespaces_without_a_provider(alone: FaasCli) -> None
     assert (await alone.send("GET", "/system/namespaces")).document == ["openfaas-fn"]
 
 
+async def test_a_namespace_without_a_provider(alone: FaasCli) -> None:
+    """That of the file is described, and another one is not there; neither is what OpenFaaS does not have."""
+    described = await alone.send("GET", "/system/namespace/openfaas-fn")
+    assert described.document == {"name": "openfaas-fn", "labels": {}, "annotations": {}}
+    for path, said in (
+        ("/system/namespace/elsewhere", b"no such namespace: it is not in the configuration\n"),
+        ("/system/function/nosuch", b"no such function: it is not in the configuration\n"),
+        ("/system/nosuch", b"no such route below /system\n"),
+    ):
+        refused = await alone.send("GET", path)
+        assert (refused.status, refused.body) == (404, said)
+
+
+async def test_a_provider_that_is_none_is_told(
+    session: aiohttp.ClientSession, daemon: StartDaemon, function: Server
+) -> None:
+    """Such as another program at its address, which has a page for everything."""
+    function.behaviour = answer(body=b"<html>")
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"')
+    cli = FaasCli(session, gateway.url)
+    for path in ("/system/functions", "/system/info"):
+        refused = await cli.send("GET", path)
+        assert (refused.status, refused.body) == (503, f"what the provider answered to {path} is no JSON\n".encode())
+
+
 async def test_version_without_a_provider(alone: FaasCli) -> None:
     """The fields that it prints are there and are not empty."""
     info = (await alone.send("GET", "/system/info")).document

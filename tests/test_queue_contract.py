@@ -1376,6 +1376,16 @@ async def test_a_record_has_its_times_in_seconds(bench: Bench) -> None:
     assert (ended.due_at, ended.duration_s) == (None, 0.25)
 
 
+async def test_durations_have_whole_microseconds(bench: Bench) -> None:
+    """As all times of a record, those of its failures included."""
+    await bench.enqueue("a")
+    await bench.queue.retry(await bench.take(), BAD._replace(duration_s=0.12345678), 0.0)
+    await bench.run(OK._replace(duration_s=0.00085961800004952))
+    record = await bench.record("a")
+    assert record["duration_seconds"] == 0.00086
+    assert [failure["duration_seconds"] for failure in record["failures"]] == [0.123457]
+
+
 async def test_a_record_is_delayed_until_its_call_is_due(bench: Bench) -> None:
     """Then it is queued, though nothing was done to it."""
     due_at = time.time() + 0.2
