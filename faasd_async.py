@@ -11865,8 +11865,8 @@ class NatsReserve:
         self._subjects = subjects
         self._calls = calls
         self._blocks = blocks
-        self._sweep_at = time.monotonic() + SWEEP_PERIOD_S
-        self._most = float(SWEPT)  # messages that are looked at then
+        self._sweep_at = time.monotonic() + MISSED_S  # There may have been no room before.
+        self._most = math.inf  # messages that are looked at then
         self._period_s = ROOM_PERIODS_S[0]
 
     def _place(self, number: int) -> str:

@@ -649,25 +649,32 @@ async def test_calls_that_leave_more_than_they_took_end_on_a_full_server(
     await works_again(*pair)
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("host", ["stopped", pytest.param("frozen", marks=pytest.mark.long)])
 async def test_what_is_due_while_the_server_has_no_room_is_not_forgotten(
-    nats_server: StartServer, hosts: StartHost, function: Server
+    nats_server: StartServer, hosts: StartHost, function: Server, host: str
 ) -> None:
-    """The server does forget it: somebody else's stream has used its room up for a while."""
+    """The server does forget it: somebody else's stream has used its room up for a while, when no host was there, or
+    none that worked."""
     server = await nats_server(LITTLE_ROOM["server"])
     gateway = await hosts(one_function(function), server.url)
     await works_again(gateway)
     async with server.jetstream() as jetstream:
         delayed = await submit_all(3, gateway, X_Delay="1s")
-        gateway.signal(signal.SIGSTOP)  # or it would make room in time
+        if host == "stopped":
+            assert await gateway.terminate() == 0
+        else:
+            gateway.signal(signal.SIGSTOP)  # or it would make room in time
         await jetstream.add_stream(name="theirs", subjects=["theirs"])
         with contextlib.suppress(nats.js.errors.APIError):
             while True:
                 await jetstream.publish("theirs", bytes(100_000))
         await asyncio.sleep(2)  # until they were due; that time passes is what this is about
-        gateway.signal(signal.SIGCONT)
-        assert_refused(await post(gateway, "/async-function/it"), 503, "insufficient resources")
+        if host == "frozen":
+            gateway.signal(signal.SIGCONT)
+            assert_refused(await post(gateway, "/async-function/it"), 503, "insufficient resources")
         await jetstream.delete_stream("theirs")
+        if host == "stopped":
+            await gateway.start()
     assert await ended(gateway, delayed) == {"success": 3}
     await works_again(gateway)
 
