@@ -19347,6 +19347,10 @@ class ScheduleNews:
         """That was looked at."""
         self.stale = False
 
+    def not_planned(self) -> None:
+        """It could not be: the next look does it. That is not woken, or it would come at once."""
+        self.stale = True
+
     def expect(self, state: ScheduleState) -> None:
         """The ends of these calls have to be noted: one that has ended may be run again."""
         ids = {run.id for run in state.runs if run.id}
@@ -19626,14 +19630,18 @@ class Scheduler:
 
     async def run(self) -> None:
         """Go on until this is cancelled. What is due is settled in tasks of this one."""
+        told = ""
         async with asyncio.TaskGroup() as group:
             while True:
                 self._news.changed.clear()
                 try:
                     wait_s = await self._look(group)
+                    told = ""
                 except StoreError as exc:
-                    log.warning("schedules wait: %s", exc)
                     wait_s = RETRY_STORE_S
+                    if str(exc) != told:
+                        told = str(exc)
+                        log.warning("schedules wait: %s", told)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await self._news.changed.wait()
@@ -19688,7 +19696,7 @@ class Scheduler:
             ]
             await in_batches(self._begin, plans)
         except StoreError:
-            self._news.replan()
+            self._news.not_planned()
             raise
 
     async def _begin(self, plan: Plan) -> None:

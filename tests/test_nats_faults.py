@@ -276,18 +276,20 @@ async def test_a_server_that_hangs_holds_up_only_what_has_to_be_stored(
     assert await ended(gateway, held) == {"success": 3}
 
 
-@pytest.mark.long
 async def test_a_daemon_that_starts_before_its_server_gets_ready_later(
     nats_server: StartServer, hosts: StartHost, function: Server
 ) -> None:
-    """As after a power cut of the whole house; meanwhile it says that it is not ready, and why."""
+    """As after a power cut of the whole house; meanwhile it says that it is not ready, and why, and is at rest."""
     server = await nats_server(start=False)
-    gateway = await hosts(one_function(function), server.url)
+    schedule = '[schedules.yearly]\nfunction = "it"\ncron = "@yearly"'
+    gateway = await hosts(one_function(function, schedule), server.url)
+    await gateway.wait_for_log("WARNING schedules wait: NATS is away")
     reply = await ask(gateway.url, "/readyz")
     assert_refused(reply, 503, "nats")
     assert_refused(await post(gateway, "/async-function/it"), 503)
     await server.start()
     await works_again(gateway)
+    assert gateway.log.count("schedules wait") <= 3  # a line for each reason
 
 
 @pytest.mark.long
