@@ -17997,7 +17997,7 @@ class RestRoutes:
                 yield document | {"invocationCount": self.metrics.functions.started[key]}
 
 
-def parse_provided(answer: Fetched, target: str) -> Any:
+def parse_provided(answer: Fetched, target: str) -> object:
     """What the provider says of itself or its functions. ProviderAway: it is no JSON."""
     try:
         return json.loads(answer.body)
