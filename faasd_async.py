@@ -15709,6 +15709,11 @@ class Response(NamedTuple):
     reason: str | None = None
     lines: bytes = b""  # more headers, as they are sent: they are known to need no second look
 
+    @property
+    def bare(self) -> bool:
+        """Whether it has no headers but those in `lines`, and may have a body."""
+        return not self.headers and self.reason is None and self.status not in WITHOUT_BODY
+
 
 def respond(
     status: int = 200,
@@ -15744,9 +15749,10 @@ def status_line(minor: int, status: int) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def plain_head(minor: int, status: int, framing: str, now: int) -> bytes:
-    """The first lines of an answer without headers of its own: many in a second are the same."""
-    return f"{status_line(minor, status)}{framing}{date_line(now)}".encode()
+def bare_head(status: int, length: int, now: int) -> bytes:
+    """The first lines of a bare answer of ours in HTTP/1.1: many in a second are the same."""
+    framing = f"Content-Length: {length}\r\n{SERVER_LINE}"
+    return f"{status_line(1, status)}{framing}{date_line(now)}".encode()
 
 
 def response_head(answer: Response, minor: int, framing: str) -> bytes:
@@ -15755,9 +15761,6 @@ def response_head(answer: Response, minor: int, framing: str) -> bytes:
     Bytes that are not UTF-8 stand for themselves (surrogateescape). Raises ValueError for a header
     that would be more than one.
     """
-    if not answer.headers and answer.reason is None:
-        first_lines = plain_head(minor, answer.status, framing, int(time.time()))
-        return first_lines + answer.lines + b"\r\n"
     first = status_line(minor, answer.status)
     if answer.reason is not None:
         first = f"HTTP/1.{minor} {answer.status} {answer.reason}\r\n"
@@ -15818,7 +15821,7 @@ class RequestHead:
 
     __slots__ = (
         *("content_length", "headers", "keep_alive", "method"),
-        *("notes", "raw_headers", "target", "version"),
+        *("notes", "raw_headers", "target", "usual", "version"),
     )
 
     def __init__(self, message: RawRequestMessage) -> None:
@@ -15828,6 +15831,8 @@ class RequestHead:
         self.headers: CIMultiDictProxy[str] = message.headers
         self.raw_headers: Sequence[Header] = message.raw_headers
         self.keep_alive = not message.should_close
+        # Whether most are so: what an answer says of itself is the same for all of them.
+        self.usual = self.keep_alive and self.version == (1, 1) and self.method != "HEAD"
         length = message.headers.get("Content-Length")
         self.content_length = None if length is None else int(length)
         # What follows from all this and was found out once: a head may come again, see KnownHeads.
@@ -15940,6 +15945,10 @@ class Exchange:
     def send(self, answer: Response, ours: bool = False) -> None:
         """Send an answer whose body is whole, `ours` or passed on. Raises ConnectionResetError."""
         body = answer.body
+        if ours and self.head.usual and answer.bare:
+            head = bare_head(answer.status, len(body), int(time.time()))
+            self._send(b"%b%b\r\n%b" % (head, answer.lines, body))
+            return
         framing = ""
         if answer.status in WITHOUT_BODY or self.method == "HEAD":
             if body and self.method == "HEAD":
