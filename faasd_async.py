@@ -4660,8 +4660,10 @@ class RowsStatement:
     """
 
     def __init__(self, text: str, values: int, *same: str, body: int | None = None) -> None:
-        self._text = text
-        self._row = f"({', '.join([*'?' * values, *same])})"  # `same` stands behind those of each
+        row = f"({', '.join([*'?' * values, *same])})"  # `same` stands behind those of each
+        self._texts = [
+            text.format(rows=", ".join([row] * number)) for number in range(MOST_ROWS + 1)
+        ]
         self._body = body  # which of the values may be long
 
     def run(self, db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> int:
@@ -4671,8 +4673,8 @@ class RowsStatement:
             most = 1
         changed = 0
         for some in pieces(rows, most):
-            text = self._text.format(rows=", ".join([self._row] * len(some)))
-            changed += db.execute(text, list(itertools.chain.from_iterable(some))).rowcount
+            values = list(itertools.chain.from_iterable(some))
+            changed += db.execute(self._texts[len(some)], values).rowcount
         return changed
 
 
@@ -4728,9 +4730,11 @@ SELECT_KEY = """
     WHERE function = ? AND namespace = ? AND idempotency_key = ?
 """
 PLAIN_COLUMNS = """
-    seq, id, function, namespace, queue, work, lane, due_at, max_attempts, start_time,
-    request_bytes, callback_url
+    seq, id, function, namespace, queue, start_time, due_at, max_attempts, callback_url,
+    work, lane, request_bytes
 """
+FUNCTION = Invocation._fields.index("function")  # from here to the next, as among these
+TARGET = Invocation._fields.index("target")
 # Most calls have none of these, and a value costs more than its column, also where it is NULL.
 RARE_COLUMNS = """
     deadline_at, failure_url, idempotency_key, app, hops, traceparent, tracestate, schedule,
@@ -5000,10 +5004,7 @@ def is_plain(call: Invocation) -> bool:
 
 def plain_values(seq: int, call: Invocation) -> tuple[object, ...]:
     """What stands in PLAIN_COLUMNS."""
-    return (
-        *(seq, call.id, call.function, call.namespace, call.queue, call.queue, call_lane(call)),
-        *(call.due_at, call.max_attempts, call.start_time, len(call.body), call.callback_url),
-    )
+    return (seq, call.id, *call[FUNCTION:TARGET], call.queue, call_lane(call), len(call.body))
 
 
 def rare_values(call: Invocation, digest: bytes | None) -> tuple[object, ...]:
