@@ -3967,7 +3967,7 @@ class Lanes:
 
 
 # --- SQLite index ---------------------------------------------------------------------------------
-# What is kept in memory.
+# What is kept in memory, of the file and of the place where it is.
 
 
 class WorkIndex:
@@ -4056,6 +4056,26 @@ class Receipt(NamedTuple):
 
     seq: int
     claims: int
+
+
+class Place:
+    """Where a file is: one that is taken away while it is used ends with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = path.stat().st_ino
+
+    def require(self) -> None:
+        """sqlite3.OperationalError: it is not there any more. Put back, it is as good as before."""
+        try:
+            there = self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            there = False
+        except OSError:  # That is for the disk itself to say.
+            return
+        if not there:
+            reason = "was removed or replaced while it was used: put it back, or restart"
+            raise sqlite3.OperationalError(f"{self._path} {reason}")
 
 
 # --- SQLite file ----------------------------------------------------------------------------------
@@ -4328,6 +4348,7 @@ class SqliteFile:
         self.damaged = False  # only a restart helps
         self.stale = False  # the index may differ from the file
         self._suspect = False  # the file may be damaged
+        self._place: Place  # once open
         self._news = News()
         self._last_seq = 0
         self._carried = 0  # rows changed until the last checkpoint
@@ -4353,7 +4374,7 @@ class SqliteFile:
             hint = ""
             if not os.access(self.path.parent, os.W_OK):
                 hint = " (no right to write there, or read-only)"
-            raise StoreError(f"{self.path}: {exc}{hint}") from exc
+            raise StoreError(f"{self.path}: {getattr(exc, 'strerror', exc)}{hint}") from exc
 
     def close(self) -> None:
         """Give the file free. What was not committed is gone."""
@@ -4384,6 +4405,7 @@ class SqliteFile:
             self._read_counts()
             self._recover(self)
             self.rebuild()
+            self._place = Place(self.path)
         except BaseException:
             self.db.close()
             raise
@@ -4407,6 +4429,12 @@ class SqliteFile:
         log.error(
             "%s is damaged (%s): kept as %s, starting with an empty queue", self.path, exc, aside
         )
+
+    def prepare(self) -> None:
+        """Begin a transaction. Raises sqlite3.Error: what it stored would not stay."""
+        self._place.require()
+        if self.stale:
+            self.rebuild()
 
     def rebuild(self) -> None:
         """Derive what is in memory from the file. Raises sqlite3.DatabaseError: it is damaged."""
@@ -6363,8 +6391,7 @@ class Writer:
         changes = db.total_changes
         try:
             db.execute("BEGIN IMMEDIATE")
-            if self._file.stale:
-                self._file.rebuild()
+            self._file.prepare()
             if ahead := self._clock.ahead():
                 self._file.catch_up(self._clock.since, self._clock.latest, ahead)
             answers = do_steps(self._file, batch)

@@ -274,6 +274,29 @@ async def test_a_file_that_is_damaged_while_it_is_used_is_set_aside_by_a_restart
     assert aside(gateway) == [kept]
 
 
+async def test_a_file_that_is_taken_away_while_it_is_used_stores_nothing(daemon: StartDaemon, function: Server) -> None:
+    """What went into it would be gone with the daemon, so nobody gets a 202; put back, it goes on by itself."""
+    gateway = await daemon(settings(function))
+    first = await gateway.submit("it")
+    await gateway.final(first)
+    elsewhere = gateway.store.with_name("elsewhere.db")
+    gateway.store.rename(elsewhere)
+    for _ in range(2):
+        reply = await ask(gateway.url, "/async-function/it", method="POST")
+        assert reply.status == 503
+        assert b"was removed or replaced" in reply.body
+        gateway.store.write_bytes(b"")  # Another one in its place is no better.
+    ready = await ask(gateway.url, "/readyz")
+    assert (ready.status, b"was removed or replaced" in ready.body) == (503, True)
+    assert (await ask(gateway.url, "/function/it", method="POST")).status == 200
+    elsewhere.replace(gateway.store)
+    second = await gateway.submit("it")
+    assert (await gateway.final(second))["status"] == "success"
+    await gateway.kill()
+    await gateway.start()
+    assert [(await gateway.record(call))["status"] for call in (first, second)] == ["success"] * 2
+
+
 def aside(gateway: Daemon) -> list[Path]:
     """The damaged files that were kept."""
     found = gateway.folder.glob("*.corrupt-*")
