@@ -19358,6 +19358,9 @@ def boot_id() -> str:
     return ""
 
 
+TELL_WAIT_S = 600.0  # between two lines that say the same of why schedules wait
+
+
 class ScheduleNews:
     """What the scheduler has to know of what happens elsewhere."""
 
@@ -19368,6 +19371,7 @@ class ScheduleNews:
         self.ended: set[str] = set()  # schedules of which calls have ended, until that is noted
         self._calls: dict[str, str] = {}  # whose calls are to be told of, by id
         self._ids: dict[str, set[str]] = {}  # the same by schedule
+        self._told = ("", 0.0)  # why schedules wait, and when (monotonic) that was told
 
     def replan(self) -> None:
         """Schedules may have come, changed or gone."""
@@ -19383,6 +19387,13 @@ class ScheduleNews:
     def planned(self) -> None:
         """That was looked at."""
         self.stale = False
+
+    def waits(self, reason: str) -> None:
+        """Nothing can be looked at: each reason is told, and again where that goes on for long."""
+        told, when = self._told
+        if reason != told or time.monotonic() > when + TELL_WAIT_S:
+            log.warning("schedules wait: %s", reason)
+            self._told = (reason, time.monotonic())
 
     def not_planned(self) -> None:
         """It could not be: the next look does it. That is not woken, or it would come at once."""
@@ -19667,18 +19678,14 @@ class Scheduler:
 
     async def run(self) -> None:
         """Go on until this is cancelled. What is due is settled in tasks of this one."""
-        told = ""
         async with asyncio.TaskGroup() as group:
             while True:
                 self._news.changed.clear()
                 try:
                     wait_s = await self._look(group)
-                    told = ""
                 except StoreError as exc:
+                    self._news.waits(str(exc))
                     wait_s = RETRY_STORE_S
-                    if str(exc) != told:
-                        told = str(exc)
-                        log.warning("schedules wait: %s", told)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await self._news.changed.wait()
