@@ -21312,14 +21312,15 @@ def serve(args: Arguments) -> int:
     require_descriptors()
     collect_less()
     path = args.config or default_config()
-    config = load_config(path)
-    if args.listen:
-        listen = parse_config({"gateway": {"listen": args.listen}}).gateway.listen
-        config = replace(config, gateway=replace(config.gateway, listen=listen))
-    setup_logging(config.log)
     new_loop = uvloop.new_event_loop if uvloop else None
     code: int | None = None
+    setup_logging(LogConfig())  # for what there is to say of the file while it is read
     try:
+        config = load_config(path)
+        if args.listen:
+            listen = parse_config({"gateway": {"listen": args.listen}}).gateway.listen
+            config = replace(config, gateway=replace(config.gateway, listen=listen))
+        setup_logging(config.log)
         with asyncio.Runner(loop_factory=new_loop) as runner:
             code = runner.run(run_daemon(config, path))
     except RuntimeError:

@@ -413,6 +413,14 @@ async def test_a_log_line_has_a_time(daemon: StartDaemon) -> None:
 UNDER_JOURNAL = ("sh", "-c", 'export JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr); exec "$@"', "sh")
 
 
+async def test_what_the_file_says_in_vain_is_a_line_like_others(daemon: StartDaemon) -> None:
+    """With its time and level, though the file is read before it is known how the log is to look."""
+    annotations = 'annotations = { "com.openfaas.retry.codes" = "many" }'
+    gateway = await daemon(f'[functions.it]\ncommand = ["cat"]\n{annotations}')
+    (line,) = [line for line in gateway.lines if "com.openfaas.retry.codes" in line]
+    assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z WARNING functions\.it: annotation ", line)
+
+
 async def test_the_journal_has_its_own_time(daemon: StartDaemon, function: Server) -> None:
     """Under systemd a second timestamp in each line would be noise."""
     gateway = await daemon(settings(function), prefix=UNDER_JOURNAL)
