@@ -13266,7 +13266,7 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended, and with it the exchange."""
-        if exc is not None and self._flow.required().get_extra_info("sslcontext") is None:
+        if exc is not None:
             for data in left_unread(self._sock):
                 self.data_received(data)
         self.unseen = self.unseen or (
@@ -13288,6 +13288,153 @@ class Wire(asyncio.Protocol):
     def resume_writing(self) -> None:
         """There is room again."""
         self._flow.resume_writing()
+
+
+# --- HTTP over TLS --------------------------------------------------------------------------------
+
+
+class Tls(asyncio.Transport, asyncio.Protocol):
+    """TLS of a connection: the protocol of its transport, and the transport of its wire.
+
+    Event loops have their own, which keep to themselves what had come in when a connection broke: a
+    peer that answers and closes without having read the request (413) resets it.
+    """
+
+    def __init__(self, wire: Wire, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        self._wire = wire
+        self._sock = sock
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._flow = Flow()  # of what is encrypted
+        self._open = False  # for the wire
+        self._failure: Exception | None = None  # what was wrong with what came in
+        self.secured: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # What the wire does.
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        """Send something."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._tls.write(left) :]
+        except ssl.SSLError as exc:
+            self._fail(exc)
+        self._send()
+
+    def is_closing(self) -> bool:
+        """Whether the connection has ended, or is about to."""
+        return self._flow.closed
+
+    def abort(self) -> None:
+        """Close it at once."""
+        if self._flow.transport is not None:
+            self._flow.transport.abort()
+
+    def pause_reading(self) -> None:
+        """Enough is waiting to be read."""
+        self._flow.pause_reading()
+
+    def resume_reading(self) -> None:
+        """There is room again."""
+        self._flow.resume_reading()
+
+    # What the event loop tells.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self._flow.opened(transport)
+        self._shake_hands()
+
+    def data_received(self, data: bytes) -> None:
+        """Something that is encrypted."""
+        self._incoming.write(data)
+        if not self.secured.done():
+            self._shake_hands()
+        if self._open:
+            self._receive()
+
+    def eof_received(self) -> None:
+        """The transport closes itself."""
+        self._wire.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has ended."""
+        if exc is not None:
+            for data in left_unread(self._sock):
+                self.data_received(data)
+        self._flow.ended()
+        if self._open:
+            self._wire.connection_lost(self._failure or exc)
+        elif not self.secured.done():
+            self.secured.set_exception(exc or ConnectionResetError())
+
+    def pause_writing(self) -> None:
+        """Too much is waiting to be sent."""
+        self._wire.pause_writing()
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        self._wire.resume_writing()
+
+    # What it does by itself.
+
+    def _shake_hands(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._send()
+        except (ssl.SSLError, ValueError) as exc:
+            self.secured.set_exception(exc)
+            self._fail(exc)
+        else:
+            self._send()
+            self._open = True
+            self._wire.connection_made(self)
+            self.secured.set_result(None)
+
+    def _receive(self) -> None:
+        """Decrypt what there is."""
+        try:
+            while data := self._tls.read(READ_BYTES):
+                self._wire.data_received(data)
+        except ssl.SSLWantReadError:
+            self._send()  # what TLS itself has to answer
+        except ssl.SSLError as exc:
+            self._fail(exc)
+        else:  # The peer says that nothing follows.
+            self._wire.eof_received()
+            self._close()
+
+    def _fail(self, exc: Exception) -> None:
+        """End it because of what came in; the peer is told."""
+        self._failure = exc
+        self._send()
+        self._close()
+
+    def _send(self) -> None:
+        """Send what is encrypted."""
+        data = self._outgoing.read()
+        if data and not self._flow.closed:
+            self._flow.required().write(data)
+
+    def _close(self) -> None:
+        if self._flow.transport is not None:
+            self._flow.transport.close()
+
+
+async def secured(sock: socket.socket, context: ssl.SSLContext, host: str) -> Wire:
+    """A connection whose peer has shown that it is a host. Raises OSError."""
+    wire = Wire(sock)
+    tls = Tls(wire, sock, context, host)
+    await asyncio.get_running_loop().create_connection(lambda: tls, sock=sock)
+    try:
+        await tls.secured
+    except BaseException:
+        tls.abort()
+        raise
+    return wire
 
 
 # --- HTTP pool ------------------------------------------------------------------------------------
@@ -14013,9 +14160,7 @@ class HttpClient:
                 return (await loop.create_connection(make, sock=sock))[1]
             if origin.proxy is not None:
                 await open_tunnel(sock, origin)
-            name = origin.host
-            secured = loop.create_connection(make, sock=sock, ssl=origin.tls, server_hostname=name)
-            return (await secured)[1]
+            return await secured(sock, origin.tls, origin.host)
         except BaseException as exc:
             if sock is not None:
                 sock.close()

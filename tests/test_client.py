@@ -1285,6 +1285,66 @@ def test_a_client_certificate_is_shown(run: Scenario, pki: Pki) -> None:
         run(scenario())
 
 
+@contextlib.contextmanager
+def tls_peer(context: ssl.SSLContext) -> Iterator[tuple[yarl.URL, Callable[[], ssl.SSLSocket]]]:
+    """Its URL, and what gives the next connection as soon as something of a request has come; that may wait."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+
+        def accept() -> ssl.SSLSocket:
+            sock, _ = listener.accept()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = context.wrap_socket(sock, server_side=True)
+            assert connection.recv(1)
+            return connection
+
+        yield yarl.URL(f"https://localhost:{listener.getsockname()[1]}/"), accept
+
+
+def test_an_answer_over_tls_wins_over_the_reset_that_follows_it(run: Scenario, pki: Pki) -> None:
+    """What came in before the connection broke is decrypted all the same."""
+    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+
+    async def scenario() -> None:
+        accepting = asyncio.create_task(asyncio.to_thread(accept))
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b"the beginning"
+            connection = await accepting
+            # From here on the client's side does nothing until it sends.
+            connection.sendall(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno")
+            connection.close()
+            for _ in range(64):
+                yield b"x" * 2**14
+
+        assert await fetch(HttpClient(), "POST", url, body(), tls=trusted) == (413, b"no")
+
+    with tls_peer(pki.server("good")) as (url, accept):
+        run(scenario())
+
+
+def test_a_farewell_in_tls_ends_an_answer_and_its_connection(run: Scenario, pki: Pki, trusting: None) -> None:
+    """Also where the peer leaves the connection below it open."""
+    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+
+    def serve(data: bytes) -> None:
+        with accept() as connection:
+            connection.sendall(data)
+            with contextlib.suppress(OSError):
+                connection.unwrap()
+
+    async def scenario() -> None:
+        client = HttpClient()
+        for data in (OK, b"HTTP/1.1 200 OK\r\n\r\nok"):
+            serving = asyncio.create_task(asyncio.to_thread(serve, data))
+            assert await fetch(client, "POST", url, b"x", tls=trusted) == (200, b"ok")
+            await serving
+        await client.close()
+
+    with tls_peer(pki.server("good")) as (url, accept):
+        run(scenario())
+
+
 # ---- proxies -------------------------------------------------------------------------------------
 
 

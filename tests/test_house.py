@@ -33,7 +33,7 @@ SECTIONS = (
     "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS taker", "NATS operators", "NATS intake", "NATS room",
     "NATS upkeep", "NATS figures", "NATS queue",
-    "HTTP failures", "HTTP connections", "HTTP pool", "HTTP messages", "HTTP client", "Commands",
+    "HTTP failures", "HTTP connections", "HTTP over TLS", "HTTP pool", "HTTP messages", "HTTP client", "Commands",
     "Function limits", "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP answers",
     "HTTP requests", "HTTP server", "HTTP front", "Function routes", "Operator routes", "Live view", "OpenFaaS routes",
     "Page style", "Page script", "Page views", "Page actions", "Operator's page",
