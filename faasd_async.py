@@ -2729,7 +2729,8 @@ SECRET_HEADER = re.compile(
 )
 
 
-def describing_headers(headers: Iterable[Header]) -> bytes:
+@functools.lru_cache(32)
+def describing_headers(headers: Headers) -> bytes:
     """The headers that say what a body is, packed: they are kept with it."""
     return pack_headers([item for item in headers if item[0].lower() in DESCRIBING])
 
@@ -4818,6 +4819,8 @@ SELECT_CALLBACKS = """
     FROM calls LEFT JOIN outputs USING (seq)
 """
 ROW_LANE = 6  # which of their columns is the lane
+URLS_AT = Claim._fields.index("callback_url") - 1  # in what follows the first two
+TARGET_AT = Claim._fields.index("target") - 1
 CLAIM_CALLBACKS = """
     UPDATE calls SET due_at = NULL, claims = claims + 1, callback_attempts = callback_attempts + 1
     WHERE seq IN (SELECT value FROM json_each(?))
@@ -5066,9 +5069,9 @@ def call_claim(seq: int, claims: int, *row: Any) -> Claim:
 
 def callback_claim(seq: int, claims: int, *row: Any) -> Claim:
     """The claim of a callback, whose row has the call's status in the target's place."""
-    claim = Claim(Receipt(seq, claims), *row)
-    target = callback_target(claim.target, claim.callback_url, claim.failure_url)
-    return claim._replace(target=target or "")
+    target = callback_target(row[TARGET_AT], row[URLS_AT], row[URLS_AT + 1])
+    values = (*row[:TARGET_AT], target or "", *row[TARGET_AT + 1 :])
+    return Claim(Receipt(seq, claims), *values)
 
 
 class End(NamedTuple):
@@ -5470,6 +5473,12 @@ def step_return(file: SqliteFile, claim: Claim, delay_s: float) -> bool:
     return returned
 
 
+@functools.lru_cache(32)
+def packed_answer(headers: Headers) -> bytes:
+    """An answer's headers, packed. Functions often answer with the same."""
+    return pack_headers(headers)
+
+
 KeptOutput = tuple[bytes | None, bytes, bytes]  # headers, body and stderr
 
 
@@ -5480,7 +5489,7 @@ def kept_output(outcome: Outcome, keep: int, *, whole: bool = False) -> KeptOutp
     """
     stderr = shorten(outcome.stderr, keep)
     if whole:
-        return pack_headers(outcome.headers), outcome.body, stderr
+        return packed_answer(outcome.headers), outcome.body, stderr
     if not outcome.body and not outcome.stderr:
         return None
     headers = describing_headers(outcome.headers) if outcome.size <= keep else None
@@ -15122,6 +15131,12 @@ def queue_limit(name: str, timeout: float) -> Limit:
     return Limit(timeout, f"queues.{name}.timeout")
 
 
+@functools.lru_cache(8)
+def callback_limit(timeout: float) -> Limit:
+    """How long a delivery may take."""
+    return Limit(timeout, "callback.timeout")
+
+
 def answer_kept(config: Config, claim: Claim, ok: bool) -> tuple[int, bool]:
     """How many bytes of an answer are kept, and whether it has to be whole, to be called back."""
     if claim.callback_url or (claim.failure_url and not ok):
@@ -15305,7 +15320,7 @@ class CallbackJob:
         config = self.settings()
         started = time.perf_counter()
         log_bodies(config.log, claim.call_id, callback=claim.body)
-        limit = Limit(config.callback.timeout, "callback.timeout")
+        limit = callback_limit(config.callback.timeout)
         try:
             status, headers = await self._deliver(claim, limit)
         except Shortage:  # of this machine: it is charged to nobody
@@ -20250,11 +20265,13 @@ def own_client(address: str, resolver: CheckedResolver) -> tuple[HttpClient, yar
     return HttpClient(resolver=resolver), yarl.URL(address)
 
 
+# Who cancels is told of in one line, however many calls it was.
+END_LEVELS = {"success": logging.INFO, "cancelled": logging.DEBUG}
+
+
 def log_ended(ended: Ended) -> None:
     """A line for a call that has reached its end."""
-    # Who cancels is told of in one line, however many calls it was.
-    levels = {"success": logging.INFO, "cancelled": logging.DEBUG}
-    level = levels.get(ended.status, logging.WARNING)
+    level = END_LEVELS.get(ended.status, logging.WARNING)
     if not log.isEnabledFor(level):
         return
     told = ended._asdict()
