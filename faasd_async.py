@@ -229,6 +229,7 @@ MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (c
 MAX_STDERR_BYTES = 64 * KIB  # of one command
 LAST_LINE = 200  # characters of it, which a record's `error` has
 PIPE_BYTES = 64 * KIB  # that are read from a command at once: what a pipe holds (pipe(7))
+MAX_REPLICAS = 5  # of a stream: what JetStream allows
 MAX_VARIABLE_BYTES = 128 * KIB  # of one environment variable: MAX_ARG_STRLEN of execve(2)
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larger one is streamed
 DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
@@ -1352,6 +1353,8 @@ class NatsConfig:
         password = self.password_file.content if self.password_file else None
         yield from login_conflicts(user, password)
         yield from tls_conflicts(self)
+        if self.replicas > MAX_REPLICAS:
+            yield f"replicas can be at most {MAX_REPLICAS} in JetStream"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14568,6 +14571,11 @@ class FunctionLimits:
         self._resting[name] = time.monotonic() + rest_s
         asyncio.get_running_loop().call_later(rest_s + 0.01, self._on_room)
 
+    def end_rests(self) -> None:
+        """The configuration is another one: what made functions rest may be mended."""
+        self._resting.clear()
+        self.changed()
+
     def provide(self, name: str, function: Function | None) -> None:
         """Take note of the limits of a provider's function; None: it is not there any more."""
         limit = function.max_inflight if function else None
@@ -20289,6 +20297,8 @@ def reloaded(old: Config, new: Config) -> Config:
     for name, value in kept.items():
         if getattr(new, name) != value:
             log.warning("[%s] has changed: that needs a restart", name)
+    for name in sorted(old.queues.keys() - new.queues.keys()):
+        log.warning("queue %s is gone: what still waits in it runs with the defaults", name)
     return replace(new, **kept)
 
 
@@ -20486,7 +20496,7 @@ class Daemon:
         self._warnings.look(self.config)
         for name in new.queues:
             self._consumers.wake(name)
-        self._limits.changed()
+        self._limits.end_rests()
         self._schedule_news.replan()
         log.info("configuration reloaded")
 

@@ -819,6 +819,11 @@ def test_a_certificate_that_cannot_be_used_is_told_before_it_is_needed(folder: P
     assert line.startswith(f"config.toml: {table}: empty.pem, empty.pem: ")
 
 
+def test_a_stream_has_no_more_replicas_than_there_can_be(folder: Path) -> None:
+    """JetStream would refuse it at the start."""
+    assert problems("[nats]\nreplicas = 6") == ["config.toml: nats: replicas can be at most 5 in JetStream"]
+
+
 def test_keys_of_a_url_are_not_for_a_command(folder: Path) -> None:
     """They would have no effect."""
     (line,) = problems('[functions.it]\ncommand = ["cat"]\nkeepalive = false')

@@ -659,3 +659,13 @@ async def test_help_is_the_manual() -> None:
     assert result.code == 0
     assert "serve" in result.out
     assert "check" in result.out
+
+
+async def test_a_reload_tells_what_it_did_not_take_over_and_what_is_gone(daemon: StartDaemon) -> None:
+    """Another backend needs a restart; calls of a queue that is gone run all the same."""
+    gateway = await daemon("[queues.slow-queue]\nmax_inflight = 1")
+    gateway.configure('[store]\nbackend = "nats"')
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
+    await gateway.wait_for_log("[store] has changed: that needs a restart")
+    await gateway.wait_for_log("queue slow-queue is gone: what still waits in it runs with the defaults")

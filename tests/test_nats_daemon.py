@@ -102,6 +102,22 @@ async def test_a_host_leaves_calls_of_functions_that_it_does_not_know_to_others(
     assert len(function.requests) == 20
 
 
+async def test_a_function_that_is_back_in_the_configuration_gets_its_calls(hosts: StartHost, function: Server) -> None:
+    """At once, though its host had left them to others until then."""
+    retry = '[retry]\nmin_wait = "10ms"'
+    gateway = await hosts(one_function(function, retry))
+    await post(gateway, "/system/queues/faas-request/pause")
+    call = await gateway.submit("it")
+    for settings in (retry, one_function(function, retry)):
+        first_line = len(gateway.lines)
+        gateway.configure(settings)
+        gateway.signal(signal.SIGHUP)
+        await gateway.wait_for_log("configuration reloaded", first_line)
+        await post(gateway, "/system/queues/faas-request/resume")
+        await gateway.wait_for_log("does not exist at host")
+    assert (await gateway.final(call))["status"] == "success"
+
+
 async def test_calls_with_one_key_never_meet_on_two_hosts(hosts: StartHost, function: Server) -> None:
     """Whichever gateway has accepted them; all of them run."""
     one, other = [await hosts(one_function(function)) for _ in range(2)]
