@@ -13060,6 +13060,21 @@ def whole_heads(parser: HttpResponseParser, data: bytes) -> Iterator[Head]:
             yield from parser.feed_data(part)[0]
 
 
+def with_one_length(data: bytes) -> bytes:
+    """An answer that says the same length of its body again, as if it had said it once.
+
+    Some servers behind others do (RFC 9110 8.6); the parser refuses it.
+    """
+    head, blank, body = data.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    told = [line for line in lines if line.lower().startswith(b"content-length:")]
+    lengths = b",".join(line.partition(b":")[2] for line in told).split(b",")
+    if not blank or len(lengths) == 1 or len({length.strip() for length in lengths}) > 1:
+        return data
+    others = [line for line in lines if line not in told]
+    return b"\r\n".join([*others, b"Content-Length: " + lengths[0].strip()]) + blank + body
+
+
 class WholeAnswers:
     """Takes answers that come in one piece, as most do, for half of what a stream for each costs.
 
@@ -13226,6 +13241,8 @@ class Wire(asyncio.Protocol):
             if whole is not None:
                 self._answered(*whole)
                 return
+        if self._answer is not None:
+            data = with_one_length(data)
         try:
             messages, _, _ = self._parser.feed_data(data)
         except HttpProcessingError as exc:

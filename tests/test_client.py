@@ -373,6 +373,12 @@ LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connect
     "with bare line feeds and more": (b"HTTP/1.1 200 OK\nContent-Length: 3\n\n\r\n\r\nabc", 200, b"\r\n\r"),
     "with another behind it": (b"HTTP/1.1 100 Go\r\n\r\n" + OK + b"HTTP/1.1 5", 200, b"ok"),
     "204 with a body": (b"HTTP/1.1 204 No\r\nContent-Length: 2\r\n\r\nok", 204, b""),
+    "with its length twice": (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nX: 1\r\nContent-Length:2\r\n\r\nok",
+        200,
+        b"ok",
+    ),
+    "with its length in a list": (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok", 200, b"ok"),
 }
 
 
