@@ -14412,7 +14412,8 @@ class CommandRunner:
             try:
                 process = await asyncio.shield(starting)
             except asyncio.CancelledError:
-                starting.add_done_callback(discard_started)  # Nobody waits for it any more.
+                # Nobody waits for it any more.
+                starting.add_done_callback(functools.partial(discard_started, function.name))
                 raise
             self._pids.add(process.pid)
         except (OSError, ValueError, Shortage, subprocess.SubprocessError) as exc:
@@ -14433,13 +14434,12 @@ class CommandRunner:
             return Program(process, keep, tell)
         except OSError as exc:
             self._pids.discard(process.pid)
-            discard(process)
+            discard(function.name, process)
             raise start_failure(function, exc) from exc
 
     async def _bury(self, program: Program, function: str) -> None:
         if not await program.end():
-            told = {"function": function, "pid": program.pid}
-            log_with(logging.WARNING, "a program can't be killed, and is left alone", **told)
+            tell_left_alone(function, program.pid)
         self._pids.discard(program.pid)
 
     def watch_orphans(self) -> None:
@@ -14523,20 +14523,35 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
 
 
-def discard(process: subprocess.Popen[bytes]) -> None:
+def tell_left_alone(function: str, pid: int) -> None:
+    """Log that a program goes on without us."""
+    told = {"function": function, "pid": pid}
+    log_with(logging.WARNING, "a program can't be killed, and is left alone", **told)
+
+
+def discard(function: str, process: subprocess.Popen[bytes]) -> None:
     """Kill a command that was started for a call which has gone meanwhile."""
     kill_group(process.pid)
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe:
             pipe.close()
     # Or it would stay a zombie until the next start, as it does if there may be no more threads.
-    begin_thread("reap", process.wait)
+    begin_thread("reap", reap, function, process)
 
 
-def discard_started(starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+def discard_started(function: str, starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
     """The same with one that has been started, or could not be."""
     if not starting.cancelled() and starting.exception() is None:
-        discard(starting.result())
+        discard(function, starting.result())
+
+
+def reap(function: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a command that was killed. Blocks."""
+    try:
+        process.wait(KILL_S)
+    except subprocess.TimeoutExpired:
+        tell_left_alone(function, process.pid)
+        process.wait()
 
 
 def kill_group(pid: int) -> None:

@@ -99,6 +99,7 @@ async def test_a_message_over_which_we_fail_does_not_hold_up_the_others(server: 
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(link.close)
         await link.subscribe("some.*", first=fail_once)
+        await link.api("INFO")  # The server knows of that before it answers.
         async with server.client() as other:
             await other.publish("some.a", b"1")
             await other.publish("some.b", b"2", headers={"A": "b"})

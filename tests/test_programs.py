@@ -379,7 +379,8 @@ async def test_a_program_gets_signals_as_from_a_shell(start: StartDaemon) -> Non
     inherited = ours - by_python  # as nohup, or a shell's `&`, has it
     assert signals_in(found["ignored"]) <= by_python | inherited
     yes, _, ignored = (await ask(gateway.url, "/function/shell")).body.decode().split()
-    assert (yes, signals_in(int(ignored, 16))) == ("y", inherited)
+    assert yes == "y"
+    assert signals_in(int(ignored, 16)) <= inherited
 
 
 async def test_a_program_runs_where_cwd_says(start: StartDaemon, tmp_path: Path) -> None:
