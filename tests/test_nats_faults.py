@@ -599,7 +599,7 @@ class Backlog:
 @pytest.mark.parametrize(
     "backlog",
     [
-        pytest.param(Backlog(10, 8_000), id="small"),
+        pytest.param(Backlog(10, 8_000), marks=pytest.mark.long, id="small"),
         pytest.param(Backlog(1_000, 12_000, called_back=True), id="answered"),
         pytest.param(Backlog(1_000, 12_000, called_back=True, away=150), marks=pytest.mark.long, id="receiver away"),
         pytest.param(Backlog(300, 8_000, called_back=True, status=500), marks=pytest.mark.long, id="failing"),
