@@ -394,7 +394,9 @@ exec "$@"
 """
 
 
-@pytest.mark.parametrize(("way", "told"), [("purge", {"cancelled": 100_000}), ("by call id", {})])
+@pytest.mark.parametrize(
+    ("way", "told"), [("purge", {"cancelled": 100_000}), pytest.param("by call id", {}, marks=pytest.mark.long)]
+)
 async def test_a_hundred_thousand_calls_are_cancelled_without_room_for_temporary_files(
     daemon: StartDaemon, function: Server, tmp_path: Path, way: str, told: dict[str, int]
 ) -> None:
