@@ -108,7 +108,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes long, unless it is asked for.
+    """Leave out what takes long, unless it is asked for; begin with the longest of the rest, or they would be run alone
+    in the end.
 
     The code that a test of a daemon is about runs in the daemon, where it is measured; to measure the
     test too makes it twice as slow.
@@ -116,6 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [] if LONG_TESTS else [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
     for item in items:
         if {"daemon", "hosts"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.no_cover)
