@@ -82,6 +82,9 @@ class Forked:
             with theirs:
                 socket.send_fds(server, [request], [theirs.fileno(), *streams])
             self.pid = await receive_number(status)
+        except ConnectionError:
+            status.close()
+            raise RuntimeError(GONE) from None
         except BaseException:
             status.close()
             raise

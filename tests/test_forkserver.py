@@ -168,14 +168,17 @@ async def test_a_server_that_ends_takes_its_forks_with_it(tmp_path: Path) -> Non
     assert ended, "it still ran"
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
 async def test_a_program_that_can_not_be_imported_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], has_ended: bool
 ) -> None:
     """By the error of the test that wants to start it, instead of a test that hangs."""
     (tmp_path / SCRIPT.name).write_text("raise RuntimeError('it is being written')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # it is not this file that is measured
     server = ForkServer()
+    if has_ended:  # before it is asked for anything
+        server._process.wait()
     try:
         with pytest.raises(RuntimeError, match="can't be imported"):
             await server.start("check", env=os.environ, cwd=tmp_path)
