@@ -13065,14 +13065,14 @@ def with_one_length(data: bytes) -> bytes:
 
     Some servers behind others do (RFC 9110 8.6); the parser refuses it.
     """
-    head, blank, body = data.partition(b"\r\n\r\n")
-    lines = head.split(b"\r\n")
+    end = data.find(b"\r\n\r\n")
+    lines = data[:end].split(b"\r\n") if end >= 0 else []
     told = [line for line in lines if line.lower().startswith(b"content-length:")]
     lengths = b",".join(line.partition(b":")[2] for line in told).split(b",")
-    if not blank or len(lengths) == 1 or len({length.strip() for length in lengths}) > 1:
+    if len(lengths) == 1 or len({length.strip() for length in lengths}) > 1:
         return data
     others = [line for line in lines if line not in told]
-    return b"\r\n".join([*others, b"Content-Length: " + lengths[0].strip()]) + blank + body
+    return b"\r\n".join([*others, b"Content-Length: " + lengths[0].strip()]) + data[end:]
 
 
 class WholeAnswers:
