@@ -606,6 +606,22 @@ async def first(peer: Peer, data: bytes = OK) -> Connection:
     return connection
 
 
+async def again(peer: Peer, connection: Connection) -> None:
+    """It carries one more request, and its answer."""
+    asking = peer.ask()
+    await connection.answer(OK)
+    assert await asking == (200, b"ok")
+
+
+async def tried(peer: Peer) -> tuple[Connection, Any]:
+    """A connection that carries a second request after a while, and the task that waits for its answer."""
+    connection = await first(peer)
+    let_time_pass(peer)
+    asking = peer.ask()
+    await connection.request()
+    return connection, asking
+
+
 def test_a_connection_is_used_again(run: Scenario, trusting: None) -> None:
     """Ten requests, one connection."""
 
@@ -657,9 +673,7 @@ def test_a_peer_has_to_show_that_it_keeps_connections(run: Scenario) -> None:
             await connections[2].ended()  # two are enough to find out
             let_time_pass(peer)
             for _ in range(3):
-                asking = peer.ask()
-                await connections[0].answer(OK)
-                assert await asking == (200, b"ok")
+                await again(peer, connections[0])
             assert len(peer.connections) == 3
 
     run(scenario())
@@ -695,10 +709,7 @@ def test_a_peer_that_closes_all_the_same_has_to_show_it_anew(run: Scenario, give
 
     async def scenario() -> None:
         async with Peer() as peer:
-            connection = await first(peer)
-            let_time_pass(peer)
-            asking = peer.ask()
-            await connection.request()
+            connection, asking = await tried(peer)
             if gives_up:
                 asking.cancel()
                 await connection.ended()
@@ -722,9 +733,7 @@ def test_a_number_of_answers_after_which_a_peer_closes_is_learned(run: Scenario,
             connection = await first(peer)
             let_time_pass(peer)
             for _ in range(2):
-                asking = peer.ask()
-                await connection.answer(OK)
-                assert await asking == (200, b"ok")
+                await again(peer, connection)
             if idle:
                 connection.close()
             else:
@@ -736,9 +745,7 @@ def test_a_number_of_answers_after_which_a_peer_closes_is_learned(run: Scenario,
                 connection = await first(peer)
                 assert len(peer.connections) == number
                 for _ in range(2):
-                    asking = peer.ask()
-                    await connection.answer(OK)
-                    assert await asking == (200, b"ok")
+                    await again(peer, connection)
 
     run(scenario())
 
@@ -749,17 +756,12 @@ def test_a_peer_that_was_started_anew_is_trusted_again(run: Scenario, monkeypatc
 
     async def scenario() -> None:
         async with Peer() as peer:
-            connection = await first(peer)
-            let_time_pass(peer)
-            asking = peer.ask()
-            await connection.request()
+            connection, asking = await tried(peer)
             connection.close(reset=True)
             assert await failure(asking) == (FailureKind.BROKEN, "reset the connection")
             connection = await first(peer)
             for _ in range(4):
-                asking = peer.ask()
-                await connection.answer(OK)
-                assert await asking == (200, b"ok")
+                await again(peer, connection)
             assert len(peer.connections) == 2
 
     run(scenario())
