@@ -197,9 +197,8 @@ except ImportError as exc:
 
 try:
     import uvloop
-except (
-    ImportError
-):  # There is no wheel for this platform (armv7l): asyncio's own loop does the job.
+except ImportError:
+    # There is no wheel for this platform (armv7l): asyncio's own loop does the job.
     uvloop = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:  # imported when the queue is on NATS: it costs memory
@@ -214,9 +213,8 @@ USER_AGENT = f"faasd-async/{VERSION}"
 SERVER = "faasd-async"  # No versions: who asks need not know what to look for.
 OWN_VERSION = {"sha": "", "release": VERSION}  # as faas-cli shows it
 DEFAULT_QUEUE = "faas-request"
-CALLBACKS = (
-    "@callbacks"  # The callback sender's own queue; no queue in the file can have this name.
-)
+# The callback sender's own queue; no queue in the file can have this name.
+CALLBACKS = "@callbacks"
 
 OLDEST_AIOHTTP = (3, 14)
 
@@ -227,8 +225,8 @@ MIB = 1024 * KIB
 MAX_HEADER_BYTES = 32 * KIB
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (callback, command)
 MAX_STDERR_BYTES = 64 * KIB  # of one command
-LAST_LINE = 200  # characters of it, which a record's `error` has
-PIPE_BYTES = 64 * KIB  # that are read from a command at once: what a pipe holds (pipe(7))
+LAST_LINE = 200  # characters of its last line, which become the record's `error`
+PIPE_BYTES = 64 * KIB  # read from a command at once: what a pipe holds (pipe(7))
 MAX_REPLICAS = 5  # of a stream: what JetStream allows
 MAX_VARIABLE_BYTES = 128 * KIB  # of one environment variable: MAX_ARG_STRLEN of execve(2)
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larger one is streamed
@@ -248,27 +246,26 @@ POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle co
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
 HALF_CLOSED_S = 1.0  # between looks whether a client that sends no more has gone for good
 PROBED = tuple(2**n for n in range(7))  # the looks at an answer without progress that try it
-LINGER_S = 1.0  # what a client that has connected before a stop gets to ask
+LINGER_S = 1.0  # in which a client that has connected before a stop may still ask
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
 CLOCK_JUMP_S = 60.0  # A clock that is set forward by more has been wrong, not late.
 
-MAX_LOG_LINES = 10_000  # that wait for a reader of the log
-LOG_S = 1.0  # what the last lines get at the end
+MAX_LOG_LINES = 10_000  # that wait to be written; what comes on top is lost
+LOG_S = 1.0  # in which the last lines may still be written when the process ends
 
 # How much is done at once.
-MAX_SEEN = 10_000  # functions, and names of none, that are remembered from look-ups
+MAX_SEEN = 10_000  # names whose look-up is remembered, those of no function among them
 GROUP_COMMIT_MAX = 512  # operations that share one fsync
-MAX_CLAIMS = 64  # of all queues together that are taken at once
-QUIET_ROUNDS = 3  # of the event loop, in which no attempt has ended, before that
-MOST_ROUNDS = 8  # before that in any case
+MAX_CLAIMS = 64  # taken at once, of all queues together
+QUIET_ROUNDS = 3  # of the event loop without an attempt that ends: then claims are taken
+MOST_ROUNDS = 8  # of the event loop, after which they are taken in any case
 MAX_PAGE = 1000  # records in one answer
 BATCH = 500  # calls that one step of a bulk operation takes before others get their turn
-CHANGES_S = (
-    500  # that are told one by one in a second: nobody follows more, and calls need the time
-)
 BULK_PERIOD_S = 0.045  # from one such step to the next: 11,000 calls a second, a tenth of the time
-MAX_FAILURES = 20  # that a call's record keeps of attempts and deliveries
+# Changes of calls that are told one by one: nobody follows more, and calls need the time.
+CHANGES_PER_SECOND = 500
+MAX_FAILURES = 20  # failed attempts and deliveries that a call's record keeps
 SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 
 EARLIEST = 1e8  # 1973: what is less is no time that anybody means
@@ -279,6 +276,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization".split()
     + b"te trailer transfer-encoding upgrade".split()
 )
+# What we set ourselves in a request to a function.
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 CONTENT_LENGTH = frozenset((b"content-length",))
 # What steers a call (the control headers) or a request: an answer that is passed on to a callback
@@ -457,7 +455,7 @@ TIME_FORM = "an RFC 3339 time with its zone, such as 2030-01-31T08:00:00Z, or Un
 
 
 def expects(form: str) -> Callable[[Callable[[Any], T]], Callable[[Any], T]]:
-    """Make a parser of a function that raises for what it can't take: the error names `form`."""
+    """Decorate a parser: its error for a value that it can't take is "expected FORM"."""
 
     def decorate(read: Callable[[Any], T]) -> Callable[[Any], T]:
         @functools.wraps(read)
@@ -619,7 +617,7 @@ def parse_when(value: Any) -> float:
 
 @expects('a duration such as "1h" or ' + TIME_FORM)
 def parse_deadline(value: Any) -> float:
-    """Unix time, of a moment or of now and a duration more.
+    """Unix time of a moment, or of now plus a duration.
 
     A number that would be a time in the early seventies is meant as seconds from now.
     """
@@ -632,7 +630,7 @@ def parse_deadline(value: Any) -> float:
 
 @expects('an age such as "24h" or "7d", or ' + TIME_FORM)
 def parse_since(value: Any) -> float:
-    """Unix time, of a moment or of now and a duration less."""
+    """Unix time of a moment, or of now minus a duration."""
     if value[-1:] in ("s", "m", "h", "d"):
         return time.time() - duration(value)
     return parse_when(value)
@@ -643,7 +641,7 @@ def parse_since(value: Any) -> float:
     + TIME_FORM
 )
 def local_moment(value: Any) -> float:
-    """Unix time, of what `parse_since` takes, or of a time on this machine's clock."""
+    """Unix time of what `parse_since` takes, or of a time on this machine's clock."""
     midnight = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
     day = timedelta(days=1)
     if value in ("today", "yesterday"):
@@ -880,7 +878,7 @@ def uuid7(stamp_ms: int, high: int, low: int) -> str:
 
 
 def whole_file(path: Any) -> bytes:
-    """What a file holds, in whose name variables are expanded. Raises ValueError."""
+    """The bytes of a file. Variables such as $HOME in its name count. Raises ValueError."""
     name = text(path)
     place = os.path.expandvars(name)
     try:
@@ -892,7 +890,7 @@ def whole_file(path: Any) -> bytes:
 
 
 def secret(path: Any) -> bytes:
-    """What the file of a secret holds, without the newline at its end. Raises ValueError."""
+    """The content of a secret's file, without the newline at its end. Raises ValueError."""
     content = whole_file(path).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)  # of Notepad
     if not content:
         raise ValueError(f"{path} is empty")
@@ -901,13 +899,13 @@ def secret(path: Any) -> bytes:
 
 @dataclass(frozen=True)
 class SecretFile:
-    """A secret, and the file that has it, into which another may be written while we run."""
+    """A secret and the file that holds it. Another may be written there while we run."""
 
     path: str
-    content: bytes = field(repr=False, compare=False)
+    content: bytes = field(repr=False, compare=False)  # at the start
 
     def now(self) -> str:
-        """What the file holds; what it held at the start while it can't be read."""
+        """What the file holds now, or what it held at the start, if it can't be read."""
         try:
             return secret(self.path).decode()
         except ValueError:
@@ -950,9 +948,9 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 def headers_by_host(path: Any) -> tuple[tuple[str, Pairs], ...]:
-    """What the file of callback.headers_file holds: in TOML, a table of headers for each host.
+    """The headers in the file that callback.headers_file names, for each HOST or HOST:PORT.
 
-    A host may have a port. Raises ValueError, whose text repeats no header's value.
+    It is TOML with a table for each of them. Raises ValueError, whose text repeats no value.
     """
     try:
         tables = tomllib.loads(secret(path).decode())
@@ -972,7 +970,7 @@ def headers_by_host(path: Any) -> tuple[tuple[str, Pairs], ...]:
 
 
 def flat_tables(tables: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tables that have values, by name: [a.b] is what ["a.b"] is."""
+    """The tables that hold values, each with its dotted name: [a.b] means what ["a.b"] does."""
     inner = {key: value for key, value in tables.items() if isinstance(value, dict)}
     if values := {key: value for key, value in tables.items() if key not in inner}:
         yield name, values
@@ -981,7 +979,7 @@ def flat_tables(tables: Mapping[str, Any], name: str = "") -> Iterator[tuple[str
 
 
 def signing_secret(path: Any) -> bytes:
-    """What the file of callback.signing_secret_file holds. Raises ValueError."""
+    """The secret in the file that callback.signing_secret_file names. Raises ValueError."""
     content = secret(path)
     try:
         signing_key(content)
@@ -998,15 +996,10 @@ def signing_key(secret: bytes) -> bytes:
 
 
 def pem_file(path: Any) -> str:
-    """The name of a file with certificates or a key, which can be read. Raises ValueError."""
-    name = os.path.expandvars(text(path))
-    try:
-        content = Path(name).read_bytes()
-    except OSError as exc:
-        raise ValueError(f"{name}: {exc.strerror}") from None
-    if b"-----BEGIN " not in content:
-        raise ValueError(f"{name} holds nothing in PEM format")
-    return name
+    """The name of a readable file with certificates or a key. Raises ValueError."""
+    if b"-----BEGIN " not in whole_file(path):
+        raise ValueError(f"{path} holds nothing in PEM format")
+    return os.path.expandvars(str(path))
 
 
 class TlsFiles(Protocol):
@@ -1027,7 +1020,10 @@ class TlsFiles(Protocol):
 
 
 def tls_context(table: TlsFiles) -> ssl.SSLContext | None:
-    """What a table's files give; None: the system's CAs, and nobody. Raises OSError."""
+    """TLS by a table's files. None: the system's CAs, and no client certificate.
+
+    Raises OSError.
+    """
     if table.tls_ca_file is None and table.tls_cert_file is None:
         return None
     context = ssl.create_default_context(cafile=table.tls_ca_file)
@@ -1038,9 +1034,10 @@ def tls_context(table: TlsFiles) -> ssl.SSLContext | None:
 
 
 def tls_conflicts(table: TlsFiles) -> Iterator[str]:
-    """What is wrong with a table's files.
+    """A line for each thing that is wrong with a table's files.
 
-    Most tables keep what is read now: later there may be other ones, or no descriptor to read them.
+    They are read for it, and most tables keep the result: later the files may be other ones, or
+    there may be no descriptor left to read them.
     """
     cert_file, key_file = table.tls_cert_file, table.tls_key_file
     if key_file and not cert_file:
@@ -1143,7 +1140,7 @@ def time_zone(value: Any) -> str:
 
 
 def local_time(at: float, zone: tzinfo) -> datetime:
-    """What clocks show."""
+    """The time, without a zone, that clocks in a zone show at this instant."""
     return datetime.fromtimestamp(at, zone).replace(tzinfo=None, fold=0)
 
 
@@ -1187,7 +1184,7 @@ def instants(expression: str, zone: tzinfo, after: float) -> Iterator[float]:
 
 @functools.lru_cache(1024)
 def cron_words(expression: str) -> str:
-    """What an expression says."""
+    """An expression in English."""
     if expression == REBOOT:
         return "once after each start of this machine"
     return CronSim(MACROS.get(expression, expression), datetime(2000, 1, 1)).explain()
@@ -1224,7 +1221,7 @@ class HasConflicts(Protocol):
 
 
 def login_conflicts(user: bytes | None, password: bytes | None, prefix: str = "") -> Iterator[str]:
-    """What is wrong with a user and a password, whose keys begin with `prefix`."""
+    """A line for each thing that is wrong with a user and a password."""
     if bool(user) != bool(password):
         yield f"{prefix}user_file needs {prefix}password_file"
     if user and b":" in user:
@@ -1253,9 +1250,9 @@ class GatewayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AuthConfig:
-    """[auth]: the user and the password, out of their files; without them nobody is asked.
+    """[auth]: user and password, read from their files. Without them everybody may do everything.
 
-    The `view_` ones may look and not act.
+    Who comes with the `view_` ones may look and not act.
     """
 
     user_file: bytes | None = key(secret)
@@ -1416,7 +1413,7 @@ class CallbackConfig:
         return tls_context(self)
 
     def headers(self, host: str, port: int | None) -> Mapping[str, str]:
-        """What a receiver gets beside the function's headers."""
+        """The headers that a receiver gets beside those of the function's answer."""
         found: dict[str, str] = {}
         for name, headers in self.headers_file or ():
             if name in (host, f"{host}:{port}"):
@@ -1444,11 +1441,11 @@ class CallsConfig:
     """[calls]: how long a final record is kept, and how much of its output."""
 
     keep: float = key(positive, "24h")
-    keep_failed: float = key(positive, "7d")  # of what ended in error or timeout, or was not told
+    keep_failed: float = key(positive, "7d")  # after an error, a timeout or a failed callback
     keep_output: int = key(size, "64KiB")
 
     def kept_s(self, status: str, callback_status: str) -> float:
-        """How long the record of a call that has finished so is kept."""
+        """How long the record of a call that has ended in these states is kept."""
         failed = status in FAILED or callback_status == "failed"
         return max(self.keep, self.keep_failed) if failed else self.keep
 
@@ -1562,7 +1559,7 @@ class Schedule:
 
     @property
     def definition(self) -> str:
-        """What instants are counted by: with another one, they are counted from then on."""
+        """All that decides about instants: when it changes, they are counted from then on."""
         return json.dumps([self.cron, self.timezone, self.enabled])
 
     @functools.cached_property
@@ -1713,7 +1710,7 @@ def annotation(
 def annotated(
     name: str, namespace: str, annotations: Mapping[str, str], retry: RetryPolicy
 ) -> Function:
-    """A function with nothing but its annotations, those of its policy laid over `retry`."""
+    """A function as only its annotations describe it; its policy is `retry` and theirs over it."""
 
     def read(key: str, parse: Callable[[str], T], default: T) -> T:
         return annotation(name, annotations, key, parse, default)
@@ -1745,7 +1742,7 @@ def read_function(name: str, raw: Any, config: Config, problems: list[str]) -> F
 def read_schedules(
     raw: Mapping[str, Any], config: Config, functions: Mapping[str, Function], problems: list[str]
 ) -> dict[str, Schedule]:
-    """The schedules of the file. Without a provider their functions have to be there, too."""
+    """The schedules of the file. Without a provider, their functions have to be in it, too."""
     schedules = {}
     for name, keys in raw.items():
         place = f"schedules.{name}"
@@ -1761,9 +1758,9 @@ def read_schedules(
 
 
 def annotated_schedule(key: str, annotations: Mapping[str, str]) -> Schedule | None:
-    """What cron-connector's annotations ask for, of the function NAME.NAMESPACE.
+    """The schedule that cron-connector's annotations make for the function NAME.NAMESPACE.
 
-    Like its own name, that of the schedule has a dot: none of the file can be hidden by it.
+    It is named like that, with a dot, so that it can't hide a schedule of the file.
     """
     topics = [topic.strip() for topic in annotations.get("topic", "").split(",")]
     if "cron-function" not in topics:
@@ -1872,7 +1869,7 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
 
 
 def config_counts(config: Config) -> str:
-    """How much is configured."""
+    """How many functions, queues and schedules there are, for the log."""
     counts = [count_of(len(config.functions), "function"), count_of(len(config.queues), "queue")]
     if config.schedules:
         counts.append(count_of(len(config.schedules), "schedule"))
@@ -2050,7 +2047,7 @@ class Ended(NamedTuple):
     duration_s: float | None = None
     http_status: int | None = None
     error: str | None = None
-    elsewhere: bool = False  # another daemon on the same queue has told of it, too
+    elsewhere: bool = False  # in another daemon on the same queue, which tells of it, too
     queue: str = ""
     lane: str = ""  # NAME.NAMESPACE of the function
 
@@ -2103,7 +2100,7 @@ class CallRecord(NamedTuple):
     scheduled_for: float | None
     concurrency_key: str | None
     callback: CallbackRecord
-    history: Sequence[Mapping[str, Any]] = ()  # what was before it was queued again, oldest first
+    history: Sequence[Mapping[str, Any]] = ()  # one for each time it was queued again, oldest first
     failures: Sequence[Failure] = ()  # since then, oldest first: the last MAX_FAILURES
 
     @property
@@ -2126,9 +2123,8 @@ class CallFilter(NamedTuple):
     until: float | None = None
 
 
-FILTERS = (  # as parameters
-    *("status", "callback", "function", "queue", "call_id", "schedule", "since", "until"),
-)
+# A CallFilter as query parameters.
+FILTERS = ("status", "callback", "function", "queue", "call_id", "schedule", "since", "until")
 
 
 class Page(NamedTuple):
@@ -2139,7 +2135,7 @@ class Page(NamedTuple):
 
 
 def readable(body: bytes) -> bytes:
-    """What is compressed with gzip, which may be cut, or with deflate, up to a MiB; else itself."""
+    """A body for people: of one in gzip (also a cut one) or deflate, the first MiB unpacked."""
     with contextlib.suppress(zlib.error):
         if body.startswith(b"\x1f\x8b"):  # RFC 1952 2.3.1
             return zlib.decompressobj(wbits=31).decompress(body, MIB)
@@ -2159,7 +2155,7 @@ class Output(NamedTuple):
 
     @property
     def written(self) -> bytes:
-        """One after the other, for people: a body that is compressed is not any more."""
+        """Both, one after the other, for people: a compressed body is unpacked."""
         body = readable(self.body)
         gap = b"\n" if body and self.stderr and not body.endswith(b"\n") else b""
         return body + gap + self.stderr
@@ -2175,7 +2171,7 @@ class StoredRequest(NamedTuple):
 
 
 class StoredAnswer(NamedTuple):
-    """What a function has answered at last: all of the body, and the headers that describe it."""
+    """A function's last answer: all of its body, and the headers that describe that."""
 
     http_status: int | None
     headers: Headers
@@ -2183,13 +2179,13 @@ class StoredAnswer(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """Calls that have changed, each as it was right after it, in the order in which they did.
+    """Calls that have changed, in that order, each as it was right after its change.
 
-    Without the history of those that were queued again.
+    The records lack `history` and `failures`.
     """
 
     records: Sequence[CallRecord]
-    missed: int = 0  # changes beside these of which no more is known than this: there were many
+    missed: int = 0  # further changes, which were too many to be told one by one
 
 
 class BulkResult(NamedTuple):
@@ -2204,7 +2200,7 @@ class ScheduledRun(NamedTuple):
 
     scheduled_for: float
     id: str | None  # of its call; None: there was none
-    # Of the call, as it was known last; "skipped": another one was under way; "missed": too late.
+    # The call's as it was known last; "skipped": another one was under way; "missed": too late.
     status: str
     completed_at: float | None = None
     duration_s: float | None = None
@@ -2217,8 +2213,8 @@ class ScheduleState(NamedTuple):
     name: str
     revision: int = 0  # by which it may be written over; 0: it is not stored yet
     definition: str = ""  # expressions and time zone that `last_at` was counted by
-    last_at: float = 0.0  # the last instant that is settled: what follows has not been looked at
-    begun_at: float = 0.0  # since when it is as it is
+    last_at: float = 0.0  # the last instant that is settled: later ones have not been looked at
+    begun_at: float = 0.0  # since when it has this definition
     paused: bool = False
     boots: Sequence[str] = ()  # the last starts of machines for which @reboot has fired
     missed: int = 0
@@ -2245,7 +2241,7 @@ class QueueStats(NamedTuple):
     waiting: Mapping[str, int]
     oldest_at: float  # infinity: nothing waits
     paused: bool
-    held_back: Mapping[str, str] = {}  # lanes of which nothing is handed out all the same, and why
+    held_back: Mapping[str, str] = {}  # lanes that wait although it is not paused, and why
 
     @property
     def depth(self) -> int:
@@ -2259,14 +2255,15 @@ class StoreFigures(NamedTuple):
     place: str  # a file's path, or servers
     used_bytes: int
     free_bytes: int | None  # that are left there; None: that is not told
-    age_seconds: float = 0.0  # since that was so, and what waits was counted: it can't be asked now
+    age_seconds: float = 0.0  # of these figures and of the queue's: above 0 while it can't be asked
 
 
 class Overview(NamedTuple):
     """A queue in figures, which cost the same however many records there are.
 
-    `counts` has the records in each state by lane; under CALLBACKS those with a callback by its
-    state. Without `complete` it has no final states: only who hears of each end can count them.
+    `counts` has the number of records by lane and status; under the lane CALLBACKS, by the status
+    of the callback. Unless `complete`, it lacks the final ones: only who hears of each end can
+    count those.
     """
 
     queues: Mapping[str, QueueStats]
@@ -2461,8 +2458,8 @@ class Learned(NamedTuple):
 def learn(learned: Learned, status: int, started: float, now: float) -> Learned:
     """Additive increase, multiplicative decrease (Chiu and Jain, 1989).
 
-    A call more for each answer until the first 429, then for 4 rounds of answers. A 429 halves the
-    number, once for all that `started` (monotonic) before.
+    Until the first 429 the limit grows by one with each answer, then by one with about four rounds
+    of answers. A 429 halves it, once for all calls that had `started` (monotonic) before that.
     """
     if status != 429:
         step = 0.25 / learned.limit if learned.lowered_at else 1.0
@@ -2504,8 +2501,9 @@ def is_network_pattern(pattern: str) -> bool:
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
     """Whether a callback may go to this host, at this address once that is known.
 
-    A list of networks can't deny a name before its address is known. With `allow`, nothing else is
-    allowed. Link-local addresses (cloud metadata) are only if `allow` has the address.
+    With `allow`, nothing else is allowed; a name passes while its address is unknown and `allow`
+    has networks, which can't be compared yet. Link-local addresses (cloud metadata) need an entry
+    of `allow` for the address itself.
     """
     names = [host.lower().rstrip(".")]
     literal = None
@@ -2560,22 +2558,23 @@ def is_own_host(host: str, own_names: Sequence[str]) -> bool:
 
 
 def starts_now(rate: Rate, next_at: float, now: float) -> int:
-    """How many calls may start, where the next one was to start at `next_at` (Unix time)."""
+    """How many calls may start now, if the next one was to start at `next_at` (Unix time)."""
     late_s = now - first_start(rate, next_at, now)
     return int(late_s / rate.interval_s + 1e-6) + 1 if late_s > -1e-6 else 0
 
 
 def next_start(rate: Rate, next_at: float, number: int, now: float) -> float:
-    """When the next call may start, after so many."""
+    """When the next call may start, once `number` of them have started now."""
     return first_start(rate, next_at, now) + number * rate.interval_s
 
 
 def first_start(rate: Rate, next_at: float, now: float) -> float:
-    """The virtual scheduling of the generic cell rate algorithm (ITU-T I.371, annex A).
+    """When the first of the next calls may start, or might have started already.
 
-    Whoever starts late may catch up with a tenth of the period, and with one second at most: what
-    was not used before is no credit. A time that is much further ahead than this rate leads to was
-    that of a clock that has been set back, or of a lower rate.
+    This is virtual scheduling, of the generic cell rate algorithm (ITU-T I.371, annex A). Whoever
+    starts late may catch up with a tenth of the period, and with one second at most: what was not
+    used before is no credit. A `next_at` that is further ahead than this rate can lead to comes
+    from a clock that was set back since, or from a lower rate, and does not count.
     """
     if next_at > now + rate.interval_s + RATE_CLOCKS_S:
         return now
@@ -2605,11 +2604,6 @@ def trace_context(headers: Iterable[Header]) -> tuple[str | None, str | None]:
     return parent, ",".join(state.decode("latin-1") for state in states) or None
 
 
-def printable(value: str) -> str:
-    """A header's value as it can be written into an answer: bytes that are no text become ?."""
-    return value.encode("utf-8", "replace").decode()
-
-
 def machine_names() -> tuple[str, ...]:
     """The names that this machine has for itself and in its local network (RFC 6762: .local)."""
     name = socket.gethostname().lower()
@@ -2633,15 +2627,6 @@ def require_login(given: str, login: str, view_login: str | None) -> bool:
         challenge = {"WWW-Authenticate": 'Basic realm="Restricted"'}
         raise HttpError(401, "credentials are needed", challenge)
     return may_act
-
-
-def no_route(allowed: Sequence[str]) -> HttpError:
-    """What to say where no route fits."""
-    if allowed:
-        methods = ", ".join(allowed)
-        return HttpError(405, f"this route takes {methods}", {"Allow": methods})
-    reason = "no such route: calls go to /function/NAME or /async-function/NAME"
-    return HttpError(404, reason)
 
 
 def via(target: str) -> str:
@@ -2703,10 +2688,10 @@ def shorten(data: bytes, keep: int) -> bytes:
 
 
 class Kept:
-    """What comes piece by piece: its size, and all of it or its beginning and end."""
+    """Collects what comes piece by piece: its size, and `keep` bytes of its beginning and end."""
 
     def __init__(self, keep: int) -> None:
-        self.size = 0
+        self.size = 0  # of all that has come
         self._keep = keep
         self._start = bytearray()
         self._end = bytearray()  # what came after that, at least the last `keep` bytes of it
@@ -2721,7 +2706,7 @@ class Kept:
             del self._end[: -self._keep]
 
     def whole(self) -> bytes:
-        """All of it, unless it was longer than `keep`."""
+        """All that has come, or its beginning and end where that is more than `keep` bytes."""
         end = bytes(self._start[len(self._end) :] + self._end)
         return leave_middle_out(bytes(self._start), end, self.size, self._keep)
 
@@ -2739,80 +2724,12 @@ def describing_headers(headers: Headers) -> bytes:
 
 
 def shown_headers(headers: Iterable[Header]) -> list[tuple[str, str]]:
-    """Headers for people: what is secret by its name is not shown, nor what a URL has."""
+    """Headers for people, with *** for what sounds secret, and URLs without their credentials."""
     shown = []
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1"), raw_value.decode("utf-8", "replace")
         shown.append((name, "***" if SECRET_HEADER.search(name) else show_url(value) or ""))
     return shown
-
-
-# systemd's own variables, and libuv's.
-PRIVATE_VARIABLES = re.compile(
-    r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID|UV_\w+"
-)
-
-
-def canonical_name(name: bytes) -> str:
-    """A header's name as Go's textproto writes it: each word begins with its only capital."""
-    return "-".join(map(str.capitalize, name.decode("latin-1").split("-")))
-
-
-def command_environment(function: Function, request: FunctionRequest) -> dict[str, str]:
-    """The variables of a command: ours without systemd's, the classic watchdog's, then `env`."""
-    path, _, query = request.target.partition("?")
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in unpack_headers(request.headers):
-        name = canonical_name(raw_name)
-        value = os.fsdecode(raw_value)
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    headers.pop("Proxy", None)  # Many programs would obey it (httpoxy, CVE-2016-5385).
-    variables = {f"Http_{name.replace('-', '_')}": value for name, value in headers.items()}
-    length = headers.get("Content-Length", "-1")
-    if isinstance(request.body, bytes):
-        length = str(len(request.body))
-    elif length == "-1":
-        variables["Http_Transfer_Encoding"] = "chunked"
-    variables["Http_ContentLength"] = length
-    variables["Http_Content_Length"] = length
-    variables["Http_Method"] = request.method
-    variables["Http_Path"] = path or "/"
-    variables["Http_Query"] = query
-    if "X-Forwarded-Host" in headers:
-        variables["Http_Host"] = headers["X-Forwarded-Host"]
-    inherited = {
-        name: value for name, value in os.environ.items() if not PRIVATE_VARIABLES.fullmatch(name)
-    }
-    return {**inherited, **variables, **function.env}
-
-
-def require_executable(function: Function, request: FunctionRequest) -> None:
-    """HttpError(431) where execve(2) would refuse a request's variables as too large."""
-    variables = command_environment(function, request)
-    sizes = [len(os.fsencode(f"{name}={value}")) + 1 for name, value in variables.items()]
-    sizes += [len(os.fsencode(word)) + 1 for word in function.command or ()]
-    pointers = 8 * (len(sizes) + 3)
-    if max(sizes) > MAX_VARIABLE_BYTES or sum(sizes) + pointers > os.sysconf("SC_ARG_MAX") // 2:
-        raise HttpError(431, "the headers are too large for the environment of a program")
-
-
-def command_content_type(function: Function, request: FunctionRequest, body: bytes) -> bytes:
-    """That of a command's answer: the function's key, the request's, or what it looks like."""
-    if function.content_type:
-        return function.content_type.encode()
-    for name, value in unpack_headers(request.headers):
-        if name.lower() == b"content-type" and value:
-            return value
-    return looks_like(body)
-
-
-def looks_like(body: bytes) -> bytes:
-    """The Content-Type of text, or of anything."""
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return b"application/octet-stream"
-    return b"text/plain; charset=utf-8"
 
 
 def webhook_signature(
@@ -2842,7 +2759,7 @@ KEPT_BOOTS = 20
 
 
 class Due(NamedTuple):
-    """Instants up to now that were not settled: those to be fired, and how many are too late."""
+    """Instants up to now that were not settled: those to be fired, and those that are too late."""
 
     fire: Sequence[float]
     missed: Sequence[float]
@@ -2859,7 +2776,10 @@ def next_instants(schedule: Schedule, after: float) -> Iterator[float]:
 
 
 def last_instants(schedule: Schedule, after: float, until: float) -> Sequence[float]:
-    """Up to MOST_CAUGHT_UP instants between two times, the last ones, without a walk of years."""
+    """The last MOST_CAUGHT_UP instants between two times.
+
+    They are looked for in longer and longer spans before `until`: years may lie between the two.
+    """
     length_s = 3600.0
     while True:
         start = max(after, until - length_s)
@@ -2873,8 +2793,8 @@ def last_instants(schedule: Schedule, after: float, until: float) -> Sequence[fl
 def settle(schedule: Schedule, last_at: float, now: float) -> Due:
     """What is to be done with the instants after `last_at` up to now.
 
-    catch_up says which are run late, if any: the last one, or all. None that is later than
-    max_late, but what is in its own minute is never late.
+    `catch_up` says which are run late, if any: the last one, or all, but none by more than
+    `max_late`. In its own minute an instant is not late.
     """
     past = last_instants(schedule, last_at, now)
     limit_s = max(PUNCTUAL_S, 0.0 if schedule.catch_up == "none" else schedule.max_late)
@@ -2885,15 +2805,16 @@ def settle(schedule: Schedule, last_at: float, now: float) -> Due:
 
 
 def counted_from(last_at: float, now: float) -> float:
-    """From when on instants are looked at, after the last one that is settled.
+    """The time after which instants are looked at: the last settled one.
 
-    One from hours ahead was settled by a clock that was wrong, here or on another host.
+    If that is hours ahead, a clock was wrong that settled it, here or on another host: then the
+    last minute.
     """
     return now - PUNCTUAL_S if last_at > now + CLOCK_ERROR_S else last_at
 
 
 def jitter_s(schedule: Schedule, host: str) -> float:
-    """By how much a host is late on purpose, so that not all come at once: always the same."""
+    """By how much this host fires late, so that not all do at once: the same each time."""
     digest = hashlib.blake2b(f"{host}/{schedule.name}".encode(), digest_size=4).digest()
     return schedule.jitter * int.from_bytes(digest, "big") / 2**32
 
@@ -2911,7 +2832,7 @@ def unfinished(state: ScheduleState) -> Sequence[ScheduledRun]:
 
 
 def followed(state: ScheduleState, runs: Sequence[ScheduledRun]) -> ScheduleState:
-    """A state with more runs, or with what has become of the ones that it has."""
+    """The state with these runs in it: new ones, or what has become of those that it had."""
     ids = {run.id for run in runs if run.id}
     others = [run for run in state.runs if run.id not in ids]
     all_runs = sorted([*runs, *others], key=lambda run: run.scheduled_for, reverse=True)
@@ -2943,7 +2864,7 @@ def clock_doubt(synchronised: bool | None, uptime_s: float) -> str | None:
 
 
 def schedule_words(schedule: Schedule) -> str:
-    """What a schedule says, for people."""
+    """When a schedule fires, in English."""
     words = "; ".join(map(cron_words, schedule.cron or ()))
     return f"{words} ({schedule.timezone})"
 
@@ -2990,7 +2911,8 @@ PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  #
 class LogFormatter(logging.Formatter):
     """Text or JSON lines.
 
-    What goes to the journal has a priority such as "<6>", and in text leaves the time to it.
+    A line for the journal begins with its priority, such as "<6>". As text it has no time then:
+    the journal has its own.
     """
 
     def __init__(self, style: str) -> None:
@@ -3022,8 +2944,8 @@ class LogFormatter(logging.Formatter):
 class LogWriter(logging.Handler):
     """Writes lines to standard error in a thread of its own.
 
-    Who reads them may hang (a journal on a slow card, a container's log driver). That costs lines,
-    which are counted and told when there is a reader again, and holds nothing else up.
+    Whoever reads them may hang (a journal on a slow card, a container's log driver). That holds
+    nothing else up. Lines beyond MAX_LOG_LINES are lost; how many is told once some are read again.
     """
 
     def __init__(self) -> None:
@@ -3031,7 +2953,7 @@ class LogWriter(logging.Handler):
         self._lost = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
-        super().__init__()  # At exit Python closes what has begun as a handler.
+        super().__init__()  # Last: at exit Python closes every handler for which this was called.
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand a line over, if there is room."""
@@ -3110,26 +3032,13 @@ def sd_notify(state: str) -> None:
 # --- Metrics --------------------------------------------------------------------------------------
 # Under OpenFaaS's names.
 
-M = TypeVar("M", prometheus_client.Counter, prometheus_client.Gauge)
-
-
-def by_label(metric: M, *known: str) -> Callable[..., M]:
-    """The metric's children by their labels. To look one up costs more than to count: it is kept.
-
-    Those of known labels are there from the start: to Prometheus, a counter that appears as 1 has
-    not increased. Other labels are names of known functions and queues, so there is no end of them
-    that anybody else could bring about.
-    """
-    for label in known:
-        metric.labels(label)
-    return functools.cache(metric.labels)
-
 
 class LoopCounter:
     """A counter with one label, for the event loop alone.
 
-    That costs a tenth of what one of the library does, which threads may share. For labels see
-    `by_label`.
+    It costs a tenth of one of the library's, which threads may share. Those of `known` labels are
+    there from the start: to Prometheus, a counter that appears as 1 has not increased. Other labels
+    are names of functions and queues that exist: nobody else can add to them without end.
     """
 
     def __init__(
@@ -3159,11 +3068,7 @@ class LoopCounter:
 
 
 class LastHour:
-    """What happened in each of the last 60 minutes, by kind and name.
-
-    Names are those of functions and queues that exist, so there is no end of them that anybody
-    else could bring about.
-    """
+    """What happened in each of the last 60 minutes, by kind and name (of a function or queue)."""
 
     MINUTES = 60
 
@@ -3204,9 +3109,9 @@ def percentile(sorted_values: Sequence[float], part: float) -> float | None:
 
 
 class Activity:
-    """What this process has seen happen, for those who ask in person and not as Prometheus does."""
+    """What this process has seen happen: figures for people, which Prometheus has otherwise."""
 
-    COMMITS = 1000  # that percentiles are of
+    COMMITS = 1000  # the last ones, of which percentiles are made
 
     def __init__(self) -> None:
         self.begun_at = time.time()
@@ -3317,21 +3222,17 @@ class ScheduleMetrics:
 
     def __init__(self, registry: prometheus_client.CollectorRegistry) -> None:
         labels = ["schedule"]
-        self.last_success = by_label(
-            prometheus_client.Gauge(
-                "faasd_async_schedule_last_success_seconds",
-                "When a call of a schedule ended well last (Unix time).",
-                labels,
-                registry=registry,
-            )
+        self.last_success = prometheus_client.Gauge(
+            "faasd_async_schedule_last_success_seconds",
+            "When a call of a schedule ended well last (Unix time).",
+            labels,
+            registry=registry,
         )
-        self.missed = by_label(
-            prometheus_client.Counter(
-                "faasd_async_schedule_missed",
-                "Instants of a schedule that were not run.",
-                labels,
-                registry=registry,
-            )
+        self.missed = prometheus_client.Counter(
+            "faasd_async_schedule_missed",
+            "Instants of a schedule that were not run.",
+            labels,
+            registry=registry,
         )
 
 
@@ -3375,14 +3276,15 @@ class Metrics:
         self.activity.observe_commit(seconds)
 
     def counted(self, function: str) -> CountedCall:
-        """Count a function call that runs in a block with this."""
+        """Count a function call: one that runs in a `with` block of this."""
         return CountedCall(self, function)
 
 
 class CountedCall:
-    """A function call, from the beginning of a block to its end, which is given its status.
+    """A function call, from the beginning of a `with` block to its end.
 
-    Without one the caller went away: 499, as nginx has it.
+    The block is given a function to tell the status with. If it does not, the caller went away:
+    499, as nginx has it.
     """
 
     __slots__ = ("_function", "_metrics", "_started", "_status")
@@ -3415,7 +3317,7 @@ def scraped(
     queues: Iterable[str],
     functions: Iterable[Function],
 ) -> prometheus_client.CollectorRegistry:
-    """What has a value only when somebody looks. `queues` are there even if nothing waits."""
+    """The gauges that are worked out only for a scrape. `queues` are among them even if empty."""
     registry = prometheus_client.CollectorRegistry()
     gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     replicas = gauge("gateway_service_count", "Replicas of a function.", ["function_name"])
@@ -3455,9 +3357,9 @@ def scraped(
 
 
 def begin_thread(name: str, work: Callable[[Unpack[Ts]], object], *arguments: Unpack[Ts]) -> bool:
-    """Have a thread of its own do something that nobody waits for, at a stop neither.
+    """Start a thread that nobody waits for, not even at a stop.
 
-    False: there may be no more threads for now (RLIMIT_NPROC, TasksMax), so it is not done.
+    False, and nothing is done: there may be no more threads for now (RLIMIT_NPROC, TasksMax).
     """
     thread = threading.Thread(target=work, args=arguments, name=name, daemon=True)
     with contextlib.suppress(RuntimeError):
@@ -3468,10 +3370,10 @@ def begin_thread(name: str, work: Callable[[Unpack[Ts]], object], *arguments: Un
 def in_thread(
     name: str, work: Callable[[Unpack[Ts]], T], *arguments: Unpack[Ts]
 ) -> asyncio.Future[T]:
-    """What something that may hang gives or raises, in a thread of its own. Raises Shortage.
+    """The result, or error, of work that may hang, done by a thread of its own. Raises Shortage.
 
-    Who asks need not wait for it. The threads that event loops share are few, and libuv aborts the
-    process when it can't start its own.
+    Nobody has to wait for it. The event loop's own threads are no choice: they are few, and libuv
+    aborts the process when it can't start them.
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Future[T] = loop.create_future()
@@ -3507,8 +3409,8 @@ def uptime_s() -> float:
 class Timer:
     """Calls back when a time is over.
 
-    What is there already then wins: a timer that fires late was held up with all the rest (a
-    machine that slept), and what has come in meanwhile gets some time to be read.
+    One that fires late was held up with everything else, as on a machine that slept. What it limits
+    may have arrived meanwhile, and gets as much time again (MAX_GRACE_S at most) to be read.
     """
 
     __slots__ = ("_callback", "_grace", "_loop", "_sweep")
@@ -3529,7 +3431,7 @@ class Timer:
             self._grace.cancel()
 
     def expire(self, late_s: float) -> None:
-        """The time is over, since so many seconds."""
+        """The time has been over for `late_s`."""
         if late_s > LATE_S:
             self._grace = self._loop.call_later(min(late_s, MAX_GRACE_S), self._callback)
         else:
@@ -3575,7 +3477,7 @@ class Sweep:
 
 @functools.lru_cache(maxsize=64)
 def sweep(loop: asyncio.AbstractEventLoop, seconds: float) -> Sweep:
-    """That of this duration. One that is forgotten here still does its work."""
+    """The sweep of this duration. One that the cache has forgotten still does its work."""
     return Sweep(loop, seconds)
 
 
@@ -3600,7 +3502,7 @@ class WorkQueue(Protocol):
     again, `interrupted` counted and the attempt charged.
     """
 
-    IN_STEP: bool  # whether what runs in a queue is best claimed together, and stored together
+    IN_STEP: bool  # whether calls are best claimed all together, once all that ran are stored
     SHARED: bool  # whether other hosts may run its calls, too
 
     async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
@@ -3726,8 +3628,8 @@ class CallRecords(Protocol):
     def watch(self, tell: Tell[Changes] | None) -> None:
         """Have each change of a call told on the event loop from now on; None: no more.
 
-        Up to CHANGES_S a second: what is beyond that is only counted. A call that changes in a
-        moment more than once may be told of once. Changes by other daemons are told, too.
+        Up to CHANGES_PER_SECOND; what is beyond that is only counted. A call that changes more than
+        once in a moment may be told of once. Changes by other daemons are told, too.
         """
 
     def prune(self) -> Awaitable[int]:
@@ -3842,7 +3744,7 @@ def require_whole(
 
 
 class Budget:
-    """So many of something a second, and as many at once."""
+    """Allows `rate` of something a second, and as many at once after a second without."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
@@ -3850,7 +3752,7 @@ class Budget:
         self._at = time.monotonic()
 
     def take(self, number: int) -> int:
-        """How many of these there is room for."""
+        """Take up to this number; how many are allowed."""
         now = time.monotonic()
         self._left = min(self._rate, self._left + (now - self._at) * self._rate)
         self._at = now
@@ -3902,7 +3804,7 @@ class CallWaiters:
             self.stir(ended.call_id)
 
     def stir(self, own_id: str) -> None:
-        """Have who waits for a call look at it."""
+        """Wake those who wait for a call, to look at it."""
         if self._ends and (event := self._ends.pop(own_id, None)):
             event.set()
 
@@ -4022,8 +3924,8 @@ class WorkIndex:
 class Tally:
     """How many records are in each state, by lane; of callbacks, under CALLBACKS.
 
-    Steps count each change here, and the transaction writes what has changed to the file: to count
-    a million rows at a start would keep everybody waiting.
+    Steps count each change here, and each transaction writes the counts that have changed to the
+    file: to count a million rows at a start would keep everybody waiting.
     """
 
     def __init__(self, numbers: Mapping[tuple[str, str], int]) -> None:
@@ -4031,7 +3933,7 @@ class Tally:
         self._changed: set[tuple[str, str]] = set()
 
     def move(self, lane: str, was: str | None, status: str | None, number: int = 1) -> None:
-        """So many records that were in one state are in another; None and "none": in none."""
+        """Count records out of one state and into another. Those in None and "none" don't count."""
         for state, change in ((was, -number), (status, number)):
             if state not in (None, "none"):
                 place = (lane, str(state))
@@ -4063,14 +3965,14 @@ class Receipt(NamedTuple):
 
 
 class Place:
-    """Where a file is: one that is taken away while it is used ends with its last user."""
+    """Where a file is. One that is deleted while it is used takes what is written to it along."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode = path.stat().st_ino
 
     def require(self) -> None:
-        """sqlite3.OperationalError: it is not there any more. Put back, it is as good as before."""
+        """Raises sqlite3.OperationalError if it is not there any more. It may be put back."""
         try:
             there = self._path.stat().st_ino == self._inode
         except FileNotFoundError:
@@ -4094,7 +3996,7 @@ TURNS = """
 CREATE INDEX calls_turn ON calls (function, namespace, concurrency_key, turn, due_at)
     WHERE turn IS NOT NULL;
 """
-# Two indexes, because failures are kept longer: what is past its time is found without a search.
+# Two indexes, because failures are kept longer: what is past its time is found without a scan.
 FAILURE = "(status IN ('error', 'timeout') OR callback_status = 'failed')"
 ENDED_WELL = f"completed_at IS NOT NULL AND NOT {FAILURE}"
 ENDED_BADLY = f"completed_at IS NOT NULL AND {FAILURE}"
@@ -4350,19 +4252,14 @@ class SqliteFile:
         self.index = WorkIndex()
         self.tally = Tally({})
         self.damaged = False  # only a restart helps
-        self.stale = False  # the index may differ from the file
+        self.stale = False  # the index may differ from the file: the next transaction rebuilds it
         self._suspect = False  # the file may be damaged
         self._place: Place  # once open
-        self._news = News()
-        self._last_seq = 0
+        self.news = News()  # what this transaction leads to
+        self.last_seq = 0  # the number of the newest row
         self._carried = 0  # rows changed until the last checkpoint
         self._mark = path.with_name(f"{path.name}-damaged")  # for the next start
         self.copy = path.with_name(f"{path.name}.copy")  # while one is made
-
-    @property
-    def news(self) -> News:
-        """What this transaction leads to."""
-        return self._news
 
     def open(self) -> None:
         """Open or create the file, recover what a dead process left.
@@ -4457,7 +4354,7 @@ class SqliteFile:
         for work, lane, due_at, waiting in self.db.execute(SELECT_LANES).fetchall():
             name = lane.removesuffix(ASIDE)
             self.index.add(work, name, due_at if name == lane else float("inf"), waiting)
-        self._last_seq = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
+        self.last_seq = self.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()[0]
         self.find_deadline()
         self.stale = False
         self._suspect = False
@@ -4489,7 +4386,7 @@ class SqliteFile:
 
     def distrust(self, exc: Exception) -> None:
         """A transaction has failed and was rolled back."""
-        self._news = News()
+        self.news = News()
         self.stale = True
         code = getattr(exc, "sqlite_errorcode", 0)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -4508,20 +4405,15 @@ class SqliteFile:
 
     def take_news(self) -> News:
         """What the transaction that was committed leads to."""
-        news = self._news
-        self._news = News()
+        news = self.news
+        self.news = News()
         return news
 
     def new_seqs(self, number: int) -> range:
         """The numbers of new rows. None is used twice, also when the newest was pruned."""
-        first = self._last_seq + 1
-        self._last_seq += number
+        first = self.last_seq + 1
+        self.last_seq += number
         return range(first, first + number)
-
-    @property
-    def last_seq(self) -> int:
-        """The number of the newest row."""
-        return self._last_seq
 
     def head(self, work: str, lane: str) -> float:
         """When the first waiting call of a lane is due."""
@@ -4587,7 +4479,7 @@ def pass_turn(file: SqliteFile, place: KeyPlace) -> None:
 
 
 def pass_turn_of(file: SqliteFile, claim: Claim) -> None:
-    """The same for the key of a call whose attempt has ended, if it has one."""
+    """Pass the turn on from a call whose attempt has ended, if it has a key."""
     if claim.concurrency_key is not None:
         file.db.execute(END_TURN, cast(Receipt, claim.receipt))
         namespace = claim.lane.removeprefix(f"{claim.function}.")
@@ -4595,7 +4487,7 @@ def pass_turn_of(file: SqliteFile, claim: Claim) -> None:
 
 
 def pass_turns(file: SqliteFile, places: Iterable[tuple[str, str, str | None]]) -> None:
-    """The same for calls that have ended or were queued: function, namespace and key."""
+    """Pass turns on where calls have ended or were queued: function, namespace and key of each."""
     for function, namespace, key in dict.fromkeys(places):
         if key is not None:
             pass_turn(file, KeyPlace(function, namespace, key))
@@ -4612,7 +4504,7 @@ def starts_left(file: SqliteFile, name: str, rate: Rate, now: float) -> int:
 
 
 def next_start_at(file: SqliteFile, name: str, rate: Rate, now: float) -> float:
-    """When the next one may."""
+    """When the next call of a queue or lane may start."""
     return first_start(rate, file.index.next_starts.get(name, 0.0), now)
 
 
@@ -4631,9 +4523,9 @@ def room_at_rates(
     rates: Mapping[str, Rate],
     now: float,
 ) -> tuple[int, dict[str, int]]:
-    """`limit` and `room` of a claim, and no more of them than may start.
+    """`limit` and `room` of a claim, lowered to what may start by the rates.
 
-    Lanes whose rate is another one since a reload are looked at again.
+    Lanes whose rate was changed by a reload are looked at again.
     """
     left = dict(room)
     lanes = file.index.lanes[queue]
@@ -4678,7 +4570,7 @@ MOST_BYTES = 2**20  # of their bodies: SQLite makes a copy of all values before 
 
 
 def pieces(items: Sequence[T], most: int = MOST_ROWS) -> Iterator[Sequence[T]]:
-    """All of them, so many at a time."""
+    """Split a sequence into pieces of at most this length."""
     for first in range(0, len(items), most):
         yield items[first : first + most]
 
@@ -4752,10 +4644,14 @@ SELECT_CLAIMED = """
     SELECT lane, count(*) FROM calls
     WHERE work IS NOT NULL AND work <> '@callbacks' AND due_at IS NULL GROUP BY lane
 """
-SELECT_INTERRUPTED = """
-    SELECT seq, claims, id, coalesce(call_id, id), function, attempts, interrupted, callback_url,
-        failure_url, queue, lane
-    FROM calls WHERE work IS NOT NULL AND interrupted > 0 AND status = 'queued'
+# Columns of WorkRow.
+WORK_COLUMNS = """
+    seq, claims, id, coalesce(call_id, id), function, namespace, concurrency_key, attempts,
+    interrupted, callback_url, failure_url, work, lane, due_at
+"""
+SELECT_INTERRUPTED = f"""
+    SELECT {WORK_COLUMNS} FROM calls
+    WHERE work IS NOT NULL AND interrupted > 0 AND status = 'queued'
 """
 SELECT_KEY = """
     SELECT coalesce(call_id, id), digest FROM calls
@@ -4765,14 +4661,15 @@ PLAIN_COLUMNS = """
     seq, id, function, namespace, queue, start_time, due_at, max_attempts, callback_url,
     work, lane, request_bytes
 """
-FUNCTION = Invocation._fields.index("function")  # from here to the next, as among these
+# Invocation has the columns from `function` to `callback_url` in this order, too.
+FUNCTION = Invocation._fields.index("function")
 TARGET = Invocation._fields.index("target")
 # Most calls have none of these, and a value costs more than its column, also where it is NULL.
 RARE_COLUMNS = """
     deadline_at, failure_url, idempotency_key, app, hops, traceparent, tracestate, schedule,
     scheduled_for, concurrency_key, call_id, digest, turn
 """
-FIRST_RARE = Invocation._fields.index("deadline_at")  # it and what follows are among these
+FIRST_RARE = Invocation._fields.index("deadline_at")  # it and the fields behind it are the first
 NOTHING_RARE = (None, None, None, None, 0, None, None, None, None, None)
 INSERT_PLAIN_CALLS = RowsStatement(
     f"INSERT INTO calls ({PLAIN_COLUMNS}, status) VALUES {{rows}}",
@@ -4883,151 +4780,25 @@ SELECT_LONG_OUTPUTS = """
     WHERE seq IN (SELECT value FROM json_each(?)) AND length(body) > ?
 """
 CUT_OUTPUT = "UPDATE outputs SET headers = NULL, body = ? WHERE seq = ?"
-EXPIRE_CALLS = """
+EXPIRE_CALLS = f"""
     UPDATE calls SET deadline_at = NULL
     WHERE seq IN (
         SELECT seq FROM calls
         WHERE deadline_at <= ? AND deadline_at IS NOT NULL AND due_at IS NOT NULL
         ORDER BY deadline_at LIMIT ?
     )
-    RETURNING seq, claims, id, coalesce(call_id, id), function, namespace, concurrency_key, work,
-        lane, callback_url, failure_url
+    RETURNING {WORK_COLUMNS}
 """
 
-# To the microsecond that a record shows, or `since` with what it shows would miss it.
-CREATED_AT = "(start_time / 1000 / 1e6)"
-RECORD_COLUMNS = f"""
-    id, coalesce(call_id, id), function, namespace, queue,
-    iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
-    http_status, error, {CREATED_AT}, started_at, completed_at,
-    iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
-    traceparent, schedule, scheduled_for, concurrency_key,
-    callback_status, callback_attempts, callback_http_status, callback_error, history, failures,
-    callback_url, failure_url, seq
-"""
-# Lists are JSON; an empty one, like NULL, matches everything.
-MATCHES = f"""
-    (:statuses = '[]' OR iif(status = 'queued' AND due_at > :now, 'delayed', status)
-        IN (SELECT value FROM json_each(:statuses)))
-    AND (:callbacks = '[]' OR callback_status IN (SELECT value FROM json_each(:callbacks)))
-    AND (:function IS NULL OR function = :function)
-    AND (:queue IS NULL OR queue = :queue)
-    AND (:app IS NULL OR app = :app)
-    AND (:schedule IS NULL OR schedule = :schedule)
-    AND (:since IS NULL OR {CREATED_AT} >= :since)
-    AND (:until IS NULL OR {CREATED_AT} < :until)
-"""
-SELECT_RECORD = f"SELECT {RECORD_COLUMNS} FROM calls WHERE seq = :seq"
-SELECT_RECORDS = f"""
-    SELECT {RECORD_COLUMNS} FROM calls
-    WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
-"""
-SELECT_CHANGED = f"""
-    SELECT {RECORD_COLUMNS} FROM calls WHERE seq IN (SELECT value FROM json_each(:seqs))
-"""
-SELECT_MATCHING = f"""
-    SELECT seq FROM calls
-    WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
-"""
-SELECT_MATCHING_BY_CALL_ID = f"""
-    SELECT seq FROM calls WHERE id = :call_id AND seq < :before AND {MATCHES}
-    UNION ALL SELECT * FROM (
-        SELECT seq FROM calls
-        WHERE call_id = :call_id AND seq < :before AND {MATCHES} ORDER BY seq DESC LIMIT :limit
-    )
-    ORDER BY seq DESC LIMIT :limit
-"""
-SELECT_RECORDS_BY_CALL_ID = f"""
-    SELECT {RECORD_COLUMNS} FROM calls WHERE id = :call_id AND seq < :before AND {MATCHES}
-    UNION ALL SELECT * FROM (
-        SELECT {RECORD_COLUMNS} FROM calls
-        WHERE call_id = :call_id AND seq < :before AND {MATCHES} ORDER BY seq DESC LIMIT :limit
-    )
-    ORDER BY seq DESC LIMIT :limit
-"""
-SELECT_OUTPUT = "SELECT body, stderr FROM outputs WHERE seq = ?"
-SELECT_RESULT = """
-    SELECT status, error, http_status, response_bytes, coalesce(headers, x''), coalesce(body, x'')
-    FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
-"""
-SELECT_REQUEST = "SELECT method, target, headers, body FROM requests WHERE seq = ?"
-
-SELECT_WAITING = """
-    SELECT seq FROM calls WHERE work = ? AND due_at IS NOT NULL AND seq <= ? LIMIT ?
-"""
-SELECT_WORK = """
-    SELECT seq, claims, id, coalesce(call_id, id), function, namespace, concurrency_key, attempts,
-        work, lane, due_at
-    FROM calls WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NOT NULL
-"""
-CANCEL_CALLS = """
-    UPDATE calls SET status = 'cancelled', completed_at = ?, work = NULL, lane = NULL,
-        due_at = NULL, deadline_at = NULL, turn = iif(due_at IS NULL, turn, NULL)
-    WHERE seq IN (SELECT value FROM json_each(?))
-"""
-CANCEL_CALLBACKS = """
-    UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', work = NULL,
-        lane = NULL, due_at = NULL
-    WHERE seq IN (SELECT value FROM json_each(?))
-"""
-# Times in the history are whole microseconds: SQLite would write 15 digits of a float.
-REDRIVE_CALLS = f"""
-    UPDATE calls SET status = 'queued', work = queue, turn = iif(concurrency_key IS NULL, NULL, 0),
-        lane = function || '.' || namespace || iif(concurrency_key IS NULL, '', '{ASIDE}'),
-        due_at = :now, attempts = 0, interrupted = 0, http_status = NULL, error = NULL,
-        started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
-        callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
-        callback_error = NULL, failures = NULL,
-        history = json_insert(coalesce(history, '[]'), '$[#]', json_object(
-            'status', status, 'attempts', attempts, 'http_status', http_status, 'error', error,
-            'started_at', CAST(round(started_at * 1e6) AS INTEGER),
-            'completed_at', CAST(round(completed_at * 1e6) AS INTEGER),
-            'duration_seconds', duration, 'interrupted', interrupted,
-            'callback', json_object(
-                'status', callback_status, 'attempts', callback_attempts,
-                'http_status', callback_http_status, 'error', callback_error)))
-    WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL
-        AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
-    RETURNING seq, work, function, namespace, concurrency_key
-"""
-SELECT_ANSWER = """
-    SELECT status, work, callback_url, failure_url, callback_status, response_bytes,
-        length(body), headers IS NOT NULL
-    FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
-"""
-SELECT_REDRIVEN = """
-    SELECT function || '.' || namespace, status, callback_status, count(*) FROM calls
-    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL
-        AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
-    GROUP BY 1, 2, 3
-"""
-RESEND_CALLBACK = """
-    UPDATE calls SET callback_status = 'pending', callback_attempts = 0, callback_error = NULL,
-        callback_http_status = NULL, work = '@callbacks', lane = ?, due_at = ?
-    WHERE seq = ?
-"""
-PAUSE_QUEUE = "INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)"
-PRUNE_CALLS = tuple(
-    f"""
-    DELETE FROM calls
-    WHERE seq IN (
-        SELECT seq FROM calls WHERE completed_at < ? AND work IS NULL AND {ended}
-        ORDER BY completed_at LIMIT ?
-    )
-    RETURNING seq, function || '.' || namespace, status, callback_status
-    """
-    for ended in (ENDED_WELL, ENDED_BADLY)
-)
 WRITE_COUNTS = RowsStatement(
     "INSERT OR REPLACE INTO counts (lane, status, number) VALUES {rows}", 3
 )
-COUNT_DELAYED = "SELECT count(*) FROM calls WHERE work = ? AND lane = ? AND due_at > ?"
 
-# -- what they take and give
+# -- rows, as statements take and give them
 
 
 def call_lane(call: Invocation) -> str:
-    """The lane that a call waits in, or stands aside from until it is its key's turn."""
+    """What the column `lane` has: a call's lane, or where it stands aside until its key's turn."""
     return call.lane if call.concurrency_key is None else call.lane + ASIDE
 
 
@@ -5084,6 +4855,53 @@ class End(NamedTuple):
     ended: Ended
     size: int | None = None  # of the answer
     target: str | None = None  # the callback's URL
+
+
+class WorkRow(NamedTuple):
+    """A call that has not finished, or whose callback has not: what WORK_COLUMNS gives of it."""
+
+    seq: int
+    claims: int
+    id: str
+    call_id: str
+    function: str
+    namespace: str
+    concurrency_key: str | None
+    attempts: int
+    interrupted: int
+    callback_url: str | None
+    failure_url: str | None
+    work: str
+    place: str  # its lane, or where those stand aside
+    due_at: float | None  # None: it is claimed
+
+    @property
+    def lane(self) -> str:
+        """The lane that it counts for."""
+        return self.place.removesuffix(ASIDE)
+
+    @property
+    def status(self) -> str:
+        """The call's, unless its callback is the work."""
+        return "running" if self.due_at is None else "queued"
+
+    def ended(self, status: str, error: str | None = None) -> Ended:
+        """The call, as it ends without another attempt."""
+        return Ended(
+            self.id,
+            self.call_id,
+            self.function,
+            status,
+            self.attempts,
+            error=error,
+            queue=self.work,
+            lane=self.lane,
+        )
+
+    def end(self, status: str, error: str) -> End:
+        """The same with its callback."""
+        target = callback_target(status, self.callback_url, self.failure_url)
+        return End(Receipt(self.seq, self.claims), self.ended(status, error), target=target)
 
 
 def end_row(end: End, was: str, lane: str | None, now: float) -> Sequence[object]:
@@ -5165,7 +4983,7 @@ def insert_calls(
 
 
 def count_in(file: SqliteFile, calls: Sequence[Invocation]) -> None:
-    """Have the queues of new calls told, and their lanes counted."""
+    """Count new calls in by lane, and have their queues told."""
     due: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
     keyed = [call for call in calls if call.concurrency_key is not None]
     for call in calls:
@@ -5184,7 +5002,7 @@ def count_in(file: SqliteFile, calls: Sequence[Invocation]) -> None:
 def step_claim(
     file: SqliteFile, queue: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
 ) -> Sequence[Claim]:
-    """Hand out due work of one queue, and have it told when more may be claimed."""
+    """Hand out due work of one queue, and set the time at which it is told that there is more."""
     now = time.time()
     index = file.index
     if index.deadline_at <= now:
@@ -5267,7 +5085,7 @@ def charge(
     lanes: Mapping[str, int],
     now: float,
 ) -> list[Claim]:
-    """Claim rows, of which `lanes` has how many are of each."""
+    """Claim rows; `lanes` has how many of them are of each lane."""
     seqs = [row[0] for row in rows]
     if not seqs:
         return []
@@ -5282,7 +5100,7 @@ def charge(
 
 
 def write_counts(file: SqliteFile) -> None:
-    """Have the counts in the file follow; a part of each transaction."""
+    """Write the counts that have changed to the file; a part of each transaction."""
     WRITE_COUNTS.run(file.db, file.tally.take_changed())
 
 
@@ -5327,35 +5145,19 @@ def recover(file: SqliteFile) -> None:
     if interrupted:
         log.warning("%d interrupted attempts of the previous process are queued again", interrupted)
     for row in file.db.execute(SELECT_INTERRUPTED).fetchall():
-        end_poisoned(file, *row)
+        end_poisoned(file, WorkRow(*row))
     file.db.execute(SPREAD_INTERRUPTED, (CALLBACKS, now))
     write_counts(file)
     file.db.execute("COMMIT")
 
 
-def end_poisoned(
-    file: SqliteFile,
-    seq: int,
-    claims: int,
-    own_id: str,
-    call_id: str,
-    function: str,
-    attempts: int,
-    interrupted: int,
-    callback_url: str | None,
-    failure_url: str | None,
-    queue: str,
-    lane: str,
-) -> None:
+def end_poisoned(file: SqliteFile, row: WorkRow) -> None:
     """End a call whose process has died too often while it ran."""
-    if interrupted < file.settings().max_interruptions(function):
+    if row.interrupted < file.settings().max_interruptions(row.function):
         return
-    error = f"interrupted {interrupted} times: the daemon died each time while it ran"
-    drop_rows(file, DROP_OUTPUTS, [seq])  # of an earlier attempt
-    told = (own_id, call_id, function, "error", attempts)
-    ended = Ended(*told, error=error, queue=queue, lane=lane.removesuffix(ASIDE))
-    target = callback_target("error", callback_url, failure_url)
-    end_calls(file, "queued", [End(Receipt(seq, claims), ended, target=target)])
+    error = f"interrupted {row.interrupted} times: the daemon died each time while it ran"
+    drop_rows(file, DROP_OUTPUTS, [row.seq])  # of an earlier attempt
+    end_calls(file, "queued", [row.end("error", error)])
 
 
 class Completion(NamedTuple):
@@ -5513,7 +5315,7 @@ def drop_rows(file: SqliteFile, statement: str, seqs: Sequence[int]) -> None:
 
 
 def cut_outputs(file: SqliteFile, seqs: Sequence[int]) -> None:
-    """Once the callback needs an answer no more, its beginning and end will do."""
+    """Cut answers down to calls.keep_output, once no callback needs the whole of them."""
     keep = file.settings().calls.keep_output
     long = file.db.execute(SELECT_LONG_OUTPUTS, (json.dumps(seqs), keep)).fetchall()
     for seq, body in long:
@@ -5522,23 +5324,133 @@ def cut_outputs(file: SqliteFile, seqs: Sequence[int]) -> None:
 
 def step_expire(file: SqliteFile) -> None:
     """End calls whose deadline has passed before they started: a charged attempt takes it away."""
-    rows = file.db.execute(EXPIRE_CALLS, (time.time(), BATCH)).fetchall()
-    ends: list[End] = []
-    for seq, claims, own_id, call_id, function, _, _, work, place, *urls in rows:
-        lane = place.removesuffix(ASIDE)
-        file.index.lanes[work].remove(lane, 1)
-        error = "not started before its X-Deadline"
-        told = (own_id, call_id, function, "timeout", 0)
-        ended = Ended(*told, error=error, queue=work, lane=lane)
-        target = callback_target("timeout", *urls)
-        ends.append(End(Receipt(seq, claims), ended, target=target))
-    end_calls(file, "queued", ends)
-    pass_turns(file, [row[4:7] for row in rows])
+    expired = file.db.execute(EXPIRE_CALLS, (time.time(), BATCH)).fetchall()
+    rows = list(itertools.starmap(WorkRow, expired))
+    for row in rows:
+        file.index.lanes[row.work].remove(row.lane, 1)
+    end_calls(
+        file, "queued", [row.end("timeout", "not started before its X-Deadline") for row in rows]
+    )
+    pass_turns(file, [(row.function, row.namespace, row.concurrency_key) for row in rows])
     file.find_deadline()
 
 
 # --- SQLite records -------------------------------------------------------------------------------
 # Steps of operators and people.
+
+# To the microsecond that a record shows, or `since` with what it shows would miss it.
+CREATED_AT = "(start_time / 1000 / 1e6)"
+RECORD_COLUMNS = f"""
+    id, coalesce(call_id, id), function, namespace, queue,
+    iif(status = 'queued' AND due_at > :now, 'delayed', status), attempts, max_attempts,
+    http_status, error, {CREATED_AT}, started_at, completed_at,
+    iif(status = 'queued', due_at, NULL), duration, interrupted, request_bytes, response_bytes, app,
+    traceparent, schedule, scheduled_for, concurrency_key,
+    callback_status, callback_attempts, callback_http_status, callback_error, history, failures,
+    callback_url, failure_url, seq
+"""
+# What a CallFilter asks for. Lists are JSON; an empty one, like NULL, matches everything.
+MATCHES = f"""
+    (:statuses = '[]' OR iif(status = 'queued' AND due_at > :now, 'delayed', status)
+        IN (SELECT value FROM json_each(:statuses)))
+    AND (:callbacks = '[]' OR callback_status IN (SELECT value FROM json_each(:callbacks)))
+    AND (:function IS NULL OR function = :function)
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:app IS NULL OR app = :app)
+    AND (:schedule IS NULL OR schedule = :schedule)
+    AND (:since IS NULL OR {CREATED_AT} >= :since)
+    AND (:until IS NULL OR {CREATED_AT} < :until)
+"""
+SELECT_RECORD = f"SELECT {RECORD_COLUMNS} FROM calls WHERE seq = :seq"
+SELECT_CHANGED = f"""
+    SELECT {RECORD_COLUMNS} FROM calls WHERE seq IN (SELECT value FROM json_each(:seqs))
+"""
+# Rows that match, newest first: within a window, or by their call id, of which there is an index.
+SELECT_IN_WINDOW = f"""
+    SELECT %(columns)s FROM calls
+    WHERE seq < :before AND seq >= :floor AND {MATCHES} ORDER BY seq DESC LIMIT :limit
+"""
+SELECT_BY_CALL_ID = f"""
+    SELECT %(columns)s FROM calls WHERE id = :call_id AND seq < :before AND {MATCHES}
+    UNION ALL SELECT * FROM (
+        SELECT %(columns)s FROM calls
+        WHERE call_id = :call_id AND seq < :before AND {MATCHES} ORDER BY seq DESC LIMIT :limit
+    )
+    ORDER BY seq DESC LIMIT :limit
+"""
+SELECT_OUTPUT = "SELECT body, stderr FROM outputs WHERE seq = ?"
+SELECT_RESULT = """
+    SELECT status, error, http_status, response_bytes, coalesce(headers, x''), coalesce(body, x'')
+    FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
+"""
+SELECT_REQUEST = "SELECT method, target, headers, body FROM requests WHERE seq = ?"
+
+SELECT_WAITING = """
+    SELECT seq FROM calls WHERE work = ? AND due_at IS NOT NULL AND seq <= ? LIMIT ?
+"""
+SELECT_WORK = f"""
+    SELECT {WORK_COLUMNS} FROM calls
+    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NOT NULL
+"""
+CANCEL_CALLS = """
+    UPDATE calls SET status = 'cancelled', completed_at = ?, work = NULL, lane = NULL,
+        due_at = NULL, deadline_at = NULL, turn = iif(due_at IS NULL, turn, NULL)
+    WHERE seq IN (SELECT value FROM json_each(?))
+"""
+CANCEL_CALLBACKS = """
+    UPDATE calls SET callback_status = 'failed', callback_error = 'cancelled', work = NULL,
+        lane = NULL, due_at = NULL
+    WHERE seq IN (SELECT value FROM json_each(?))
+"""
+# Times in the history are whole microseconds: SQLite would write 15 digits of a float.
+REDRIVE_CALLS = f"""
+    UPDATE calls SET status = 'queued', work = queue, turn = iif(concurrency_key IS NULL, NULL, 0),
+        lane = function || '.' || namespace || iif(concurrency_key IS NULL, '', '{ASIDE}'),
+        due_at = :now, attempts = 0, interrupted = 0, http_status = NULL, error = NULL,
+        started_at = NULL, completed_at = NULL, duration = NULL, response_bytes = NULL,
+        callback_status = 'none', callback_attempts = 0, callback_http_status = NULL,
+        callback_error = NULL, failures = NULL,
+        history = json_insert(coalesce(history, '[]'), '$[#]', json_object(
+            'status', status, 'attempts', attempts, 'http_status', http_status, 'error', error,
+            'started_at', CAST(round(started_at * 1e6) AS INTEGER),
+            'completed_at', CAST(round(completed_at * 1e6) AS INTEGER),
+            'duration_seconds', duration, 'interrupted', interrupted,
+            'callback', json_object(
+                'status', callback_status, 'attempts', callback_attempts,
+                'http_status', callback_http_status, 'error', callback_error)))
+    WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL
+        AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
+    RETURNING seq, work, function, namespace, concurrency_key
+"""
+SELECT_ANSWER = """
+    SELECT status, work, callback_url, failure_url, callback_status, response_bytes,
+        length(body), headers IS NOT NULL
+    FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
+"""
+SELECT_REDRIVEN = """
+    SELECT function || '.' || namespace, status, callback_status, count(*) FROM calls
+    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL
+        AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
+    GROUP BY 1, 2, 3
+"""
+RESEND_CALLBACK = """
+    UPDATE calls SET callback_status = 'pending', callback_attempts = 0, callback_error = NULL,
+        callback_http_status = NULL, work = '@callbacks', lane = ?, due_at = ?
+    WHERE seq = ?
+"""
+PAUSE_QUEUE = "INSERT OR REPLACE INTO queues (name, paused) VALUES (?, ?)"
+PRUNE_CALLS = tuple(
+    f"""
+    DELETE FROM calls
+    WHERE seq IN (
+        SELECT seq FROM calls WHERE completed_at < ? AND work IS NULL AND {ended}
+        ORDER BY completed_at LIMIT ?
+    )
+    RETURNING seq, function || '.' || namespace, status, callback_status
+    """
+    for ended in (ENDED_WELL, ENDED_BADLY)
+)
+COUNT_DELAYED = "SELECT count(*) FROM calls WHERE work = ? AND lane = ? AND due_at > ?"
 
 
 def find_seq(file: SqliteFile, call_id: str) -> int:
@@ -5580,16 +5492,12 @@ def read_changed(file: SqliteFile, seqs: Sequence[int]) -> list[CallRecord]:
 
 
 def select_window(
-    file: SqliteFile,
-    statements: tuple[str, str],
-    filters: CallFilter,
-    before: int | None,
-    limit: int,
+    file: SqliteFile, columns: str, filters: CallFilter, before: int | None, limit: int
 ) -> tuple[list[Sequence[Any]], int]:
     """One window of matching rows older than `before`, and where the next window begins.
 
     In windows, so that a rare match in a large file doesn't keep the writer. 0: that was the last.
-    The second of the statements is for calls with one call id, of which there is an index.
+    The last of the columns is `seq`.
     """
     end = file.last_seq + 1
     start = end if before is None else min(before, end)
@@ -5603,7 +5511,8 @@ def select_window(
         "limit": limit,
         "now": time.time(),
     }
-    rows = file.db.execute(statements[by_call_id], where).fetchall()
+    statement = SELECT_BY_CALL_ID if by_call_id else SELECT_IN_WINDOW
+    rows = file.db.execute(statement % {"columns": columns}, where).fetchall()
     after = rows[-1][-1] if len(rows) == limit else floor
     return rows, after if after > 1 else 0
 
@@ -5612,8 +5521,7 @@ def step_list(
     file: SqliteFile, filters: CallFilter, before: int | None, limit: int
 ) -> tuple[list[CallRecord], int]:
     """One window of records; 0: that was the last."""
-    statements = (SELECT_RECORDS, SELECT_RECORDS_BY_CALL_ID)
-    rows, after = select_window(file, statements, filters, before, limit)
+    rows, after = select_window(file, RECORD_COLUMNS, filters, before, limit)
     return [read_record(row) for row in rows], after
 
 
@@ -5643,32 +5551,6 @@ def step_request(file: SqliteFile, call_id: str) -> StoredRequest:
     return StoredRequest(method, target, unpack_headers(headers), body)
 
 
-class WorkRow(NamedTuple):
-    """What SELECT_WORK gives of a call that has not finished, or whose callback has not."""
-
-    seq: int
-    claims: int
-    id: str
-    call_id: str
-    function: str
-    namespace: str
-    concurrency_key: str | None
-    attempts: int
-    work: str
-    place: str  # its lane, or where those stand aside
-    due_at: float | None  # None: it is claimed
-
-    @property
-    def lane(self) -> str:
-        """Where it is counted."""
-        return self.place.removesuffix(ASIDE)
-
-    @property
-    def status(self) -> str:
-        """What it is counted as; of one that is a callback's work it is another."""
-        return "running" if self.due_at is None else "queued"
-
-
 def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Take away what is to be done for these rows; how many had something to do.
 
@@ -5693,9 +5575,7 @@ def cancel_calls(file: SqliteFile, rows: Sequence[WorkRow]) -> None:
     file.db.execute(CANCEL_CALLS, (stamp(), json.dumps([row.seq for row in rows])))
     for (lane, was), number in Counter([(row.lane, row.status) for row in rows]).items():
         file.tally.move(lane, was, "cancelled", number)
-    for row in rows:
-        told = (row.id, row.call_id, row.function, "cancelled", row.attempts)
-        file.news.ended.append(Ended(*told, queue=row.work, lane=row.lane))
+    file.news.ended.extend([row.ended("cancelled") for row in rows])
 
 
 def cancel_callbacks(file: SqliteFile, seqs: Sequence[int]) -> None:
@@ -5770,8 +5650,7 @@ def step_bulk(
     change: Callable[[SqliteFile, Sequence[int]], int],
 ) -> tuple[int, int, int]:
     """Change one batch of matching rows: how many matched, were changed, and where to go on."""
-    statements = (SELECT_MATCHING, SELECT_MATCHING_BY_CALL_ID)
-    rows, after = select_window(file, statements, filters, before, BATCH)
+    rows, after = select_window(file, "seq", filters, before, BATCH)
     seqs = [seq for (seq,) in rows]
     return len(rows), change(file, seqs) if seqs else 0, after
 
@@ -5943,10 +5822,10 @@ def require_room(file: SqliteFile) -> None:
 
 
 def make_copy(file: SqliteFile, between: Tell[int]) -> IO[bytes]:
-    """Copy a file that is open; the copy has no name any more.
+    """Copy a file that is open. The copy is returned open, too, and has no name any more.
 
-    `between` is called after each piece with the descriptor of the copy, and may change the file;
-    what it raises ends all of it. Raises CopyStopped, OSError, sqlite3.Error.
+    After each piece, `between` is called with the copy's descriptor. It may change the file; what
+    it raises ends the copying. Raises CopyStopped, OSError, sqlite3.Error.
     """
     require_room(file)
     make_private(file.copy)
@@ -5973,10 +5852,11 @@ def answered_copy(
     trouble: Callable[[], str | None],
     wake: Callable[[], None],
 ) -> IO[bytes] | Exception:
-    """A copy, or why there is none. Between its pieces is `work`, which `wake` ends.
+    """A copy, or why there is none.
 
-    There goes one piece to the disk at a time: nobody's commit has to wait for all of them. It
-    ends when there is `trouble`.
+    Each piece is synced to disk before the next is made, so that no commit has to wait for many.
+    Meanwhile `work` is called again and again: it waits for something to do, and does it. `wake`
+    ends its waiting. When `trouble` says why, the copying stops.
     """
     with ThreadPoolExecutor(1, "copy") as disk:
 
@@ -6074,7 +5954,7 @@ class EndedCall(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """A call that goes to another store, and its row."""
+    """A call that goes to another store, and where it is counted here."""
 
     seq: int
     call_id: str
@@ -6130,12 +6010,12 @@ def forget_moved(file: SqliteFile, moved: Sequence[Moving]) -> None:
 
 
 def pauses(file: SqliteFile) -> Sequence[str]:
-    """The queues that are paused, and are not known to be where their calls go."""
+    """The paused queues whose pause has not been moved yet."""
     return [name for (name,) in file.db.execute(SELECT_PAUSES).fetchall()]
 
 
 def note_pause(file: SqliteFile, queue: str) -> None:
-    """A queue is paused where its calls go: from now on that one counts. Raises sqlite3.Error."""
+    """Note that a queue's pause was moved: from now on that one counts. Raises sqlite3.Error."""
     file.db.execute(PAUSE_HAS_MOVED, (queue,))
 
 
@@ -6149,14 +6029,14 @@ class Entry(NamedTuple):
     step: Callable[..., Any]
     arguments: tuple[Any, ...]
     future: asyncio.Future[Any]
-    shared: bool = False  # done once for the arguments of all that are in the transaction
+    shared: bool = False  # done once for a list of the arguments that several entries have
 
 
 Answer = tuple[asyncio.Future[Any], object]  # who waits, and a result or an error
 
 
 def do_steps(file: SqliteFile, batch: Sequence[Entry]) -> list[Answer]:
-    """What all of them give, in their order, but for shared ones that follow each other."""
+    """Do the steps in their order. Shared ones with no other step between them are done at once."""
     answers: list[Answer] = []
     shared: defaultdict[Callable[..., Any], list[Entry]] = defaultdict(list)
     for entry in batch:
@@ -6172,7 +6052,7 @@ def do_steps(file: SqliteFile, batch: Sequence[Entry]) -> list[Answer]:
 def share_steps(
     file: SqliteFile, shared: Mapping[Callable[..., Any], Sequence[Entry]]
 ) -> list[Answer]:
-    """What each step gives that is done for several entries at once."""
+    """Do each step once, for all of its entries."""
     answers: list[Answer] = []
     for step, entries in shared.items():
         results = step(file, [entry.arguments[0] for entry in entries])
@@ -6183,10 +6063,10 @@ def share_steps(
 def do_late_steps(
     file: SqliteFile, batch: list[Entry], inbox: SimpleQueue[list[Entry]]
 ) -> list[Answer]:
-    """What those give that were submitted meanwhile; they become a part of the batch.
+    """Do the steps that were submitted meanwhile, and add them to the batch.
 
-    Callers come in groups, those who were answered together, and some of each come late: a group
-    would be torn in two, with an fsync for each part, again and again.
+    Callers who were answered together come again together, and some of them a little late. Without
+    this the late ones would get an fsync of their own, and from then on come as a second group.
     """
     answers: list[Answer] = []
     while len(batch) < GROUP_COMMIT_MAX and inbox.qsize():
@@ -6234,7 +6114,7 @@ def tell_all(listener: Listener, news: News, answers: Sequence[Answer]) -> None:
 
 
 class WallClock:
-    """Notices that the wall clock was set forward: the time since boot was not."""
+    """Notices that the wall clock was set forward, by the time since boot, which nobody sets."""
 
     def __init__(self) -> None:
         self.since = time.time()  # the earliest and the latest that it has shown, as of now
@@ -6250,7 +6130,7 @@ class WallClock:
         return ahead if ahead > CLOCK_JUMP_S else 0.0
 
     def accept(self, ahead: float) -> None:
-        """What followed from that is done; and a clock that was set back, or drifts, is right."""
+        """Take the clock for right as it is now: forward by `ahead`, set back, or drifted."""
         now = time.time()
         self.since = min(self.since + ahead, now)
         self.latest = max(self.latest, now)
@@ -6260,8 +6140,9 @@ class WallClock:
 class Writer:
     """The thread that owns the connection.
 
-    All that arrives during one fsync, and before the next begins, shares that (group commit).
-    Between transactions it waits for the time at which a call becomes due or its deadline passes.
+    What is submitted while one transaction is synced shares the next one, and its fsync (group
+    commit). Between transactions it waits for steps, or until a call becomes due or its deadline
+    passes.
     """
 
     def __init__(self, file: SqliteFile, observe_commit: Tell[float], listener: Listener) -> None:
@@ -6282,7 +6163,7 @@ class Writer:
         self._failure: str | None = None  # why the last transaction failed; None: it did not
         self._rollbacks = 0  # transactions that failed
         self._watcher: Tell[Changes] | None = None
-        self._budget = Budget(CHANGES_S)
+        self._budget = Budget(CHANGES_PER_SECOND)
         self._nobody: asyncio.Future[None] = self._loop.create_future()
         self._nobody.cancel()  # It waits for what the writer does by itself.
         self._thread.start()
@@ -6494,7 +6375,7 @@ class SqliteStorage:
 class SqliteQueue:
     """The embedded queue: WorkQueue and CallRecords on one file."""
 
-    IN_STEP = True  # What runs and the thread, which stores, would wait for each other in Python.
+    IN_STEP = True  # Otherwise running attempts and the writer's thread compete for Python's lock.
     SHARED = False
 
     def __init__(self, path: Path, settings: Settings, observe_commit: Tell[float]) -> None:
@@ -9325,7 +9206,7 @@ class NatsChanges:
         self._subjects = subjects
         self._watcher: Tell[Changes] | None = None
         self._watched_until = 0.0  # monotonic: until then, by another daemon
-        self._budget = Budget(CHANGES_S)
+        self._budget = Budget(CHANGES_PER_SECOND)
         self._calls: list[NatsCall] = []  # that have changed since the last were told
         self._missed = 0
         self._ended: list[Ended] = []  # that others are to be told of
@@ -14226,6 +14107,77 @@ class HttpClient:
 # --- Commands -------------------------------------------------------------------------------------
 
 
+# systemd's own variables, and libuv's.
+PRIVATE_VARIABLES = re.compile(
+    r"NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|\w+_DIRECTORY|JOURNAL_STREAM|INVOCATION_ID|UV_\w+"
+)
+
+
+def canonical_name(name: bytes) -> str:
+    """A header's name as Go's textproto writes it, such as X-Call-Id."""
+    return "-".join(map(str.capitalize, name.decode("latin-1").split("-")))
+
+
+def command_environment(function: Function, request: FunctionRequest) -> dict[str, str]:
+    """The variables of a command: ours without systemd's, the classic watchdog's, then `env`."""
+    path, _, query = request.target.partition("?")
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in unpack_headers(request.headers):
+        name = canonical_name(raw_name)
+        value = os.fsdecode(raw_value)
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers.pop("Proxy", None)  # Many programs would obey it (httpoxy, CVE-2016-5385).
+    variables = {f"Http_{name.replace('-', '_')}": value for name, value in headers.items()}
+    length = headers.get("Content-Length", "-1")
+    if isinstance(request.body, bytes):
+        length = str(len(request.body))
+    elif length == "-1":
+        variables["Http_Transfer_Encoding"] = "chunked"
+    variables["Http_ContentLength"] = length
+    variables["Http_Content_Length"] = length
+    variables["Http_Method"] = request.method
+    variables["Http_Path"] = path or "/"
+    variables["Http_Query"] = query
+    if "X-Forwarded-Host" in headers:
+        variables["Http_Host"] = headers["X-Forwarded-Host"]
+    inherited = {
+        name: value for name, value in os.environ.items() if not PRIVATE_VARIABLES.fullmatch(name)
+    }
+    return {**inherited, **variables, **function.env}
+
+
+def require_executable(function: Function, request: FunctionRequest) -> None:
+    """HttpError(431) where execve(2) would refuse a request's variables as too large."""
+    variables = command_environment(function, request)
+    sizes = [len(os.fsencode(f"{name}={value}")) + 1 for name, value in variables.items()]
+    sizes += [len(os.fsencode(word)) + 1 for word in function.command or ()]
+    pointers = 8 * (len(sizes) + 3)
+    if max(sizes) > MAX_VARIABLE_BYTES or sum(sizes) + pointers > os.sysconf("SC_ARG_MAX") // 2:
+        raise HttpError(431, "the headers are too large for the environment of a program")
+
+
+def command_content_type(function: Function, request: FunctionRequest, body: bytes) -> bytes:
+    """The Content-Type of a command's answer: the key's, the request's, or what it looks like."""
+    if function.content_type:
+        return function.content_type.encode()
+    for name, value in unpack_headers(request.headers):
+        if name.lower() == b"content-type" and value:
+            return value
+    return looks_like(body)
+
+
+def looks_like(body: bytes) -> bytes:
+    """The Content-Type of text, or of anything."""
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return b"application/octet-stream"
+    return b"text/plain; charset=utf-8"
+
+
+# What programs are given and answer for.
+
+
 class PipeReader:
     """Takes what comes out of a pipe, and tells it as it comes."""
 
@@ -15943,11 +15895,7 @@ class Response(NamedTuple):
         return not self.headers and self.reason is None and self.status not in WITHOUT_BODY
 
 
-def respond(
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-    body: bytes = b"",
-) -> Response:
+def respond(status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Response:
     """An answer with these headers."""
     return Response(status, CIMultiDict(headers or ()), body)
 
@@ -15962,6 +15910,20 @@ def reply(content: object, status: int = 200, headers: Mapping[str, str] | None 
     answer = respond(status, headers, f"{text}\n".encode())
     answer.headers["Content-Type"] = content_type
     return answer
+
+
+def no_route(allowed: Sequence[str]) -> HttpError:
+    """What to say where no route fits."""
+    if allowed:
+        methods = ", ".join(allowed)
+        return HttpError(405, f"this route takes {methods}", {"Allow": methods})
+    reason = "no such route: calls go to /function/NAME or /async-function/NAME"
+    return HttpError(404, reason)
+
+
+def printable(value: str) -> str:
+    """A header's value as it can be written into an answer: bytes that are no text become ?."""
+    return value.encode("utf-8", "replace").decode()
 
 
 @functools.lru_cache(maxsize=1)
@@ -19948,7 +19910,7 @@ class Scheduler:
         other = state.definition != schedule.definition
         if self._trusted and other:
             state = await self._change(schedule, functools.partial(self._steps.begin, schedule))
-        self._metrics.missed(schedule.name)
+        self._metrics.missed.labels(schedule.name)
         self._plan(schedule, state)
 
     def _plan(self, schedule: Schedule, state: ScheduleState) -> None:
@@ -19956,7 +19918,7 @@ class Scheduler:
         self._plans[schedule.name] = Plan(schedule, state, at)
         self._news.expect(state)
         if state.last_success_at is not None:
-            self._metrics.last_success(schedule.name).set(state.last_success_at)
+            self._metrics.last_success.labels(schedule.name).set(state.last_success_at)
 
     async def _change(
         self,
@@ -20010,7 +19972,7 @@ class Scheduler:
                 return stored
             if revision := await self._intake.accept_scheduled(state, calls):
                 log_runs(stored, state)
-                self._metrics.missed(schedule.name).inc(state.missed - stored.missed)
+                self._metrics.missed.labels(schedule.name).inc(state.missed - stored.missed)
                 return state._replace(revision=revision)
 
     # What people ask for.

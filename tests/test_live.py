@@ -470,7 +470,7 @@ async def gap_after_many_calls(gateway: Daemon, stream: Events) -> tuple[str, ob
 
 async def test_changes_that_are_too_many_to_be_told_leave_a_gap(daemon: StartDaemon, function: Server) -> None:
     """Who shows them has to look again."""
-    gateway = await daemon(SETTINGS.format(url=function.url), before="faasd_async.CHANGES_S = 3")
+    gateway = await daemon(SETTINGS.format(url=function.url), before="faasd_async.CHANGES_PER_SECOND = 3")
     async with events(gateway) as stream:
         assert await gap_after_many_calls(gateway, stream) == (
             "gap",
@@ -482,7 +482,7 @@ async def test_a_reader_that_is_too_slow_is_told_that_it_has_missed_something(
     daemon: StartDaemon, function: Server
 ) -> None:
     """What it does not read is not kept for it."""
-    before = "faasd_async.CHANGES_S = 10**6; faasd_async.MAX_UNSENT_BYTES = 2000"
+    before = "faasd_async.CHANGES_PER_SECOND = 10**6; faasd_async.MAX_UNSENT_BYTES = 2000"
     gateway = await daemon(SETTINGS.format(url=function.url), before=before)
     async with events(gateway) as stream:
         assert await gap_after_many_calls(gateway, stream) == (

@@ -32,7 +32,7 @@ from queues import (
 
 from faasd_async import (
     CALLBACKS,
-    CHANGES_S,
+    CHANGES_PER_SECOND,
     MAX_FAILURES,
     BulkResult,
     CallFilter,
@@ -2330,7 +2330,7 @@ async def test_changes_that_are_too_many_are_counted(bench: Bench) -> None:
     number = 2000
     await bench.until(lambda: sum(len(item.records) + item.missed for item in bench.changes) >= number)
     told = sum(len(item.records) for item in bench.changes)
-    assert 0 < told <= CHANGES_S * (1 + time.monotonic() - begun)
+    assert 0 < told <= CHANGES_PER_SECOND * (1 + time.monotonic() - begun)
     assert sum(item.missed for item in bench.changes) == number - told
 
 
