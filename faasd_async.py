@@ -12906,14 +12906,14 @@ def was_unseen(raw_before: bytes, sock: socket.socket, farewell: bool) -> bool:
     return now.sent == before.sent or not taken
 
 
-def left_unread(sock: socket.socket) -> Iterator[bytes]:
-    """What had come in on a connection before it broke, and its transport closes it.
+def left_unread(sock: socket.socket, exc: Exception | None) -> Iterator[bytes]:
+    """What had come in on a connection before it broke, if it did, and its transport closes it.
 
     A peer that answers and closes without having read the request resets the connection; who is
     writing then is told of that first.
     """
     with contextlib.suppress(OSError):
-        while data := sock.recv(READ_BYTES):
+        while exc is not None and (data := sock.recv(READ_BYTES)):
             yield data
 
 
@@ -13054,8 +13054,7 @@ class Wire(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Send a piece of a request, unless the connection has ended."""
         if not self.closed:
-            assert self._flow.transport is not None
-            self._flow.transport.write(data)
+            self._flow.required().write(data)
 
     async def drain(self) -> None:
         """Wait until the peer takes more, or the connection ends."""
@@ -13064,8 +13063,7 @@ class Wire(asyncio.Protocol):
     @property
     def closed(self) -> bool:
         """Whether it has ended, or is about to."""
-        transport = self._flow.transport
-        return transport is None or transport.is_closing()
+        return self._flow.closed
 
     @property
     def finished(self) -> bool:
@@ -13175,13 +13173,15 @@ class Wire(asyncio.Protocol):
         self._keep = False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has ended, and with it the exchange."""
-        if exc is not None:
-            for data in left_unread(self._sock):
-                self.data_received(data)
-        self.unseen = self.unseen or (
-            self.silent and was_unseen(self._before, self._sock, self._farewell)
-        )
+        """It has ended; what had come in before it broke counts."""
+        for data in left_unread(self._sock, exc):
+            self.data_received(data)
+        self.end(exc)
+
+    def end(self, exc: Exception | None) -> None:
+        """It has ended, and with it the exchange. Nothing is read that is not decrypted."""
+        if self.silent:
+            self.unseen = self.unseen or was_unseen(self._before, self._sock, self._farewell)
         unfinished = not self._body.is_eof() and self._body.exception() is None
         if exc is None and self._parser is not None and unfinished:
             # The end of an answer that has no other end. It raises where there is one.
@@ -13271,12 +13271,11 @@ class Tls(asyncio.Transport, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended."""
-        if exc is not None:
-            for data in left_unread(self._sock):
-                self.data_received(data)
+        for data in left_unread(self._sock, exc):
+            self.data_received(data)
         self._flow.ended()
         if self._open:
-            self._wire.connection_lost(self._failure or exc)
+            self._wire.end(self._failure or exc)
         elif not self.secured.done():
             self.secured.set_exception(exc or ConnectionResetError())
 

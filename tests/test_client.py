@@ -1353,6 +1353,28 @@ def test_a_farewell_in_tls_ends_an_answer_and_its_connection(run: Scenario, pki:
         run(scenario())
 
 
+def test_what_is_not_encrypted_is_no_answer_over_tls(run: Scenario, pki: Pki) -> None:
+    """Not behind something that is wrong either: anybody on the way can send it, and break the connection so."""
+    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+
+    def serve() -> None:
+        with socket.socket(fileno=accept().detach()) as plain, contextlib.suppress(OSError):
+            plain.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+            for _ in range(2_000):
+                plain.sendall(OK)
+
+    async def scenario() -> None:
+        client = HttpClient()
+        serving = asyncio.create_task(asyncio.to_thread(serve))
+        reason = "broke off the connection: decryption failed or bad record mac"
+        assert await failure(fetch(client, "POST", url, b"x", tls=trusted)) == (FailureKind.BROKEN, reason)
+        await serving
+        await client.close()
+
+    with tls_peer(pki.server("good")) as (url, accept):
+        run(scenario())
+
+
 # ---- proxies -------------------------------------------------------------------------------------
 
 
