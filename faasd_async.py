@@ -707,18 +707,12 @@ def server_url(value: Any) -> yarl.URL:
     return url
 
 
-@expects("an absolute http:// or https:// URL, in ASCII and with no spaces")
-def callback_host(value: Any) -> str:
-    """The host of a callback URL as it stands there, not decoded from IDNA."""
-    require(re.fullmatch("[!-~]{1,4096}", value))
-    host = http_url(value).raw_host or ""
-    return host.encode("idna").decode().lower()
-
-
 def http_url(value: str) -> yarl.URL:
     """An http or https URL, byte for byte. Raises ValueError, TypeError."""
     url = yarl.URL(value, encoded=True)
-    require(url.scheme in ("http", "https") and url.host and url.explicit_port != 0)
+    host = url.host or ""
+    require(url.scheme in ("http", "https") and host and url.explicit_port != 0)
+    require("%" not in host or ":" in host)  # A proxy might decode it: that is another host.
     return url
 
 
@@ -871,6 +865,113 @@ def uuid7(stamp_ms: int, high: int, low: int) -> str:
     number = stamp_ms << 80 | 7 << 76 | high << 64 | 0b10 << 62 | low
     digits = number.to_bytes(16, "big").hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+# --- Hosts ----------------------------------------------------------------------------------------
+# How a host is written, what it is compared with, and whether it is this machine.
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def called_host(url: yarl.URL) -> str:
+    """The host of a URL as it is looked up: in a URL the % before an address's zone is %25."""
+    host = url.raw_host or ""
+    return host.replace("%25", "%") if ":" in host else host
+
+
+def host_of(url: yarl.URL) -> str:
+    """The host of a URL as hosts are compared: in lower case, in IDNA, with no dot at its end."""
+    return called_host(url).lower().rstrip(".")
+
+
+@expects("an absolute http:// or https:// URL, in ASCII and with no spaces")
+def callback_host(value: Any) -> str:
+    """The host of a callback URL; see `host_of`."""
+    require(re.fullmatch("[!-~]{1,4096}", value))
+    host = host_of(http_url(value))
+    return host.encode("idna").decode()
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header, without port, brackets and the dot at its end."""
+    match = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host)
+    if match is None:
+        return host.lower()
+    return (match[1] or match[2] or "").rstrip(".").lower()
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def address_in(host: str) -> Address | None:
+    """The address that a host is, if it is none to look up: resolvers take 127.1 and 0x7f.1 too."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))
+        except (OSError, ValueError):
+            return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_network_pattern(pattern: str) -> bool:
+    """Whether a pattern is about addresses, not names."""
+    return re.search(r"/|:|^[0-9.]+$", pattern) is not None
+
+
+def is_listed(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a host name or an address matches a pattern."""
+    for pattern in patterns:
+        if pattern in names:
+            return True
+        if pattern.startswith("*.") and any(name.endswith(pattern[1:]) for name in names):
+            return True
+        with contextlib.suppress(ValueError):
+            network = ipaddress.ip_network(pattern, strict=False)
+            if any(ipaddress.ip_address(name) in network for name in names if is_address(name)):
+                return True
+    return False
+
+
+def machine_names() -> tuple[str, ...]:
+    """The names that this machine has for itself and in its local network (RFC 6762: .local)."""
+    name = socket.gethostname().lower()
+    short = name.partition(".")[0]
+    return name, short, f"{short}.local"
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is a name of this machine."""
+    name = host.lower().rstrip(".")
+    return name == "localhost" or name in machine_names()
+
+
+def is_own_host(host: str, own_names: Sequence[str]) -> bool:
+    """Whether a Host header means this machine.
+
+    A page can have its own name resolve to our address (DNS rebinding), and would then be of the
+    same origin as we are. It can't do so for an address, nor for names that are not its own.
+    """
+    name = host_name(host)
+    return name == "localhost" or name in own_names or is_address(name)
+
+
+def is_own_address(address: Address | None) -> bool:
+    """Whether an address is one of this machine: what is sent there would come from there."""
+    if address is None or address.is_loopback or address.is_unspecified:
+        return address is not None
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((str(address), 9))  # It sends nothing.
+        return bool(sock.getsockname()[0] == str(address))
+    return False
 
 
 # --- Secrets --------------------------------------------------------------------------------------
@@ -2469,34 +2570,6 @@ def learn(learned: Learned, status: int, started: float, now: float) -> Learned:
     return learned
 
 
-def is_listed(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether a host name or an address matches a pattern."""
-    for pattern in patterns:
-        if pattern in names:
-            return True
-        if pattern.startswith("*.") and any(name.endswith(pattern[1:]) for name in names):
-            return True
-        with contextlib.suppress(ValueError):
-            network = ipaddress.ip_network(pattern, strict=False)
-            if any(ipaddress.ip_address(name) in network for name in names if is_address(name)):
-                return True
-    return False
-
-
-def is_address(host: str) -> bool:
-    """Whether a host is an IP address."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def is_network_pattern(pattern: str) -> bool:
-    """Whether a pattern is about addresses, not names."""
-    return re.search(r"/|:|^[0-9.]+$", pattern) is not None
-
-
 @functools.lru_cache(1024)
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
     """Whether a callback may go to this host, at this address once that is known.
@@ -2506,10 +2579,8 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
     of `allow` for the address itself.
     """
     names = [host.lower().rstrip(".")]
-    literal = None
-    with contextlib.suppress(ValueError):
-        literal = ipaddress.ip_address((address or host).partition("%")[0])
-        literal = getattr(literal, "ipv4_mapped", None) or literal
+    literal = address_in(address or host)
+    if literal is not None:
         names.append(str(literal))
     if is_listed(names, config.deny):
         return False
@@ -2537,24 +2608,6 @@ def from_elsewhere(site: str | None, origin: str | None, host: str, trusted: Seq
         return not netloc or netloc.lower() != host.lower()
     except ValueError:
         return True
-
-
-def host_name(host: str) -> str:
-    """The name or address in a Host header, without port, brackets and the dot at its end."""
-    match = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host)
-    if match is None:
-        return host.lower()
-    return (match[1] or match[2] or "").rstrip(".").lower()
-
-
-def is_own_host(host: str, own_names: Sequence[str]) -> bool:
-    """Whether a Host header means this machine.
-
-    A page can have its own name resolve to our address (DNS rebinding), and would then be of the
-    same origin as we are. It can't do so for an address, nor for names that are not its own.
-    """
-    name = host_name(host)
-    return name == "localhost" or name in own_names or is_address(name)
 
 
 def starts_now(rate: Rate, next_at: float, now: float) -> int:
@@ -2602,19 +2655,6 @@ def trace_context(headers: Iterable[Header]) -> tuple[str | None, str | None]:
         return None, None
     states = [value for name, value in headers if name.lower() == b"tracestate"]
     return parent, ",".join(state.decode("latin-1") for state in states) or None
-
-
-def machine_names() -> tuple[str, ...]:
-    """The names that this machine has for itself and in its local network (RFC 6762: .local)."""
-    name = socket.gethostname().lower()
-    short = name.partition(".")[0]
-    return name, short, f"{short}.local"
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether a host is a name of this machine."""
-    name = host.lower().rstrip(".")
-    return name == "localhost" or name in machine_names()
 
 
 def require_login(given: str, login: str, view_login: str | None) -> bool:
@@ -12780,6 +12820,7 @@ PROXY_VARIABLES = {
 ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
 TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
+HEAD_ENDS = re.compile(rb"\n\r?\n")
 # The first line of an answer that is no interim one; such may stand before it.
 STATUS_LINE = re.compile(rb"(?:\A|\n\r?\n)HTTP/1\.[0-9] ([2-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
 CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
@@ -13215,7 +13256,8 @@ class Tls(asyncio.Transport, asyncio.Protocol):
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        name = host.partition("%")[0].rstrip(".")  # as it stands in certificates (RFC 6066 3)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
         self._flow = Flow()  # of what is encrypted
         self._open = False  # for the wire
         self._failure: Exception | None = None  # what was wrong with what came in
@@ -13530,8 +13572,9 @@ class Destination(NamedTuple):
 
 def destination_of(url: yarl.URL, origin: Origin) -> Destination:
     """What follows from a URL for all requests to it."""
-    host = url.host_port_subcomponent
-    headers: list[Header] = [(b"Host", (host or "").encode("utf-8", "surrogateescape"))]
+    # An address's zone means nothing elsewhere (RFC 6874 4).
+    host = re.sub(r"%[^]]*", "", url.host_port_subcomponent or "")
+    headers: list[Header] = [(b"Host", host.encode("utf-8", "surrogateescape"))]
     dropped = FRAMING
     start = ""
     if origin.proxy is not None and origin.tls is None:
@@ -13849,6 +13892,8 @@ async def first_connected(infos: Sequence[AddressInfo]) -> socket.socket:
 
     Each has STAGGER_S to itself before the next one is tried too (RFC 8305 5).
     """
+    if len(infos) == 1:
+        return await connected(infos[0])
     left = deque(by_turns(infos))
     trying: set[asyncio.Task[socket.socket]] = set()
     failure = OSError(errno.EADDRNOTAVAIL, "no address")
@@ -13940,36 +13985,40 @@ def no_proxy_host(entry: str) -> tuple[str, str]:
 def bypasses_proxy(host: str, port: int, environment: Mapping[str, str]) -> bool:
     """Whether NO_PROXY has a host or its address, or the host is this machine."""
     name = host.lower().rstrip(".")
-    if is_this_machine(name):
-        return True
-    if is_address(name) and ipaddress.ip_address(name).is_loopback:
+    address = address_in(name)
+    if is_this_machine(name) or name.endswith(".localhost") or is_own_address(address):
         return True
     listed = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     entries = [no_proxy_host(entry) for entry in re.split(r"[\s,]+", listed.lower()) if entry]
     hosts = [host for host, its_port in entries if its_port in ("", str(port))]
-    return "*" in hosts or is_listed([name], [*hosts, *(f"*.{host}" for host in hosts)])
+    names = [name] if address is None else [str(address)]
+    return "*" in hosts or is_listed(names, [*hosts, *(f"*.{host}" for host in hosts)])
 
 
 async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
     """Have the proxy connect us to the origin (RFC 9110 9.3.6). Raises RequestFailed, OSError."""
     assert origin.proxy
     loop = asyncio.get_running_loop()
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    host = origin.host.partition("%")[0]
+    host = f"[{host}]" if ":" in host else host
     where = f"{host}:{origin.port}"
     login = b"".join(b"%b: %b\r\n" % header for header in proxy_login(origin.proxy))
     head = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n".encode() + login + b"\r\n"
     await loop.sock_sendall(sock, head)
     answer = b""
-    while not answer.endswith(b"\r\n\r\n"):
-        # Byte by byte near the end would be exact; no server speaks first in TLS.
-        data = await loop.sock_recv(sock, 4 * KIB)
+    said = "did not answer"
+    while len(answer) <= MAX_HEADER_BYTES and (data := await loop.sock_recv(sock, 4 * KIB)):
         answer += data
-        if not data or len(answer) > MAX_HEADER_BYTES:
+        line = STATUS_LINE.search(answer)
+        if line is not None and line[1][:1] != b"2":
+            said = f"answered {line[1].decode()}"  # Its reason may follow, and is not read.
             break
-    status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", answer)
-    if status is None or status[1][:1] != b"2":
-        said = f"answered {status[1].decode()}" if status else "did not answer"
-        raise RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: the proxy {said}")
+        if line is not None and HEAD_ENDS.search(answer, line.end() - 1):
+            return  # What it leads to says nothing first in TLS.
+        if not answer.startswith(b"HTTP/1."[: len(answer)]):
+            said = "did not answer in valid HTTP"
+            break
+    raise RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: the proxy {said}")
 
 
 class HttpClient:
@@ -14044,7 +14093,7 @@ class HttpClient:
         return (await exchange(wire, request)).keep(release)
 
     def _find_destination(self, url: yarl.URL, tls: ssl.SSLContext | None) -> Destination:
-        host = url.raw_host or ""
+        host = called_host(url)
         secure = url.scheme == "https"
         if secure and tls is None:
             if self._tls is None:
@@ -14067,8 +14116,6 @@ class HttpClient:
                 return (await loop.create_unix_connection(make, sock=sock))[1]
             if origin.tls is None:
                 return (await loop.create_connection(make, sock=sock))[1]
-            if origin.proxy is not None:
-                await open_tunnel(sock, origin)
             return await secured(sock, origin.tls, origin.host)
         except BaseException as exc:
             if sock is not None:
@@ -14082,7 +14129,7 @@ class HttpClient:
             raise unreachable(exc, origin.host) from exc
 
     async def _open(self, origin: Origin) -> socket.socket:
-        """A connected socket. Raises RequestFailed, Shortage, OSError."""
+        """A socket that leads there. Raises RequestFailed, Shortage, OSError."""
         loop = asyncio.get_running_loop()
         if self._unix_path is not None:
             sock = socket.socket(socket.AF_UNIX)
@@ -14093,14 +14140,17 @@ class HttpClient:
                 sock.close()
                 raise
             return sock
-        if origin.proxy is not None:
-            host, port = origin.proxy.raw_host or "", origin.proxy.port or 80
-            infos = await self._proxy_resolver.resolve(host, port)
-        else:
-            infos = await self._resolver.resolve(origin.host, origin.port)
-        if len(infos) == 1:
-            return await connected(infos[0])
-        return await first_connected(infos)
+        if origin.proxy is None:
+            return await first_connected(await self._resolver.resolve(origin.host, origin.port))
+        host, port = called_host(origin.proxy), origin.proxy.port or 80
+        sock = await first_connected(await self._proxy_resolver.resolve(host, port))
+        try:
+            if origin.tls is not None:
+                await open_tunnel(sock, origin)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -15359,7 +15409,7 @@ class CallbackJob:
         config = self.settings()
         url = callback_url(claim.target)
         headers = self._headers(claim, url)
-        host = (url.host or "").lower()
+        host = host_of(url)
         if host in config.callback.gateway_hosts:
             own = self.own_url
             url = url.with_scheme("http").with_host(own.host or "").with_port(own.port)
@@ -15404,7 +15454,7 @@ class CallbackJob:
         config = self.settings().callback
         more: dict[str, str] = {}
         if config.headers_file:
-            given = config.headers((url.host or "").lower(), url.port).items()
+            given = config.headers(host_of(url), url.port).items()
             more |= {name: value for name, value in given if name.title() not in CALLBACK_HEADERS}
         if secret := config.signing_secret_file:
             # Another outcome of the same call is another message.

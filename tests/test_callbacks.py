@@ -336,7 +336,7 @@ async def test_the_gateways_names_mean_this_daemon(daemon: StartDaemon, function
     """A callback may be another function, sync or async; no name is looked up for it."""
     function.behaviour = answer(body=b"first result")
     gateway = await daemon(f'[functions.first]\nurl = "{function.url}"\n[functions.second]\nurl = "{sink.url}"')
-    names = ("gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local", "gateway:8080")
+    names = ("gateway", "gateway.openfaas", "gateway.openfaas.svc.cluster.local", "gateway:8080", "Gateway.")
     urls = [f"http://{name}/{route}/second/path?q=%2F" for name in names for route in ("function", "async-function")]
     calls = [await gateway.submit("first", X_Callback_Url=url) for url in urls]
     requests = await sink.wait_for(len(calls))
@@ -494,6 +494,34 @@ async def test_a_denied_address_is_denied_however_it_is_written(
                 record = await gateway.final(response.headers["X-Call-Id"])
                 assert record["callback"]["status"] == "failed", host
     assert sink.requests == []
+
+
+async def test_a_denied_host_is_not_called_through_a_proxy(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """Which would know what is meant, however it is written: all is refused at once."""
+    toml = f'[functions.echo]\nurl = "{function.url}"\n[callback]\ndeny = ["10.0.0.0/8", "evil.example"]'
+    gateway = await daemon(toml, env={"http_proxy": sink.url})
+    evil = ("evil.example.", "EVIL.example", "evil%2eexample")
+    hosts = ("0xa.1", "167772161", "012.0.0.1", "10.1.2.3.", "[::ffff:10.0.0.1]", "0251.0376.0251.0376", *evil)
+    for host in hosts:
+        headers = {"X-Callback-Url": f"http://{host}/"}
+        async with gateway.http.post(f"{gateway.url}/async-function/echo", headers=headers) as response:
+            assert response.status == 400, host
+    assert sink.requests == []
+
+
+async def test_a_name_in_idna_is_compared_as_it_is_written(
+    daemon: StartDaemon, function: Server, sink: Server, tmp_path: Path
+) -> None:
+    """In `callback.allow`, and in the file of headers."""
+    (tmp_path / "headers.toml").write_text('["xn--bcher-kva.example"]\nX-Key = "k"\n')
+    toml = f'[functions.echo]\nurl = "{function.url}"\n[callback]\nallow = ["xn--bcher-kva.example"]\n'
+    gateway = await daemon(
+        f'{toml}headers_file = "{tmp_path}/headers.toml"', env={"http_proxy": sink.url, "no_proxy": ""}
+    )
+    record = await gateway.final(await gateway.submit("echo", X_Callback_Url="http://xn--bcher-kva.example/"))
+    assert record["callback"]["status"] == "delivered", record
+    (request,) = await sink.wait_for(1)
+    assert (request.headers["Host"], request.headers["X-Key"]) == ("xn--bcher-kva.example", "k")
 
 
 async def test_what_is_denied_later_is_not_delivered_to(daemon: StartDaemon, function: Server, sink: Server) -> None:

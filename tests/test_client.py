@@ -1375,6 +1375,19 @@ def test_what_is_not_encrypted_is_no_answer_over_tls(run: Scenario, pki: Pki) ->
         run(scenario())
 
 
+def test_a_name_with_a_dot_at_its_end_is_the_same_in_a_certificate(run: Scenario, pki: Pki) -> None:
+    """It says to resolvers that nothing is left out, and to nobody else (RFC 6066 3)."""
+    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+
+    async def scenario() -> None:
+        client = HttpClient(resolver=addresses(("127.0.0.1", url.port or 0)))
+        assert await fetch(client, "POST", yarl.URL("https://localhost.:1/"), b"x", tls=trusted) == (200, b"ok")
+        await client.close()
+
+    with tls_server(pki.server("good")) as url:
+        run(scenario())
+
+
 # ---- proxies -------------------------------------------------------------------------------------
 
 
@@ -1438,6 +1451,81 @@ def test_a_tunnel_is_asked_for_what_is_secret(run: Scenario, pki: Pki) -> None:
         run(scenario())
 
 
+NO_TUNNEL = "can't be reached: the proxy "
+TUNNELS: dict[str, tuple[bytes, str]] = {
+    "an explanation follows": (b"HTTP/1.1 407 Who\r\nContent-Length: 20\r\n\r\n<p>", f"{NO_TUNNEL}answered 407"),
+    "the head does not end": (b"HTTP/1.1 502 Bad Gateway\r\n", f"{NO_TUNNEL}answered 502"),
+    "after an interim answer": (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 403 No\r\n\r\n", f"{NO_TUNNEL}answered 403"),
+    "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", f"{NO_TUNNEL}did not answer in valid HTTP"),
+}
+
+
+@pytest.mark.parametrize("name", TUNNELS)
+def test_a_proxy_that_opens_no_tunnel_is_told_at_once(run: Scenario, pki: Pki, name: str) -> None:
+    """Most say why in a body, and keep the connection open for another try: nobody waits for more."""
+    said, reason = TUNNELS[name]
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.client = HttpClient(environment={"https_proxy": f"127.0.0.1:{proxy.port}"})
+            proxy.url = yarl.URL("https://other.example/")
+            asking = proxy.ask()
+            await (await proxy.accept()).answer(said)
+            assert await failure(asking) == (FailureKind.UNREACHABLE, reason)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 Connec", b"HTTP/1.1 200 Connected\r\n"], ids=[0, 1, 2])
+def test_a_proxy_that_breaks_off_is_told(run: Scenario, said: bytes, reset: bool) -> None:
+    """Nothing is wrong with who was to be reached: it did not see anything."""
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.client = HttpClient(environment={"https_proxy": f"127.0.0.1:{proxy.port}"})
+            proxy.url = yarl.URL("https://other.example/")
+            asking = proxy.ask()
+            connection = await proxy.accept()
+            await connection.answer(said)
+            connection.close(reset)
+            reason = f"{NO_TUNNEL}did not answer"
+            if reset:
+                reason = f"can't be reached through the proxy 127.0.0.1:{proxy.port}: Connection reset by peer"
+            assert await failure(asking) == (FailureKind.UNREACHABLE, reason)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\nVia: x\n\n",
+        b"HTTP/1.0 200\r\nContent-Length: 5\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+    ],
+    ids=["bare lines", "a length that means nothing", "an interim answer first"],
+)
+def test_a_tunnel_begins_behind_the_head_of_a_2xx(run: Scenario, said: bytes) -> None:
+    """However that is written (RFC 9110 9.3.6), and whether it comes in one piece or byte by byte."""
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.client = HttpClient(environment={"https_proxy": f"127.0.0.1:{proxy.port}"})
+            proxy.url = yarl.URL("https://other.example/")
+            for pieces in ([said], [bytes([byte]) for byte in said]):
+                asking = proxy.ask()
+                connection = await proxy.accept()
+                await connection.request()
+                for piece in pieces:
+                    await connection.send(piece)
+                assert (await connection.read()).startswith(b"\x16\x03")  # the beginning of TLS
+                connection.close()
+                await failure(asking)
+
+    run(scenario())
+
+
 def test_a_proxy_that_cannot_be_reached_is_told(run: Scenario) -> None:
     """By its name, without its credentials: nothing is wrong with who was to be reached."""
 
@@ -1469,6 +1557,8 @@ NO_PROXY = [
     ("[2001:db8::1],2001:db8:1::/48,::8", "[2001:db8::1]:81 [2001:db8:1::5] [::8]", "[2001:db8:2::5]"),
     ("*", "near.example 10.0.0.1", ""),
     ("", "localhost 127.0.0.1:81 [::1]", "near.example"),
+    ("", "127.1 2130706433 0x7f.1 0.0.0.0 [::] [::ffff:127.0.0.1] a.localhost LOCALHOST.", "localhost.example"),
+    ("10.0.0.0/8", "0xa.1 167772161 [::ffff:10.1.2.3]", "11.0.0.1"),
 ]  # fmt: skip
 
 
@@ -1479,6 +1569,39 @@ def test_no_proxy_has_the_forms_that_curl_and_others_read() -> None:
             for url in (yarl.URL(f"http://{host}") for host in hosts.split()):
                 environment = {"NO_PROXY": listed}
                 assert bypasses_proxy(url.raw_host or "", url.port or 0, environment) is bypassed, (listed, url)
+
+
+def test_addresses_of_this_machine_are_reached_without_a_proxy() -> None:
+    """Those of its networks are its own, too; their neighbours are not."""
+    program = "import faasd_async as f; print(*(f.bypasses_proxy(host, 80, {}) for host in "
+    program += "('10.99.0.1', '10.99.0.2', 'fd00::1', 'fd00::2')))"
+    alone = "ip link set lo up && ip address add 10.99.0.1/24 dev lo && ip -6 address add fd00::1/64 dev lo"
+    command = (*namespaces("net"), "sh", "-c", f'{alone} && exec "$@"', "sh", sys.executable, "-c", program)
+    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(faasd_async.__file__).parent)
+    assert told.stdout.split() == ["True", "False", "True", "False"], told.stderr
+
+
+def test_the_zone_of_an_address_is_for_this_machine_alone(run: Scenario) -> None:
+    """It is looked up without the escape that it has in URLs (RFC 6874), and not sent to the peer."""
+    asked: list[str] = []
+
+    class Resolver(CheckedResolver):
+        async def resolve(self, host: str, port: int) -> list[AddressInfo]:
+            asked.append(host)
+            return list(await super().resolve("127.0.0.1", port))
+
+    async def scenario() -> None:
+        async with Peer(resolver=Resolver(lambda host, address: True)) as peer:
+            for zone in ("%25eth0", "%eth0"):
+                peer.url = yarl.URL(f"http://[fe80::1{zone}]:{peer.port}/", encoded=True)
+                asking = peer.ask()
+                connection = await peer.accept()
+                assert b"\r\nHost: [fe80::1]:%d\r\n" % peer.port in await connection.answer(OK)
+                connection.close()
+                assert await asking == (200, b"ok")
+
+    run(scenario())
+    assert asked == ["fe80::1%eth0"] * 2
 
 
 async def test_a_proxy_that_speaks_another_protocol_is_told(daemon: StartDaemon) -> None:
