@@ -6588,40 +6588,41 @@ class SqliteQueue:
 
 # -- messages
 
-NATS_REQUIRED = (2, 12)  # schedules and message TTLs
+NATS_REQUIRED = (2, 12)  # the first version with schedules and message TTLs
 NATS_CONNECT_S = 2  # until another server is tried
 PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
-NATS_LATE_S = 0.01  # what a message that is stored takes to become known to its consumer
-MAX_HEAD_BYTES = 128 * KIB  # of a message beside its parts: URLs, and what was before a redrive
-KEPT_WHEN_FULL_BYTES = 256  # of outputs, while servers have no room
-PROBE_BYTES = 64 * KIB  # that are stored to see whether there is room
-# And two leases: how long a record is there beyond its time, and not shown. Longer than the two
-# minutes within which a server that is killed may bring back what it had deleted (seen with 2.15).
+NATS_LATE_S = 0.01  # until a stored message is known to its consumer
+MAX_CALL_BYTES = 128 * KIB  # of a message beside its parts: URLs, and the history of redrives
+KEPT_WHEN_FULL_BYTES = 256  # of an output, while servers have no room
+PROBE_BYTES = 64 * KIB  # stored to see whether there is room
+# Beside two leases: how long a record stays after its time, unseen. A server that is killed may
+# bring back what it had deleted within the last two minutes (seen with 2.15).
 FENCE_S = 150.0
-SETTLED_S = 3.0  # after which all daemons that are there have connected to a server again
+SETTLED_S = 3.0  # of our connection: by then all daemons that live have connected again, too
 CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
-RESEND_S = 2.0  # what it takes at most to write a record, once that has been prepared
+RESEND_S = 2.0  # in which a record is written, once that has been prepared
 CLAIM_AGAIN_S = 0.5  # after which a claim that could not be stored is tried again
-POLL_S = 1.0  # between looks at all lanes, and what other daemons have said since
-IDLE_LOOKS = 2  # that are left out while nothing happens: each costs 2 ms of CPU
+POLL_S = 1.0  # between looks at all lanes
+IDLE_LOOKS = 2  # looks that are left out while nothing happens: each costs 2 ms of CPU
 OWN_CONSUMER = re.compile(r"(work|later)\+[^+]+\+[^+]+")  # the name of one: root, queue and lane
-WATCHED_S = 5 * POLL_S  # since another daemon has said that it wants to hear of changes
+WATCHED_S = 5 * POLL_S  # how long other daemons are told of changes after they have asked for it
 TELL_ENDED_S = 0.005  # for which calls that have ended are collected before others are told
-MANY_ENDED = 100  # that one message tells of
+MANY_ENDED = 100  # calls that have ended, in one message
 TELL_S = 0.05  # for which changes are collected before they are told
 DEADLINES = "@deadlines"  # the queue of deadlines that pass
-WRONG_SEQUENCE = (10071, 10164)
+MANY_NATS_REQUESTS = 64  # under way at once for an operator
+# Consumers that a stream may have: for each function in a queue one for its work and one for what
+# is not due yet, and one for each host that is called back. A server's own default is 1,000.
+MANY_CONSUMERS = 100_000
+MANY_GIVEN_BACK = 1000  # messages of a lane that are watched until somebody has them
+NAMED_SUBJECTS = 1000  # in one request for records or its answer: a server takes 1,024
+# Codes of JetStream's errors.
+WRONG_SEQUENCE = (10071, 10164)  # somebody else has written the subject
 NO_REPLICAS = 10074  # the server is alone
-TOO_MANY = 413  # messages that one request asks for
 OTHER_CONSUMER = 10148  # one of this name is there, with other settings
 NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
-FULL = (10002, 10023, 10047)  # the room that the account, or the server, may use up
-MANY_NATS_REQUESTS = 64  # under way at once for an operator
-# That a stream may have: one for each function in a queue, another for what it has to do later, and
-# one for each host that is called back. A server has a limit of 1,000 where none is given.
-MANY_CONSUMERS = 100_000
-MANY_GIVEN_BACK = 1000  # messages of a lane of which it is looked whether somebody has them
-NAMED_SUBJECTS = 1000  # that one request for records may name, or be answered with: 1,024 at most
+FULL = (10002, 10023, 10047)  # the account, or the server, has no room
+TOO_MANY = 413  # a status: more messages match than one request may ask for
 
 
 @functools.lru_cache(MAX_SEEN)
@@ -6638,7 +6639,7 @@ def nats_name(token: str) -> str:
 class NatsCall(NamedTuple):
     """A call as work messages and records have it, apart from its bytes.
 
-    First what it was accepted with, from `status` on what becomes of it.
+    The fields before `status` say with what it was accepted, the others what becomes of it.
     """
 
     id: str
@@ -6696,7 +6697,7 @@ class NatsCall(NamedTuple):
         return self.status in FINAL and self.callback_status != "pending"
 
 
-# What JSON may have for each field. Anybody may publish anything: what is not so is no call.
+# What JSON may have for each type of a field. Anybody may publish anything: the rest is no call.
 JSON_TYPES: Mapping[Any, Any] = {
     str: str,
     int: int,
@@ -6708,12 +6709,12 @@ JSON_TYPES: Mapping[Any, Any] = {
     Sequence[Sequence[Any]]: (list, tuple),
 }
 FIELD_TYPES = {name: JSON_TYPES[hint] for name, hint in get_type_hints(NatsCall).items()}
-# What comes up where bytes that somebody else has published are read.
+# What may be raised while bytes are read that somebody else has published.
 FOREIGN = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
 
 
 def foreign_reason(exc: Exception) -> str:
-    """Why such bytes are none of ours, for a person; with nothing that stands in them."""
+    """Why bytes are none of ours, for a person, without repeating what stands in them."""
     if isinstance(exc, KeyError):
         return f"it has no {exc.args[0]}"
     if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
@@ -6750,9 +6751,11 @@ class Parts(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A call as it was read. `seq` is that of its record, by which it may be written; 0: none.
+    """A call as it was read.
 
-    `accepted` is the call in JSON as long as that says nothing of what becomes of it, else empty.
+    `seq` is the sequence of its record, which a write has to name; 0: there is no record yet.
+    `accepted` is the call's JSON, if that has only the fields before `status`: it is written again
+    as it is. Otherwise it is empty.
     """
 
     seq: int
@@ -6784,16 +6787,6 @@ class Delivery(NamedTuple):
         return self.subject.rpartition(".")[2]
 
 
-def reply_tokens(reply: str) -> list[str]:
-    """What the address says at which a delivery is acked.
-
-    Consumer, number of this delivery, sequence in the stream and of the consumer, time, and how
-    many are behind it.
-    """
-    tokens = reply.split(".")  # with or without domain and account
-    return tokens[3:9] if len(tokens) < 11 else tokens[5:11]
-
-
 class Held(NamedTuple):
     """A claim of this daemon."""
 
@@ -6804,14 +6797,14 @@ class Held(NamedTuple):
 
 
 def pack_fields(call: NatsCall, first: int = 0, end: int | None = None) -> dict[str, Any]:
-    """Fields of a call as JSON has them: what is as it is at first is not there."""
+    """A call's fields from `first` to `end` for JSON, without those that have their default."""
     values = zip(call[first:end], CALL_DEFAULTS[first:end], strict=True)
     fields = zip(NatsCall._fields[first:end], values, strict=True)
     return {name: value for name, (value, default) in fields if value != default}
 
 
 def unpack_fields(document: Mapping[str, Any]) -> NatsCall:
-    """The inverse, also of what a newer version has written. Raises ValueError, TypeError."""
+    """A call from its fields. Those of a newer version are passed over. ValueError, TypeError."""
     known = document
     if not document.keys() <= FIELD_TYPES.keys():
         known = {name: value for name, value in document.items() if name in FIELD_TYPES}
@@ -6824,18 +6817,18 @@ def unpack_fields(document: Mapping[str, Any]) -> NatsCall:
 encode_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 encode_text = json.encoder.encode_basestring_ascii
 decode_json = json.JSONDecoder().raw_decode
-MESSAGE_KEYS = ["record", "parts", "call"]  # in this order; all may say more of a call in that
+MESSAGE_KEYS = ["record", "parts", "call"]  # of a message's head, in this order
 
 
 def more_json(call: NatsCall, first: int, end: int | None = None) -> str:
-    """Fields of a call as they follow others in JSON: what is as it is at first is not there."""
+    """The same as text that goes on in a JSON object, with a comma first; or nothing."""
     if call[first:end] == CALL_DEFAULTS[first:end]:
         return ""
     return f",{encode_json(pack_fields(call, first, end))[1:-1]}"
 
 
 def fate_json(call: NatsCall) -> str:
-    """What becomes of a call, as it follows the rest in JSON."""
+    """The fields from `status` on, as text that goes on in a JSON object; or nothing."""
     if call[FATE:] == CALL_DEFAULTS[FATE:]:
         return ""
     numbers = (NUMBERS_JSON % call[NUMBERS:TROUBLE]).replace("None", "null")
@@ -6844,7 +6837,7 @@ def fate_json(call: NatsCall) -> str:
 
 
 def accepted_json(call: NatsCall) -> str:
-    """A call in JSON without what becomes of it: that is most of what is stored of it."""
+    """A call's fields before `status` as JSON, which is most of what is stored of it."""
     return (
         f'{{"id":{encode_text(call.id)},"call_id":{encode_text(call.call_id)}'
         f',"function":{encode_text(call.function)},"namespace":{encode_text(call.namespace)}'
@@ -6858,7 +6851,8 @@ def accepted_json(call: NatsCall) -> str:
 def pack_call(call: NatsCall, parts: Parts, seq: int = 0, accepted: str = "") -> bytes:
     """A message: the length of its head, the head as JSON, then raw bytes.
 
-    `seq` is that of the record from which a work message follows, `accepted` as in Stored.
+    `seq`: see Stored; for a work message, that of the record it follows from. `accepted`: see
+    there.
     """
     accepted = accepted or accepted_json(call)
     lengths = ",".join(map(str, map(len, parts)))
@@ -6868,7 +6862,10 @@ def pack_call(call: NatsCall, parts: Parts, seq: int = 0, accepted: str = "") ->
 
 
 def unpack_call(data: bytes, seq: int | None = None) -> Stored:
-    """The inverse; `seq` of a record is its own. Raises ValueError: it is no call."""
+    """A call from a message; `seq`: that of the message, if it is a record.
+
+    Raises ValueError: it is no call.
+    """
     try:
         start = 4 + int.from_bytes(data[:4], "big")
         text = data[4:start].decode()
@@ -6892,7 +6889,7 @@ def unpack_call(data: bytes, seq: int | None = None) -> Stored:
 
 
 def unpack_note(data: bytes, names: Iterable[str]) -> dict[str, Any]:
-    """A small document that has these keys. Raises ValueError: it is none."""
+    """A small JSON document that has to have these keys. Raises ValueError."""
     try:
         document = dict(json.loads(data))
         if not document.keys() >= {*names}:
@@ -6903,7 +6900,7 @@ def unpack_note(data: bytes, names: Iterable[str]) -> dict[str, Any]:
 
 
 def nats_record(call: NatsCall, now: float) -> CallRecord:
-    """A call as people see it."""
+    """The record of a call for those who ask."""
     waits = call.status == "queued"
     delayed = waits and call.due_at > now
     return CallRecord(
@@ -6943,7 +6940,7 @@ def nats_record(call: NatsCall, now: float) -> CallRecord:
 
 
 def nats_claim(held: Held) -> Claim:
-    """A claim as its consumer sees it: thousands a second, so its fields are told by place."""
+    """A claim for its consumer; by position, because thousands are made in a second."""
     seq, call, parts, _ = held.stored
     attempt, target = call.attempts, call.target
     headers, body = parts.headers, parts.body
@@ -6958,13 +6955,13 @@ def nats_claim(held: Held) -> Claim:
 
 
 def started_call(call: NatsCall, owner: str, now: float) -> NatsCall:
-    """A call that was queued, as it runs. As below, `_replace` would take three times as long."""
+    """A queued call, now running. Here and below `_replace` would take three times as long."""
     started = ("running", owner, call.attempts + 1, now)
     return NatsCall._make(call[:FATE] + started + call[FATE + len(started) :])
 
 
 def ended_call(call: NatsCall, outcome: Outcome, status: str, now: float) -> NatsCall:
-    """A call that ran, as it has ended: what it answered in the place of what there was before."""
+    """A call that ran, now ended with this outcome."""
     if call.deadline_at is not None:
         call = call._replace(deadline_at=None)
     ended = (status, None, call.attempts, call.started_at, now)
@@ -6997,8 +6994,14 @@ def nats_past(call: NatsCall) -> dict[str, Any]:
 def nats_ended(call: NatsCall) -> Ended:
     """What is told of a call that has reached its end."""
     return Ended(
-        *(call.id, call.call_id, call.function, call.status, call.attempts),
-        *(call.duration_s, call.http_status, call.error),
+        id=call.id,
+        call_id=call.call_id,
+        function=call.function,
+        status=call.status,
+        attempts=call.attempts,
+        duration_s=call.duration_s,
+        http_status=call.http_status,
+        error=call.error,
         queue=call.queue,
         lane=call.lane,
     )
@@ -7008,7 +7011,7 @@ OWN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_own_id(call_id: str) -> bool:
-    """Whether this may be a call's own id: other tokens than these are not looked up."""
+    """Whether this has the form of a call's own id; what has not is not looked up as one."""
     return OWN_ID.fullmatch(call_id) is not None
 
 
@@ -7018,15 +7021,15 @@ def id_number(own_id: str) -> int:
 
 
 def with_request(parts: Parts, request: Parts) -> Parts:
-    """What the last attempt gave, with the request."""
+    """The request of one, and of the other what the last attempt gave."""
     return Parts(*request[:2], *parts[2:])
 
 
 # --- NATS subjects --------------------------------------------------------------------------------
 # -- where everything is
 
-# How many hex digits of the time in an id the tokens have that tell it in a subject. All with one
-# first token are of 50 days, with two of 4.7 hours, then of 65 s, of 4.1 s, of 16 ms.
+# A subject has the time in an id as five tokens of so many hex digits. Calls with the same first
+# token are of the same 50 days, with the same two of 4.7 hours, then of 65 s, of 4.1 s, of 16 ms.
 TIME_DIGITS = (4, 2, 2, 1, 2)
 
 
@@ -7041,10 +7044,10 @@ def time_tokens(digits: str) -> Sequence[str]:
 
 
 class NatsSubjects:
-    """Where everything is, after `nats.prefix`.
+    """The subjects of everything, which begin with `nats.prefix`.
 
-    The time in a call's id is in its subjects, so that servers can be asked for the newest ones. A
-    call that is older than `since` has the subjects that earlier versions gave it.
+    Those of a call have the time of its id, so that servers can be asked for the newest ones. Calls
+    older than `since` have none: they were stored by an earlier version.
     """
 
     def __init__(self, config: NatsConfig) -> None:
@@ -7054,12 +7057,12 @@ class NatsSubjects:
         self.since = ""  # the first id that has its time in its subjects
 
     def begin(self, since: str) -> None:
-        """What the stream says of that."""
+        """Set `since`, as the stream says it."""
         self.since = since
 
     @property
     def stored(self) -> Sequence[str]:
-        """What the stream has to keep. By "timed", which has nothing, older versions refuse it."""
+        """What the stream has to keep. "timed" has nothing: it makes older versions refuse it."""
         roots = ("work", "later", "call", "key", "cid", "slot", "queue", "sched", "timed")
         return [self.every(root) for root in roots]
 
@@ -7076,7 +7079,7 @@ class NatsSubjects:
         return f"{self._prefix}.{root}.{nats_token(queue)}.{nats_token(lane)}.{self._timed(name)}"
 
     def later(self, queue: str, own_id: str) -> str:
-        """Where a call of a queue waits that is not due, or for its key: in which lane ever."""
+        """Where a call of a queue waits until it is due or has its key, whatever its lane."""
         return f"{self._prefix}.later.{nats_token(queue)}.*.{self._timed(own_id)}"
 
     def record(self, call: NatsCall) -> str:
@@ -7084,7 +7087,7 @@ class NatsSubjects:
         return self.record_at(nats_token(call.queue), nats_token(call.lane), call.id)
 
     def record_at(self, queue: str, lane: str, own_id: str) -> str:
-        """The same by the last tokens of any message of the call."""
+        """The record of the call whose other messages have these tokens of queue and lane."""
         if own_id < self.since:
             return f"{self._prefix}.call.{own_id[:8]}.{own_id[9]}.{queue}.{lane}.{own_id}"
         times = self._timed(own_id).removesuffix(own_id)
@@ -7097,7 +7100,7 @@ class NatsSubjects:
         return f"{name[:4]}.{name[4:6]}.{name[6:8]}.{name[9]}.{name[10:12]}.{name}"
 
     def find(self, own_id: str) -> Sequence[str]:
-        """Where a call may be of which only the id is known. The first that is there counts."""
+        """Where a call may be of which only the id is known. The first one that exists counts."""
         return (
             self.record_at("*", "*", own_id),
             f"{self._prefix}.later.*.*.{self._timed(own_id)}",
@@ -7105,7 +7108,7 @@ class NatsSubjects:
         )
 
     def timed(self, root: str, times: str, queue: str, lane: str) -> str:
-        """All messages of calls with these tokens of time, `*` for any; the others are tokens."""
+        """All messages of calls with these tokens of time, queue and lane; `*` stands for any."""
         if root == "call":
             return f"{self._prefix}.call.{times}.{queue}.{lane}.*"
         return f"{self._prefix}.{root}.{queue}.{lane}.{times}.*"
@@ -7115,9 +7118,9 @@ class NatsSubjects:
         return f"{self._prefix}.{root}" + (".*.*.*.*.*" if root == "call" else ".*.*.*")
 
     def split(self, subject: str) -> tuple[str, str, str, str]:
-        """Root, queue, lane and id that a call's message has in its subject, as tokens.
+        """Root, queue, lane and id, as tokens, of the subject of a call's message.
 
-        What somebody else has put there may have fewer: "@", which no queue of calls has.
+        A subject of somebody else's may have fewer: then queue and lane are "@", which none has.
         """
         root, *tokens = subject[len(self._prefix) + 1 :].split(".")
         if len(tokens) < 3:
@@ -7180,10 +7183,10 @@ class NatsSubjects:
 
 
 # --- NATS wire ------------------------------------------------------------------------------------
-# What is sent and comes thousands of times a second goes past the client, which looks after the
-# connection: it opens it again, subscribes again, answers pings. Its own way for a message, out or
-# in, costs three times as much. What this takes of its inner parts is that it hands what it has
-# read to `_ps`, has its subscriptions numbered by `_id`, and writes to `_transport`.
+# nats-py's client looks after the connection: it connects and subscribes again and answers pings.
+# Messages, thousands a second, go past it both ways, as its own way costs three times as much. Of
+# its inner parts this needs three: the reader `_ps`, to which it hands what it has read, the number
+# `_id` of a subscription, and `_transport`, to which it writes.
 
 PUB_ACK = re.compile(rb'\{"stream":"[^"]*", ?"seq":([0-9]+)\}')  # that says no more than this
 
@@ -7217,7 +7220,7 @@ class NatsMessage(NamedTuple):
 
 
 class NatsReader:
-    """Reads what a server sends: messages of our own subscriptions are told at once, the rest is
+    """Reads what a server sends. Messages of our own subscriptions are told at once; all else is
     left to the client.
     """
 
@@ -7231,7 +7234,7 @@ class NatsReader:
         client._ps = cast(Any, self)
 
     def tell(self, subscription: int, heard: Callable[[NatsMessage], bool]) -> None:
-        """Have its messages told from now on. Those of which that says False go to the client."""
+        """Have messages of a subscription told. If `heard` says False, one goes to the client."""
         self._heard[b"%d" % subscription] = heard
 
     def reset(self) -> None:
@@ -7382,7 +7385,9 @@ class NatsAnswers:
 
     @property
     def silence(self) -> str | None:
-        """Who owes an answer and says nothing at all hangs, or the way there does: for how long."""
+        """For how long servers have said nothing at all though they owe an answer: they hang, or
+        the way to them does. None: they don't.
+        """
         now = asyncio.get_running_loop().time()
         owed_s = 0.0 if self._owed_since is None else now - self._owed_since
         return None if owed_s < SILENT_S else f"NATS has not answered for {owed_s:.0f} s"
@@ -7390,7 +7395,7 @@ class NatsAnswers:
     def expect(
         self, many: list[NatsMessage] | None, timeout_s: float
     ) -> tuple[int, asyncio.Future[NatsMessage]]:
-        """An answer is going to be asked for: its number. Awaiting it raises StoreError."""
+        """Expect an answer to a request that has this number. Awaiting it raises StoreError."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         now = loop.time()
@@ -7404,11 +7409,11 @@ class NatsAnswers:
         return self._count, future
 
     def forget(self, number: int) -> None:
-        """It was not asked for after all."""
+        """Expect no answer: the request was not sent."""
         del self._awaited[number]
 
     def heard(self, message: NatsMessage) -> bool:
-        """One has come."""
+        """An answer has come."""
         self._owed_since = None
         number = int(message.subject[len(self.inbox) :])
         awaited = self._awaited.get(number)
@@ -7429,7 +7434,7 @@ class NatsAnswers:
         self._timer = asyncio.get_running_loop().call_at(when, self._look)
 
     def _look(self) -> None:
-        """End what has waited for its time. As with Timer, what is there already wins."""
+        """Fail what has waited too long. If this is late, answers get some time, as in Timer."""
         now = asyncio.get_running_loop().time()
         late_s = now - self._look_at
         self._look_at = float("inf")
@@ -7448,7 +7453,7 @@ class NatsAnswers:
             future.set_exception(StoreError(reason))
 
     def break_off(self) -> None:
-        """What was asked on a connection that is gone is not answered any more."""
+        """Fail all: the connection is gone."""
         self._owed_since = None
         for number in list(self._awaited):
             self._fail(number, "the connection to NATS was lost")
@@ -7469,7 +7474,7 @@ def plain_nats_error(exc: Exception) -> str:
 
 
 def login_keys(config: NatsConfig) -> str:
-    """The keys of the configuration that have what we come in with."""
+    """The keys of the configuration that our login comes from."""
     if config.creds_file:
         return "nats.creds_file"
     if config.token_file:
@@ -7482,22 +7487,22 @@ def login_keys(config: NatsConfig) -> str:
 
 
 class NatsClock:
-    """The servers' clock, by which delays and deadlines are.
+    """The servers' clock, which decides about delays and deadlines.
 
-    It is kept by the time since boot: ours may be set at any moment.
+    Between answers it is kept by the time since boot: our own clock may be set at any moment.
     """
 
     def __init__(self) -> None:
         self._booted_at: float | None = None  # when this machine was, by the servers' clock
 
     def hear(self, answer: Mapping[str, Any]) -> None:
-        """An answer that may say what it shows."""
+        """Set it by an answer that says the time."""
         if shown := answer.get("ts"):
             self._booted_at = datetime.fromisoformat(shown).timestamp() - uptime_s()
 
     @property
     def offset_s(self) -> float:
-        """That it is ahead of ours; 0: ours is right enough."""
+        """By how much it is ahead of ours; 0: they agree well enough."""
         if self._booted_at is None:
             return 0.0
         offset_s = self._booted_at + uptime_s() - time.time()
@@ -7512,10 +7517,10 @@ class NatsClock:
 
 
 async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """End tasks that use nats-py's client; each may lose a cancellation, and would go on for ever.
+    """End tasks that use nats-py's client: cancel them until they have ended.
 
-    The client can while its login is refused, and so can wait_for of Python 3.11, on which it is
-    built.
+    A cancellation may get lost, in the client while its login is refused, and in wait_for of Python
+    3.11, on which it is built.
     """
     going_on = {task for task in tasks if not task.done()}
     while going_on:
@@ -7610,8 +7615,8 @@ class NatsTrouble:
 class NatsRoom:
     """Whether messages can be stored: a line when one can't, and when one can be again.
 
-    It is `full` once servers have no room for more, until NatsReserve has found some; `spent` once
-    the reserve that it gives up then is used up as well, but for what callbacks have of it.
+    It is `full` once servers have no room for more, until NatsReserve has found some. It is `spent`
+    once the reserve for the end of calls is used up, too: what is left is for callbacks.
     """
 
     def __init__(self, away: Callable[[], str | None]) -> None:
@@ -7624,8 +7629,8 @@ class NatsRoom:
         self._away = away
 
     def note(self, exc: StoreError) -> None:
-        """A message could not be stored, if it was for more than that somebody else was first."""
-        if isinstance(exc, NatsChanged):
+        """A message could not be stored."""
+        if isinstance(exc, NatsChanged):  # Somebody else was first: that is no trouble.
             return
         if isinstance(exc, NatsRefused) and exc.code in FULL:
             self.refusals += 1
@@ -7640,7 +7645,7 @@ class NatsRoom:
         self.unfit = unfit
 
     def fill(self, failure: str) -> None:
-        """There is no room, as this daemon has found out, or another one."""
+        """This daemon, or another one, has found that there is no room."""
         if not self.full.is_set():
             log.error(
                 "NATS has no room for more calls, only for the end of those there are: %s", failure
@@ -7649,16 +7654,13 @@ class NatsRoom:
         self.full.set()
 
     def spend(self, spent: bool) -> None:
-        """Nothing is left in which calls end, but for callbacks. Or there is something again."""
+        """Whether what is left is for callbacks only."""
         if spent and not self.spent:
             log.warning("NATS has hardly any room: answers that are there are called back first")
         self.spent = spent
 
     def measure(self, used: int) -> None:
-        """With so many bytes of the stream there is no room.
-
-        The least that was seen is nearest to the limit: a message may have gone far beyond it.
-        """
+        """Note that there was no room with so many bytes in the stream: the least is its limit."""
         self.most_bytes = min(self.most_bytes, used)
 
     def empty(self) -> None:
@@ -7669,12 +7671,12 @@ class NatsRoom:
         self._stored()
 
     def require(self) -> None:
-        """Raise StoreError where a call that is new would take room from those that are there."""
+        """Raise StoreError if there is room only for the end of calls, not for new ones."""
         if self.full.is_set():
             raise StoreError(f"{self.failure}: no room for more calls; those that are there go on")
 
     def require_bytes(self, number: int, used: int) -> None:
-        """Raise StoreError where so many bytes more would leave too few for callbacks."""
+        """Raise StoreError if so many bytes more would leave too few for callbacks."""
         if used + number + PROBE_BYTES > self.most_bytes:
             raise StoreError(f"{self.failure}: other answers have to be called back first")
 
@@ -7780,7 +7782,7 @@ class NatsLink:
 
     @property
     def silent(self) -> str | None:
-        """Why there is no sense in asking now: no connection, or one on which nothing is said."""
+        """Why it makes no sense to ask now: no connection, or one on which servers say nothing."""
         return self.away or self._answers.silence
 
     @property
@@ -7823,10 +7825,10 @@ class NatsLink:
         group: str = "",
         first: Callable[[NatsMessage], bool] | None = None,
     ) -> None:
-        """Have messages told, one after the other; of a group each to one daemon.
+        """Have messages told, one after the other. In a `group`, each goes to one daemon only.
 
-        `first` is told each as it comes, and must not wait for anything; if it says True, that was
-        all. The server knows of the subscription afterwards.
+        `first` is told of each as it comes, and must not wait for anything. If it says True, that
+        was all; otherwise `heard` is told. Once this returns, the server knows of it.
         """
         client = self._open_client
         made = await client.subscribe(subject, group, cb=heard, pending_bytes_limit=-1)
@@ -7851,9 +7853,9 @@ class NatsLink:
         timeout_s: float | None = None,
         many: list[NatsMessage] | None = None,
     ) -> asyncio.Future[NatsMessage]:
-        """Publish at once; what is to be awaited is an answer, or the last of `many`.
+        """Publish now, and return what awaits the answer, or the last of `many`.
 
-        Both raise StoreError.
+        StoreError: raised at once, or by awaiting.
         """
         number, answer = self._answers.expect(many, timeout_s or self._config.publish_timeout)
         try:
@@ -7879,12 +7881,12 @@ class NatsLink:
     def publish(
         self, subject: str, payload: bytes, **headers: object
     ) -> Coroutine[object, None, int]:
-        """Store a message. It is sent at once; what is to be awaited is its sequence.
+        """Send a message to be stored, and return what awaits its sequence.
 
-        0: one with this Nats-Msg-Id was stored before. It replaces what the subject had, unless
-        that has to be nothing. That is said in the message, and no limit of the stream: what such a
-        limit has deleted comes back when a server is killed, once its successor is gone (seen with
-        2.15). Raises NatsRefused, StoreError.
+        The sequence is 0 if one with this Nats-Msg-Id was stored before. The message replaces what
+        its subject had, unless that has to be nothing. It says so itself, because what a limit of
+        the stream deletes may come back when a server is killed, once its successor is gone (seen
+        with 2.15). Raises NatsRefused, StoreError.
         """
         try:
             head = nats_head(headers)
@@ -7922,7 +7924,7 @@ def nats_answer(message: NatsMessage) -> dict[str, Any]:
 def nats_credentials(name: str) -> str:
     """The path of a file with a user's JWT and seed, as nsc makes it. Raises ConfigError.
 
-    The client would look for what is missing in a file without an end.
+    In a file that lacks one of them, the client would search for ever.
     """
     path = os.path.expandvars(name)
     trouble = None
@@ -7940,7 +7942,10 @@ def nats_credentials(name: str) -> str:
 
 
 def nats_login(config: NatsConfig) -> dict[str, Any]:
-    """How we come in; secrets are read at each connection. Raises StoreError, ConfigError."""
+    """The client's options for login and TLS. Secrets are read anew for each connection.
+
+    Raises StoreError, ConfigError.
+    """
     login: dict[str, Any] = {}
     if config.user_file and config.password_file:
         login = {"user": config.user_file.now, "password": config.password_file.now}
@@ -7958,7 +7963,7 @@ def nats_login(config: NatsConfig) -> dict[str, Any]:
 
 
 def read_certificates_again(client: nats.aio.client.Client, config: NatsConfig) -> None:
-    """Have the next connection use those that are in the files now, unless they are wrong."""
+    """Have the next connection use the certificates that the files hold now, if these are valid."""
     with contextlib.suppress(StoreError, ConfigError):
         if tls := nats_login(config).get("tls"):
             client.options["tls"] = tls
@@ -7995,12 +8000,12 @@ def stream_config(config: NatsConfig) -> dict[str, Any]:
     }
 
 
-# What must not be set: an acknowledgement would come before the message is stored, messages would
-# be on other subjects, consumers would be less than what they have to be.
+# What must not be set. It would acknowledge messages before they are stored, move them to other
+# subjects, or limit what consumers may do.
 STREAM_UNSET = ("persist_mode", "subject_transform", "consumer_limits")
 
 
-# With what NATS's own tool changes a stream; of the other settings servers let none be changed.
+# The options of `nats stream edit`. Servers let no other setting be changed.
 STREAM_FLAGS = {
     "subjects": "--subjects",
     "discard": "--discard",
@@ -8021,17 +8026,17 @@ STREAM_FLAGS = {
 
 
 def differing(has: Mapping[str, Any], wants: Mapping[str, Any]) -> list[str]:
-    """Names of settings that a server has otherwise. It leaves out what is not set."""
+    """Names of settings that are not as wanted. What a server leaves out is not set."""
     return [name for name, value in wants.items() if (has.get(name) or None) != (value or None)]
 
 
 def needed(value: object) -> str:
-    """What a setting has to be, as it is told."""
+    """What a setting has to be, in words."""
     return "none" if value is None else json.dumps(value)
 
 
 def stream_difference(config: NatsConfig, name: str, has: object, wants: object) -> str:
-    """Whose value is which, and how its owner can make them the same."""
+    """What the server has, what is wanted, and how to make them agree."""
     told = f"stream {config.stream} on the server has {name} = {json.dumps(has)}"
     wanted = needed(wants)
     if name not in STREAM_FLAGS:
@@ -8059,9 +8064,9 @@ async def make_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
 
 
 async def upgrade_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
-    """Add to a stream what an older version of this program did not give it; how it is then.
+    """Add to a stream what an older version of this program did not give it; its configuration.
 
-    Of several hosts one does it, the others wait. Raises StoreError.
+    Of several hosts one does it. Raises StoreError, in the others so that they try again.
     """
     lock = {"Nats_Expected_Last_Subject_Sequence": 0, "Nats_TTL": f"{UPGRADE_S}s"}
     try:
@@ -8078,12 +8083,12 @@ async def upgrade_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
 
 
 async def ensure_stream(link: NatsLink, config: NatsConfig) -> str:
-    """Make the stream, or check the one that is there; the first id with its time in its subjects.
+    """Make the stream, or check the one that is there. What NatsSubjects.begin is to be told.
 
-    Nothing of that is changed, but what an older version of this program lacks is added.
+    Its settings are not changed; what it lacks, as older versions made it, is added.
     Raises StoreError, ConfigError.
     """
-    # One of a cluster may have others do it.
+    # A server of a cluster may leave JetStream to others.
     if not (link.info.get("jetstream") or link.info.get("cluster")):
         raise ConfigError(["nats.servers: the server has no JetStream"])
     version = link.info["version"]
@@ -8142,9 +8147,9 @@ async def sync_promise(link: NatsLink, config: NatsConfig) -> tuple[bool, str]:
 
 
 async def check_promise(link: NatsLink, config: NatsConfig) -> str | None:
-    """What has to be known of what the servers promise; None: they promise all.
+    """What servers do not promise, for people; None: they promise everything.
 
-    Raises ConfigError if that is not what is required.
+    Raises ConfigError if nats.require_sync asks for what they do not promise.
     """
     safe, why = await sync_promise(link, config)
     if not safe and config.require_sync:
@@ -8157,9 +8162,9 @@ async def check_promise(link: NatsLink, config: NatsConfig) -> str | None:
 
 
 def lease_s(config: Config, queue: str) -> float:
-    """How long work of a queue belongs to who has it, without being renewed.
+    """The lease: how long a claim of a queue is valid unless it is renewed.
 
-    For callbacks, and what all queues share, it is the shortest that there is.
+    That of callbacks and deadlines is the shortest of all queues.
     """
     if queue in (CALLBACKS, DEADLINES):
         return min(
@@ -8169,30 +8174,32 @@ def lease_s(config: Config, queue: str) -> float:
 
 
 class NatsLane:
-    """One lane: what its consumer on the server has, and what that has sent us unasked."""
+    """One lane: what its consumer on the server has, and what that has sent us already."""
 
     def __init__(self, queue: str, name: str, consumer: str) -> None:
         self.queue = queue
         self.name = name
         self.consumer = consumer
         self.buffer: deque[Delivery] = deque()  # sent to us, and not claimed yet
+        # Numbers of messages, as the server said last.
         self.pending = 0  # not sent to anybody yet
         self.later = 0  # not due yet
         self.aside = 0  # waiting for keys that others have
         self.unacked = 0  # sent to somebody; that includes the buffer
-        self._newest = 0  # the last sequence that was sent to us
-        self._expected = 0  # the last one that we have stored ourselves
-        self._arrived = asyncio.Event()  # something has
-        self._awaited = False
-        self._sent = 0  # the last one that was sent to anybody
-        self._released: set[int] = set()  # what we gave back, and nobody has had since
-        # The same until it is seen again, and when (monotonic); the oldest first.
+        # Sequences in the stream.
+        self._newest = 0  # the last that was sent to us
+        self._expected = 0  # the last that we have stored ourselves
+        self._sent = 0  # the last that was sent to anybody
+        self._released: set[int] = set()  # given back by us, and sent to nobody since
+        # Given back by us and not seen since, and when (monotonic); the oldest first.
         self._given_back: dict[int, float] = {}
+        self._arrived = asyncio.Event()  # a message has
+        self._awaited = False  # whether a claim waits for that
         self._is_asked = False  # whether somebody's pull waits at the server
-        self._hangs = False  # it did, and there was something for it
+        self._hangs = False  # whether one waited, and got nothing of what there was
         self._parked: str | None = None  # the number of a pull that waits for one message
         self._pull: tuple[str, int] | None = None  # number of a pull, how many it still gets
-        self._pulled: asyncio.Future[None] | None = None
+        self._pulled: asyncio.Future[None] | None = None  # that this pull has ended
 
     @property
     def waiting(self) -> int:
@@ -8212,7 +8219,7 @@ class NatsLane:
 
     @property
     def first_seq(self) -> int:
-        """From where on messages are that nobody has."""
+        """The first sequence that may be a message which nobody has."""
         return min(self._released, default=self._sent + 1)
 
     @property
@@ -8226,7 +8233,7 @@ class NatsLane:
         return self._awaited or self._pull is not None
 
     def arrive(self, delivery: Delivery) -> bool:
-        """The server has sent a message. Whether a claim waits for it."""
+        """Take a message that the server has sent. Whether a claim waits for it."""
         self.buffer.append(delivery)
         self.pending = delivery.pending
         self._newest = max(self._newest, delivery.seq)
@@ -8290,7 +8297,7 @@ class NatsLane:
             self._expected = 0
 
     def expect(self, seq: int) -> bool:
-        """A message was stored: whether it has still to be sent to somebody."""
+        """We have stored a message: whether it still has to be sent to somebody."""
         self._expected = max(self._expected, seq)
         if seq <= self._newest:
             return False
@@ -8298,7 +8305,7 @@ class NatsLane:
         return True
 
     def release(self, seq: int) -> None:
-        """A message was given back. Of very many, the first are with somebody by now."""
+        """Note a message that was given back. Of very many, the first are with somebody by now."""
         self._released.add(seq)
         self._given_back.pop(seq, None)
         self._given_back[seq] = time.monotonic()
@@ -8310,10 +8317,11 @@ class NatsLane:
         self._released.discard(seq)
 
     def forgotten(self) -> list[int]:
-        """What was given back, and goes to nobody though the server was asked for more.
+        """The sequences of messages that were given back and that the server sends to nobody,
+        though somebody asks for more. Each is told once.
 
-        It acknowledges a NAK and may forget it all the same (seen with 2.15.1, after a kill and
-        with no fault at all, one in some hundred). Each is told once.
+        A server may forget a NAK that it has acknowledged (seen with 2.15.1, after a kill and with
+        no fault at all, one in some hundred).
         """
         if not self._is_asked or self.pending:
             return []
@@ -8372,10 +8380,10 @@ class NatsTurns:
         return self.reserved + sum(lane.waiting for lane in self.lanes.values())
 
     def full(self, most: int) -> bool:
-        """Whether as many calls wait as may. If not, one more is going to be stored.
+        """Whether as many calls wait as may. If not, the caller stores one more.
 
-        There may be a thousand lanes. They are counted when half of the calls for which there was
-        room then have come, and after `recount`.
+        There may be a thousand lanes, so they are not counted each time, but when half of the calls
+        have come for which there was room at the last count, and after `recount`.
         """
         if self._uncounted <= 0:
             self._uncounted = (most - self.waiting + 1) // 2
@@ -8391,7 +8399,7 @@ class NatsTurns:
         return self._room.get(lane, self._room.get("", 1))
 
     def want(self, wanted: bool, room: Mapping[str, int]) -> None:
-        """Whether the last claim could have been more."""
+        """Note whether the last claim would have taken more, and the room that lanes had."""
         self.wanted = wanted
         self._room = room
 
@@ -8421,18 +8429,27 @@ class NatsTurns:
         self.reserved += number
 
 
+def reply_tokens(reply: str) -> list[str]:
+    """What the address says at which a delivery is acked.
+
+    Consumer, number of this delivery, sequence in the stream and of the consumer, time, and how
+    many are behind it.
+    """
+    tokens = reply.split(".")  # with or without domain and account
+    return tokens[3:9] if len(tokens) < 11 else tokens[5:11]
+
+
 def read_delivery(message: NatsMessage) -> tuple[str, Delivery]:
-    """A work message as it has come, and from which consumer."""
+    """The consumer that has sent a work message, and the message."""
     reply = message.reply.decode()
     consumer, count, seq, _, _, pending = reply_tokens(reply)
-    return consumer, Delivery(
-        *(message.subject.decode(), reply, message.data),
-        *(int(seq), int(count) > 1, int(pending)),
-    )
+    subject = message.subject.decode()
+    delivery = Delivery(subject, reply, message.data, int(seq), int(count) > 1, int(pending))
+    return consumer, delivery
 
 
 async def gather_all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Wait until all of it is done, one without a task. Then raises what the first one raised."""
+    """Wait until all of it is done, then raise the first error. A single one needs no task."""
     if len(works) == 1:
         await works[0]
         return
@@ -8451,7 +8468,7 @@ class NatsPulls:
         self._count = 0
 
     def number(self) -> str:
-        """By which the answer will be known that there is no more."""
+        """A number for a pull, by which its end is recognized."""
         self._count += 1
         return str(self._count)
 
@@ -8463,8 +8480,8 @@ class NatsPulls:
 
 
 class NatsReplies:
-    """What a consumer is told of the messages that it has sent: that work is done, goes on, or has
-    to be delivered again. What gets lost with a connection, NatsRecovery finds after the next.
+    """Tells a consumer about messages that it has sent: the work is done, goes on, or is to be
+    delivered again. NatsRecovery repairs what is lost with a connection.
     """
 
     def __init__(self, link: NatsLink) -> None:
@@ -8577,7 +8594,7 @@ class NatsLanes:
     async def take(
         self, queue: str, limit: int, left: dict[str, int]
     ) -> list[tuple[NatsLane, Delivery]]:
-        """Messages of lanes that take turns, up to what is `left` of each; that is counted down."""
+        """Up to `limit` messages, lane by lane, of each at most what is `left`: that is lowered."""
         turns = self.queues[queue]
         taken: list[tuple[NatsLane, Delivery]] = []
         held: list[NatsLane] = []
@@ -8594,7 +8611,7 @@ class NatsLanes:
         return taken
 
     async def _fetch(self, lane: NatsLane, number: int) -> None:
-        """Have up to this many messages of a lane here, if there are so many."""
+        """Fill a lane's buffer up to this many messages, if there are so many."""
         for _ in range(3):
             missing = number - len(lane.buffer)
             if missing > 0:
@@ -8648,7 +8665,7 @@ class NatsLanes:
         await self._replies.give_back(delivery)
 
     def _arrived(self, message: NatsMessage) -> bool:
-        """A message of a lane, or that there is none for a pull. False: something follows."""
+        """A message of a consumer, or the end of a pull, has come. False: `_follow` has to act."""
         if not message.reply:
             consumer, number = message.subject.decode().split(".")[-2:]
             if lane := self.by_consumer.get(consumer):
@@ -8668,7 +8685,7 @@ class NatsLanes:
         return pulled
 
     async def _follow(self, message: nats.aio.msg.Msg) -> None:
-        """A pull was not served in its time: park another. Or what has come is not wanted."""
+        """Park another pull in place of one that has timed out; give back what nobody wants now."""
         tokens = message.subject.split(".")
         consumer = reply_tokens(message.reply)[0] if message.reply else tokens[-2]
         if lane := self.by_consumer.get(consumer):
@@ -8705,7 +8722,7 @@ def consumer_name(root: str, queue: str, lane: str) -> str:
 
 
 def resume_consumer(stream: str, name: str) -> str:
-    """With what NATS's own tool has a consumer go on."""
+    """The command by which a paused consumer goes on."""
     return f"nats consumer resume {stream} {name}"
 
 
@@ -8723,16 +8740,16 @@ def consumer_config(name: str, subject: str, ack_wait_s: float) -> dict[str, Any
     }
 
 
-# What must not be set: it would keep calls back, send them unasked, or without what is in them.
+# What must not be set: it would keep calls back, send them unasked, or send them without content.
 CONSUMER_UNSET = ("backoff", "deliver_subject", "headers_only", "max_batch", "max_expires")
 
 
 def consumer_differences(
     stream: str, has: Mapping[str, Any], wants: Mapping[str, Any]
 ) -> list[str]:
-    """What keeps a consumer from handing out all calls, whose value is which, and what to do.
+    """A line for each setting by which a consumer would not hand out all calls, and what to do.
 
-    Its lease is a setting of ours, and no such difference.
+    Its lease is not one of them: that is changed.
     """
     wants = {**wants, **dict.fromkeys(CONSUMER_UNSET), "ack_wait": has.get("ack_wait")}
     name = wants["durable_name"]
@@ -8757,11 +8774,11 @@ class NatsConsumers:
         self._settings = settings
         self._lanes = lanes
         self._stream = settings().nats.stream
-        self._known: dict[str, float] = {}  # with the lease that each has, as far as we care
-        self._looks: dict[str, Mapping[str, Any]] = {}  # what each was like when it was right
+        self._known: dict[str, float] = {}  # consumers that are there, and their leases
+        self._looks: dict[str, Mapping[str, Any]] = {}  # their settings when these were right last
         self._paused: set[str] = set()  # by an administrator
         self._making = asyncio.Lock()  # one consumer at a time
-        self._lined_up = 0  # for that
+        self._lined_up = 0  # callers that wait for this lock
 
     async def ensure(self, root: str, queue: str, name: str) -> None:
         """Make the consumer of a lane unless it is there. Raises StoreError."""
@@ -8813,7 +8830,7 @@ class NatsConsumers:
         self._looks[wants["durable_name"]] = has
 
     async def _agree(self, has: Mapping[str, Any], wants: Mapping[str, Any]) -> None:
-        """Have a consumer that is there as it has to be. Raises ConfigError if it can't be ours.
+        """Give a consumer that is there our lease. Raises ConfigError if it keeps calls back.
 
         Of hosts with different leases, the one that was started or reloaded last decides.
         """
@@ -8824,10 +8841,10 @@ class NatsConsumers:
             log.info("NATS: consumer %s had ack_wait %gs: it is %gs now", name, *leases)
 
     async def poll(self) -> Mapping[str, Mapping[str, Any]]:
-        """Ask for all consumers: count what waits, get to know lanes. What is known, by consumer.
+        """Ask about all consumers: count what waits, and learn of new lanes. The answers, by name.
 
-        Consumers that somebody has deleted are made again; those of others are left alone. Raises
-        StoreError; ConfigError for those of ours that somebody has made otherwise.
+        Those that somebody has deleted are made again; those that are not ours are left alone.
+        Raises StoreError; ConfigError for those of ours that somebody has changed.
         """
         consumers: dict[str, dict[str, Any]] = {}
         silent: set[str] = set()  # those that are there, and have no leader just now
@@ -8857,7 +8874,7 @@ class NatsConsumers:
         return consumers
 
     def _tell_paused(self, paused: set[str]) -> None:
-        """Tell once which consumers hand nothing out, as an administrator wants it."""
+        """Log once which consumers an administrator has paused."""
         for name in sorted(paused - self._paused):
             how = resume_consumer(self._stream, name)
             log.warning("NATS: consumer %s is paused on the server, its calls wait: %s", name, how)
@@ -8875,7 +8892,7 @@ class NatsConsumers:
         }
 
     async def _is_gone(self, consumer: str) -> bool:
-        """Whether one that was not listed is not there: pages shift while others are made."""
+        """Whether an unlisted one is really gone: pages of the list shift while others are made."""
         try:
             await self._link.api(f"CONSUMER.INFO.{self._stream}.{consumer}")
         except NatsRefused as exc:
@@ -8913,27 +8930,27 @@ class NatsConsumers:
 # --- NATS names -----------------------------------------------------------------------------------
 # -- which messages there are, by their subjects
 
-# What may be many is asked for by blocks of time, newest first. A block is the first hex digits of
-# a time in milliseconds; with one digit more it is a sixteenth of that. So no answer has more than
-# one can wait for, and the newest calls cost the same however many there are.
+# What may be many is asked for by blocks of time, newest first. A block is all times in
+# milliseconds that begin with the same hex digits; one more digit makes it a sixteenth as long. So
+# no answer takes long, and the newest calls cost the same however many calls there are.
 
-FIRST_DIGITS = 6  # The walk begins with blocks of 4.7 hours,
-LAST_DIGITS = 3  # and goes on with larger ones, up to this, from where they end.
+FIRST_DIGITS = 6  # The walk begins with blocks of this many digits (4.7 hours),
+LAST_DIGITS = 3  # and goes on with larger ones, down to this many (2.2 years).
 MOST_DIGITS = sum(TIME_DIGITS)
 COARSE_DIGITS = 8  # Blocks of 65 s and more are weighed by a sample first:
-SAMPLE = "00"  # the calls whose time has this last token, as full hours have at times, are one
-SAMPLE_OF = 256  # in so many.
-AHEAD_S = 86_400.0  # by which the clock that an id was made by may differ from ours
-SMALL_STORE = 10_000  # messages of which all may be weighed at once
-NAMES_IN_AN_ANSWER = 100_000  # at most, if they are asked for
-NAMES_AT_ONCE = 500  # that are read before others get their turn
+SAMPLE = "00"  # calls whose time has this as its last token. (Those of full hours may have it.)
+SAMPLE_OF = 256  # One call in so many is in the sample.
+AHEAD_S = 86_400.0  # by which the clock of whoever made an id may differ from ours
+SMALL_STORE = 10_000  # messages that may be weighed all at once
+NAMES_IN_AN_ANSWER = 100_000  # A server names no more subjects at once.
+NAMES_AT_ONCE = 500  # names that are read before others get their turn
 NAMED = re.compile(rb'"([^"]+)":(\d+)')
 
 
 def named_subjects(answer: bytes) -> Iterator[tuple[str, int]]:
-    """The subjects that a server has told of, and how many messages each has.
+    """The subjects in an answer of STREAM.INFO, and how many messages each has.
 
-    One by one: to read an answer as a whole takes 30 to 100 ms where it tells of 100,000.
+    They are read one by one: to parse the JSON of 100,000 at once takes 30 to 100 ms.
     """
     begin = answer.find(b'"subjects":{', answer.find(b'"state":{'))
     if begin >= 0:
@@ -8943,7 +8960,7 @@ def named_subjects(answer: bytes) -> Iterator[tuple[str, int]]:
 
 
 async def crowds(link: NatsLink, stream: str, pattern: str) -> AsyncIterator[tuple[str, int]]:
-    """The subjects that there are, and how many messages each has."""
+    """The subjects that match a pattern, and how many messages each has."""
     offset = 0
     while True:
         body = json.dumps({"subjects_filter": pattern, "offset": offset}).encode()
@@ -8961,7 +8978,7 @@ async def crowds(link: NatsLink, stream: str, pattern: str) -> AsyncIterator[tup
 
 
 class Scope(NamedTuple):
-    """Which calls' messages are meant: their roots, and tokens of queue and lanes."""
+    """Which messages of calls are meant: their roots, and their tokens of queue and lane."""
 
     roots: Sequence[str]
     queue: str = "*"
@@ -8976,9 +8993,10 @@ class Span(NamedTuple):
 
 
 def block_times(block: str, last: str = "*") -> list[str]:
-    """The tokens of time that subjects of a block have. The last token, if it is open, is `last`.
+    """Patterns of the time tokens of a block's subjects; `last` stands for the last token, unless
+    the block decides about that.
 
-    A block that ends within a token has as many of them as there are for what is missing.
+    A block that ends within a token takes a pattern for each way to complete that.
     """
     tokens = list(time_tokens(block))
     missing = sum(TIME_DIGITS[: len(tokens)]) - len(block)
@@ -8993,7 +9011,7 @@ def block_times(block: str, last: str = "*") -> list[str]:
 
 
 def announced(messages: Sequence[NatsMessage]) -> int:
-    """How many messages the first one of an answer says that there are."""
+    """How many messages match a request, as the first one of its answer says."""
     return 1 + int(messages[0].headers["Nats-Num-Pending"]) if messages else 0
 
 
@@ -9031,7 +9049,7 @@ class NatsBlocks:
     async def _weigh(self, scope: Scope, block: str, most: int) -> float:
         """How many messages a block has; infinity: more than `most`.
 
-        A server that counts goes through all of them. A sample spares it that where they are many.
+        To count, a server goes through all of them. A sample spares it that where they are many.
         """
         if len(block) <= COARSE_DIGITS:
             sample = await self._count(scope, block_times(block, SAMPLE))
@@ -9041,7 +9059,7 @@ class NatsBlocks:
         return number if number <= most else math.inf
 
     async def _parts(self, scope: Scope, block: str, span: Span, most: int) -> AsyncIterator[str]:
-        """A block, or the parts of it that have no more messages than `most`, if it has any."""
+        """A block, or its parts with no more messages than `most`, newest first; no empty ones."""
         weight = await self._weigh(scope, block, most)
         if weight == 0:
             return
@@ -9060,9 +9078,10 @@ class NatsBlocks:
         return one if weights[0] <= weights[1] else other
 
     async def newest(self, scope: Scope, span: Span, most: int) -> AsyncIterator[str]:
-        """Blocks that have messages, newest first, none with more than `most` unless of one time.
+        """Blocks that have messages, newest first, and no more than `most` unless all have one
+        time.
 
-        The only one may be all there is.
+        Of a small store it is a single block, of all times.
         """
         if not scope.lanes:
             return
@@ -9085,7 +9104,7 @@ class NatsBlocks:
             number -= 1
 
     async def read(self, scope: Scope, block: str) -> list[NatsMessage]:
-        """The messages of a block. What has gone elsewhere meanwhile is looked for once more."""
+        """The messages of a block. If some move while they are read, it is read once more."""
         patterns = self._patterns(scope, block_times(block))
         try:
             found = await self.gather(multi_last=patterns)
@@ -9122,7 +9141,7 @@ class NatsBlocks:
             yield subject
 
     def span(self, first_at: float = 0.0, last_at: float = math.inf) -> Span:
-        """Where calls of this time may be."""
+        """The times that ids of calls may have which were accepted between these two."""
         since = self._subjects.since.replace("-", "")[:12] or "0" * 12
         last_at = min(last_at, time.time()) + AHEAD_S
         first = f"{max(0, round(1e3 * (first_at - AHEAD_S))):012x}"
@@ -9180,15 +9199,15 @@ async def last_message(
 async def delete_message(link: NatsLink, stream: str, seq: int) -> None:
     """Delete exactly this message, if it is there.
 
-    After a purge of its subject the server would forget, until their leases run out, which others
-    of the same consumer it was given back.
+    A purge of its subject would not do: the server then forgets which other messages of the same
+    consumer were given back, until their leases run out.
     """
     with contextlib.suppress(NatsRefused):
         await link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
 
 
 def tell_set_aside(metrics: Metrics, subject: str, why: object, what: str = "none of ours") -> None:
-    """Somebody has to hear of a message that nobody can do anything with."""
+    """Log and count a message that nobody can do anything with."""
     log.error("NATS: a message on %s is %s: set aside: %s", subject, what, why)
     metrics.set_aside.inc()
 
@@ -9205,7 +9224,7 @@ class NatsStrays:
         self._records = subjects.every("call")[:-1]
 
     async def call(self, subject: str, seq: int, data: bytes) -> Stored | None:
-        """The call that a message is of; None: it is of none, and set aside."""
+        """The call in a message; None: there is none, and the message is set aside."""
         try:
             return unpack_call(data, seq if subject.startswith(self._records) else None)
         except ValueError as exc:
@@ -9213,7 +9232,7 @@ class NatsStrays:
             return None
 
     async def note(self, subject: str, seq: int, data: bytes, names: Iterable[str]) -> Note | None:
-        """The small document with these keys that it is; None: it is none, and set aside."""
+        """The note in a message, with these keys; None: there is none, and it is set aside."""
         try:
             return Note(seq, unpack_note(data, names))
         except ValueError as exc:
@@ -9221,7 +9240,7 @@ class NatsStrays:
             return None
 
     async def set_aside(self, subject: str, seq: int, why: object) -> None:
-        """Nobody can do anything with a message."""
+        """Log, count and delete a message that nobody can do anything with."""
         tell_set_aside(self._metrics, subject, why)
         await delete_message(self._link, self._stream, seq)
 
@@ -9236,9 +9255,9 @@ def tell_daemons(link: NatsLink, subjects: NatsSubjects, **news: object) -> None
 
 
 class NatsChanges:
-    """Tells of each record that is written who watches, here or at another daemon.
+    """Tells whoever watches, here or at another daemon, of each record that is written.
 
-    Who watches says so every few seconds; where nobody does, nothing is told.
+    A daemon at which somebody watches says so every few seconds; otherwise it is told nothing.
     """
 
     def __init__(self, link: NatsLink, subjects: NatsSubjects) -> None:
@@ -9281,7 +9300,7 @@ class NatsChanges:
             tell_daemons(self._link, self._subjects, ends=ended[first : first + MANY_ENDED])
 
     def lost(self) -> None:
-        """There was no connection: who knows what has changed meanwhile."""
+        """There was no connection: tell that there may be changes which nobody has told of."""
         if self._watcher is not None:
             self._watcher(Changes((), 1))
 
@@ -9321,8 +9340,10 @@ class NatsChanges:
 
 
 def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
-    """A final call as a message of this many bytes can hold it: what is missed least goes first."""
-    if sum(map(len, parts)) < most - MAX_HEAD_BYTES:
+    """A final call cut down to a message of this many bytes: first its request goes, then stderr
+    and a part of the answer, which can't be called back then.
+    """
+    if sum(map(len, parts)) < most - MAX_CALL_BYTES:
         return call, parts
     if len(pack_call(call, parts)) > most:
         parts = with_request(parts, Parts())
@@ -9361,7 +9382,7 @@ class NatsCalls:
 
     @property
     def room(self) -> NatsRoom:
-        """Whether there is some for what is stored."""
+        """See NatsRoom."""
         return self._link.room
 
     async def used_bytes(self) -> int:
@@ -9369,19 +9390,19 @@ class NatsCalls:
         return int((await self._link.api(f"STREAM.INFO.{self.stream}"))["state"]["bytes"])
 
     async def require_room(self, number: int) -> None:
-        """Raise StoreError where so many bytes more would leave too few for callbacks."""
+        """Raise StoreError if so many bytes more would leave too few for callbacks."""
         self.room.require_bytes(number, await self.used_bytes())
 
     @property
     def tight(self) -> bool:
-        """Whether there is no room but for what ends calls."""
+        """Whether there is room only for the end of calls."""
         return self._link.room.full.is_set()
 
     @property
     def keep_output(self) -> int:
-        """How much is kept of outputs, and of the requests of calls that ended well.
+        """Up to how many bytes outputs are kept, and requests of calls that ended well.
 
-        Where room is tight, an end has to leave less than there was.
+        Where room is tight, a call that ends has to leave less than it took.
         """
         keep = self._settings().calls.keep_output
         return min(keep, KEPT_WHEN_FULL_BYTES) if self.tight else keep
@@ -9405,7 +9426,7 @@ class NatsCalls:
         return None
 
     async def note(self, subject: str, *names: str) -> dict[str, Any] | None:
-        """The same without its sequence."""
+        """A small document with these keys, without its sequence."""
         noted = await self.noted(subject, *names)
         return noted.document if noted else None
 
@@ -9414,9 +9435,9 @@ class NatsCalls:
         return self._settings().calls.kept_s(call.status, call.callback_status)
 
     def is_past(self, call: NatsCall) -> bool:
-        """Whether a record has been kept for its time. It still fences what is left of its call.
+        """Whether a record has been kept for its time, and is not shown any more.
 
-        A work message that was not acked in time would run again otherwise.
+        It stays a little longer: without it, a work message that was not acked would run again.
         """
         before = self.now() - self.kept_s(call)
         return call.finished and (call.completed_at or before) < before
@@ -9455,10 +9476,10 @@ class NatsCalls:
         keep_s: float | None = None,
         accepted: str = "",
     ) -> Coroutine[object, None, int]:
-        """Write a record over the one with this sequence. It is sent at once; its own is awaited.
+        """Send a record that replaces the one with this sequence; what is awaited is its own.
 
-        With `keep_s` the server deletes it then. `accepted`: see Stored. NatsRefused: there is
-        another one.
+        The server deletes it some time after `keep_s`. `accepted`: see Stored. Raises NatsChanged:
+        another record has come first.
         """
         headers: dict[str, object] = {"Nats_Expected_Last_Subject_Sequence": seq}
         if keep_s is not None:
@@ -9475,10 +9496,11 @@ class NatsCalls:
         return seq
 
     def fit(self, call: NatsCall, parts: Parts, had: int | None = None) -> tuple[NatsCall, Parts]:
-        """A final call as one message can hold it; where room is tight, in what it `had` so far.
+        """A final call, cut down to what one message can hold; where room is tight, to the bytes
+        that it `had` before.
 
-        An answer that is to be called back stays whole, and a failed call has its request as long
-        as there is room.
+        An answer that is to be called back stays whole. A failed call keeps its request as long as
+        there is room.
         """
         most = self._link.max_payload
         if had is not None and self.tight and call.finished:
@@ -9489,7 +9511,7 @@ class NatsCalls:
         return fit_call(call, parts, most)
 
     async def keep_notes(self, call: NatsCall) -> None:
-        """A call is final: its key and its foreign id last as long as its record."""
+        """Have the notes of a final call, on its key and foreign id, last as long as its record."""
         ttl = f"{max(1, round(self.kept_s(call)))}s"
         for subject in self._subjects.notes(call):
             if note := await self.note(subject):
@@ -9506,7 +9528,7 @@ class NatsCalls:
             await delete_message(self._link, self.stream, found[1])
 
     async def subjects(self, pattern: str) -> list[str]:
-        """The subjects that there are."""
+        """The subjects that match a pattern."""
         return [subject async for subject, _ in crowds(self._link, self.stream, pattern)]
 
     async def own_ids(self, call_id: str) -> list[str]:
@@ -9615,8 +9637,10 @@ CALLS_AT_ONCE = 50  # that are unpacked before others get their turn
 
 
 def roots_of(filters: CallFilter) -> Sequence[str]:
-    """Where calls in these states are: what has not ended has a message that waits, or is un-acked;
-    what was claimed once has a record. What runs has both.
+    """Where to look for calls in these states.
+
+    A call that has not ended has a work message, one that was ever claimed has a record; one that
+    runs has both.
     """
     statuses = set(filters.statuses)
     if statuses and not statuses & set(FINAL):
@@ -9642,10 +9666,10 @@ def matches(record: CallRecord, filters: CallFilter) -> bool:
 
 
 def texts_of(filters: CallFilter) -> list[list[bytes]]:
-    """What is in the messages of all calls that match: of each of these lists a text at least.
+    """Lists of texts: the message of a call that matches has at least one of each list.
 
-    So most of a million calls need not be unpacked to find the few that have failed. Other calls
-    may have such a text, too, and what is so by default is not said in a message.
+    So most of a million calls need not be unpacked to find the few that have failed. Messages of
+    other calls may have them, too. (What has its default is not in a message.)
     """
     named = [[value] for value in (filters.app, filters.schedule) if value is not None]
     if roots_of(filters) == RECORDS:
@@ -9708,7 +9732,7 @@ class NatsLists:
         return scope
 
     def _span(self, filters: CallFilter, before: int | None) -> Span:
-        """When calls had their ids that may match. A call of a schedule has that of its instant."""
+        """The times that ids of matching calls may have: a schedule's have those of instants."""
         late_s = max((one.max_late for one in self._settings().schedules.values()), default=0.0)
         span = self.blocks.span((filters.since or 0.0) - late_s, filters.until or math.inf)
         if before is None:
@@ -9721,7 +9745,7 @@ class NatsLists:
     ) -> AsyncIterator[list[Stored]]:
         """Calls that match and are older than `before`, newest first, in batches.
 
-        Also those that are past their time: `is_past` tells.
+        Among them are those that are past their time (see `is_past`).
         """
         if filters.call_id is not None:
             async for batch in self._calls.sharing(filters.call_id):
@@ -9760,7 +9784,7 @@ class NatsLists:
     async def shown(
         self, filters: CallFilter, before: int | None = None, limit: int = MANY_NATS_REQUESTS
     ) -> AsyncIterator[list[Stored]]:
-        """The same without those."""
+        """As `matching`, without calls that are past their time."""
         async for batch in self.matching(filters, before, limit):
             yield [stored for stored in batch if not self._calls.is_past(stored.call)]
 
@@ -9851,7 +9875,7 @@ class NatsNews:
         self.changes.ended(ended)
 
     def ended_elsewhere(self, ended: Sequence[Any]) -> None:
-        """Another daemon has said so."""
+        """Another daemon has told that a call has reached its end."""
         self._listener.final(Ended(*ended)._replace(elsewhere=True))
 
     def tell(self, **news: object) -> None:
@@ -9865,16 +9889,16 @@ def nats_schedule(at: float, target: str) -> dict[str, str]:
 
 
 def cut_answer(parts: Parts, keep: int) -> Parts:
-    """What is left of an answer once no callback needs it: all of a short one, to be sent again."""
+    """What is kept of an answer after its callback: all of a short one, to be sent again."""
     if len(parts.output) <= keep:
         return parts
     return parts._replace(answer_headers=b"", output=shorten(parts.output, keep))
 
 
 def timeless(call: NatsCall) -> NatsCall:
-    """A call without what differs when the same is written again.
+    """A call without what differs when the same step is done again.
 
-    So one knows one's own record, when the answer to it got lost.
+    By this a daemon recognizes the record that it has written, though the answer got lost.
     """
     return call._replace(due_at=0.0, completed_at=None, owner=None)
 
@@ -9929,7 +9953,8 @@ class NatsMessages:
     ) -> bool:
         """Publish a work message ("work"), or one that becomes it when it is due ("later").
 
-        Without `dedup` it is that of a new call. False: it was stored before.
+        `dedup` is its Nats-Msg-Id; None: the call is new, and its own id is that. False: it was
+        stored before.
         """
         call = stored.call
         await self._consumers.ensure("work", queue, lane)
@@ -9945,7 +9970,9 @@ class NatsMessages:
             headers["Nats_Expected_Last_Subject_Sequence"] = 0
         try:
             seq = await self._link.publish(subject, payload, **headers)
-        except NatsChanged:  # It is there for longer than the server remembers its Nats-Msg-Id.
+        except (
+            NatsChanged
+        ):  # It was stored so long ago that the server has forgotten its Nats-Msg-Id.
             return False
         if root == "later":
             self._lanes.expect_later(queue, lane)
@@ -9954,7 +9981,7 @@ class NatsMessages:
         return seq > 0
 
     async def put_aside(self, stored: Stored) -> None:
-        """Keep a call where it is counted and found, and no consumer hands it out."""
+        """Store a call that waits for its key: it is counted and found, and not handed out."""
         call = stored.call
         lane = call.lane + ASIDE
         await self._consumers.ensure("later", call.queue, lane)
@@ -9970,13 +9997,13 @@ class NatsMessages:
         self._replies.ack(delivery)
 
     async def callback(self, stored: Stored) -> None:
-        """Have the outcome of a call delivered, whose record says that this is to be done."""
+        """Store the work message of a callback, after the record that says it is pending."""
         lane = callback_lane(stored.call.callback_target or "")
         bare = stored._replace(parts=Parts())
         await self.store("work", bare, CALLBACKS, lane, f"{stored.call.id}-{stored.seq}")
 
     async def deadline(self, call: NatsCall) -> None:
-        """Have it told when a call has to have started."""
+        """Have a message come at the time by which a call has to have started."""
         if call.deadline_at is not None:
             name = f"{call.id}-deadline"
             place = self._subjects.place("later", DEADLINES, "all", name)
@@ -10000,7 +10027,7 @@ class NatsMessages:
         await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
 
     async def store_again(self, queue: str, name: str, subject: str, data: bytes, seq: int) -> None:
-        """Put a message in its own place, behind those that wait, unless it has changed."""
+        """Store a message once more, behind those that wait, unless it has changed."""
         with contextlib.suppress(NatsRefused):
             again = await self._link.publish(subject, data, Nats_Expected_Last_Subject_Sequence=seq)
             self._lanes.expect(queue, name, again)
@@ -10020,7 +10047,7 @@ class NatsMessages:
         self._link.send(delivery.reply, b"+TERM")
 
     async def answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
-        """Ack a message, or have it delivered again; without a verb after a moment."""
+        """Ack a message, or have it delivered again: at once, or without a verb after a moment."""
         if verb == b"-NAK":
             await self._lanes.give_back(lane, delivery)
         elif verb == b"+ACK":
@@ -10041,8 +10068,8 @@ class NatsMessages:
 # when that is delivered again. Who comes while another call has the key is put aside, and has a
 # place in a line: a message each, whose sequences are their order.
 
-PLACE_IN_LINE = ("id", "queue", "lane")  # what is noted of it
-KEY_GRACE_S = 10.0  # after its end, in which a call passes its key on
+PLACE_IN_LINE = ("id", "queue", "lane")  # of the call: what the message of a place has
+KEY_GRACE_S = 10.0  # in which a call that has ended passes its key on
 
 
 def key_token(call: NatsCall) -> str:
@@ -10090,7 +10117,7 @@ class NatsKeys:
         return await self._calls.noted(self._subjects.key_holder(key), "id", "after")
 
     async def _name(self, key: str, own_id: str, after: str, seq: int) -> int | None:
-        """Write who has a key, and had it before; None: that has changed since `seq`."""
+        """Write which call has a key, and after which one. None: it has changed since `seq`."""
         place = self._subjects.key_holder(key)
         body = json.dumps({"id": own_id, "after": after}).encode()
         try:
@@ -10099,7 +10126,7 @@ class NatsKeys:
             return None
 
     async def _is_left(self, own_id: str) -> bool:
-        """Whether a key was left behind by a call that has ended, and does not pass it on."""
+        """Whether a call has ended, or is gone, and has not passed its key on."""
         stored = await self._calls.anywhere(own_id)
         if stored is None:
             return True
@@ -10107,7 +10134,7 @@ class NatsKeys:
         return ended_at is not None and ended_at < self._calls.now() - KEY_GRACE_S
 
     async def line_up(self, stored: Stored) -> None:
-        """Have a call wait for its key. Its work message is to be acked then."""
+        """Have a call wait for its key. After that its work message is to be acked."""
         call = stored.call
         key = key_token(call)
         await self._messages.put_aside(stored)
@@ -10155,7 +10182,10 @@ class NatsKeys:
                 await self._pass_on(key, "", None)
 
     async def _pass_on(self, key: str, holder: str, note: Note | None) -> None:
-        """Give the key of `holder` to the first who waits for it, or free it. `note` names it."""
+        """Give a key to the first call in the line, or free it.
+
+        `holder` has it so far, as `note` says; "" and None: nobody has.
+        """
         while True:
             place = await self._first(key)
             if place is None and note is None:
@@ -10202,9 +10232,8 @@ class NatsKeys:
 
 
 class NatsRates:
-    """When the next calls may start where there is a rate: a message for each queue and lane.
-
-    All daemons share it. The server deletes it when it is of no importance any more.
+    """When the next call may start, for each queue and lane with a rate: a message that all daemons
+    share. The server deletes it once that time has passed.
     """
 
     def __init__(
@@ -10218,7 +10247,7 @@ class NatsRates:
         self._timers: dict[str, asyncio.TimerHandle] = {}  # by queue
 
     async def start(self, name: str, rate: Rate, wanted: int) -> int:
-        """Count up to so many calls as started: how many may."""
+        """Count as many calls as started as may start now, up to `wanted`; how many."""
         while True:
             seq, next_at = self._known.get(name, (0, 0.0))
             now = self._calls.now()
@@ -10255,7 +10284,7 @@ class NatsRates:
         return True
 
     def wait_s(self, name: str, rate: Rate) -> float:
-        """How long nothing may start, as far as is known; 0 or less: something may."""
+        """In how many seconds the next call may start, as far as is known; 0 or less: now."""
         now = self._calls.now()
         return first_start(rate, self._known.get(name, (0, 0.0))[1], now) - now
 
@@ -10290,7 +10319,7 @@ class NatsEnds:
         self._calls = calls
         self._messages = messages
         self._news = news
-        self._one_by_one = asyncio.Lock()  # what needs room that is scarce
+        self._one_by_one = asyncio.Lock()  # for writes while only callbacks have room
 
     async def _write(
         self, held: Held, call: NatsCall, parts: Parts, keep_s: float | None = None
@@ -10303,9 +10332,9 @@ class NatsEnds:
         return await self._write_now(held, call, parts, keep_s)
 
     async def _require_room(self, held: Held, parts: Parts) -> None:
-        """Raise StoreError if what follows from a call would take room that callbacks need.
+        """Raise StoreError if what becomes of a call would take room that callbacks need.
 
-        What is stored already, though the acknowledgement of that got lost, has its room.
+        Unless it is stored already, and only the answer to that got lost.
         """
         record = await self._calls.record_of(held.stored.call)
         if record is not None and record.seq == held.stored.seq:
@@ -10322,7 +10351,7 @@ class NatsEnds:
             record = await self._calls.record_of(call)
             if record is None:
                 return None
-            if record.seq == was.seq:  # What stood over it was none, and is set aside.
+            if record.seq == was.seq:  # What had replaced it was no record, and is set aside.
                 return await self._calls.write(call, parts, record.seq, keep_s)
             return record.seq if timeless(record.call) == timeless(call) else None
 
@@ -10334,7 +10363,7 @@ class NatsEnds:
         headers = describing_headers(outcome.headers) if outcome.size <= keep else b""
         told = (headers, shorten(outcome.body, keep), shorten(outcome.stderr, keep))
         parts = Parts(*held.stored.parts[:2], *told)
-        if call.callback_target:
+        if call.callback_target:  # which needs the whole answer
             call = call._replace(callback_status="pending", due_at=now)
             headers = pack_headers(outcome.headers)
             parts = parts._replace(answer_headers=headers, output=outcome.body)
@@ -10353,7 +10382,7 @@ class NatsEnds:
         return self._calls.kept_s(call) if call.finished else None
 
     async def finish(self, stored: Stored, delivery: Delivery | None) -> None:
-        """What follows from a final record, also when a crash came between."""
+        """Do what follows from a final record; after a crash once more."""
         call = stored.call
         claimed = call.owner is not None or call.callback_attempts
         if call.callback_status == "pending" and not claimed:
@@ -10417,7 +10446,10 @@ class NatsEnds:
         return True
 
     async def callback_interrupted(self, record: Stored) -> bytes:
-        """A daemon died while it sent a callback. How to answer its message. NatsRefused."""
+        """After a daemon has died while it sent a callback; how to answer its message.
+
+        Raises NatsRefused.
+        """
         call = record.call._replace(owner=None)
         if call.callback_attempts < self._settings().callback.attempts:
             await self._calls.write(call, record.parts, record.seq)
@@ -10460,7 +10492,7 @@ class NatsEnds:
 
 
 def process_id() -> str:
-    """A name of this process: boot, namespace, number and start time, then what makes it unique."""
+    """A unique name of this process: hash of boot and namespace, PID, start time, random bits."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         space = str(Path("/proc/self/ns/pid").readlink())
@@ -10544,7 +10576,10 @@ class NatsOwners:
         self._messages = messages
 
     async def has_lost(self, call: NatsCall, delivery: Delivery) -> bool:
-        """Whether who has claimed a call does not have it any more. If not, ask again later."""
+        """Whether the daemon that has claimed a call does not have it any more.
+
+        If it may have, the message is put off, to ask again later.
+        """
         owner = call.owner or ""
         if owner == self._holdings.owner:
             return not await self._is_ours(call.id, delivery)
@@ -10556,8 +10591,8 @@ class NatsOwners:
         return False
 
     async def _is_ours(self, own_id: str, delivery: Delivery) -> bool:
-        """Whether a call is ours. This is then the message that has to be acked in the end: the one
-        that we had was stored again, or its server has forgotten that it was sent to us.
+        """Whether we have a call. Then this is the message to be acked in the end: that which we
+        had was stored again, or the server has forgotten that it was sent to us.
         """
         if own_id in self._holdings.held:
             held = self._holdings.held[own_id]
@@ -10571,8 +10606,9 @@ class NatsOwners:
     async def _denies(self, owner: str, own_id: str, delivery: Delivery) -> bool:
         """Whether another daemon says that it does not have a call.
 
-        One that does not answer may be frozen, or cut off for a moment: it has lost the call when
-        its lease is over, and others have had the time to connect again.
+        One that does not answer may be frozen, or cut off for a moment. It has lost the call if the
+        lease is over, which the message then shows by coming again, and if all daemons have had the
+        time to connect since the servers were away.
         """
         with contextlib.suppress(StoreError):
             place = self._subjects.owner(owner)
@@ -10587,7 +10623,7 @@ class NatsOwners:
 
 
 class NatsSlots:
-    """What daemons share of a queue that has `max_inflight_global`: each call that runs has a slot.
+    """The slots of queues with `max_inflight_global`, which daemons share: a running call has one.
 
     A slot is a message; the server deletes it when its owner has not renewed it for a lease.
     """
@@ -10607,9 +10643,9 @@ class NatsSlots:
         self._calls = calls
         self._news = news
         self._owner = owner
-        self._seqs: dict[tuple[str, int], int] = {}  # ours
-        self._changing = asyncio.Lock()  # one of them: what was given back is not to be renewed
-        self._used: dict[str, tuple[str, int]] = {}  # by the id of the call
+        self._seqs: dict[tuple[str, int], int] = {}  # sequences of our slots, by queue and number
+        self._changing = asyncio.Lock()  # so that none is renewed while it is given back
+        self._used: dict[str, tuple[str, int]] = {}  # queue and number, by the id of the call
 
     def limit(self, queue: str) -> int | None:
         """How many slots a queue has; None: it has no such limit."""
@@ -10636,7 +10672,7 @@ class NatsSlots:
         return found
 
     async def _left_behind(self, queue: str, number: int) -> int:
-        """The sequence of a slot whose owner is gone; -1: it is not."""
+        """The sequence of a slot whose owner has died; 0: it is free by now; -1: it is in use."""
         note = await self._calls.noted(self._subjects.slot(queue, number), "owner")
         if note is None:
             return 0
@@ -10685,12 +10721,12 @@ class NatsSlots:
 
 
 class Attempt(NamedTuple):
-    """A claim that is being stored, of a call that nobody has had as far as its message says."""
+    """A claim that is being stored, of a call that nobody has had before, by its message."""
 
     lane: NatsLane
     delivery: Delivery
-    stored: Stored  # as it runs, and as its message has it
-    written: Awaitable[int]  # its record
+    stored: Stored  # the call as it runs, the rest as its message has it
+    written: Awaitable[int]  # the sequence of its record
 
 
 class NatsStarts:
@@ -10705,7 +10741,10 @@ class NatsStarts:
         return started_call(call, self._holdings.owner, self._calls.now())
 
     def attempt(self, lane: NatsLane, delivery: Delivery) -> Attempt | None:
-        """Begin with a call as its message has it. None: there is more to it. StoreError."""
+        """Begin to claim a call, trusting its message. None: it takes NatsClaims.begin.
+
+        Raises StoreError.
+        """
         if lane.queue == CALLBACKS or delivery.id in self._holdings.beginning:
             return None
         try:
@@ -10758,10 +10797,10 @@ class NatsClaims:
         self._owners = owners
 
     def most(self, queue: str, wanted: int) -> int:
-        """How many more claims there is room for.
+        """How many claims may be made, up to `wanted`.
 
-        Where that is for callbacks only, one call of a queue runs at a time: what it leaves is less
-        than what it took.
+        While servers have room for callbacks only, one call of a queue runs at a time: it leaves
+        less than it took.
         """
         if queue == CALLBACKS or not self._calls.room.spent:
             return wanted
@@ -10769,12 +10808,12 @@ class NatsClaims:
         return min(wanted, int(not running))
 
     async def begin(self, lane: NatsLane, delivery: Delivery, fresh: bool) -> Claim | None:
-        """Write that a call runs. None: somebody else has it, or it has nothing to do any more.
+        """Claim a call, or a callback. None: somebody else has it, or nothing is left to be done.
 
-        `fresh`: its message is believed first, and its record only read if there is one.
+        `fresh`: its message is trusted first, and its record read only if that was wrong.
         """
         own_id = delivery.id
-        if own_id in self.holdings.beginning:  # A record that is ours means nothing meanwhile.
+        if own_id in self.holdings.beginning:  # What its record says of us is not settled yet.
             self._messages.put_off(delivery, CLAIM_AGAIN_S)
             return None
         self.holdings.beginning.add(own_id)
@@ -10790,21 +10829,18 @@ class NatsClaims:
             await self._messages.set_aside(delivery, exc)
             return None
         request = stored.parts
+        is_call = lane.queue != CALLBACKS
         while True:
-            if fresh:
-                fresh = False
-                claimed = await self._started(stored, delivery, None)
+            record = None if fresh else await self._calls.record_of(stored.call)
+            if record is not None:
+                stored = record
+                claimed = await self._follow(lane, record, delivery, request)
             else:
-                record = await self._calls.record_of(stored.call)
-                if record is not None:
-                    stored = record
-                    claimed = await self._follow(lane, record, delivery, request)
-                else:
-                    stored = stored._replace(seq=0)
-                    claimed = await self._started(stored, delivery, None)
+                stored = stored if fresh else stored._replace(seq=0)
+                claimed = await self._started(stored, delivery, None)
+            fresh = False
             if claimed is None:
                 return None
-            is_call = lane.queue != CALLBACKS
             kept = with_request(stored.parts, Parts()) if is_call else stored.parts
             parts = with_request(stored.parts, request) if is_call else stored.parts
             if is_call and not await self.keys.take(claimed):
@@ -10820,7 +10856,7 @@ class NatsClaims:
     async def _follow(
         self, lane: NatsLane, record: Stored, delivery: Delivery, request: Parts
     ) -> NatsCall | None:
-        """What a delivery leads to, after what its record says. None: nothing."""
+        """The call as it is to run, by its record. None: it is not to; its message is answered."""
         call = record.call
         if lane.queue == CALLBACKS:
             return await self._follow_callback(lane, record, delivery)
@@ -10836,7 +10872,7 @@ class NatsClaims:
                 return None
             return await self._started(record, delivery, request)
         if await self._owners.has_lost(call, delivery):
-            if call.owner == self.holdings.owner:  # The answer got lost: it never ran.
+            if call.owner == self.holdings.owner:  # We claimed it, and the answer got lost: run it.
                 return call
             await self._messages.answer(lane, delivery, await self.interrupted(record, request))
         return None
@@ -10849,7 +10885,7 @@ class NatsClaims:
             self._messages.ack(delivery)
             return None
         if call.owner == self.holdings.owner and await self._owners.has_lost(call, delivery):
-            return call  # The answer got lost: it was never sent.
+            return call  # We claimed it, and the answer got lost: it was never sent.
         if call.owner is not None:
             if await self._owners.has_lost(call, delivery):
                 await self._messages.answer(lane, delivery, await self.interrupted(record, None))
@@ -10861,7 +10897,7 @@ class NatsClaims:
     async def _started(
         self, stored: Stored, delivery: Delivery, request: Parts | None
     ) -> NatsCall | None:
-        """A call that was queued, as it runs. None: it has missed its deadline."""
+        """A queued call as it is to run. None: it has missed its deadline, and is ended."""
         call = stored.call
         now = self._calls.now()
         if call.deadline_at is not None and call.deadline_at <= now:
@@ -10874,8 +10910,8 @@ class NatsClaims:
     async def interrupted(self, record: Stored, request: Parts | None) -> bytes | None:
         """Queue again what a dead daemon had claimed; how to answer its message.
 
-        A call (`request`) may be what it died of: it goes behind those that wait, or ends. None:
-        somebody else was first.
+        `request`: that of a call; None: it was a callback. A call may be what the daemon died of:
+        it goes behind those that wait, or ends. The answer is None if somebody else was first.
         """
         call = record.call
         try:
@@ -10925,9 +10961,9 @@ class Taking(NamedTuple):
     """A claim that is being made."""
 
     queue: str
-    left: dict[str, int]  # of the room that lanes have
+    left: dict[str, int]  # the room that lanes still have
     rates: Mapping[str, Rate]
-    made: list[Claim]
+    made: list[Claim]  # so far
 
 
 class NatsTaker:
@@ -11017,7 +11053,7 @@ class NatsTaker:
             self._rates.wake_in(queue, min(later))
 
     async def _book(self, taking: Taking, name: str, rate: Rate, limit: int) -> int:
-        """How many calls of a lane, or of a queue, may be claimed: they are counted as started."""
+        """Count calls of a lane, or of the queue, as started before they are claimed; how many."""
         turns = self._lanes.queues[taking.queue]
         if name == taking.queue:
             return await self._rates.start(name, rate, limit if turns.ready else 0)
@@ -11056,9 +11092,9 @@ class NatsTaker:
     async def _begin_all(
         self, taken: Sequence[tuple[NatsLane, Delivery]]
     ) -> list[Claim | BaseException | None]:
-        """For each its claim, or why there is none.
+        """For each of these messages its claim, or why there is none.
 
-        Most are calls that nobody has had: their claims need no tasks.
+        Most are calls that nobody has had before. Their claims are written without a task for each.
         """
         attempts = [self._attempt(*item) for item in taken]
         begun = [await self._conclude(one) for one in attempts]
@@ -11091,15 +11127,6 @@ class NatsTaker:
 
 # --- NATS operators -------------------------------------------------------------------------------
 # -- steps of operators and people
-
-
-# What a call is apart from what has happened to it.
-KEPT_FIELDS = (
-    *NatsCall._fields[: NatsCall._fields.index("deadline_at")],
-    *("callback_url", "failure_url", "idempotency_key", "app", "hops"),
-    *("traceparent", "tracestate", "concurrency_key"),
-    *("method", "schedule", "scheduled_for"),
-)
 
 
 async def change_all(
@@ -11158,16 +11185,16 @@ class NatsOperator:
 
     async def _cancel_call(self, stored: Stored) -> None:
         parts = stored.parts
-        if self._calls.tight:  # Who cancels may want to have some.
+        if self._calls.tight:  # Whoever cancels may do it to get room.
             parts = with_request(parts, Parts())
         elif not parts.has_request:
-            request = await self._calls.request_of(stored.call)
-            parts = parts._replace(headers=request.headers, body=request.body)
+            parts = with_request(parts, await self._calls.request_of(stored.call))
         call = stored.call._replace(
             status="cancelled", completed_at=self._calls.now(), deadline_at=None, owner=None
         )
         call, parts = self._calls.fit(call, parts)
-        # A crash may come before its message is taken away, which then comes when it is due.
+        # If we die before its message is taken away, that comes when it is due: the record has to
+        # last until then.
         keep_s = max(self._calls.kept_s(call), call.due_at - self._calls.now())
         await self._calls.write(call, parts, stored.seq, keep_s)
         await self._calls.keep_notes(call)
@@ -11207,13 +11234,16 @@ class NatsOperator:
     async def redrive(self, stored: Stored) -> bool:
         """Queue a final call again, as if new. False: somebody else has done that.
 
-        The message comes first: a record that says "queued" would have nothing to run it, after a
-        crash. Of those who ask at once, one stores it; the others' is the same one.
+        Its message is stored before its record is written: after a crash in between, a record that
+        says "queued" would have no message by which it runs. If several ask at once, their messages
+        are the same, so one is stored.
         """
         old = stored.call
-        call = NatsCall(**{name: getattr(old, name) for name in KEPT_FIELDS})
-        history = (*old.history, nats_past(old))
-        call = call._replace(due_at=self._calls.now(), history=history)
+        call = NatsCall._make(old[:FATE] + CALL_DEFAULTS[FATE:])._replace(
+            due_at=self._calls.now(),
+            deadline_at=None,
+            history=(*old.history, nats_past(old)),
+        )
         fresh = Stored(stored.seq, call, with_request(Parts(), stored.parts))
         dedup = f"{call.id}-{stored.seq}"
         first = await self._messages.store("work", fresh, call.queue, call.lane, dedup)
@@ -11249,8 +11279,9 @@ class NatsOperator:
             callback_error=None,
             due_at=self._calls.now() + RESEND_S,
         )
-        # A record that says "pending" has a message, also after a crash. Before the record says so,
-        # that message would lead to nothing, so it comes later, and once more at once.
+        # The message is stored first, so that a "pending" record has one also after a crash. It
+        # would lead to nothing before the record is written, so it comes a little later; once the
+        # record is written, a second one comes at once.
         lane = callback_lane(call.callback_target)
         await self._messages.later(Stored(stored.seq, fresh, Parts()), CALLBACKS, lane)
         try:
@@ -11287,7 +11318,7 @@ class NatsOperator:
 
 
 class NatsPruning:
-    """Deletes what is kept for too long. Servers do it themselves, unless the settings change."""
+    """Deletes records that a change of [calls] has made too old. Servers delete the others."""
 
     def __init__(self, settings: Settings, calls: NatsCalls, lists: NatsLists) -> None:
         self._settings = settings
@@ -11344,7 +11375,7 @@ class NatsDeadlines:
 
 
 def nats_call(call: Invocation, offset_s: float) -> NatsCall:
-    """A call as it begins; its delay and deadline by a clock that differs from ours."""
+    """A new call, its times moved to the servers' clock, which is `offset_s` ahead of ours."""
     if offset_s:
         call = call._replace(due_at=call.due_at + offset_s)
         if call.deadline_at is not None:
@@ -11375,13 +11406,14 @@ def nats_call(call: Invocation, offset_s: float) -> NatsCall:
     )
 
 
-# Go has decoded the path: what divides a target was written in percent.
+# What is not escaped in a path. Go has decoded it, so a ? or # in it was escaped when it came.
 IN_A_PATH = string.punctuation.translate({ord("?"): None, ord("#"): None})
 
 
 def openfaas_target(message: Mapping[str, Any]) -> str:
-    """Path and query of a QueueRequest as they are sent, whatever is in them: Go decodes the one
-    and leaves the other as it came. Raises FOREIGN.
+    """The target of a QueueRequest: Go has decoded the path, and left the query as it came.
+
+    Raises FOREIGN.
     """
     path = quote(message.get("Path") or "", safe=IN_A_PATH)
     query = quote(message.get("QueryString") or "", safe=string.punctuation)
@@ -11400,7 +11432,7 @@ def openfaas_headers(message: Mapping[str, Any]) -> list[Header]:
 
 @contextlib.contextmanager
 def or_told(reason: str) -> Iterator[None]:
-    """Raise ValueError with this reason where a message of somebody else can't be read."""
+    """Raise ValueError with this reason if a part of somebody else's message can't be read."""
     try:
         yield
     except FOREIGN:
@@ -11555,10 +11587,10 @@ class NatsIntake:
             await self._messages.deadline(call)
 
     async def adopt(self, call: NatsCall, parts: Parts, digest: str) -> None:
-        """Take over a call that has ended elsewhere, with its callback, which is pending.
+        """Take over a call from another store that has ended, and whose callback is pending.
 
-        Its record comes first, as without one there is nothing to be told. Done again after a
-        crash, it does the rest. HttpError: 413.
+        Its record is written first: without it the callback's message leads to nothing. Done again
+        after a crash, this does the rest. HttpError: 413.
         """
         self._link.room.require()
         most = self._link.max_payload
@@ -11584,7 +11616,7 @@ class NatsIntake:
             await self._messages.callback(Stored(seq, call, parts))
 
     async def _note_ended(self, call: NatsCall, digest: str) -> None:
-        """Store the notes of a call that is final; a key that is another's by now stays so."""
+        """Store the notes of a final call. If another call has its key by now, that stays so."""
         ttl = f"{max(1, round(self._calls.kept_s(call)))}s"
         if call.call_id != call.id:
             place = self._subjects.call_id(call.call_id, call.id)
@@ -11599,10 +11631,10 @@ class NatsIntake:
                 )
 
     async def _known(self, key: Mapping[str, Any], stored: Stored) -> str:
-        """A key has come before: the id of its call. HttpError: 422.
+        """The call id of the call that took this key first. HttpError: 422 its body was another.
 
-        Who brought it first may have died before it stored the call: then it is stored now, as it
-        would have been.
+        The daemon that noted the key may have died before it stored the call. Then this call is
+        stored in its place, under its ids.
         """
         if key["digest"] != body_digest(stored.parts):
             raise HttpError(422, "Idempotency-Key: this key came before with another body")
@@ -11620,8 +11652,8 @@ class NatsIntake:
 class NatsSchedules:
     """How far schedules are: a document for each, written by compare-and-set.
 
-    Calls are stored before it: a daemon that dies in between leaves an instant which is not
-    settled, and whoever settles it stores the same calls, by their ids, once more.
+    Calls are stored before it. If a daemon dies in between, the instant is not settled; whoever
+    settles it stores calls with the same ids once more, which changes nothing.
     """
 
     def __init__(
@@ -11662,8 +11694,8 @@ class NatsSchedules:
 
 
 class NatsRecovery:
-    """Work that was sent to somebody who does not have it any more, or never got it: it is
-    looked for at a start and whenever there is a connection again.
+    """Finds work that was sent to a daemon which does not have it any more, or never got it: at a
+    start, and whenever there is a connection again.
     """
 
     def __init__(
@@ -11683,7 +11715,7 @@ class NatsRecovery:
     async def recover(
         self, consumers: Mapping[str, Mapping[str, Any]], restarted: bool = False
     ) -> None:
-        """Have it delivered again, without waiting for leases to run out.
+        """Have such work delivered again, without waiting for leases to run out.
 
         `restarted`: the server is another process than the one that we knew.
         """
@@ -11707,11 +11739,11 @@ class NatsRecovery:
     async def _recover(
         self, queue: str, lane: str, info: Mapping[str, Any], restarted: bool
     ) -> None:
-        """Look through what was delivered and is still there.
+        """Look through the messages of a lane that were delivered and are still there.
 
-        A server that was killed may have forgotten that some of it was not acked, and think so of
-        messages that are gone (seen with 2.15). What it has forgotten it does not deliver again, so
-        where it may have, all is stored again.
+        A server that was killed may have forgotten that some were not acked, and would not deliver
+        them again; or it may wait for acks of messages that are gone (seen with 2.15). If there is
+        a sign of either, all are stored again.
         """
         place = self._subjects.lane("work", queue, lane)
         delivered, floor = info["delivered"], info["ack_floor"]["stream_seq"]
@@ -11728,9 +11760,10 @@ class NatsRecovery:
                 await self._messages.answer_unacked(queue, lane, seq, count, verb)
 
     async def _how_to_answer(self, queue: str, data: bytes, stray: bool) -> bytes | None:
-        """How to answer a message that somebody has had; None: who has it is there.
+        """How to answer a message that was delivered before; None: its owner lives, and has it.
 
-        Of strays the own ones are delivered once more, so that they have a lease again.
+        `stray`: the server may have forgotten that it was delivered. Then our own are delivered
+        once more, to have a lease again.
         """
         if queue == DEADLINES:
             return b"-NAK"
@@ -11752,25 +11785,27 @@ class NatsRecovery:
 # --- NATS room ------------------------------------------------------------------------------------
 
 CALLS_RESERVE, CALLBACKS_RESERVE = 0, 1
-RESERVES = {  # by number, in the order in which they are had back: bytes of each
-    # A server takes the message with which its room is over. As much has to be left for callbacks.
+RESERVES = {  # bytes by number, in the order in which they are stored again
+    # A server still takes the message that uses its room up, which may be as large as this.
     CALLBACKS_RESERVE: 8 * MIB,
     CALLS_RESERVE: 512 * KIB,  # for claims, and for what calls leave beyond what they took
 }
 ROOM_PERIODS_S = (0.5, 8.0)  # between looks for more room: at first, and at most
 HEARD_S = 0.5  # after which all daemons have heard that there is room for callbacks only
 RESERVE_PERIOD_S = 60.0  # between looks whether the reserve is there
-SWEEP_PERIOD_S = 600.0  # between looks for what has missed its time
-FULL_SWEEP_PERIOD_S = 30.0  # the same while there is little room, which is what makes that happen
-SWEPT = 10_000  # messages that wait for their time and are looked at then; after a want of room all
-SWEPT_AT_ONCE = 16  # each may have a megabyte
-MISSED_S = 5.0  # after which a server does not come back to what was due
+SWEEP_PERIOD_S = 600.0  # between looks for messages that have missed their time
+FULL_SWEEP_PERIOD_S = 30.0  # the same while there is little room, which makes them miss it
+SWEPT = (
+    10_000  # messages that one look takes; the first one, and one after a want of room, take all
+)
+SWEPT_AT_ONCE = 16  # messages in one request: each may have a megabyte
+MISSED_S = 5.0  # after which a server that has not published what was due never will
 
 
 async def publish_missed(link: NatsLink, blocks: NatsBlocks, most: float) -> None:
-    """Store again what has missed its time, so that it is due at once.
+    """Store messages again that have missed their time, so that they are due at once.
 
-    A server that has no room when a message is due forgets that it was (seen with 2.15).
+    A server that has no room when a message is due never publishes it (seen with 2.15).
     """
     places: list[str] = []
     number = 0
@@ -11787,7 +11822,7 @@ async def publish_missed(link: NatsLink, blocks: NatsBlocks, most: float) -> Non
 
 
 async def publish_missed_of(link: NatsLink, blocks: NatsBlocks, places: Sequence[str]) -> None:
-    """The same with a few subjects."""
+    """Do it for the messages of these few subjects."""
     before = rfc3339(link.clock.now() - MISSED_S) or ""
     for message in await blocks.gather(multi_last=places):
         headers = message.headers
@@ -11810,13 +11845,13 @@ async def probe_room(link: NatsLink, subjects: NatsSubjects) -> None:
 
 
 class NatsReserve:
-    """Room in which calls that were accepted end while servers have none for more.
+    """Room in which accepted calls can end when servers have none left.
 
-    What becomes of a call has to be stored before its message can be deleted, so on a server that
-    is full none would ever begin. A message that says nothing is kept to be deleted then. No daemon
-    accepts calls until it can be stored again. Answers that are to be called back stay whole until
-    they have been, so they may use that room up; a second message is given up then, and only to
-    callbacks, each of which leaves less than there was.
+    What becomes of a call has to be stored before its message can be deleted, so on a full server
+    no call could even begin. Therefore two large, empty messages are kept there. When the server is
+    full, the first is deleted; from then on no daemon accepts calls, until it can be stored again.
+    Answers that are to be called back stay whole, so they may use up that room, too. Then the
+    second is deleted, and its room is for callbacks only: each of them leaves less than it took.
     """
 
     def __init__(
@@ -11826,15 +11861,15 @@ class NatsReserve:
         self._subjects = subjects
         self._calls = calls
         self._blocks = blocks
-        self._sweep_at = time.monotonic() + MISSED_S  # There may have been no room before.
-        self._most = math.inf  # messages that are looked at then
+        self._sweep_at = time.monotonic() + MISSED_S  # There may have been no room before we began.
+        self._most = math.inf  # messages that the next look takes
         self._period_s = ROOM_PERIODS_S[0]
 
     def _place(self, number: int) -> str:
         return self._subjects.slot("@reserve", number)
 
     async def ensure(self) -> None:
-        """Store it unless it is there, or there is no room. Raises StoreError."""
+        """Store what is missing of the reserve, as far as there is room. Raises StoreError."""
         there = await self._calls.subjects(self._subjects.slot("@reserve", "*"))
         try:
             for number in RESERVES:
@@ -11855,7 +11890,7 @@ class NatsReserve:
         await self._link.api(f"STREAM.PURGE.{self._calls.stream}", body)
 
     async def keep(self) -> None:
-        """Give it up when there is no room, and have it again as soon as there is some."""
+        """Give the reserve up when there is no room, and store it again as soon as there is."""
         room = self._link.room
         while True:
             wait_s = min(RESERVE_PERIOD_S, self._sweep_at - time.monotonic())
@@ -11874,7 +11909,7 @@ class NatsReserve:
                 await asyncio.sleep(POLL_S)
 
     def _tell(self, room: NatsRoom) -> None:
-        """Have other daemons know how it is about room."""
+        """Tell other daemons how much room there is."""
         news = {"full": room.failure, "spent": room.spent, "most": room.most_bytes}
         tell_daemons(self._link, self._subjects, **news)
 
@@ -11885,7 +11920,7 @@ class NatsReserve:
         self._sweep_at, self._most = time.monotonic() + period_s, SWEPT
 
     async def _give_up(self, room: NatsRoom) -> None:
-        """Give up what has to be, and see after a while how much of it can be had back."""
+        """Delete as much of the reserve as is needed, and after a while try to store it again."""
         if room.most_bytes == math.inf:
             room.measure(await self._calls.used_bytes())
         self._tell(room)
@@ -11907,7 +11942,7 @@ class NatsReserve:
         try:
             for number in RESERVES:
                 await self._store(number)
-                # What uses the room up is still taken: only the next message is refused.
+                # A server takes the message that uses its room up, and refuses the next: try one.
                 await probe_room(self._link, self._subjects)
                 room.spend(False)
         except NatsRefused as exc:
@@ -11924,26 +11959,17 @@ class NatsReserve:
 # -- what goes on by itself
 
 
-class NatsLeases:
-    """Has the servers know that what we have is under way."""
-
-    def __init__(
-        self, replies: NatsReplies, lanes: NatsLanes, holdings: NatsHoldings, slots: NatsSlots
-    ) -> None:
-        self._replies = replies
-        self._lanes = lanes
-        self._holdings = holdings
-        self._slots = slots
-
-    async def renew(self) -> None:
-        """Extend all of them."""
-        for held in list(self._holdings.held.values()):
-            self._replies.extend(held.delivery)
-        for lane in list(self._lanes.by_consumer.values()):
-            for delivery in list(lane.buffer):  # sent to us, and not claimed yet
-                self._replies.extend(delivery)
-        with contextlib.suppress(StoreError):
-            await self._slots.renew()
+async def renew_leases(
+    replies: NatsReplies, lanes: NatsLanes, holdings: NatsHoldings, slots: NatsSlots
+) -> None:
+    """Tell the servers that all work which was sent to us is under way."""
+    for held in list(holdings.held.values()):
+        replies.extend(held.delivery)
+    for lane in list(lanes.by_consumer.values()):
+        for delivery in list(lane.buffer):  # sent to us, and not claimed yet
+            replies.extend(delivery)
+    with contextlib.suppress(StoreError):
+        await slots.renew()
 
 
 async def learn_pauses(calls: NatsCalls, subjects: NatsSubjects, lanes: NatsLanes) -> None:
@@ -12034,7 +12060,7 @@ class NatsPeers:
 class NatsTakeover:
     """Takes over what OpenFaaS's own gateway publishes for its queue-worker.
 
-    It gets the answer of a stream, once the call is stored.
+    Once the call is stored, the gateway gets the answer that a stream would give it.
     """
 
     def __init__(
@@ -12072,15 +12098,16 @@ class NatsTakeover:
                 self._link.send(message.reply, json.dumps(answer).encode())
 
 
-# A server that was killed may bring back what it had deleted (seen with 2.15, once in some hundred
-# kills). Work messages are delivered again, and their records tell that there is nothing to do.
+# A server that was killed may bring back messages that it had deleted (seen with 2.15, once in some
+# hundred kills). Work messages among them are delivered, and their records say that nothing is left
+# to be done. The others are deleted again:
 
 
 async def sweep_records(link: NatsLink, blocks: NatsBlocks, calls: NatsCalls) -> None:
-    """Delete what stands under a newer record of the same call.
+    """Delete older records of calls that have a newer one.
 
-    It would be taken for the call's record when the newer one has gone. The names of all records
-    are read only if there are more messages than subjects.
+    They would be taken for the call's record once the newer one has gone. There are none unless the
+    stream has more messages than subjects.
     """
     state = (await link.api(f"STREAM.INFO.{blocks.stream}"))["state"]
     if state["messages"] <= state.get("num_subjects", 0):
@@ -12092,9 +12119,10 @@ async def sweep_records(link: NatsLink, blocks: NatsBlocks, calls: NatsCalls) ->
 
 
 async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks) -> None:
-    """Delete what waits for its time though its call has ended since: no server fires it again.
+    """Delete messages that wait for their time though their calls have ended since.
 
-    It would be shown as a call that waits when the record has gone.
+    No server publishes them any more, but once the record has gone, they would be shown as calls
+    that wait.
     """
     places: dict[str, str] = {}  # of a batch, by where the record is
     gone: list[tuple[str, int]] = []  # with the sequence of the record, which came later
@@ -12139,14 +12167,14 @@ class NatsStream:
         self._config: Mapping[str, Any] = {}  # as it was when it was looked at last
 
     async def is_edited(self) -> bool:
-        """Whether it is not as it was: somebody has edited it, or made another. StoreError."""
+        """Whether somebody has edited it since the last look, or made another. StoreError."""
         name = self._settings().nats.stream
         before = self._config
         self._config = (await self._link.api(f"STREAM.INFO.{name}"))["config"]
         return self._config != before
 
     async def begin(self) -> None:
-        """Have one that is as it has to be, and know what its subjects are like."""
+        """Make it, or check it, and learn since when its subjects have the time."""
         self._subjects.begin(await ensure_stream(self._link, self._settings().nats))
 
     async def sweep(self) -> None:
@@ -12156,7 +12184,7 @@ class NatsStream:
 
 
 class NatsChores(NamedTuple):
-    """What is done by the keeper, and how it is done elsewhere."""
+    """What the keeper has done by others."""
 
     begin: Callable[[], Awaitable[None]]
     stream: NatsStream
@@ -12184,9 +12212,9 @@ class NatsKeeper:
         self._lanes = lanes
         self._chores = chores
         self._changes = changes
-        self._look = asyncio.Event()  # at all lanes, now
-        self._swept = ""  # by which server's id that was done last
-        self._deadlines = asyncio.Event()  # some have passed
+        self._look = asyncio.Event()  # set: look at all lanes now, after a reconnect
+        self._swept = ""  # the id of the server after whose start the stream was swept last
+        self._deadlines = asyncio.Event()  # set: some have passed
         self._tasks: Sequence[asyncio.Task[None]] = ()
 
     def start(self) -> None:
@@ -12209,7 +12237,7 @@ class NatsKeeper:
         self._changes.tell_ended()
 
     async def _go_on(self, name: str, chore: Callable[[], Awaitable[None]]) -> None:
-        """Whatever a chore comes upon, it begins again: without leases calls would run twice."""
+        """Begin a chore again whenever it fails: without leases calls would run twice."""
         while True:
             try:
                 await chore()
@@ -12269,11 +12297,11 @@ class NatsKeeper:
                     await asyncio.sleep(POLL_S / 4)
 
     def _is_quiet(self, heard: int) -> bool:
-        """Whether nothing waits or runs, and nothing was heard but so many messages."""
+        """Whether nothing waits or runs, and no message has come after the one with this number."""
         return self._lanes.idle and not self._link.silent and self._link.messages == heard
 
     async def _look_at_all(self, fresh: bool) -> None:
-        """`fresh`: after a reconnect the server may think that we are gone."""
+        """Do what is due. `fresh`: after a reconnect, as the server may take us for gone."""
         if self._link.ended:
             self._lanes.reconnected()
             await self._chores.begin()
@@ -12362,8 +12390,7 @@ def nats_counts(lanes: NatsLanes) -> Counter[tuple[str, str]]:
 class NatsFigures:
     """What waits, and what the stream takes; see Storage.
 
-    While servers are away or hang it is what they said last, at once: who starts, scrapes or looks
-    goes on.
+    While servers are away or hang, it gives what they said last, at once: nobody has to wait.
     """
 
     def __init__(
@@ -12384,7 +12411,7 @@ class NatsFigures:
         self._asked_at = time.monotonic()  # when the stream was last, or we began
 
     async def _ask(self, question: Callable[[], Awaitable[None]]) -> bool:
-        """Whether servers have answered it, in a moment."""
+        """Ask servers something. False: they have not answered within SILENT_S."""
         if self._link.silent:
             return False
         try:
@@ -12457,7 +12484,7 @@ class NatsParts(NamedTuple):
 class NatsQueue:
     """The queue on JetStream: WorkQueue and CallRecords, for as many daemons as share it."""
 
-    IN_STEP = False  # Half of it runs while servers store what has become of the other half.
+    IN_STEP = False  # One half of the calls runs while servers store the outcomes of the other.
     SHARED = True
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -12521,7 +12548,7 @@ class NatsQueue:
         operator = NatsOperator(subjects, settings, calls, claims, messages, news)
         intake = NatsIntake(link, subjects, settings, calls, messages, lanes)
         expire = NatsDeadlines(calls, ends, messages, operator).expire
-        renew = NatsLeases(replies, lanes, holdings, slots).renew
+        renew = functools.partial(renew_leases, replies, lanes, holdings, slots)
         recovery = NatsRecovery(subjects, calls, self._waiting, messages, claims)
         self._parts = NatsParts(
             lanes=lanes,
@@ -12542,7 +12569,7 @@ class NatsQueue:
         self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
 
     async def close(self) -> None:
-        """See WorkQueue. What is left of our claims is taken over by who comes next."""
+        """See WorkQueue. Claims that are left are taken over by others, or at the next start."""
         if not self._closed:
             self._closed = True
             await self._keeper.stop()
