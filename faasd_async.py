@@ -33,19 +33,19 @@ Vocabulary
     queue       calls that share a concurrency and a time limit
     lane        the calls of one function in a queue, or the callbacks to one host; lanes take turns
     claim       work handed to a consumer, with a receipt that names this claim and no other
-    key         of a function's calls with the same (X-Concurrency-Key) one has its turn at a time
+    key         X-Concurrency-Key: of a function's calls with the same one, one runs at a time
     rate        how many calls of a function or a queue may start in a time, spread over it
     attempt     one run of a function for a call, from 1; its result is an outcome
     callback    the POST of a call's outcome to a URL; its attempts are deliveries
-    schedule    what has a function called by the clock, at its instants; an instant is settled
-                once it was fired, skipped or missed
+    schedule    has a function called by the clock, at its instants; an instant is settled once it
+                was fired, skipped or missed
     provider    faasd, which has functions that the file does not name
 
 States of a call
     delayed     queued, and not due yet: by the caller's wish, or before another attempt
     queued      due
     running     claimed
-    success · error · timeout · cancelled: final. What is left may be a callback:
+    success · error · timeout · cancelled: final. What may be left is its callback, which is
                 none · pending · delivered · failed
 
 A call's life, by the names below
@@ -55,7 +55,7 @@ A call's life, by the names below
     `decide` says what follows: WorkQueue.complete or WorkQueue.retry.
     A completed call with a callback URL is claimed again, from the queue CALLBACKS, by a Consumer
     whose job is CallbackJob.
-    CallRoutes shows the record all the time; CallRecords cancels it, or queues it again.
+    All the time CallRoutes shows its record, and CallRecords can cancel it or queue it again.
 
 Who owns which task or thread
     Daemon             its chores: housekeeping, watchdog, Scheduler, ProvidedSchedules; at a stop
@@ -63,8 +63,8 @@ Who owns which task or thread
     Scheduler          one for each schedule that is due; `run` awaits them
     Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
-    HttpResponse       one that sends a body which is streamed; the end of its block awaits it, or
-                       `exchange`, where no answer came
+    HttpResponse       one that sends the request's body, if that is streamed; the end of its block
+                       awaits it, or `exchange`, if no answer came
     Connection         one from its first request on; Server.drain waits until it has answered,
                        `close` awaits it
     Acceptor           one for each client until its connection is there; `settle` awaits them
@@ -245,7 +245,7 @@ SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
 HALF_CLOSED_S = 1.0  # between looks whether a client that sends no more has gone for good
-PROBED = tuple(2**n for n in range(7))  # the looks at an answer without progress that try it
+PROBED = tuple(2**n for n in range(7))  # the looks since a last write that write to find out
 LINGER_S = 1.0  # in which a client that has connected before a stop may still ask
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
@@ -1754,7 +1754,8 @@ def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
     for name, value in raw.items():
         place = f"{where}.{name}" if where else name
         if name not in known:
-            problems.append(f"{place}: {unknown_key(name, known, 'key' if where else 'table')}")
+            kind = "key" if where else "table"
+            problems.append(f"{place}: unknown {kind}{closest(name, known)}")
         elif (parse := known[name]) is None:
             values[name] = read_table(getattr(base, name), value, place, problems)
         else:
@@ -1772,11 +1773,6 @@ def closest(name: str, known: Iterable[str]) -> str:
     """What to add to a line that says that there is no such name."""
     close = difflib.get_close_matches(name, known, 1)
     return "".join(f" (did you mean {other}?)" for other in close)
-
-
-def unknown_key(name: str, known: Iterable[str], kind: str) -> str:
-    """What to say of a key that nobody reads."""
-    return f"unknown {kind}{closest(name, known)}"
 
 
 def retry_codes(value: str) -> frozenset[int]:
@@ -12713,7 +12709,7 @@ def unreachable(exc: OSError, host: str, through: str = "") -> Exception:
 
 
 def out_of_descriptors() -> bool:
-    """Whether none can be had: resolvers tell that in many ways, as of a name too."""
+    """Whether this process has no descriptors left: of that, resolvers make many other errors."""
     try:
         socket.socket().close()
     except OSError as exc:
@@ -12724,7 +12720,7 @@ def out_of_descriptors() -> bool:
 def system_context() -> ssl.SSLContext:
     """TLS with the system's CAs. Raises Shortage.
 
-    OpenSSL does not tell that it could not open their file: it would trust nobody from then on.
+    Without a descriptor for their file, OpenSSL says nothing, and trusts nobody from then on.
     """
     if out_of_descriptors():
         raise Shortage(NO_DESCRIPTORS)
@@ -12772,7 +12768,10 @@ class Limit(NamedTuple):
 
 
 class TimeLimit:
-    """RequestFailed when a block takes longer; see Timer. It cancels what the block waits for."""
+    """Cancels what a `with` block waits for, and raises RequestFailed, if it takes longer.
+
+    For what comes late see Timer.
+    """
 
     __slots__ = ("_cancelling", "_expired", "_limit", "_task", "_timer")
 
@@ -12949,7 +12948,7 @@ def raw_tcp_info(sock: socket.socket) -> bytes:
 
 
 def parse_tcp_info(raw: bytes) -> TcpInfo:
-    """What that says. It is looked at only where a connection has failed."""
+    """The fields in what `raw_tcp_info` gives: they are looked at only after a failure."""
     if len(raw) != 160:
         return TcpInfo(ESTABLISHED)
     return TcpInfo(raw[0], *TCP_COUNTERS.unpack_from(raw, 120))
@@ -12963,8 +12962,8 @@ def tcp_info(sock: socket.socket) -> TcpInfo:
 def was_unseen(raw_before: bytes, sock: socket.socket, farewell: bool) -> bool:
     """Whether the peer can't have seen anything of the request on a connection used again.
 
-    Nothing has left; or the peer's farewell, which says how much its kernel had taken until then,
-    says nothing. (A reset may have crossed with that.)
+    So it is if none of it has left; or if the peer has closed the connection in good order, and its
+    kernel had acknowledged nothing of it by then. (A reset may cross with an acknowledgement.)
     """
     before = parse_tcp_info(raw_before)
     if before.acked <= 0:
@@ -13000,9 +12999,10 @@ def new_parser(flow: Flow, headless: bool) -> HttpResponseParser:
 
 
 def whole_heads(parser: HttpResponseParser, data: bytes) -> Iterator[Head]:
-    """The answers in data that are not valid to the end, with what has come of their bodies.
+    """The answers at the beginning of data that goes wrong later, with what there is of their
+    bodies.
 
-    The parser tells nothing of what came in one piece with something that is wrong.
+    From data in one piece with an error, the parser gives none of them.
     """
     with contextlib.suppress(HttpProcessingError):
         for part in HEADS.findall(data):
@@ -13034,12 +13034,12 @@ class WholeAnswers:
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         self._parser = new_parser(flow, headless=True)
-        self._start: bytes | None = None  # the head of the last answer that was like that
-        self._message: RawResponseMessage  # what that says
+        self._start: bytes | None = None  # the head of the last answer with a body of known length
+        self._message: RawResponseMessage  # that head, parsed
         self._length = 0  # of the body after it
 
     def take(self, data: bytes) -> tuple[RawResponseMessage, bytes] | None:
-        """The answer that this is; None: it is not whole, or anything else is special about it."""
+        """The answer in this data; None: it is not whole, or special, and takes the parser."""
         start, blank, body = data.partition(b"\r\n\r\n")
         if not blank or len(body) > SMALL_BODY_BYTES:
             return None
@@ -13069,8 +13069,8 @@ class WholeAnswers:
 class Wire(asyncio.Protocol):
     """A connection to a peer, and the exchange that is under way on it.
 
-    One on which something came that nobody asked for (servers tell idle clients "408 Request
-    Timeout") is not used again: the next caller would take that for its answer.
+    If something comes that nobody has asked for (servers tell idle clients "408 Request Timeout"),
+    it is not used again: the next caller would take that for its answer.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -13209,7 +13209,7 @@ class Wire(asyncio.Protocol):
                 self.fail(RequestFailed(FailureKind.INVALID, too_long))
 
     def _tell_status(self, data: bytes) -> None:
-        """Tell what is known of an answer that may never be whole."""
+        """Tell the status of an answer whose head may never be whole."""
         if self._on_status is not None and (line := STATUS_LINE.search(self._head + data)):
             self._on_status(int(line[1]))
             self._on_status = None  # Told once: the rest of the head may come byte by byte.
@@ -13223,7 +13223,7 @@ class Wire(asyncio.Protocol):
         if message.code == 408 and message.should_close:
             self._farewell = True
             self.unseen = was_unseen(self._before, self._sock, self._farewell)
-        if self.unseen:  # It was said to the idle connection, when the request was on its way.
+        if self.unseen:  # The 408 was meant for the idle connection, before our request came.
             self.fail(broken(None))
             return
         if message.code < 200:
@@ -13272,10 +13272,10 @@ class Wire(asyncio.Protocol):
 
 
 class Tls(asyncio.Transport, asyncio.Protocol):
-    """TLS of a connection: the protocol of its transport, and the transport of its wire.
+    """TLS on a connection: to its transport it is the protocol, to its wire the transport.
 
-    Event loops have their own, which keep to themselves what had come in when a connection broke: a
-    peer that answers and closes without having read the request (413) resets it.
+    The TLS of event loops drops what had come in when a connection breaks: the answer (413) of a
+    peer that closes without having read the whole request, which resets the connection.
     """
 
     def __init__(self, wire: Wire, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
@@ -13418,12 +13418,12 @@ async def secured(sock: socket.socket, context: ssl.SSLContext, host: str) -> Wi
 # --- HTTP pool ------------------------------------------------------------------------------------
 # Connections that wait for another request.
 
-PROOF_S = 0.5  # idle for so long, a connection is tried: does its peer answer on it again?
-PROOF_GROWTH = 3.0  # after each time that it did not
+PROOF_S = 0.5  # After this idle time a connection is tried: does its peer answer on it again?
+PROOF_GROWTH = 3.0  # by which that time grows each time that the peer did not
 MAX_PROOF_S = 0.9 * POOL_IDLE_S
-MAX_WARY_S = 3600.0  # for which no connection is tried after that
-MAX_UNPROVEN = 2  # connections that are kept to find that out
-HASTY_S = 1.0  # servers that keep connections don't close them sooner (most do after 5 s to 2 min)
+MAX_WARY_S = 3600.0  # the longest time for which no connection is tried after that
+MAX_UNPROVEN = 2  # idle connections that are kept to be tried
+HASTY_S = 1.0  # Servers that keep connections keep them for longer (most for 5 s to 2 min).
 
 
 class Origin(NamedTuple):
@@ -13438,18 +13438,18 @@ class Origin(NamedTuple):
 class Habit:
     """Whether a peer keeps its connections open, and for how many answers.
 
-    Small servers answer in HTTP/1.1 and close all the same, without saying so, at once or a while
-    later, some of them after a number of answers: what was sent meanwhile is lost. So a peer has to
-    show first that it answers again on a connection that has been idle for a while; one at a time
-    is tried. Who closes nevertheless is trusted up to the answer before that, and has to show it
-    anew with a connection that has been idle for longer.
+    Small servers answer in HTTP/1.1 and close all the same, without saying so: at once, a while
+    later, or after a number of answers. What was sent meanwhile is lost. So a peer first has to
+    show that it answers again on a connection that has been idle for a while; one at a time is
+    tried. A peer that closes nevertheless is trusted only for fewer answers than it had given by
+    then, and has to prove itself again, on a connection that has been idle for longer.
     """
 
     def __init__(self) -> None:
         self.trusted = 1  # a connection with fewer answers than these is used again at once
         self._wary_s = PROOF_S
         self._wary_until = 0.0  # monotonic; nothing is tried until then
-        self._trial: Wire | None = None  # that carries one more request, to find out
+        self._trial: Wire | None = None  # the connection that is being tried with a request
 
     def allows(self, wire: Wire) -> bool:
         """Whether an idle connection may be used."""
@@ -13474,7 +13474,7 @@ class Habit:
             self.trusted = sys.maxsize
 
     def lost(self, wire: Wire) -> None:
-        """A connection has ended while it was idle."""
+        """A connection has ended while it was idle, perhaps too soon."""
         if wire.answers < self.trusted and wire.idle_s < HASTY_S:
             self.doubt(wire)
 
@@ -13496,7 +13496,7 @@ class Pool:
 
     def __init__(self, keepalive_s: float) -> None:
         self._keepalive_s = keepalive_s
-        # The one that was used last at the end; those that have to last first at the beginning.
+        # At the end the one that was used last; at the beginning those that are to be tried.
         self._idle: dict[Origin, deque[Wire]] = {}
         self._habits: OrderedDict[Origin, Habit] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
@@ -13586,8 +13586,8 @@ class Destination(NamedTuple):
     start: str  # of the target in the first line: for a proxy, what stands before the path
     path: str  # with its query
     folder: str  # the path that targets below the URL follow
-    rest: bytes  # of the first line, and the headers that come from the URL, but for its last end
-    dropped: re.Pattern[bytes]  # headers that these are sent in place of
+    rest: bytes  # of the first line, and the headers from the URL, without the last line's end
+    dropped: re.Pattern[bytes]  # a caller's headers in whose place these are sent
 
     def target(self, below: str | None) -> str:
         """The target of a request: what is `below` the URL, byte for byte; None: the URL itself."""
@@ -13622,10 +13622,10 @@ def request_message(
     body: bytes | AsyncIterator[bytes],
     keepalive: bool,
 ) -> bytes:
-    """The first line and the packed headers of a request, and its body unless that is streamed.
+    """The head of a request, and its body unless that is streamed.
 
-    Bytes pass as they are but for those that would end a line. The length of the body is told as it
-    is; of one that is streamed, as `headers` say it.
+    Bytes of the packed headers pass as they are, but for those that would end a line. The body's
+    length is its true one; for a body that is streamed, the one in `headers`, if it is there.
     """
     start = f"{method} {destination.target(target)}"
     fields = destination.dropped.sub(b"", b"\n" + headers).translate(CLEAN_LINES)
@@ -13713,7 +13713,7 @@ class HttpResponse:
         return self._body.is_eof() and self._body.total_bytes <= SMALL_BODY_BYTES
 
     async def read_chunk(self) -> bytes:
-        """What came in since; nothing: that was the end. Raises RequestFailed."""
+        """What has come in since the last call; nothing: that was the end. Raises RequestFailed."""
         if self._rest is None:
             return await self._body.readany()
         rest, self._rest = self._rest, b""
@@ -13804,7 +13804,7 @@ async def exchange(wire: Wire, request: Message) -> HttpResponse:
     except BaseException:
         wire.abort()
         if answer.done() and not answer.cancelled():
-            answer.exception()  # that is known now, also where a cancellation came first
+            answer.exception()  # Taken note of, or asyncio would log it where we were cancelled.
         if sending is not None:
             await ended(sending)
         raise
@@ -13870,8 +13870,8 @@ class CheckedResolver:
 
 def addresses_of(host: str, port: int) -> Sequence[AddressInfo]:
     """What the system knows of a name, which may take long. Raises OSError."""
-    # No address that can't be used; but lo is none for that: while there is no other IPv4
-    # address (at boot, before DHCP), "localhost" would have none.
+    # AI_ADDRCONFIG leaves out addresses of a family that this machine has no address in. It does
+    # not count those of lo: at boot, before DHCP, "localhost" would have none.
     flags = 0 if is_this_machine(host) else socket.AI_ADDRCONFIG
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
@@ -13895,8 +13895,8 @@ def literal_address(host: str, port: int) -> Sequence[AddressInfo]:
 async def connected(info: AddressInfo) -> socket.socket:
     """A connection to an address. Raises OSError.
 
-    The event loop of uvloop would look the address up first, in one of libuv's threads: these may
-    all be busy with names that nobody answers for, and to start them takes a mebibyte.
+    uvloop would look the address up first, in one of libuv's threads. These may all be waiting for
+    name servers that don't answer, and to start them takes a mebibyte.
     """
     family, kind, proto, _, address = info
     sock = socket.socket(family, kind, proto)
@@ -13972,7 +13972,7 @@ async def writable(sock: socket.socket) -> None:
 
 
 def proxies_of(environment: Mapping[str, str]) -> Mapping[str, yarl.URL]:
-    """The proxies by scheme; what is no URL of one that speaks HTTP is ignored."""
+    """The proxies by scheme. What is not the URL of an HTTP proxy is ignored."""
     found: dict[str, yarl.URL] = {}
     for scheme, names in PROXY_VARIABLES.items():
         for value in filter(None, map(environment.get, names)):
@@ -14181,7 +14181,7 @@ class HttpClient:
 
 
 # --- Commands -------------------------------------------------------------------------------------
-
+# -- what a program is given, and what its answer is
 
 # systemd's own variables, and libuv's.
 PRIVATE_VARIABLES = re.compile(
@@ -14243,7 +14243,7 @@ def command_content_type(function: Function, request: FunctionRequest, body: byt
 
 
 def looks_like(body: bytes) -> bytes:
-    """The Content-Type of text, or of anything."""
+    """The Content-Type of a body by its looks: that of text in UTF-8, or of anything."""
     try:
         body.decode()
     except UnicodeDecodeError:
@@ -14251,7 +14251,7 @@ def looks_like(body: bytes) -> bytes:
     return b"text/plain; charset=utf-8"
 
 
-# What programs are given and answer for.
+# -- running it
 
 
 class PipeReader:
@@ -14334,17 +14334,19 @@ class Program:
             await asyncio.wait({feeding})
 
     async def take_rest(self) -> None:
-        """What it has left behind may go on writing for COMMAND_GRACE_S. RequestFailed as above."""
+        """Give processes that it has left behind COMMAND_GRACE_S to write, then kill them.
+
+        RequestFailed as above.
+        """
         outputs = {self.stdout.ended, self.stderr.ended}
         await asyncio.wait(outputs, timeout=COMMAND_GRACE_S)
-        kill_group(self.pid)  # Those of its group that held the pipes let go of them now.
+        kill_group(self.pid)  # They held the pipes, which come to their end now.
         await asyncio.wait(outputs, timeout=COMMAND_GRACE_S / 5)
         self._require_room()
 
     def _require_room(self) -> None:
         if self.stdout.overflowed.done():
-            reason = f"answered more than {self.stdout.keep} bytes"
-            raise RequestFailed(FailureKind.TOO_LONG, reason)
+            raise too_long(self.stdout.keep)
 
     async def _feed(self, body: bytes | AsyncIterator[bytes]) -> None:
         """Write a body to it, which may stop reading whenever it likes."""
@@ -14563,12 +14565,12 @@ def discard(function: str, process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe:
             pipe.close()
-    # Or it would stay a zombie until the next start, as it does if there may be no more threads.
+    # Reaped by a thread, as nobody waits for it; without one it is a zombie until the next start.
     begin_thread("reap", reap, function, process)
 
 
 def discard_started(function: str, starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
-    """The same with one that has been started, or could not be."""
+    """Do that with the command of a start that nobody has waited for, if it has come to it."""
     if not starting.cancelled() and starting.exception() is None:
         discard(function, starting.result())
 
@@ -14592,7 +14594,9 @@ def kill_group(pid: int) -> None:
 
 
 class FunctionLimits:
-    """Calls in flight by function, sync and queued, against max_inflight and what 429s taught."""
+    """How many calls functions may take: their calls in flight, sync and queued, their max_inflight
+    and rates, and what their 429s have taught.
+    """
 
     def __init__(self, settings: Settings, on_room: Callable[[], None]) -> None:
         self._settings = settings
@@ -14605,7 +14609,7 @@ class FunctionLimits:
         self._room = asyncio.Event()  # set, and replaced, whenever there may be room
 
     def room(self, adaptive: bool) -> dict[str, int]:
-        """How many more calls the functions that have a limit can take; "": those without one."""
+        """How many more calls each function with a limit can take; "": any other one."""
         now = time.monotonic()
         limits = {**self._provided, **self._settings().function_limits}
         limits |= {name: 0 for name, until in self._resting.items() if until > now}
@@ -14632,12 +14636,12 @@ class FunctionLimits:
         asyncio.get_running_loop().call_later(rest_s + 0.01, self._on_room)
 
     def end_rests(self) -> None:
-        """The configuration is another one: what made functions rest may be mended."""
+        """End all rests: a reload may have mended what they were for."""
         self._resting.clear()
         self.changed()
 
     def provide(self, name: str, function: Function | None) -> None:
-        """Take note of the limits of a provider's function; None: it is not there any more."""
+        """Take over the limits of a provider's function; None: it has gone."""
         limit = function.max_inflight if function else None
         rate = function.rate if function else None
         if (self._provided.get(name), self._provided_rates.get(name)) == (limit, rate):
@@ -14651,7 +14655,7 @@ class FunctionLimits:
         self.changed()
 
     def changed(self) -> None:
-        """There may be room where there was none: a call has ended, or a limit is another one."""
+        """There may be room where there was none: a call has ended, or a limit has changed."""
         self._room.set()
         self._room = asyncio.Event()
         self._on_room()
@@ -14675,7 +14679,7 @@ class FunctionLimits:
             await self._room.wait()
 
     def hold(self, name: str) -> HeldSlot:
-        """Take a slot while a call runs in a block with this."""
+        """A `with` block that takes a slot of a function."""
         return HeldSlot(self, name)
 
     def begin(self, name: str) -> None:
@@ -14690,7 +14694,7 @@ class FunctionLimits:
 
 
 class HeldSlot:
-    """A slot of a function, from the beginning of a block to its end."""
+    """A slot of a function, taken from the beginning of a `with` block to its end."""
 
     __slots__ = ("_limits", "_name")
 
@@ -14779,7 +14783,7 @@ class Provider:
             labels = string_table(document.get("labels") or {})
             annotations = string_table(document.get("annotations") or {})
         except ValueError:
-            reason = f"what the provider answered to a look-up of {key} is none"
+            reason = f"what the provider answered to a look-up of {key} describes no function"
             raise ProviderAway(reason) from None
         return replace(
             annotated(name, namespace, annotations, self.settings().retry),
@@ -14826,7 +14830,7 @@ class Provider:
 class Seen(NamedTuple):
     """What the provider said last of a name."""
 
-    change: int  # which of our changes it came after
+    change: int  # how many changes we knew of when it was asked
     fresh_until: float  # monotonic
     function: Function | None
 
@@ -14857,7 +14861,7 @@ class FunctionDirectory:
         return name if "." in name else function_key(name, self._settings().gateway.namespace)
 
     def at_hand(self, name: str) -> Function | None:
-        """The function as it is now, if it need not be looked up for that; see `find`."""
+        """What `find` would give, if that needs no look-up."""
         function = self._settings().functions_by_name.get(name)
         if function is not None or not self._seen:
             return function
@@ -14865,7 +14869,7 @@ class FunctionDirectory:
         return seen.function if seen else None
 
     def _fresh(self, key: str) -> Seen | None:
-        """What the provider has just said of a name."""
+        """What the provider said of a name, if that still counts."""
         seen = self._seen.get(key)
         if seen is None:
             return None
@@ -14874,9 +14878,9 @@ class FunctionDirectory:
         return seen if fresh else None
 
     async def find(self, name: str, stale: bool = False) -> Function | None:
-        """The same as it is now. Raises ProviderAway.
+        """The function NAME[.NAMESPACE] as it is now; None: there is none. Raises ProviderAway.
 
-        With `stale`, as it was known if the provider is away.
+        With `stale`, as it was known last, if the provider is away.
         """
         function = self.known(name)
         if self._provider.url is None or (function and not function.provided):
@@ -14894,14 +14898,14 @@ class FunctionDirectory:
             raise
 
     def all(self) -> Iterator[Function]:
-        """Those of the file, and those of the provider that were looked up."""
+        """The functions of the file, and those of the provider that were looked up."""
         yield from self._settings().functions.values()
         for seen in self._seen.values():
             if seen.function:
                 yield seen.function
 
     def rates(self) -> Mapping[str, Mapping[str, Rate]]:
-        """Of functions that have one, by queue and key."""
+        """The rates of functions that have one, by queue and key."""
         rates: defaultdict[str, dict[str, Rate]] = defaultdict(dict)
         for function in self.all():
             if function.rate is not None:
@@ -14909,7 +14913,7 @@ class FunctionDirectory:
         return rates
 
     def expire(self) -> None:
-        """Something has changed at the provider: what was looked up before is looked up again."""
+        """Something has changed at the provider: trust no earlier look-up."""
         self._changes += 1
         self.changed.set()
 
@@ -14974,12 +14978,12 @@ class FunctionDirectory:
 
 @functools.lru_cache(32)
 def kept_headers(headers: Headers) -> Headers:
-    """Those of an answer that an outcome has. Functions often answer with the same."""
+    """The headers of an answer that its outcome keeps. Functions often answer with the same."""
     return tuple(forward_headers(headers, CONTENT_LENGTH))
 
 
 def has_header(headers: Headers, lower_name: bytes) -> bool:
-    """Whether there is one with this name."""
+    """Whether there is a header with this name."""
     return any(name.lower() == lower_name for name, _ in headers)
 
 
@@ -15075,7 +15079,7 @@ class Unsent:
         self._some = asyncio.Event()
 
     def put(self, piece: bytes) -> bool:
-        """Have it sent. False: there was no room, and it and all that waited is gone."""
+        """Have a piece sent. False: there was no room, and all that waited is gone with it."""
         self._pieces.append(piece)
         self._bytes += len(piece)
         self._some.set()
@@ -15113,7 +15117,7 @@ class LiveOutput:
         self._readers: set[Unsent] = set()
 
     def write(self, piece: bytes) -> None:
-        """It has written this. Nobody who reads slowly holds it up."""
+        """Take a piece that the attempt has written. Slow readers do not hold it up."""
         self._recent += piece
         if len(self._recent) > 2 * RECENT_BYTES:
             del self._recent[:-RECENT_BYTES]
@@ -15150,11 +15154,11 @@ class LiveOutputs:
         self._running: dict[str, LiveOutput] = {}  # by id
 
     def find(self, own_id: str) -> LiveOutput | None:
-        """That of a call, if it runs here."""
+        """The output of a call, if it runs here."""
         return self._running.get(own_id)
 
     def begin(self, claim: Claim) -> LiveOutput:
-        """An attempt begins, and will write. One that was cancelled may still be dying."""
+        """An attempt begins. An earlier one, which was cancelled, may still be dying."""
         output = LiveOutput(claim.attempt)
         self._running[claim.id] = output
         self._waiters.stir(claim.id)
@@ -15265,9 +15269,11 @@ class InvocationJob:
         return outcome
 
     def _unknown(self, claim: Claim) -> Outcome:
-        """What becomes of a call whose function is gone: its end, unless other hosts may have it.
+        """The outcome of a call whose function does not exist: final, unless other hosts may have
+        it.
 
-        These get its calls then: it counts as one that can't be reached here.
+        Then it counts as one that can't be reached from here, and this host takes none of its calls
+        for a while.
         """
         if not self.shared:
             error = f"function {claim.function} does not exist any more"
@@ -15343,7 +15349,7 @@ CALLBACK_LINES = (
 
 @functools.lru_cache(32)
 def passed_on(headers: bytes, drop: frozenset[bytes]) -> bytes:
-    """Of packed headers the end-to-end ones, without some. Functions often answer with the same."""
+    """The end-to-end ones of packed headers, but `drop`. Functions often answer with the same."""
     return pack_headers(forward_headers(unpack_headers(headers), drop))
 
 
@@ -15477,7 +15483,7 @@ class CallbackJob:
         return passed_on(claim.headers, drop) + ours
 
     def _more_headers(self, claim: Claim, url: yarl.URL) -> Mapping[str, str]:
-        """What not every callback has: the receiver's headers, a signature, the call's trace."""
+        """Headers that only some callbacks have: the receiver's own, a signature, the trace."""
         config = self.settings().callback
         more: dict[str, str] = {}
         if config.headers_file:
@@ -15544,10 +15550,10 @@ class Consumer:
         self._job = job
         self._busy = busy  # how many consumers have work
         self._wake = asyncio.Event()
-        self._told = asyncio.Event()  # set, and another one then, by what the queue tells
+        self._told = asyncio.Event()  # set, and replaced, whenever the queue tells something
         self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
         self._running: dict[Hashable, Running] = {}  # by receipt
-        self._tasks: set[asyncio.Task[None]] = set()  # these, and those that store their outcome
+        self._tasks: set[asyncio.Task[None]] = set()  # of these, and of those that are being stored
         self._claiming = False
         self._revoked: set[Hashable] = set()  # receipts that were cancelled meanwhile
         self._loop = asyncio.get_running_loop()
@@ -15589,7 +15595,8 @@ class Consumer:
 
         The rest is cancelled and queued again uncharged.
         """
-        # Its tasks have begun then: cancelled before, one could not queue its work again.
+        # Once it has ended, all tasks have begun: one cancelled before that would not queue its
+        # work.
         await asyncio.wait({self.dispatcher})
         ended = asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
@@ -15629,10 +15636,11 @@ class Consumer:
                 self._wake.set()
 
     async def _until_none_ends(self) -> None:
-        """Wait until no attempt ends for some rounds of the event loop, but not for many rounds.
+        """Wait until no attempt has ended for some rounds of the event loop, or for MOST_ROUNDS.
 
-        Attempts that were claimed together at functions that are fast end in a row. All that they
-        make room for is claimed in one transaction, which is that of their outcomes.
+        Attempts of fast functions that were claimed together end one after the other. By waiting,
+        all that they make room for is claimed at once, in the transaction that stores their
+        outcomes.
         """
         quiet = 0  # rounds in which none has ended
         for _ in range(MOST_ROUNDS):
@@ -15776,7 +15784,7 @@ class Controls:
     callback_url: str | None = None
     failure_url: str | None = None
     idempotency_key: str | None = None
-    delay_s: float = 0.0  # from when the whole request is here
+    delay_s: float = 0.0  # counted from when the whole request has come
     due_at: float = 0.0
     deadline_at: float | None = None
     max_attempts: int | None = None
@@ -15790,7 +15798,7 @@ class Controls:
 
 
 class CallHeaders(NamedTuple):
-    """What a call is to tell its function, and what is kept of that in other forms."""
+    """The headers of a call for its function, packed too, and the trace in them."""
 
     headers: Sequence[Header]
     packed: bytes
@@ -15799,11 +15807,11 @@ class CallHeaders(NamedTuple):
 
 
 def call_headers(headers: Sequence[Header]) -> CallHeaders:
-    """These headers, for a call."""
+    """Headers as a call needs them."""
     return CallHeaders(headers, pack_headers(headers), *trace_context(headers))
 
 
-# What `Intake.controls` looks for.
+# Names that `Intake.controls` looks for: a request without any has NO_CONTROLS.
 ASKING = frozenset(name.lower() for name in (*CONTROL_HEADERS, "X-Call-Id", HOPS))
 NO_CONTROLS = Controls()
 
@@ -15816,10 +15824,10 @@ class Accepted(NamedTuple):
 
 
 def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T | None:
-    """A parameter or header, parsed; None where it is absent.
+    """A parameter or header, parsed; None if it is absent.
 
-    Raises HttpError(400) naming it, its value and the form that was expected; or of a header that
-    says two things.
+    Raises HttpError(400), which names it, its value and the expected form; also for a header that
+    is repeated with another value.
     """
     value = given.get(name)
     if value is None:
@@ -15963,7 +15971,7 @@ class Response(NamedTuple):
     headers: CIMultiDict[str]
     body: bytes = b""
     reason: str | None = None
-    lines: bytes = b""  # more headers, as they are sent: they are known to need no second look
+    lines: bytes = b""  # more headers as they are sent; they are not checked
 
     @property
     def bare(self) -> bool:
@@ -15977,7 +15985,7 @@ def respond(status: int, headers: Mapping[str, str] | None = None, body: bytes =
 
 
 def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A line of text, or a JSON document; it too ends in a newline, for people with curl."""
+    """An answer of one line of text, or of JSON. Both end in a newline, for people with curl."""
     if isinstance(content, str):
         text, content_type = content, "text/plain; charset=utf-8"
     else:
@@ -15989,7 +15997,7 @@ def reply(content: object, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def no_route(allowed: Sequence[str]) -> HttpError:
-    """What to say where no route fits."""
+    """The error for a request that no route fits; `allowed`: methods that fit its path."""
     if allowed:
         methods = ", ".join(allowed)
         return HttpError(405, f"this route takes {methods}", {"Allow": methods})
@@ -16022,10 +16030,10 @@ def bare_head(status: int, length: int, now: int) -> bytes:
 
 
 def response_head(answer: Response, minor: int, framing: str) -> bytes:
-    """The first lines of an answer in HTTP/1.`minor`, up to its body.
+    """The head of an answer in HTTP/1.`minor`.
 
-    Bytes that are not UTF-8 stand for themselves (surrogateescape). Raises ValueError for a header
-    that would be more than one.
+    Bytes that are not UTF-8 pass as they are (surrogateescape). Raises ValueError for a header with
+    a line break.
     """
     first = status_line(minor, answer.status)
     if answer.reason is not None:
@@ -16046,15 +16054,13 @@ def response_head(answer: Response, minor: int, framing: str) -> bytes:
 MAX_PIPELINED = 16  # requests that wait behind the one that is being answered
 MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # of a target that is as long as it may be, in ASCII
 MAX_SPLITS = 2_000  # of a piece of what came in, to find targets that are no ASCII
-MAX_STRANGERS = 8  # heads of a connection that were not known, after which none is expected to be
-DISCARD_BODY_S = 10.0  # what the rest of a body that nobody wants gets to come in
+MAX_STRANGERS = 8  # unknown heads in a row, after which no head of the connection is looked up
+DISCARD_BODY_S = 10.0  # in which the rest of a body that nobody wants may come in
 BACKLOG = 1024  # connections that wait to be accepted
 ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
 MAKE_WAY_S = 1.0  # idle for so long, clients make way for those who wait
 TELL_FULL_S = 60.0  # between two lines about that
-INTERIM = (
-    b"HTTP/1.1 100 Continue\r\n\r\n"  # clients ignore what they did not ask for: RFC 9110 15.2
-)
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores it: RFC 9110 15.2.
 TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
 OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
 # aiohttp's parser refuses bytes above 127 in a target. It gets such a target in ASCII, behind this,
@@ -16085,10 +16091,8 @@ def sent_target(path: str) -> str:
 class RequestHead:
     """What a request says before its body."""
 
-    __slots__ = (
-        *("content_length", "headers", "keep_alive", "method"),
-        *("notes", "raw_headers", "target", "usual", "version"),
-    )
+    __slots__ = ("content_length", "headers", "keep_alive", "method",
+                 "notes", "raw_headers", "target", "usual", "version")  # fmt: skip
 
     def __init__(self, message: RawRequestMessage) -> None:
         self.method: str = message.method
@@ -16097,7 +16101,7 @@ class RequestHead:
         self.headers: CIMultiDictProxy[str] = message.headers
         self.raw_headers: Sequence[Header] = message.raw_headers
         self.keep_alive = not message.should_close
-        # Whether most are so: what an answer says of itself is the same for all of them.
+        # As most are: the head of an answer to it needs nothing special.
         self.usual = self.keep_alive and self.version == (1, 1) and self.method != "HEAD"
         length = message.headers.get("Content-Length")
         self.content_length = None if length is None else int(length)
@@ -16167,10 +16171,8 @@ Content = StreamReader | WholeBody
 class Exchange:
     """A request that has come in, and the way on which its answer goes out."""
 
-    __slots__ = (
-        *("_chunked", "_flow", "_quiet", "_write_timeout_s", "address", "begun", "content"),
-        *("head", "headers", "keep_alive", "method", "version"),
-    )
+    __slots__ = ("_chunked", "_flow", "_quiet", "_write_timeout_s", "address", "begun",
+                 "content", "head", "headers", "keep_alive", "method", "version")  # fmt: skip
 
     def __init__(
         self,
@@ -16252,12 +16254,13 @@ class Exchange:
         await self.drain()
 
     def probe(self) -> None:
-        """Send what means nothing: whether the client is still there only the attempt to write
-        tells, the second at last.
+        """Send something that means nothing: only a write shows whether the client is still there.
+        (The first one has its kernel reset the connection, the second one fails.)
 
-        Before an answer that is an interim one. In an answer in chunks it is a zero in front of the
-        next one's length (RFC 9112 7.1), less and less often: clients read up to 16 digits. In
-        another nothing can be tried: a client that gets nothing for long is taken to have gone.
+        Before an answer it is an interim answer. In a body in chunks it is a zero in front of the
+        next chunk's length (RFC 9112 7.1), at the times in PROBED only: clients read up to 16
+        digits. In any other body nothing can be sent: a client that gets nothing for long is taken
+        for gone.
         """
         self._quiet += 1
         if not self.begun:
@@ -16372,7 +16375,7 @@ class RequestReader:
             self._fresh = bool(left == len(data) <= READ_BYTES and self.whole and not self.stalled)
 
     def _feed_known(self, data: bytes) -> bool:
-        """Whether this is one request, and all of it, whose head has come before."""
+        """Take data that is exactly one request whose head is known. False: it is not."""
         end = data.find(HEAD_END) + len(HEAD_END)
         head = self._known.find(data[:end])
         if head is None or len(data) != end + (head.content_length or 0):
@@ -16386,10 +16389,10 @@ class RequestReader:
         return True
 
     def _learn(self, data: bytes) -> bool:
-        """Whether this was one request, and all of it, so that its head may be known again.
+        """Remember the head of data that was exactly one request. False: it was not.
 
-        Of what is longer the parser may keep a part back. The lines are counted because a head may
-        end sooner for a parser that takes other line ends, too.
+        Of longer data the parser may keep a part back. Lines are counted because the parser takes
+        other line ends, too, and may have seen the head end sooner.
         """
         head = self._newest
         if head is None or not self.whole or self.stalled or len(data) > READ_BYTES:
@@ -16492,7 +16495,7 @@ INTERNAL_ERROR = "internal error: see the log of faasd-async"
 
 
 def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
-    """What is said of a request that could not be parsed."""
+    """Status and text of the answer to a request that could not be parsed."""
     if isinstance(exc, LineTooLong):
         if exc.args[1] == MAX_LINE_BYTES:
             return 414, TARGET_TOO_LONG
@@ -16505,7 +16508,7 @@ def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
 
 
 def refusal(exc: HttpProcessingError) -> bytes:
-    """The answer to it."""
+    """The answer to a request that could not be parsed."""
     status, line = refused_head(exc)
     answer = reply(line, status, {"Server": SERVER, "Connection": "close"})
     framing = f"Content-Length: {len(answer.body)}\r\n"
@@ -16513,7 +16516,7 @@ def refusal(exc: HttpProcessingError) -> bytes:
 
 
 def address_of(transport: asyncio.BaseTransport) -> str | None:
-    """That of a client; None: it has come through a Unix socket."""
+    """The address of a client; None: it has come through a Unix socket."""
     peer = transport.get_extra_info("peername")
     return peer[0] if isinstance(peer, tuple) else None
 
@@ -16551,7 +16554,7 @@ class Connection(asyncio.Protocol):
         return self._task is not None and self._waiting is None
 
     def make_way(self) -> bool:
-        """Whether it was idle, and is closed now."""
+        """Close it if it is idle. False: it is not."""
         idle_s = self._loop.time() - self._idle_since
         if self.busy or idle_s < MAKE_WAY_S:
             return False
@@ -16586,7 +16589,7 @@ class Connection(asyncio.Protocol):
                 self._close()
 
     async def _answer_arrived(self) -> bool:
-        """Whether more may follow."""
+        """Answer the requests that have arrived. False: no more may follow on this connection."""
         while self._reader.arrived:
             head, content = self._reader.arrived.popleft()
             if isinstance(head, HttpProcessingError):
@@ -16627,7 +16630,7 @@ class Connection(asyncio.Protocol):
             await exchange.drain()
 
     def _refuse(self, exc: HttpProcessingError) -> None:
-        """Say what was wrong, and close it when the client has: one that sends would not see it."""
+        """Say what was wrong, and close it once the client has: one that sends reads nothing."""
         transport = self._flow.required()
         transport.write(refusal(exc))
         transport.write_eof()
@@ -16663,7 +16666,7 @@ class Connection(asyncio.Protocol):
     # A client that sends no more.
 
     def eof_received(self) -> bool:
-        """Who has sent a whole request gets its answer."""
+        """The client sends no more. If its request is whole, it still gets its answer."""
         if not self.busy or not self._reader.whole:
             return False
         self._look_later()
@@ -16673,8 +16676,8 @@ class Connection(asyncio.Protocol):
         self._half_closed = self._loop.call_later(HALF_CLOSED_S, self._look)
 
     def _look(self) -> None:
-        """Find out whether the client is still there; the end of the connection cancels what is
-        done for it. Who takes nothing is waited for elsewhere.
+        """Find out whether the client is still there: if not, the connection ends, and what is done
+        for it is cancelled. `Exchange.drain` looks after one that takes nothing.
         """
         if self._exchange is not None and not self._flow.full:
             self._exchange.probe()
@@ -16728,9 +16731,9 @@ class Connection(asyncio.Protocol):
 
 
 def descriptors_left(sock: socket.socket) -> bool:
-    """Whether half of them are free: what a client asks may take another one.
+    """Whether half of our descriptors are free: what a client asks may take another one.
 
-    The kernel gives the lowest number. Raises OSError when there is none.
+    The kernel gives the lowest free number. Raises OSError if there is none.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(sock.fileno())
@@ -16741,8 +16744,8 @@ def descriptors_left(sock: socket.socket) -> bool:
 class Acceptor:
     """Accepts clients while there are descriptors for them and for what they ask.
 
-    Until then they wait in the backlogs, and those that are idle make way. libuv's own way is to
-    cut off whom it has no descriptor for.
+    Otherwise they wait in the sockets' backlogs, and idle connections are closed to make way.
+    (libuv cuts off clients that it has no descriptor for.)
     """
 
     def __init__(self, make: Callable[[], Connection], connections: set[Connection]) -> None:
@@ -16775,7 +16778,7 @@ class Acceptor:
                 task.add_done_callback(self._arriving.discard)
         except (BlockingIOError, ConnectionAbortedError):  # Nobody waits, or who did has gone.
             return
-        except OSError as exc:  # accept(2) has many, the network's too, that pass
+        except OSError as exc:  # accept(2) has many errors that pass, those of the network too
             self._pause(exc.errno)
 
     async def _connect(self, client: socket.socket) -> None:
@@ -16941,12 +16944,12 @@ def stored_reply(
 
 
 def found_headers(call_id: str) -> dict[str, str]:
-    """What tells a client where its call is to be found."""
+    """Headers that tell a client where its call is."""
     return {"X-Call-Id": call_id, "Location": call_path(call_id)}
 
 
 def accepted_lines(accepted: Accepted) -> bytes:
-    """The same of a call that has just been queued, as header lines."""
+    """The same for a call that was just queued, with the time of that, as header lines."""
     call_id = accepted.call_id
     lines = (
         f"X-Call-Id: {call_id}\r\n"
@@ -16993,7 +16996,7 @@ async def body_chunks(http: Exchange, timeout_s: float) -> AsyncIterator[bytes]:
 
 
 async def gather_body(http: Exchange, timeout_s: float, most: int) -> bytes:
-    """The body once it is there, or more than `most` of it. Raises HttpError(400, 408)."""
+    """The whole body, or its beginning, if that is longer than `most`. HttpError(400, 408)."""
     http.ask_for_content()
     chunks = []
     length = 0
@@ -17022,17 +17025,15 @@ def log_failed_sync(call_id: str | None, error: str) -> None:
 
 
 # Headers of an answer which this daemon looks at, or may write over, when it passes it on.
-LOOKED_AT = {
-    name.lower().encode(): name
-    for name in (
-        *("Access-Control-Allow-Origin", "Access-Control-Expose-Headers", "Content-Length"),
-        *("Date", "Vary", "X-Call-Id", "X-Duration-Seconds", "X-Start-Time"),
-    )
-}
+LOOKED_AT_NAMES = (
+    "Access-Control-Allow-Origin Access-Control-Expose-Headers Content-Length Date Vary "
+    "X-Call-Id X-Duration-Seconds X-Start-Time"
+)
+LOOKED_AT = {name.lower().encode(): name for name in LOOKED_AT_NAMES.split()}
 
 
 def passed_answer(answer: HttpResponse, ours: Mapping[str, str], duration_s: float) -> Response:
-    """An answer as it is passed on, without its body; with our headers in place of its own."""
+    """The head of an answer that is passed on, with our headers in place of the same of its own."""
     # RFC 9110 8.6: a 204 has no length, whatever the function says.
     drop = CONTENT_LENGTH if answer.status == 204 else frozenset[bytes]()
     headers: CIMultiDict[str] = CIMultiDict()
@@ -17066,7 +17067,7 @@ async def stream_answer(
     started = time.perf_counter()
     http = request.http
     transport = http.transport
-    passed_on: Response  # from when its answer has come
+    passed_on: Response  # once the answer has come
     try:
         with TimeLimit(limit):
             async with await asked as answer:
@@ -17121,7 +17122,7 @@ class Route(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """Who answers a request: this follows from its head and the settings."""
+    """How a request is answered: it follows from its head and the settings alone."""
 
     config: Config
     handler: Handler
@@ -17175,7 +17176,7 @@ class Front:
         if route is None or match is None:
             raise no_route(allowed)
         admitted = Admitted(config, route.handler, decoded(match.groups("")), origin, may_act)
-        if route.access is Access.INVOKE:  # For others the connection counts, too.
+        if route.access is Access.INVOKE:  # For other routes the connection counts, too.
             head.notes["admitted"] = admitted
         return admitted
 
@@ -17244,7 +17245,7 @@ class Front:
 
 
 def decoded(groups: Sequence[str]) -> Sequence[str]:
-    """Parts of a path, without the notation in percent."""
+    """Parts of a path, percent-decoded."""
     if not groups:  # as in the routes of functions
         return ()
     raw = (group.encode("utf-8", "surrogateescape") for group in groups)
@@ -17274,7 +17275,7 @@ def is_preflight(http: Exchange) -> bool:
 
 
 async def answer_preflight(request: Request) -> Response:
-    """Whatever the page wants to send, it may."""
+    """Allow a page of a trusted origin whatever it wants to send."""
     asked = request.headers
     headers = {
         "Access-Control-Allow-Origin": request.trusted_origin or "",
@@ -17297,7 +17298,7 @@ def error_reply(target: str, exc: HttpError) -> Response:
 
 
 class Forwarded(NamedTuple):
-    """Headers for a function: these follow from a request's head, the settings and its sender."""
+    """Headers for a function, and what they follow from beside the request's head."""
 
     config: Config
     address: str | None
@@ -17307,9 +17308,10 @@ class Forwarded(NamedTuple):
 def forwarded_headers(
     head: RequestHead, drop: frozenset[bytes], address: str | None
 ) -> Sequence[Header]:
-    """The end-to-end headers of a request, without some, and where it comes from.
+    """The end-to-end headers of a request but `drop`, and those that say where it comes from.
 
-    HttpError(508): a function whose `url` leads back here would be called by its calls for ever.
+    HttpError(508): it has come through many hosts. A function whose `url` leads back here would
+    call itself for ever.
     """
     headers = forward_headers(head.raw_headers, drop)
     hops = [*head.headers.getall("X-Forwarded-For", ())]
@@ -17421,7 +17423,7 @@ class FunctionRoutes:
     async def _pass_on(
         self, request: Request, function: Function, asked: FunctionRequest, ours: Mapping[str, str]
     ) -> Response:
-        """A client that goes away cancels this, and so ends the call."""
+        """The function's answer, passed on. A client that goes away cancels this, and the call."""
         config = self.settings().gateway
         who = f"function {function.name}"
         limit = Limit(config.upstream_timeout, "gateway.upstream_timeout")
@@ -17442,7 +17444,7 @@ class FunctionRoutes:
         return Response(outcome.status, headers, outcome.body)
 
     async def _sync_body(self, http: Exchange) -> bytes | AsyncIterator[bytes]:
-        """A small body as a whole, another one as it comes."""
+        """A small body as a whole, a larger one as it comes."""
         timeout_s = self.settings().gateway.read_timeout
         length = http.head.content_length if http.has_content else 0
         if length is not None and length <= SMALL_BODY_BYTES:
@@ -17460,7 +17462,7 @@ class FunctionRoutes:
         return NO_CONTROLS  # as most do
 
     def _call_headers(self, http: Exchange) -> CallHeaders:
-        """What the function is told, but for which call it is."""
+        """The headers for the function, without those that name its call."""
         headers = self._forwarded(http)
         known: CallHeaders | None = http.head.notes.get("call")
         if known is None or known.headers is not headers:
@@ -17483,7 +17485,6 @@ class FunctionRoutes:
 
 
 # --- Operator routes ------------------------------------------------------------------------------
-
 
 READY_S = 1.0  # what a look at the queues may take
 
@@ -17519,9 +17520,9 @@ class HealthRoutes:
 
 @dataclass(frozen=True)
 class WaitReasons:
-    """Why calls wait that have not begun, as far as this daemon can tell without a search.
+    """Why a call waits, as far as this daemon can tell without a search.
 
-    Slots that hosts share and earlier calls of the same queue are told as "its turn".
+    Earlier calls of the same queue, and slots that hosts share, are both told as "its turn".
     """
 
     settings: Settings
@@ -17542,7 +17543,7 @@ class WaitReasons:
         return held_back or self._room(record) or self._turn(record)
 
     def _room(self, record: CallRecord) -> str | None:
-        """What has to end first, where as many calls run as may."""
+        """What has no room for a call; None: there is room."""
         config = self.settings().queue(record.queue)
         running = self.inflight().get(record.queue, 0)
         if running >= config.max_inflight:
@@ -17657,13 +17658,13 @@ class CallRoutes:
         return reply(result._asdict())
 
     async def show_result(self, request: Request) -> Response:
-        """The function's answer: its body, as what it says that it is."""
+        """The body of the function's answer, with its own Content-Type."""
         stored = await self.records.answer(request.parts[0])
         status = {} if stored.http_status is None else {"X-Function-Status": stored.http_status}
         return stored_reply(stored.headers, stored.body, status)
 
     async def show_request(self, request: Request) -> Response:
-        """What the function was asked: the body, or the rest as a document."""
+        """The body that the function was asked with, or all else of the request as JSON."""
         stored = await self.records.request(request.parts[0])
         if "application/json" not in request.headers.get("Accept", ""):
             return stored_reply(stored.headers, stored.body)
@@ -17733,7 +17734,7 @@ class BackupRoutes:
         return head
 
     async def _send(self, http: Exchange, head: Response, copy: IO[bytes]) -> int:
-        """How many bytes there were."""
+        """Send a copy in pieces; how many bytes it has."""
         size = left = copy.seek(0, os.SEEK_END)
         copy.seek(0)
         head.headers["Content-Length"] = str(size)
@@ -17866,7 +17867,7 @@ class StatsRoutes:
         return reply(document)
 
     async def _look(self) -> tuple[str | None, Overview]:
-        """What is wrong with the queue, and what it says; a queue that hangs is not asked."""
+        """What is wrong with the queue, and its figures: none of a queue that hangs."""
         nothing = Overview({}, {}, StoreFigures("", 0, None), complete=False)
         if stalled := self.queue.stalled():
             return stalled, nothing
@@ -17912,8 +17913,7 @@ class StatsRoutes:
 
 def states_of(counts: Mapping[tuple[str, str], int], status: str) -> int:
     """How many calls of all functions are in a state."""
-    found = [number for (_, state), number in counts.items() if state == status]
-    return sum(found)
+    return sum(number for (_, state), number in counts.items() if state == status)
 
 
 # -- output
@@ -17956,7 +17956,10 @@ class LogRoutes:
         return head
 
     async def _follow(self, record: CallRecord) -> AsyncGenerator[bytes, None]:
-        """What a call writes, attempt by attempt, to its end; of one that ran elsewhere, then."""
+        """What a call writes, attempt by attempt, until it has ended.
+
+        What its last attempt wrote at another host follows when it has ended.
+        """
         shared = self.shared
         followed = 0  # the last attempt of which this was
         while True:
@@ -17981,7 +17984,7 @@ class LogRoutes:
 
 # -- events
 
-EVENTS_KEPT = 1000  # for streams that begin again where they were cut
+EVENTS_KEPT = 1000  # so that streams that were cut can go on after the last event they had
 MAX_STREAMS = 8  # a browser allows six to one host
 STREAM_PERIOD_S = 0.2  # between writes to one stream: what has happened meanwhile goes together
 BURST_PERIOD_S = 0.5  # the same when that is more than BURST_BYTES, which nobody reads as it comes
@@ -17997,7 +18000,7 @@ EVENT_HEADERS = {
 
 
 class Event(NamedTuple):
-    """What streams are sent. `record` decides who is; None: everybody."""
+    """What streams are sent: those that want `record`; None: all of them."""
 
     number: int
     record: CallRecord | None
@@ -18025,8 +18028,8 @@ class EventStream(NamedTuple):
 class EventHub:
     """Tells each change of a call to all streams.
 
-    An event's id is EPOCH-NUMBER; a stream that was cut begins again after the last one that it
-    had, if that is still known. The queue is watched only as long as somebody reads, and a while.
+    An event's id is EPOCH-NUMBER. A stream that was cut goes on after the last event that it had,
+    if that is still known. The queue is watched only while somebody reads, and a while longer.
     """
 
     def __init__(self, records: CallRecords) -> None:
@@ -18078,7 +18081,7 @@ class EventHub:
             stream.unsent.wake()
 
     def ping(self) -> bytes:
-        """That the stream is still there. A reader has had all that it wants up to this id."""
+        """An event that says that the stream works, and that all up to its id was sent."""
         return event_text(self._last_id, "ping", {})
 
     @property
@@ -18112,7 +18115,7 @@ class EventHub:
                 self._skip(stream)
 
     def _tell_gap(self) -> None:
-        """There were more changes than are told: who shows them has to look again."""
+        """Tell that there were more changes than are told: who shows them has to look again."""
         self._gap = None
         self._number += 1
         reason = "more has changed than is told: look again"
@@ -18120,7 +18123,7 @@ class EventHub:
         self._send(Event(self._number, None, payload))
 
     def _skip(self, stream: EventStream) -> None:
-        """A reader is too slow for all there is."""
+        """Tell a reader that it was too slow, and has to look again."""
         reason = "this stream was read too slowly: look again"
         payload = event_text(self._last_id, "gap", {"reason": reason})
         stream.put(Event(self._number, None, payload))
@@ -18254,7 +18257,7 @@ class RestRoutes:
         return await stream_answer(request, asked, {}, Limit(None), "the provider")
 
     def _own_documents(self) -> dict[str, Any]:
-        """What is answered where there is no provider."""
+        """What is answered if there is no provider, by resource."""
         info = {"provider": "faasd-async", "orchestration": "processes", "version": OWN_VERSION}
         namespaces = [self.settings().gateway.namespace]
         return {"functions": [], "namespaces": namespaces, "secrets": [], "info": info}
@@ -19442,13 +19445,11 @@ refresh();
 # --- Operator's page ------------------------------------------------------------------------------
 # The page is one document: nothing else is loaded, neither from here nor from elsewhere.
 
-PAGE_SCRIPT = "\n".join(
-    (
-        *(PAGE_TOOLS, PAGE_PATCH, PAGE_UNITS, PAGE_API, PAGE_CALLS, PAGE_CHANGES, PAGE_CALL),
-        *(PAGE_BODIES, PAGE_QUEUES, PAGE_HOST, PAGE_LIVE, PAGE_STREAM, PAGE_ACTIONS),
-        *(PAGE_NEW_CALL, PAGE_KEYS),
-    )
-)
+PAGE_PARTS = (
+    PAGE_TOOLS, PAGE_PATCH, PAGE_UNITS, PAGE_API, PAGE_CALLS, PAGE_CHANGES, PAGE_CALL, PAGE_BODIES,
+    PAGE_QUEUES, PAGE_HOST, PAGE_LIVE, PAGE_STREAM, PAGE_ACTIONS, PAGE_NEW_CALL, PAGE_KEYS,
+)  # fmt: skip
+PAGE_SCRIPT = "\n".join(PAGE_PARTS)
 PAGE = f"""\
 <!doctype html>
 <html lang="en">
@@ -19494,7 +19495,7 @@ PAGE = f"""\
 
 
 def content_hash(text: str) -> str:
-    """What names an inline script or style in a Content-Security-Policy (CSP 3, 2.3.1)."""
+    """The hash by which a Content-Security-Policy allows an inline script or style (CSP 3)."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
@@ -19559,10 +19560,10 @@ class PageRoutes:
 # Fires what is due. All that has to outlive a crash is in the store: a state is read before each
 # step, and written with what follows from it, if nobody else has written it meanwhile.
 
-UNSURE_CHECK_S = 1.0  # between looks at a clock that is not to be trusted yet: nobody tells
-SETTLED_AT_ONCE = 16  # schedules: so that others get their turn
-PROVIDED_S = 60.0  # between looks at the annotations of the provider's functions…
-PROVIDED_LEAST_S = 1.0  # …and at least, however often something changes through us
+UNSURE_CHECK_S = 1.0  # between looks at a clock that is not to be trusted yet: no event tells of it
+SETTLED_AT_ONCE = 16  # schedules; then others get their turn
+PROVIDED_S = 60.0  # between looks at the annotations of the provider's functions
+PROVIDED_LEAST_S = 1.0  # the least between two, however often something changes through us
 TIME_ERROR = 5  # adjtimex(2)
 TIMESYNC = Path("/run/systemd/timesync/synchronized")  # systemd-timesyncd.service(8)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # random(4)
@@ -19583,7 +19584,7 @@ def clock_synchronised() -> bool | None:
 
 
 def boot_id() -> str:
-    """What tells one run of this machine from another; "": nothing does."""
+    """A name of this run of the machine, from one start to the next; "": there is none."""
     with contextlib.suppress(OSError):
         return BOOT_ID.read_text().strip()
     # systemd's sandbox (ProcSubset) hides that. What stands in /run is gone with the next start.
@@ -19600,16 +19601,18 @@ TELL_WAIT_S = 600.0  # between two lines that say the same of why schedules wait
 
 
 class ScheduleNews:
-    """What the scheduler has to know of what happens elsewhere."""
+    """Tells the scheduler of reloads, of the provider's functions, and of calls that have ended."""
 
     def __init__(self) -> None:
-        self.changed = asyncio.Event()  # something below has
-        self.stale = True  # the configuration, or what the provider has, is another one
+        self.changed = asyncio.Event()  # set: something below has changed
+        self.stale = (
+            True  # whether schedules may have come, changed or gone since they were planned
+        )
         self.provided: Mapping[str, Schedule] = {}  # by annotations of the provider's functions
         self.ended: set[str] = set()  # schedules of which calls have ended, until that is noted
-        self._calls: dict[str, str] = {}  # whose calls are to be told of, by id
-        self._ids: dict[str, set[str]] = {}  # the same by schedule
-        self._told = ("", 0.0)  # why schedules wait, and when (monotonic) that was told
+        self._calls: dict[str, str] = {}  # schedules by the ids of their calls
+        self._ids: dict[str, set[str]] = {}  # ids of calls by schedule
+        self._told = ("", 0.0)  # why schedules wait, and when (monotonic) that was logged
 
     def replan(self) -> None:
         """Schedules may have come, changed or gone."""
@@ -19617,28 +19620,28 @@ class ScheduleNews:
         self.changed.set()
 
     def provide(self, schedules: Mapping[str, Schedule]) -> None:
-        """What the provider's functions ask for."""
+        """Take over the schedules that the provider's functions ask for."""
         if schedules != self.provided:
             self.provided = schedules
             self.replan()
 
     def planned(self) -> None:
-        """That was looked at."""
+        """All schedules have been planned."""
         self.stale = False
 
     def waits(self, reason: str) -> None:
-        """Nothing can be looked at: each reason is told, and again where that goes on for long."""
+        """Log why schedules wait: each reason once, and again after TELL_WAIT_S."""
         told, when = self._told
         if reason != told or time.monotonic() > when + TELL_WAIT_S:
             log.warning("schedules wait: %s", reason)
             self._told = (reason, time.monotonic())
 
     def not_planned(self) -> None:
-        """It could not be: the next look does it. That is not woken, or it would come at once."""
+        """They could not be planned: leave it to the next look, without waking the scheduler."""
         self.stale = True
 
     def expect(self, state: ScheduleState) -> None:
-        """The ends of these calls have to be noted: one that has ended may be run again."""
+        """Listen for the ends of a schedule's calls, of ended ones too: they may be run again."""
         ids = {run.id for run in state.runs if run.id}
         for gone in self._ids.get(state.name, set()) - ids:
             del self._calls[gone]
@@ -19663,15 +19666,15 @@ class ScheduleSteps:
         self._boot = boot_id()
 
     def begin(self, schedule: Schedule, state: ScheduleState) -> ScheduleState:
-        """A schedule that is new or another one now is counted from now on."""
+        """The state of a schedule that is new, or has changed: instants are counted from now on."""
         return self._from_now(state._replace(definition=schedule.definition))
 
     def rest(self, state: ScheduleState) -> ScheduleState:
-        """Nothing follows until it is resumed."""
+        """The state of a schedule that is paused."""
         return state._replace(paused=True)
 
     def resume(self, state: ScheduleState) -> ScheduleState:
-        """What was paused is counted from now on."""
+        """The state of a schedule that is resumed: instants are counted from now on."""
         return self._from_now(state._replace(paused=False)) if state.paused else state
 
     def _from_now(self, state: ScheduleState) -> ScheduleState:
@@ -19682,7 +19685,7 @@ class ScheduleSteps:
         return (self._boot, *state.boots)[:KEPT_BOOTS]
 
     def next_at(self, schedule: Schedule, state: ScheduleState) -> float:
-        """When something may follow. Infinity: never."""
+        """When a schedule is to be looked at next. Infinity: never."""
         if not schedule.enabled:
             return float("inf")
         after = time.time()  # for one that is paused: until then another daemon may resume it
@@ -19696,7 +19699,7 @@ class ScheduleSteps:
         return jitter_s(schedule, self._host)
 
     def _has_booted(self, schedule: Schedule, state: ScheduleState) -> bool:
-        """Whether @reboot is due: once for each start of this machine since the schedule begun."""
+        """Whether @reboot is due: once for each start of this machine since the schedule began."""
         if REBOOT not in (schedule.cron or ()) or self._boot in state.boots:
             return False
         if not self._boot:
@@ -19721,7 +19724,7 @@ class ScheduleSteps:
             return run if run.status in FINAL else run._replace(status=PRUNED)
 
     async def find(self, schedule: Schedule) -> Function | HttpError:
-        """Its function, or why that can't be called. A provider may let this wait."""
+        """A schedule's function, or why it can't be called. Waits for the provider."""
         try:
             function = await self._directory.find(schedule.function or "", stale=True)
         except HttpError as exc:
@@ -19731,9 +19734,9 @@ class ScheduleSteps:
     async def settle(
         self, schedule: Schedule, found: Function | HttpError, stored: ScheduleState
     ) -> tuple[ScheduleState, Sequence[Invocation]]:
-        """What follows from what is stored; the same state where nothing does.
+        """The next state and the calls that go with it; the same state if nothing is due.
 
-        Raises StoreError, and NotNow where it has to wait.
+        Raises StoreError, and NotNow if it has to wait.
         """
         now = time.time()
         last_at = counted_from(stored.last_at, now)
@@ -19765,7 +19768,7 @@ class ScheduleSteps:
         state: ScheduleState,
         fire: Mapping[float, str],
     ) -> tuple[list[ScheduledRun], Sequence[Invocation]]:
-        """What becomes of instants, with the ids of their calls, beside calls under way."""
+        """The runs and calls of instants, given by the ids of their calls; see `overlap`."""
         running = unfinished(state)
         if running and schedule.overlap == "skip":
             reason = f"call {running[0].id} had not ended"
@@ -19807,7 +19810,7 @@ class ScheduleSteps:
 
 
 class ProvidedSchedules:
-    """Keeps up with the annotations of the provider's functions, which tells nobody of changes."""
+    """Keeps up with the annotations of the provider's functions, by asking now and then."""
 
     def __init__(
         self,
@@ -19849,7 +19852,7 @@ class ProvidedSchedules:
 
 
 async def in_batches(do: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
-    """Some at once, which share commits; then others get their turn."""
+    """Do it for SETTLED_AT_ONCE items at a time, which share commits; others run in between."""
     rest = list(items)
     while rest:
         await asyncio.gather(*map(do, rest[:SETTLED_AT_ONCE]))
@@ -19858,7 +19861,7 @@ async def in_batches(do: Callable[[T], Awaitable[None]], items: Iterable[T]) -> 
 
 
 def clock_is_right() -> bool:
-    """Whether the wall clock may be taken for what it shows."""
+    """Whether the wall clock may be trusted; see `clock_doubt`."""
     synchronised = clock_synchronised()
     doubt = clock_doubt(synchronised, uptime_s())
     if doubt is None and synchronised is False:
@@ -19867,7 +19870,7 @@ def clock_is_right() -> bool:
 
 
 def log_runs(old: ScheduleState, new: ScheduleState) -> None:
-    """Tell what has become of instants."""
+    """Log the runs that a state has got."""
     known = {(run.scheduled_for, run.id) for run in old.runs}
     for run in new.runs:
         if (run.scheduled_for, run.id) not in known:
@@ -19882,7 +19885,7 @@ def log_runs(old: ScheduleState, new: ScheduleState) -> None:
 
 
 class Plan(NamedTuple):
-    """A schedule, how far it was when that was read last, and when it is to be looked at."""
+    """A schedule, its state as it was read last, and when it is to be looked at."""
 
     schedule: Schedule
     state: ScheduleState
@@ -19929,7 +19932,7 @@ class Scheduler:
                         await self._news.changed.wait()
 
     async def _look(self, group: asyncio.TaskGroup) -> float | None:
-        """Do what there is to do; for how many seconds there will be nothing. None: for ever."""
+        """Do what there is to do; how many seconds to wait then. None: until something changes."""
         schedules = self.schedules()
         self._plans = {name: plan for name, plan in self._plans.items() if name in schedules}
         if not schedules:
@@ -19959,7 +19962,7 @@ class Scheduler:
         return {**self._news.provided, **self._settings().schedules}
 
     async def _replan(self, schedules: Mapping[str, Schedule]) -> None:
-        """Plan all of them, where that may lead to something else than before."""
+        """Plan all schedules, if anything may have changed."""
         now = time.time()
         if now < self._seen_at - 1.0:  # The clock was set back.
             self._news.replan()
@@ -20012,7 +20015,7 @@ class Scheduler:
         return state
 
     async def _note(self, schedule: Schedule) -> None:
-        """Keep how calls have ended, longer than their records are."""
+        """Store how calls have ended: it is kept for longer than their records."""
         while True:
             stored = await self._queue.schedules.state(schedule.name)
             state = await self._steps.refreshed(stored, ended_too=True)
@@ -20021,7 +20024,7 @@ class Scheduler:
         self._plan(schedule, state)
 
     async def _settle(self, plan: Plan) -> None:
-        """Do what is due, and plan what is next; where that is not possible, try it later."""
+        """Do what is due for a schedule, and plan its next look: soon again, if that failed."""
         schedule = plan.schedule
         found = await self._steps.find(schedule)
         try:
@@ -20068,7 +20071,7 @@ class Scheduler:
         return documents
 
     async def fire_now(self, name: str) -> str:
-        """Have a schedule run, beside its instants and whatever runs; the id of its call.
+        """Run a schedule now, whatever its instants and `overlap`; the id of its call.
 
         Raises StoreError, HttpError.
         """
@@ -20116,7 +20119,7 @@ class ScheduleRoutes:
 
 
 # --- Routes and sockets ---------------------------------------------------------------------------
-# What is answered, and where.
+# Which requests are answered by whom, and on which addresses.
 
 Row = tuple[str, str, Access, Handler]  # method, path, who may use it
 OWN_RESOURCES = "calls|queues|stats|events|schedules|backup"  # of /system; others are OpenFaaS's
@@ -20197,7 +20200,7 @@ def route_table(
 
 
 def passed_sockets() -> list[socket.socket]:
-    """Those of systemd (sd_listen_fds(3))."""
+    """The sockets that systemd has passed on (sd_listen_fds(3))."""
     if os.getenv("LISTEN_PID") != str(os.getpid()):
         return []
     sockets = []
@@ -20250,7 +20253,7 @@ def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
 
 
 def new_sockets(config: GatewayConfig) -> list[socket.socket]:
-    """Those of gateway.listen. Raises ListenError, or ConfigError where no restart would help."""
+    """The sockets of gateway.listen. Raises ListenError; ConfigError if no restart would help."""
     sockets: list[socket.socket] = []
     for address in config.listen:
         try:
@@ -20264,9 +20267,10 @@ def new_sockets(config: GatewayConfig) -> list[socket.socket]:
 
 
 def start_listening(server: Server, sock: socket.socket) -> None:
-    """Accept connections there. Raises ListenError: others may listen who came after the bind.
+    """Accept connections on a socket. Raises ListenError: somebody else has come first after the
+    bind.
 
-    These may be ourselves, where one of the addresses includes another (as 0.0.0.0 does).
+    That may be ourselves, if one of the addresses includes another (as 0.0.0.0 does).
     """
     try:
         server.listen(sock)
@@ -20276,13 +20280,13 @@ def start_listening(server: Server, sock: socket.socket) -> None:
 
 
 def socket_files(sockets: Sequence[socket.socket]) -> Mapping[Path, int]:
-    """Their files, with inodes: another process may put its own in their place."""
+    """The files of Unix sockets, with their inodes: another process may put its own there."""
     names = [sock.getsockname() for sock in sockets if sock.family == socket.AF_UNIX]
     return {path: path.stat().st_ino for path in map(Path, names)}
 
 
 def unlink_files(files: Mapping[Path, int]) -> None:
-    """Remove these files: who looks for the socket sees that nobody listens."""
+    """Remove these files, unless others are in their place."""
     for path, inode in files.items():
         with contextlib.suppress(OSError):
             if path.stat().st_ino == inode:
@@ -20313,7 +20317,7 @@ def make_queue(config: Config, settings: Settings, metrics: Metrics) -> Queue:
 
 
 class ConfigWarnings:
-    """What looks wrong in the configuration. A disk that hangs then holds nobody up."""
+    """What looks wrong in the configuration. A disk that hangs meanwhile holds nobody up."""
 
     def __init__(self) -> None:
         self._lines: Sequence[str] = ()
@@ -20362,7 +20366,7 @@ def log_ended(ended: Ended) -> None:
 
 
 def reloaded(old: Config, new: Config) -> Config:
-    """The new settings, but for what needs a restart: that is told."""
+    """The new settings, but the old ones of tables that need a restart: that is logged."""
     kept = {name: getattr(old, name) for name in NEED_RESTART}
     for name, value in kept.items():
         if getattr(new, name) != value:
@@ -20373,10 +20377,9 @@ def reloaded(old: Config, new: Config) -> Config:
 
 
 def give_back_memory() -> None:
-    """Give memory that is free back to the system, which glibc keeps by itself.
+    """Give free memory back to the system, which glibc would keep.
 
-    A file of this size that was not compiled before leaves 20 MiB, and so does a burst of large
-    calls.
+    To compile this file leaves 20 MiB, and so does a burst of large calls.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # musl has none
@@ -20590,9 +20593,9 @@ class Daemon:
 
 
 def introduction(config: Config, path: str | None) -> Sequence[tuple[int, str]]:
-    """What is about to run, on what, and what it promises: levels and lines.
+    """The first lines of the log, with their levels: what runs, on what, and what it promises.
 
-    Asked before the store is opened, so that it tells whether there was one.
+    To be called before the store is opened: it says whether there was one.
     """
     source = f"configuration {path}" if path else "no configuration file"
     lines = [
@@ -20621,7 +20624,7 @@ def store_line(config: Config) -> str:
 
 
 def next_step(path: str | None) -> str:
-    """What to do where nothing can be called yet."""
+    """What to do if there is no function yet."""
     if path:
         return f"add a table [functions.NAME] to {path}, or [provider]"
     places = f"~/.config/{CONFIG_FILE} or /etc/{CONFIG_FILE}"
@@ -20665,7 +20668,7 @@ def canonical_url(address: str) -> str:
 
 
 def find_daemon(args: Arguments) -> tuple[str, str | None]:
-    """The URL of the daemon that flags, variables or the file name, and what to log in with."""
+    """The daemon's URL from flags, variables or the file, and the Authorization header for it."""
     address = args.url or os.environ.get("FAASD_ASYNC_URL")
     # A daemon that is named gets no credentials of another one. Of the file, nothing is read that a
     # client does not need: it may not be allowed to read the daemon's other secrets.
@@ -20694,9 +20697,8 @@ class Client:
 
     def __init__(self, args: Arguments) -> None:
         self._url, login = find_daemon(args)
-        self._deadline: float | None = None
-        if args.timeout:
-            self._deadline = time.monotonic() + args.timeout
+        late_at = time.monotonic() + args.timeout if args.timeout else None
+        self._deadline: float | None = late_at
         self._headers = {"User-Agent": USER_AGENT}
         if login:
             self._headers["Authorization"] = login
@@ -20719,7 +20721,7 @@ class Client:
         return document
 
     def stream(self, request: str, body: bytes = b"", headers: HeaderPairs = ()) -> Iterator[bytes]:
-        """The body that answers in pieces, as they come."""
+        """The body that answers "METHOD PATH", in pieces as they come."""
         refusal = b""
         try:
             with contextlib.closing(self._connect()) as connection:
@@ -20824,7 +20826,7 @@ class Client:
         records: list[dict[str, Any]] = []
         cursor: str | None = ""
         while len(records) < limit and cursor is not None:
-            query = {**filters, "limit": str(min(1000, limit - len(records)))}
+            query = {**filters, "limit": str(min(MAX_PAGE, limit - len(records)))}
             if cursor:
                 query["cursor"] = cursor
             page = self.document(f"GET /system/calls?{urlencode(query)}", "calls", "next_cursor")
@@ -20833,7 +20835,7 @@ class Client:
         return records, cursor
 
     def full_id(self, given: str) -> str:
-        """The id that begins like this; what can be no beginning of one is an id itself.
+        """The id that begins like this. What can't be the beginning of one is taken as it is.
 
         An id begins with its time, so only calls of that time have to be looked at.
         """
@@ -20866,18 +20868,18 @@ class Client:
 
 
 def write(content: bytes | str) -> None:
-    """To standard output, as it is."""
+    """Write to standard output, as it is."""
     sys.stdout.buffer.write(content.encode() if isinstance(content, str) else content)
     sys.stdout.buffer.flush()
 
 
 def write_json(document: object) -> None:
-    """For programs, and for people who like it."""
+    """Write a JSON document, indented."""
     write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_row(row: str, *cells: object) -> None:
-    """A line of a table, no wider than the terminal; 80 columns where there is none."""
+    """Write a line of a table, cut to the terminal's width; to 80 columns if there is none."""
     width = shutil.get_terminal_size().columns
     line = row.format(*cells).rstrip()
     write((line if len(line) <= width else line[: width - 1] + "…") + "\n")
@@ -20907,16 +20909,16 @@ def close_names(name: str, names: Iterable[str]) -> str:
 # --- Client commands ------------------------------------------------------------------------------
 # Calls: to make them, to find out what became of them, and to have that change.
 
-# 80 columns and what the terminal has beyond that; --long and --json have everything whole.
+# For 80 columns or more; --long and --json show everything whole.
 CALL_ROW = "{:18.18}  {:9.9}  {:12.12}  {:>3}  {:>4}  {:>4}  {}"
 LONG_ROW = "{:36}  {:9}  {:16}  {:12}  {:>5}  {:19}  {:19}  {:>5}  {}\n"
 SHOWN_LINES = 20  # of a call's output, with its record
 
 CANCEL_ONE = "DELETE /async-function/{}"
 RETRY_ONE = "POST /system/calls/{}/retry"
-# What to ask for by filter instead, and how to say that it is done.
+# The route that does it by filter, and how to say that it is done.
 CHANGES = {CANCEL_ONE: ("cancel", "cancelled"), RETRY_ONE: ("retry", "queued again")}
-FILTER_OPTIONS = ("status", "callback", "function", "queue", "schedule", "since", "until")
+FILTER_OPTIONS = tuple(name for name in FILTERS if name != "call_id")
 
 
 def filters_of(args: Arguments) -> dict[str, str]:
@@ -20947,24 +20949,21 @@ def remark(call: Mapping[str, Any]) -> str:
 def write_calls(calls: Iterable[Mapping[str, Any]], long: bool) -> None:
     """Lines of the table of calls."""
     for call in calls:
-        age, took = brief(ago(call["created_at"])), brief(call["duration_seconds"])
+        who = (call["id"], call["status"], call["function"])
+        took = brief(call["duration_seconds"])
         if not long:
-            cells = (call["id"], call["status"], call["function"], call["attempts"], age, took)
-            write_row(CALL_ROW, *cells, remark(call))
+            age = brief(ago(call["created_at"]))
+            write_row(CALL_ROW, *who, call["attempts"], age, took, remark(call))
             continue
+        runs = f"{call['attempts']}/{call['max_attempts']}"
+        times = (clock(call["created_at"]), clock(call["completed_at"]), took)
         shared = f"call id {call['call_id']}" if call["call_id"] != call["id"] else ""
-        write(
-            LONG_ROW.format(
-                *(call["id"], call["status"], call["function"], call["queue"]),
-                f"{call['attempts']}/{call['max_attempts']}",
-                *(clock(call["created_at"]), clock(call["completed_at"]), took),
-                "; ".join(filter(None, (remark(call), shared))),
-            )
-        )
+        remarks = "; ".join(filter(None, (remark(call), shared)))
+        write(LONG_ROW.format(*who, call["queue"], runs, *times, remarks))
 
 
 def write_header(long: bool) -> None:
-    """What stands above them."""
+    """The first line of the table of calls."""
     if long:
         names = ("ID", "STATUS", "FUNCTION", "QUEUE", "RUN", "CREATED", "ENDED", "TOOK", "REMARK")
         write(LONG_ROW.format(*names))
@@ -20998,7 +20997,7 @@ def list_calls(args: Arguments) -> None:
 
 
 def write_none(client: Client, args: Arguments) -> None:
-    """That no call matches; perhaps because there is no such function."""
+    """Say that no call matches, and if there is no such function."""
     names = client.function_names() if args.function else []
     bare = (args.function or "").partition(".")[0]
     if names and bare not in names:
@@ -21008,7 +21007,7 @@ def write_none(client: Client, args: Arguments) -> None:
 
 
 def watch_calls(client: Client, filters: Mapping[str, str], limit: int, args: Arguments) -> None:
-    """A line for each state of a call that was seen, until Ctrl-C or --timeout."""
+    """Write matching calls, and each again when it has changed, until Ctrl-C or --timeout."""
     if not args.json:
         write_header(args.long)
     shown: list[dict[str, Any]] = []
@@ -21025,7 +21024,7 @@ def watch_calls(client: Client, filters: Mapping[str, str], limit: int, args: Ar
 
 
 def show_call(args: Arguments) -> None:
-    """The record and what the function said, for people; in JSON the record alone."""
+    """Print the record and what the function wrote; with --json the record alone."""
     client = Client(args)
     call_id = client.full_id(args.id)
     record = client.record(call_id, args.wait)
@@ -21045,7 +21044,7 @@ def show_call(args: Arguments) -> None:
 
 
 def describe(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A record as lines with a name each; what is not there, or as always, is left out."""
+    """A record as named lines, without what is absent or as usual."""
     yield "id", record["id"]
     if record["call_id"] != record["id"]:
         yield "call id", record["call_id"]
@@ -21098,15 +21097,14 @@ def describe_callback(callback: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", callback["error"]
 
 
-def print_call(args: Arguments) -> None:
-    """What there is of a call, as it is."""
+def print_result(args: Arguments) -> None:
+    """Print a function's answer, and nothing else."""
     client = Client(args)
-    call_id = client.full_id(args.id)
-    write(client.ask(args.request.format(quote(call_id, safe=""))))
+    write(client.ask(f"GET {call_path(client.full_id(args.id))}/result"))
 
 
 def print_log(args: Arguments) -> None:
-    """What a call's function wrote; with --follow also what it still writes, to its end."""
+    """Print what a call's function wrote; with --follow also what it still writes, to its end."""
     client = Client(args)
     request = f"GET {call_path(client.full_id(args.id))}/log"
     for piece in client.stream(request + ("?follow=1" if args.follow else "")):
@@ -21114,7 +21112,7 @@ def print_log(args: Arguments) -> None:
 
 
 def print_request(args: Arguments) -> None:
-    """The body of what a call asks its function; in JSON method, path and headers."""
+    """Print the body that a call has for its function; with --json method, path and headers."""
     client = Client(args)
     request = f"GET {call_path(client.full_id(args.id))}/request"
     if args.json:
@@ -21140,7 +21138,7 @@ def change_calls(args: Arguments) -> None:
 
 
 def change_by_id(args: Arguments) -> None:
-    """One by one, and print those for which it is done.
+    """Change calls one by one, and print the ids of those for which it was done.
 
     Raises HttpError at the end if some could not be, each told on standard error.
     """
@@ -21179,7 +21177,7 @@ def read_data(data: str | None) -> bytes:
 
 
 def call_function(client: Client, route: str, args: Arguments, headers: HeaderPairs) -> bytes:
-    """POST to a function by one of the two routes. A name of none is told with those like it."""
+    """POST to a function by one of the two routes. The error for an unknown name has close ones."""
     path = quote(args.name, safe="/?&=%+:@!$'()*,;~[]")
     try:
         return client.ask(f"POST {route}{path}", read_data(args.data), headers)
@@ -21192,9 +21190,9 @@ def call_function(client: Client, route: str, args: Arguments, headers: HeaderPa
 
 
 def write_outcome(client: Client, record: Mapping[str, Any], as_json: bool) -> None:
-    """What a call that has ended wrote: each stream to ours.
+    """Write what a call that has ended wrote: stdout to ours, stderr to ours.
 
-    Raises HttpError after what there is of an answer that was not kept as a whole.
+    Raises HttpError, at the end, for an answer that was not kept as a whole.
     """
     path = f"GET {call_path(record['id'])}"
     output = client.ask(f"{path}/log?stream=stdout")
@@ -21244,7 +21242,7 @@ QUEUE_ROW = "{:28.28}  {:>7}  {:>7}  {:>5}  {:>8}  {:>6}  {}"
 
 
 def list_queues(args: Arguments) -> None:
-    """The last one is the callback sender's."""
+    """Print the queues; the last one is the callback sender's."""
     document = Client(args).document("GET /system/queues", "queues")
     if args.json:
         write_json(document)
@@ -21266,7 +21264,7 @@ def write_queues(queues: Iterable[Mapping[str, Any]]) -> None:
 
 
 def change_queue(args: Arguments) -> None:
-    """Pause, resume or purge one."""
+    """Pause, resume or purge a queue."""
     document = Client(args).document(args.request.format(quote(args.name, safe="")), "queue")
     if args.json:
         write_json(document)
@@ -21277,7 +21275,7 @@ def change_queue(args: Arguments) -> None:
 
 
 def save_backup(args: Arguments) -> None:
-    """A copy of the queue's file as it is at one moment: whole, or not there at all."""
+    """Save a copy of the queue's file as it is at one moment: whole, or not at all."""
     pieces = Client(args).stream("GET /system/backup")
     if args.copy == "-":
         if sys.stdout.isatty():
@@ -21295,9 +21293,9 @@ def save_backup(args: Arguments) -> None:
 
 
 def write_whole(target: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file for its owner only, which is there once all of it is on disk. Raises HttpError.
+    """Write a file for its owner only. It appears once all of it is on disk. Raises HttpError.
 
-    What ends this program ends it without a part of the file.
+    A signal that ends this program leaves no part of it.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}")
 
@@ -21320,14 +21318,14 @@ def write_whole(target: Path, pieces: Iterable[bytes]) -> None:
         part.unlink(missing_ok=True)
 
 
-# What is said of the whole daemon, and from when on it is worth a look.
-STUCK_S = 60.0  # a call that is due, while nothing runs in its queue
+# From when on something is worth a complaint.
+STUCK_S = 60.0  # since a call is due, while nothing runs in its queue
 NEARLY_FULL = 0.9
 LITTLE_BYTES = 200 * MIB  # left on the disk
 
 
 def show_status(args: Arguments) -> int:
-    """The daemon in one screen; exit code 1 if it needs somebody."""
+    """Print the daemon's state in one screen; exit code 1 if it needs somebody."""
     client = Client(args)
     stats = client.document("GET /system/stats", "version", "queues", "store")
     schedules = client.document("GET /system/schedules", "schedules")["schedules"]
@@ -21425,7 +21423,7 @@ SCHEDULE_ROW = "{:16.16}  {:12.12}  {:16.16}  {:>6}  {}"  # a time without its s
 
 
 def list_schedules(args: Arguments) -> None:
-    """With the next instant, by this machine's clock, and the last one."""
+    """Print the schedules with their next instant, by this machine's clock, and their last run."""
     document = Client(args).document("GET /system/schedules", "schedules")
     if args.json:
         write_json(document)
@@ -21437,18 +21435,12 @@ def list_schedules(args: Arguments) -> None:
             following = "paused"
         last = [f"{run['status']} {brief(ago(run['scheduled_for']))}" for run in schedule["runs"]]
         told = "; ".join([*last[:1], schedule["words"]])
-        write_row(
-            SCHEDULE_ROW,
-            schedule["name"],
-            schedule["function"],
-            following,
-            schedule["missed"],
-            told,
-        )
+        cells = (schedule["name"], schedule["function"], following, schedule["missed"])
+        write_row(SCHEDULE_ROW, *cells, told)
 
 
 def show_next(args: Arguments) -> None:
-    """The next instants of an expression, which no daemon is needed for, or of a schedule."""
+    """Print the next instants of a schedule, or of an expression, for which no daemon is needed."""
     schedule = named_schedule(args)
     following = list(itertools.islice(next_instants(schedule, time.time()), args.count or 10))
     if args.json:
@@ -21460,7 +21452,7 @@ def show_next(args: Arguments) -> None:
 
 
 def named_schedule(args: Arguments) -> Schedule:
-    """What an expression says, or what the daemon says of a schedule."""
+    """An expression as a schedule, or the schedule of this name, as the daemon has it."""
     if re.search("[ @]", args.schedule):
         zone = args.timezone or "UTC"
         try:
@@ -21477,7 +21469,7 @@ def named_schedule(args: Arguments) -> Schedule:
 
 
 def change_schedule(args: Arguments) -> None:
-    """Run one now, and print the id of the call; or pause it, or have it go on."""
+    """Run a schedule now, and print the id of the call; or pause or resume it."""
     request = args.request.format(quote(args.schedule, safe=""))
     document = Client(args).document(request, "schedule")
     if args.json:
@@ -21496,7 +21488,7 @@ FEWEST_DESCRIPTORS = 24  # free ones: a dozen are used to begin with, and by a c
 
 
 def open_standard_files() -> None:
-    """Have 0, 1 and 2 be something: they may be closed, and would become sockets or the store."""
+    """Open descriptors 0, 1 and 2 if they are closed: else a socket or the store would get them."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -21511,7 +21503,7 @@ def open_standard_files() -> None:
 
 
 def require_library() -> None:
-    """Raise ConfigError for an aiohttp that does not have what is used of it."""
+    """Raise ConfigError for an aiohttp that is too old."""
     version = re.match(r"(\d+)\.(\d+)", aiohttp.__version__)
     if version is None or (int(version[1]), int(version[2])) < OLDEST_AIOHTTP:
         oldest = ".".join(map(str, OLDEST_AIOHTTP))
@@ -21520,9 +21512,9 @@ def require_library() -> None:
 
 
 def require_descriptors() -> None:
-    """Raise Shortage where there are not enough to serve a call.
+    """Raise Shortage if there are too few descriptors to serve a call.
 
-    Event loops that meet that while they begin leave tracebacks, or hang.
+    An event loop that finds none while it begins leaves a traceback, or hangs.
     """
     held: list[int] = []
     try:
@@ -21568,7 +21560,7 @@ def serve(args: Arguments) -> int:
     except RuntimeError:
         if code is None:
             raise
-        # All is done; but uvloop's loop can't be closed while there are no descriptors.
+        # The daemon has ended: only uvloop's loop could not be closed, without descriptors.
     finally:
         for handler in [*log.handlers]:
             handler.close()
@@ -21598,7 +21590,7 @@ def check(args: Arguments) -> None:
 # leaves the file after it was stored, and to store it again changes nothing (WorkQueue.enqueue).
 
 MOVED_AT_ONCE = 64  # calls
-TOLD_AT_ONCE = 4  # callbacks, whose answers may be large
+CALLBACKS_AT_ONCE = 4  # fewer, as their answers may be large
 
 
 def nothing(about: object) -> None:
@@ -21618,8 +21610,8 @@ class Move:
     async def run(self) -> None:
         """Move all. Raises StoreError: some is not moved yet.
 
-        Pauses come first, so that nothing of a paused queue runs; each once, so that one which was
-        resumed there goes on.
+        Pauses come first, so that nothing of a paused queue runs. Each is moved only once: a queue
+        that was resumed there since stays so.
         """
         for name in pauses(self._file):
             await self._queue.pause(name, True)
@@ -21629,7 +21621,7 @@ class Move:
             if await self._queue.schedules.save(state._replace(revision=0), ()):
                 self.moved["schedule"] += 1
         await self._move("call", waiting_calls, MOVED_AT_ONCE)
-        await self._move("callback", calls_to_tell, TOLD_AT_ONCE)
+        await self._move("callback", calls_to_tell, CALLBACKS_AT_ONCE)
 
     async def _move(
         self, what: str, read: Callable[[SqliteFile, int, int], Sequence[Moving]], limit: int
@@ -21653,7 +21645,7 @@ class Move:
                     raise result
 
     async def _store(self, moving: Moving) -> None:
-        """Store a call; once more, where a move was killed after that. HttpError: it can't be."""
+        """Store a call, if a move that was killed has not. HttpError: it can't be stored."""
         call = moving.call
         if isinstance(call, EndedCall):
             ended = NatsCall(**call.columns)
@@ -21693,9 +21685,9 @@ async def move_calls(file: SqliteFile, config: Config) -> Move:
 
 
 def require_queue_file(path: Path) -> None:
-    """Raise StoreError for what is no queue's file, or damaged: nothing is changed.
+    """Raise StoreError for what is no queue's file, or damaged. Nothing is changed.
 
-    To open it would make one, or set it aside.
+    To open it as a queue would make a new one, or set it aside.
     """
     try:
         with path.open("rb") as file:
@@ -21731,7 +21723,7 @@ def move(args: Arguments) -> int:
 
 
 # --- Manual page ----------------------------------------------------------------------------------
-# What it and --help have beside the commands.
+# What the manual page and --help say beside the commands.
 
 EXIT_CODES = {
     0: "done",
@@ -21771,8 +21763,13 @@ class Command(NamedTuple):
     words: str
     run: Callable[[Arguments], int | None]
     summary: str
-    options: str
-    request: str = ""  # what `run` asks the daemon, where it serves several commands
+    options: str  # options and arguments, without CLIENT_OPTIONS
+    request: str = ""  # what `run` asks the daemon, if it serves several commands
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asks a daemon, and so has CLIENT_OPTIONS, too."""
+        return self.words not in ("", "serve", "check", "move", "man", "completion")
 
 
 def epilog() -> str:
@@ -21812,8 +21809,7 @@ def manual_page(commands: Sequence[Command], options: Mapping[str, Mapping[str, 
         if not words or f"{words} list" in shown:  # the same as `list`
             del shown[words]
     for words, command in shown.items():
-        own = [name for name in command.options.split() if name not in CLIENT_OPTIONS]
-        usage = [roff_option(name, options[name], True) for name in own]
+        usage = [roff_option(name, options[name], True) for name in command.options.split()]
         lines += [".TP", f"\\fB{words}\\fR {' '.join(usage)}".rstrip()]
         lines.append(f"{roff(command.summary)}.")
     clients = [f"\\fB{roff(name)}\\fR" for name in CLIENT_OPTIONS]
@@ -21927,8 +21923,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "store": {"metavar": "FILE", "nargs": "?", "help": "the queue's file, instead of store.path"},
     "shell": {"metavar": "SHELL", "choices": SHELLS, "help": ", ".join(SHELLS)},
 }
-WHICH = "--status --callback --function --queue --schedule --since --until"
-WHERE = " ".join(CLIENT_OPTIONS)
+WHICH = " ".join(f"--{name}" for name in FILTER_OPTIONS)
+LISTED = f"{WHICH} -n/--limit --long --watch --json"
+CHOSEN = f"ids {WHICH}"
 
 
 def print_manual(args: Arguments) -> None:
@@ -21951,90 +21948,45 @@ COMMANDS: Sequence[Command] = (
     Command("serve", serve, "run the daemon (as without a command)", "--config --listen"),
     Command("check", check, "check a configuration file", "file --config"),
     Command("move", move, "move what waits in a stopped daemon's file to NATS", "store --config"),
-    Command("status", show_status, "tell how the daemon is", f"--json {WHERE}"),
-    Command(
-        *("calls", list_calls, "list calls, or what ACTION says"),
-        f"{WHICH} -n/--limit --long --watch --json {WHERE}",
-    ),
-    Command(
-        *("calls list", list_calls, "list calls, newest first"),
-        f"{WHICH} -n/--limit --long --watch --json {WHERE}",
-    ),
-    Command(
-        *("calls show", show_call, "print a call's record and what its function said"),
-        f"id --wait --json {WHERE}",
-    ),
-    Command(
-        *("calls log", print_log, "print what a call's function wrote"),
-        f"id -f/--follow {WHERE}",
-    ),
-    Command(
-        *("calls result", print_call, "print a function's answer, and nothing else"),
-        *(f"id {WHERE}", "GET /system/calls/{}/result"),
-    ),
-    Command(
-        *("calls request", print_request, "print what a call asks; with --json its headers"),
-        f"id --json {WHERE}",
-    ),
-    Command(
-        *("calls cancel", change_calls, "cancel calls by id, or by filter"),
-        *(f"ids {WHICH} {WHERE}", CANCEL_ONE),
-    ),
-    Command(
-        *("calls retry", change_calls, "run finished calls again by id, or by filter"),
-        *(f"ids {WHICH} {WHERE}", RETRY_ONE),
-    ),
-    Command(
-        *("calls resend", change_by_id, "send callbacks again, without running the functions"),
-        *(f"ids {WHERE}", "POST /system/calls/{}/callback"),
-    ),
-    Command("queues", list_queues, "list queues, or what ACTION says", f"--json {WHERE}"),
-    Command("queues list", list_queues, "list queues", f"--json {WHERE}"),
-    Command(
-        *("queues pause", change_queue, "hold a queue's calls"),
-        *(f"name --json {WHERE}", "POST /system/queues/{}/pause"),
-    ),
-    Command(
-        *("queues resume", change_queue, "let them run again"),
-        *(f"name --json {WHERE}", "POST /system/queues/{}/resume"),
-    ),
-    Command(
-        *("queues purge", change_queue, "cancel what waits in a queue"),
-        *(f"name --json {WHERE}", "POST /system/queues/{}/purge"),
-    ),
-    Command("schedules", list_schedules, "list schedules, or what ACTION says", f"--json {WHERE}"),
-    Command("schedules list", list_schedules, "list schedules", f"--json {WHERE}"),
-    Command(
-        *(
-            "schedules next",
-            show_next,
+    Command("status", show_status, "tell how the daemon is", "--json"),
+    Command("calls", list_calls, "list calls, or what ACTION says", LISTED),
+    Command("calls list", list_calls, "list calls, newest first", LISTED),
+    Command("calls show", show_call, "print a call's record and what its function said",
+            "id --wait --json"),
+    Command("calls log", print_log, "print what a call's function wrote", "id -f/--follow"),
+    Command("calls result", print_result, "print a function's answer, and nothing else", "id"),
+    Command("calls request", print_request, "print what a call asks; with --json its headers",
+            "id --json"),
+    Command("calls cancel", change_calls, "cancel calls by id, or by filter", CHOSEN, CANCEL_ONE),
+    Command("calls retry", change_calls, "run finished calls again by id, or by filter",
+            CHOSEN, RETRY_ONE),
+    Command("calls resend", change_by_id, "send callbacks again, without running the functions",
+            "ids", "POST /system/calls/{}/callback"),
+    Command("queues", list_queues, "list queues, or what ACTION says", "--json"),
+    Command("queues list", list_queues, "list queues", "--json"),
+    Command("queues pause", change_queue, "hold a queue's calls",
+            "name --json", "POST /system/queues/{}/pause"),
+    Command("queues resume", change_queue, "let them run again",
+            "name --json", "POST /system/queues/{}/resume"),
+    Command("queues purge", change_queue, "cancel what waits in a queue",
+            "name --json", "POST /system/queues/{}/purge"),
+    Command("schedules", list_schedules, "list schedules, or what ACTION says", "--json"),
+    Command("schedules list", list_schedules, "list schedules", "--json"),
+    Command("schedules next", show_next,
             "say what a schedule or an expression means, and when it is",
-        ),
-        f"schedule --count --timezone --json {WHERE}",
-    ),
-    Command(
-        *("schedules run", change_schedule, "run one now, and print the id of its call"),
-        *(f"schedule --json {WHERE}", "POST /system/schedules/{}/run"),
-    ),
-    Command(
-        *("schedules pause", change_schedule, "have one rest"),
-        *(f"schedule --json {WHERE}", "POST /system/schedules/{}/pause"),
-    ),
-    Command(
-        *("schedules resume", change_schedule, "have one go on, with its next instant"),
-        *(f"schedule --json {WHERE}", "POST /system/schedules/{}/resume"),
-    ),
-    Command(
-        *("invoke", invoke, "call a function"),
-        f"name -d/--data -H/--header --async --wait --json {WHERE}",
-    ),
-    Command(
-        *("backup", save_backup, "copy the queue's file while it is used"),
-        f"copy --force {WHERE}",
-    ),
+            "schedule --count --timezone --json"),
+    Command("schedules run", change_schedule, "run one now, and print the id of its call",
+            "schedule --json", "POST /system/schedules/{}/run"),
+    Command("schedules pause", change_schedule, "have one rest",
+            "schedule --json", "POST /system/schedules/{}/pause"),
+    Command("schedules resume", change_schedule, "have one go on, with its next instant",
+            "schedule --json", "POST /system/schedules/{}/resume"),
+    Command("invoke", invoke, "call a function",
+            "name -d/--data -H/--header --async --wait --json"),
+    Command("backup", save_backup, "copy the queue's file while it is used", "copy --force"),
     Command("man", print_manual, "print the manual page, for man", ""),
     Command("completion", print_completion, "print what a shell needs to complete", "shell"),
-)
+)  # fmt: skip
 GROUPS = ("calls", "queues", "schedules")  # of commands; the singular does as well
 
 
@@ -22062,7 +22014,7 @@ def commands_for(words: Sequence[str]) -> Sequence[Command]:
 def make_parser(
     commands: Sequence[Command] = COMMANDS, complete_files: object = None
 ) -> argparse.ArgumentParser:
-    """The parser of the command line; its --help is the manual.
+    """The parser of the command line.
 
     `complete_files` is how shtab has a shell complete names of files.
     """
@@ -22081,7 +22033,7 @@ def make_parser(
                 description=command.summary,
                 epilog=epilog(),
             )
-        for option in command.options.split():
+        for option in (*command.options.split(), *(CLIENT_OPTIONS if command.asks else ())):
             flags = option.split("/")
             action = parser.add_argument(*flags, default=argparse.SUPPRESS, **OPTIONS[option])
             if OPTIONS[option].get("metavar") == "FILE":
