@@ -12757,6 +12757,11 @@ def no_answer(exc: HttpProcessingError, data: bytes) -> RequestFailed:
         text = "answered with too many headers"
     elif data.startswith(b"\x15\x03"):  # the alert of a TLS server
         text = "speaks TLS: its URL begins with https://"
+    return invalid(text)
+
+
+def invalid(text: str) -> RequestFailed:
+    """What came is no answer."""
     return RequestFailed(FailureKind.INVALID, text)
 
 
@@ -12828,21 +12833,9 @@ class TimeLimit:
 READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
 MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
 DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
-STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
-DNS_CACHE_S = 10.0
 MAX_ORIGINS = 1_000  # of which something is remembered
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say
-BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
-# Packed headers in whose place a request has its own.
-FRAMING_NAMES = b"content-length|transfer-encoding|host|connection"
-FRAMING = re.compile(rb"\n(?:%b): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
-FRAMING_AND_LOGIN = re.compile(rb"\n(?:%b|authorization): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
-TOLD_LENGTH = re.compile(rb"\ncontent-length: ([^\n]*)", re.IGNORECASE)
-PROXY_VARIABLES = {
-    "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
-    "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
-}
 ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
 TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
@@ -12893,6 +12886,11 @@ class Flow:
         if self.transport is None:
             raise ConnectionResetError("the peer has gone away")
         return self.transport
+
+    def abort(self) -> None:
+        """Close it at once."""
+        if self.transport is not None:
+            self.transport.abort()
 
     @property
     def full(self) -> bool:
@@ -13014,14 +13012,19 @@ def with_one_length(data: bytes) -> bytes:
 
     Some servers behind others do (RFC 9110 8.6); the parser refuses it.
     """
-    end = data.find(b"\r\n\r\n")
-    lines = data[:end].split(b"\r\n") if end >= 0 else []
+    first = STATUS_LINE.search(data)
+    if first is None:
+        return data
+    start = first.end()
+    end = data.find(b"\r\n\r\n", start)
+    lines = data[start:end].split(b"\r\n") if end >= 0 else []
     told = [line for line in lines if line.lower().startswith(b"content-length:")]
     lengths = b",".join(line.partition(b":")[2] for line in told).split(b",")
     if len(lengths) == 1 or len({length.strip() for length in lengths}) > 1:
         return data
     others = [line for line in lines if line not in told]
-    return b"\r\n".join([*others, b"Content-Length: " + lengths[0].strip()]) + data[end:]
+    one = b"Content-Length: " + lengths[0].strip()
+    return data[:start] + b"\r\n".join([*others, one]) + data[end:]
 
 
 class WholeAnswers:
@@ -13138,11 +13141,6 @@ class Wire(asyncio.Protocol):
         """Whether the whole answer has come and another request may follow."""
         return self._answer is None and self._body.is_eof() and self._keep and not self.closed
 
-    @property
-    def idle_s(self) -> float:
-        """How long it has been idle, or was when it ended."""
-        return (self.ended_at or time.monotonic()) - self.idle_since
-
     def rest(self) -> None:
         """Take note that an answer has come, and that it is idle from now on."""
         self.answers += 1
@@ -13167,8 +13165,7 @@ class Wire(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it at once."""
-        if self._flow.transport is not None:
-            self._flow.transport.abort()
+        self._flow.abort()
 
     # What the event loop and the parser's streams tell.
 
@@ -13183,21 +13180,14 @@ class Wire(asyncio.Protocol):
             self.abort()  # Nobody asked for this.
             return
         self.silent = False
-        if self._answer is not None and not self._head and not self._headless:
-            whole = self._whole.take(data)
-            if whole is not None:
-                self._answered(*whole)
-                return
-        if self._answer is not None:
-            data = with_one_length(data)
+        fresh = self._answer is not None and not self._head and not self._headless
+        if fresh and (whole := self._whole.take(data)) is not None:
+            self._answered(*whole)
+            return
         try:
             messages, _, _ = self._parser.feed_data(data)
         except HttpProcessingError as exc:
-            parser = new_parser(self._flow, self._headless)
-            for message, body in whole_heads(parser, self._head + data):
-                self._answered(message, body)
-            self._tell_status(data)
-            self.fail(no_answer(exc, data))
+            self._read_again(exc, data)
             return
         for message, body in messages:
             self._answered(message, body)
@@ -13205,8 +13195,21 @@ class Wire(asyncio.Protocol):
             self._tell_status(data)
             self._head += data
             if len(self._head) > MAX_HEAD_BYTES:
-                too_long = f"answered with headers longer than {MAX_HEAD_BYTES} bytes"
-                self.fail(RequestFailed(FailureKind.INVALID, too_long))
+                self.fail(invalid(f"answered with headers longer than {MAX_HEAD_BYTES} bytes"))
+
+    def _read_again(self, exc: HttpProcessingError, data: bytes) -> None:
+        """Make what can be made of an answer that is not valid."""
+        self._parser = new_parser(self._flow, self._headless)
+        said = self._head + data
+        once = with_one_length(said)
+        if self._answer is not None and once != said:
+            self._head = b""
+            self.data_received(once)
+            return
+        for message, body in whole_heads(self._parser, said):
+            self._answered(message, body)
+        self._tell_status(data)
+        self.fail(no_answer(exc, data))
 
     def _tell_status(self, data: bytes) -> None:
         """Tell the status of an answer whose head may never be whole."""
@@ -13227,8 +13230,7 @@ class Wire(asyncio.Protocol):
             self.fail(broken(None))
             return
         if message.code < 200:
-            text = f"answered {message.code:03}, which is no answer"
-            self.fail(RequestFailed(FailureKind.INVALID, text))
+            self.fail(invalid(f"answered {message.code:03}, which is no answer"))
             return
         answer, self._answer = self._answer, None
         self._body = EMPTY_PAYLOAD if isinstance(body, bytes) else body
@@ -13308,8 +13310,7 @@ class Tls(asyncio.Transport, asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it at once."""
-        if self._flow.transport is not None:
-            self._flow.transport.abort()
+        self._flow.abort()
 
     def pause_reading(self) -> None:
         """Enough is waiting to be read."""
@@ -13435,6 +13436,11 @@ class Origin(NamedTuple):
     proxy: yarl.URL | None
 
 
+def idle_s(wire: Wire) -> float:
+    """How long a connection has been idle, or was when it ended."""
+    return (wire.ended_at or time.monotonic()) - wire.idle_since
+
+
 class Habit:
     """Whether a peer keeps its connections open, and for how many answers.
 
@@ -13459,7 +13465,7 @@ class Habit:
             self._trial = None
         if wire.answers < self.trusted:
             return True
-        lasts = wire.idle_s >= min(self._wary_s, MAX_PROOF_S)
+        lasts = idle_s(wire) >= min(self._wary_s, MAX_PROOF_S)
         return lasts and self._trial is None and time.monotonic() >= self._wary_until
 
     def use(self, wire: Wire) -> None:
@@ -13475,7 +13481,7 @@ class Habit:
 
     def lost(self, wire: Wire) -> None:
         """A connection has ended while it was idle, perhaps too soon."""
-        if wire.answers < self.trusted and wire.idle_s < HASTY_S:
+        if wire.answers < self.trusted and idle_s(wire) < HASTY_S:
             self.doubt(wire)
 
     def doubt(self, wire: Wire) -> None:
@@ -13576,6 +13582,14 @@ class Pool:
 
 # --- HTTP messages --------------------------------------------------------------------------------
 # What is sent to a peer, and what comes back.
+
+BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
+# Packed headers in whose place a request has its own.
+FRAMING_NAMES = b"content-length|transfer-encoding|host|connection"
+FRAMING = re.compile(rb"\n(?:%b): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
+FRAMING_AND_LOGIN = re.compile(rb"\n(?:%b|authorization): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
+TOLD_LENGTH = re.compile(rb"\ncontent-length: ([^\n]*)", re.IGNORECASE)
+
 # -- requests
 
 
@@ -13826,6 +13840,14 @@ def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
 
 # --- HTTP client ----------------------------------------------------------------------------------
 # The one way out.
+
+STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
+DNS_CACHE_S = 10.0
+PROXY_VARIABLES = {
+    "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
+    "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
+}
+
 # -- connecting
 
 

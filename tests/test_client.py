@@ -378,6 +378,16 @@ LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connect
         200,
         b"ok",
     ),
+    "with its length twice, after an interim answer": (
+        b"HTTP/1.1 103 E\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+        200,
+        b"ok",
+    ),
+    "with a body that looks like that": (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 38\r\n\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n.",
+        200,
+        b"Content-Length: 2\r\nContent-Length: 2\r\n",
+    ),
     "with its length in a list": (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok", 200, b"ok"),
 }
 
@@ -417,6 +427,25 @@ def test_an_answer_that_ends_with_its_connection_is_understood(run: Scenario, na
             assert await asking == (status, body)
             if b"Length" in data:
                 await connection.ended()
+
+    run(scenario())
+
+
+def test_a_length_may_be_told_twice_in_two_pieces(run: Scenario) -> None:
+    """Wherever the first of them ends, and the body in pieces, too (RFC 9110 8.6)."""
+    data = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: y\r\nContent-Length: 2\r\n\r\nok"
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            for end in (16, 36, 40, 58, len(data) - 1):
+                asking = peer.ask()
+                connection = await peer.accept()
+                await connection.request()
+                connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for piece in (data[:end], data[end:]):
+                    await connection.send(piece)
+                    await asyncio.sleep(0.01)
+                assert await asking == (200, b"ok")
 
     run(scenario())
 
