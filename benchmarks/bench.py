@@ -10,7 +10,8 @@
 The yardstick is an aiohttp low-level server on uvloop that reads the body and answers 202: what Python
 could do at most if nothing had to be stored. Bare handler and daemon take turns in short rounds, because
 machines are shared and their speed drifts; a row shows the medians over the rounds and the median of the
-rounds' ratios. Where no bare figure stands in a row, its ratio is against the bare handler at 32 connections.
+rounds' ratios. Where no bare figure stands in a row, its ratio is against the bare handler at 32 connections,
+of which a round comes before each of the row's.
 
 `stock` is what OpenFaaS's own gateway, NATS Streaming and queue-worker reach: as a ratio to the same bare
 handler (20,000/s on the machine where both were measured) for rates, else as the figure itself.
@@ -759,6 +760,7 @@ class Drained:
 
     rate: float
     cpu_us: float = 0.0  # of the daemon, for one call; 0: others came in meanwhile
+    bare: float = 0.0  # the bare handler's rate right before, at 32 connections; 0: not measured
 
 
 @dataclass
@@ -782,15 +784,15 @@ class Bench:
     def daemon(self, name: str, spread: int = 0) -> contextlib.AbstractContextManager[Daemon]:
         return running_daemon(self.script, self.directory / name, self.sink, spread)
 
-    def alternate(self, targets: list[Target], connections: int) -> list[list[Load]]:
-        """Load the targets in turns; the rounds of each."""
+    def alternate(self, targets: list[Target], connections: int, rounds: int = 0) -> list[list[Load]]:
+        """Load the targets in turns, so often or as often as all are; the loads of each."""
         loads: list[list[Load]] = [[] for _ in targets]
-        for _ in range(self.rounds):
-            for target, rounds in zip(targets, loads, strict=True):
+        for _ in range(rounds or self.rounds):
+            for target, of_target in zip(targets, loads, strict=True):
                 used = process_cpu_s(target.pid)
                 load = self.generator.run(target.port, target.path, connections, self.seconds)
                 cpu_us = 1e6 * (process_cpu_s(target.pid) - used) / load.requests
-                rounds.append(replace(load, cpu_us=cpu_us))
+                of_target.append(replace(load, cpu_us=cpu_us))
                 if target.pid == self.bare.pid and connections == 32:
                     self.bare_rates.append(load.rate)
         return loads
@@ -818,7 +820,8 @@ class Bench:
 
     def against_bare_32(self, title: str, drained: list[Drained], stock: float, goal: str = "") -> None:
         rate = median(one.rate for one in drained)
-        self.add(title, "/s", rate, ratio=rate / median(self.bare_rates), goal=goal, stock=stock / STOCK_BARE)
+        ratio = median(one.rate / one.bare for one in drained)
+        self.add(title, "/s", rate, ratio=ratio, goal=goal, stock=stock / STOCK_BARE)
         if cpu := [one.cpu_us for one in drained if one.cpu_us]:
             self.add("  CPU", "us", median(cpu))
 
@@ -887,33 +890,41 @@ class Bench:
         for _, mib in pss:
             self.add("  PSS", "MiB", mib)
 
+    def bare_rate(self) -> float:
+        """The bare handler's rate at this time, at 32 connections."""
+        [[load]] = self.alternate([Target(self.bare.pid, self.bare.port, "/async-function/bare")], 32, rounds=1)
+        return load.rate
+
+    def drain_in_turns(self, daemon: Daemon, queue: str, *, callback: bool = False) -> list[Drained]:
+        """Backlogs worked off in turns with rounds of the bare handler."""
+        drained = []
+        for _ in range(self.rounds):
+            bare = self.bare_rate()
+            drained.append(replace(self.drain_once(daemon, queue, self.calls, callback=callback), bare=bare))
+        return drained
+
     def drain(self, daemon: Daemon) -> None:
-        self.load_bare()
         for queue, callback, goal, stock in (
             ("one", False, "", 689),
             ("many", False, "ratio >= 0.36", 2940),
             ("one", True, "", 567),
             ("many", True, "ratio >= 0.20", 1750),
         ):
-            drained = [self.drain_once(daemon, queue, self.calls, callback=callback) for _ in range(self.rounds)]
+            drained = self.drain_in_turns(daemon, queue, callback=callback)
             title = f"drain, {IN_FLIGHT[queue]} in flight{', with callback' if callback else ''}"
             self.against_bare_32(title, drained, stock, goal)
 
-    def load_bare(self) -> None:
-        """Take the bare handler's rate at this time of the run."""
-        self.alternate([Target(self.bare.pid, self.bare.port, "/async-function/bare")], 32)
-
     def mixed(self, daemon: Daemon) -> None:
-        self.load_bare()
         station, rates_in, rates_out = daemon.station("many"), [], []
         for _ in range(self.rounds):
+            bare = self.bare_rate()
             self.fill(daemon, "many", self.calls)
             self.sink.tell("release", station)
             begun, before = time.monotonic(), self.sink.tell("stats", station)
             load = self.generator.run(daemon.port, daemon.route("many"), 32, self.seconds)
             after, seconds = self.sink.tell("stats", station), time.monotonic() - begun
-            rates_in.append(Drained(load.rate))
-            rates_out.append(Drained((after.answered - before.answered) / seconds))
+            rates_in.append(Drained(load.rate, bare=bare))
+            rates_out.append(Drained((after.answered - before.answered) / seconds, bare=bare))
             self.sink.wait_quiet(station)
         goal = "ratio >= 0.15"
         self.against_bare_32("enqueue while draining, 64 in flight: in", rates_in, 2650, goal)
@@ -945,7 +956,7 @@ class Bench:
             goal = "ratio >= 0.25"
             self.against_bare("sync, through a provider", target, 1)
             self.against_bare("sync, through a provider", target, 32, {"rate": goal}, rate=5050 / STOCK_BARE)
-            drained = [self.drain_once(daemon, "provided", self.calls) for _ in range(self.rounds)]
+            drained = self.drain_in_turns(daemon, "provided")
             self.against_bare_32("drain, 64 in flight, through a provider", drained, 2940, goal)
 
     def enqueue(self, daemon: Daemon) -> None:
