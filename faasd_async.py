@@ -50,7 +50,8 @@ States of a call
 
 A call's life, by the names below
     Front.answer guards the request and finds the route, FunctionRoutes.queue reads it,
-    Intake.accept makes an Invocation of it, WorkQueue.enqueue stores it: 202.
+    Intake.invocation makes an Invocation of it, WorkQueue.enqueue stores it: 202.
+    A request like one before it takes a shorter way to the same end: Front.store.
     Consumer claims it (WorkQueue.claim), InvocationJob.execute has FunctionCaller run the function,
     `decide` says what follows: WorkQueue.complete or WorkQueue.retry.
     A completed call with a callback URL is claimed again, from the queue CALLBACKS, by a Consumer
@@ -6060,64 +6061,62 @@ def note_pause(file: SqliteFile, queue: str) -> None:
 
 
 class Entry(NamedTuple):
-    """A step that somebody waits for."""
+    """A step, and who waits for it."""
 
     step: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    future: asyncio.Future[Any]
-    shared: bool = False  # done once for a list of the arguments that several entries have
+    arguments: Sequence[Any]
+    futures: Sequence[asyncio.Future[Any]]
+    shared: bool = False  # There is one argument for each who waits, and one result.
+
+    def split(self) -> Iterator[Entry]:
+        """An entry for each who waits."""
+        if not self.shared:
+            yield self
+            return
+        for argument, future in zip(self.arguments, self.futures, strict=True):
+            yield Entry(self.step, [argument], [future], shared=True)
 
 
-Answer = tuple[asyncio.Future[Any], object]  # who waits, and a result or an error
+# Who waits, and a result or an error for each.
+Answers = tuple[Sequence[asyncio.Future[Any]], Sequence[object]]
 
 
-def do_steps(file: SqliteFile, batch: Sequence[Entry]) -> list[Answer]:
-    """Do the steps in their order. Shared ones with no other step between them are done at once."""
-    answers: list[Answer] = []
-    shared: defaultdict[Callable[..., Any], list[Entry]] = defaultdict(list)
-    for entry in batch:
-        if entry.shared:
-            shared[entry.step].append(entry)
-            continue
-        answers += share_steps(file, shared)
-        shared.clear()
-        answers.append((entry.future, do_step(file, entry)))
-    return answers + share_steps(file, shared)
-
-
-def share_steps(
-    file: SqliteFile, shared: Mapping[Callable[..., Any], Sequence[Entry]]
-) -> list[Answer]:
-    """Do each step once, for all of its entries."""
-    answers: list[Answer] = []
-    for step, entries in shared.items():
-        results = step(file, [entry.arguments[0] for entry in entries])
-        answers += zip([entry.future for entry in entries], results, strict=True)
+def do_steps(file: SqliteFile, batch: Sequence[Entry]) -> list[Answers]:
+    """Do the steps in their order."""
+    answers: list[Answers] = []
+    for step, arguments, futures, shared in batch:
+        results = step(file, arguments) if shared else [do_step(file, step, arguments)]
+        answers.append((futures, results))
     return answers
+
+
+def do_step(file: SqliteFile, step: Callable[..., Any], arguments: Sequence[Any]) -> object:
+    """What a step returns, or the HttpError that it raises before it changes anything."""
+    try:
+        return step(file, *arguments)
+    except HttpError as exc:
+        return exc
 
 
 def do_late_steps(
     file: SqliteFile, batch: list[Entry], inbox: SimpleQueue[list[Entry]]
-) -> list[Answer]:
+) -> list[Answers]:
     """Do the steps that were submitted meanwhile, and add them to the batch.
 
     Callers who were answered together come again together, and some of them a little late. Without
     this the late ones would get an fsync of their own, and from then on come as a second group.
     """
-    answers: list[Answer] = []
-    while len(batch) < GROUP_COMMIT_MAX and inbox.qsize():
+    answers: list[Answers] = []
+    while inbox.qsize() and not full_batch(batch):
         late = inbox.get()
         batch += late
         answers += do_steps(file, late)
     return answers
 
 
-def do_step(file: SqliteFile, entry: Entry) -> object:
-    """What a step returns, or the HttpError that it raises before it changes anything."""
-    try:
-        return entry.step(file, *entry.arguments)
-    except HttpError as exc:
-        return exc
+def full_batch(batch: Sequence[Entry]) -> bool:
+    """Whether so many wait for it that the others should wait for the next one."""
+    return sum(len(entry.futures) for entry in batch) >= GROUP_COMMIT_MAX
 
 
 class Listener(NamedTuple):
@@ -6137,16 +6136,17 @@ class Listener(NamedTuple):
             self.final(ended)
 
 
-def tell_all(listener: Listener, news: News, answers: Sequence[Answer]) -> None:
+def tell_all(listener: Listener, news: News, answers: Sequence[Answers]) -> None:
     """Tell what a transaction has led to, and who waits for it."""
     listener.tell(news)
-    for future, answer in answers:
-        if future.done():
-            continue
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+    for futures, results in answers:
+        for future, result in zip(futures, results, strict=True):
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
 
 
 class WallClock:
@@ -6173,6 +6173,72 @@ class WallClock:
         self._offset = self._now()
 
 
+class Outbox:
+    """Steps on their way to the writer, which gets those of a round of the loop together."""
+
+    def __init__(self, inbox: SimpleQueue[list[Entry]]) -> None:
+        self._inbox = inbox
+        self._loop = asyncio.get_running_loop()
+        self._entries: list[Entry] = []
+        # What the shared steps among them get, and who waits for them, as long as more may come.
+        self._shared: dict[Callable[..., Any], tuple[list[Any], list[asyncio.Future[Any]]]] = {}
+        self.closed = False
+
+    def submit(
+        self, step: Callable[[SqliteFile, Unpack[Ts]], T], *arguments: Unpack[Ts]
+    ) -> asyncio.Future[T]:
+        """Run a step in the next transaction; the future is set once that is on disk."""
+        if self.closed:
+            return self._refused()
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._shared.clear()  # Steps are done in their order.
+        self._put(Entry(step, arguments, [future]))
+        return future
+
+    def share(
+        self, step: Callable[[SqliteFile, Sequence[T]], Sequence[R | HttpError]], item: T
+    ) -> asyncio.Future[R]:
+        """The same for a step that does many items at once, and answers for each."""
+        if self.closed:
+            return self._refused()
+        future: asyncio.Future[R] = self._loop.create_future()
+        group = self._shared.get(step)
+        if group is None:
+            group = self._shared[step] = ([], [])
+            self._put(Entry(step, *group, shared=True))
+        items, futures = group
+        items.append(item)
+        futures.append(future)
+        return future
+
+    def _refused(self) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = self._loop.create_future()
+        future.set_exception(StoreError("the queue is closed"))
+        return future
+
+    def _put(self, entry: Entry) -> None:
+        if not self._entries:
+            # A round of the loop later: what ends in this one shares a transaction with what is
+            # claimed then for the slots that it leaves.
+            self._loop.call_soon(self._loop.call_soon, self._hand_over)
+        self._entries.append(entry)
+
+    def _hand_over(self) -> None:
+        self._shared.clear()
+        self._inbox.put(self._entries)
+        self._entries = []
+
+    def close(self) -> None:
+        """Hand over what there is, and take nothing after that."""
+        self._hand_over()
+        self.refuse()
+        self._inbox.put([])  # The writer may wait for something.
+
+    def refuse(self) -> None:
+        """Take nothing any more."""
+        self.closed = True
+
+
 class Writer:
     """The thread that owns the connection.
 
@@ -6186,11 +6252,10 @@ class Writer:
         self._observe_commit = observe_commit
         self._listener = listener
         self._loop = asyncio.get_running_loop()
-        self._outbox: list[Entry] = []  # submitted since the loop's last round
         self._inbox: SimpleQueue[list[Entry]] = SimpleQueue()
+        self.steps = Outbox(self._inbox)
         self._copies: SimpleQueue[asyncio.Future[IO[bytes]]] = SimpleQueue()  # that are asked for
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._closing = False
         self._ended = asyncio.Event()
         self._busy_since = float("inf")  # monotonic; since when it has not waited for work
         self._clock = WallClock()
@@ -6206,23 +6271,9 @@ class Writer:
 
     async def close(self) -> None:
         """Finish what was submitted, and end the thread."""
-        self._hand_over()
-        self._closing = True  # Nothing is handed over after this.
-        self._inbox.put([])  # The writer may wait for something.
+        self.steps.close()
         await self._ended.wait()  # not in another thread, of which there may be no more
         self._thread.join()
-
-    def submit(
-        self, step: Callable[[SqliteFile, Unpack[Ts]], T], *arguments: Unpack[Ts]
-    ) -> asyncio.Future[T]:
-        """Run a step in the next transaction; the future is set once that is on disk."""
-        return self._put(step, arguments)
-
-    def share(
-        self, step: Callable[[SqliteFile, Sequence[T]], Sequence[R | HttpError]], item: T
-    ) -> asyncio.Future[R]:
-        """The same for a step that does many items at once, and answers for each."""
-        return self._put(step, (item,), shared=True)
 
     def watch(self, tell: Tell[Changes] | None) -> None:
         """See CallRecords."""
@@ -6244,32 +6295,14 @@ class Writer:
         """For how long it has not waited for work."""
         return time.monotonic() - self._busy_since
 
-    def _put(
-        self, step: Callable[..., Any], arguments: tuple[Any, ...], *, shared: bool = False
-    ) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = self._loop.create_future()
-        if self._closing:
-            future.set_exception(StoreError("the queue is closed"))
-            return future
-        if not self._outbox:
-            # A round of the loop later: what ends in this one shares a transaction with what is
-            # claimed then for the slots that it leaves.
-            self._loop.call_soon(self._loop.call_soon, self._hand_over)
-        self._outbox.append(Entry(step, arguments, future, shared))
-        return future
-
-    def _hand_over(self) -> None:
-        self._inbox.put(self._outbox)
-        self._outbox = []
-
     def _run(self) -> None:
         try:
-            while not self._closing or self._inbox.qsize():
+            while not self.steps.closed or self._inbox.qsize():
                 self._round()
                 while self._copies.qsize():
                     self._copy(self._copies.get())
         finally:
-            self._closing = True  # Nothing is taken any more.
+            self.steps.refuse()
             self._file.close()
             with contextlib.suppress(RuntimeError):  # The loop may be closed.
                 self._loop.call_soon_threadsafe(self._ended.set)
@@ -6289,7 +6322,7 @@ class Writer:
         def trouble() -> str | None:
             if self._rollbacks > rollbacks:  # SQLite would begin anew.
                 return f"the queue can't store: {self._failure}"
-            return "the daemon stops" if self._closing or asked.done() else None
+            return "the daemon stops" if self.steps.closed or asked.done() else None
 
         answer = answered_copy(self._file, self._round, trouble, lambda: self._inbox.put([]))
         self._loop.call_soon_threadsafe(deliver_copy, asked, answer)
@@ -6303,14 +6336,14 @@ class Writer:
         with contextlib.suppress(Empty):
             # Waits are short enough to notice a clock that was set.
             batch = self._inbox.get(timeout=min(max(0.0, wait_s), CLOCK_CHECK_S))
-            while len(batch) < GROUP_COMMIT_MAX and self._inbox.qsize():
+            while self._inbox.qsize() and not full_batch(batch):
                 batch += self._inbox.get()
         now = time.time()
         if now < self._seen_at - 1.0:  # The clock was set back.
             self._file.distrust_index()
         self._seen_at = now
         if expire_at <= now:
-            batch.append(Entry(step_expire, (), self._nobody))
+            batch.append(Entry(step_expire, (), [self._nobody]))
         return batch
 
     def _commit(self, batch: list[Entry], whole: bool = False) -> None:
@@ -6347,8 +6380,8 @@ class Writer:
         parts: dict[Hashable, list[Entry]] = {}
         # What the disk refuses for one step it refuses for all that do the same.
         disk = isinstance(exc, sqlite3.OperationalError)
-        for entry in batch:
-            parts.setdefault(entry.step if disk else entry.future, []).append(entry)
+        for entry in batch if disk else itertools.chain(*(entry.split() for entry in batch)):
+            parts.setdefault(entry.step if disk else entry.futures[0], []).append(entry)
         if len(parts) > 1:
             for part in parts.values():
                 self._commit(part)
@@ -6357,9 +6390,9 @@ class Writer:
             self._expire_after = time.time() + RETRY_STORE_S
         reason = str(exc) if isinstance(exc, sqlite3.Error) else f"{type(exc).__name__}: {exc}"
         self._failure = reason
-        self._tell([(entry.future, StoreError(reason)) for entry in batch])
+        self._tell([(futures, [StoreError(reason)] * len(futures)) for _, _, futures, _ in batch])
 
-    def _tell(self, answers: list[Answer]) -> None:
+    def _tell(self, answers: list[Answers]) -> None:
         """Tell first who waits for work, then who asked."""
         news = self._file.take_news()
         news.woken += self._file.index.due(time.time())
@@ -6386,13 +6419,13 @@ class SqliteSchedules:
     writer: Writer
 
     async def state(self, name: str) -> ScheduleState:
-        return await self.writer.submit(step_schedule, name)
+        return await self.writer.steps.submit(step_schedule, name)
 
     async def states(self) -> Mapping[str, ScheduleState]:
-        return await self.writer.submit(step_schedules)
+        return await self.writer.steps.submit(step_schedules)
 
     async def save(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
-        return await self.writer.submit(step_save_schedule, state, calls)
+        return await self.writer.steps.submit(step_save_schedule, state, calls)
 
 
 @dataclass(frozen=True)
@@ -6402,7 +6435,7 @@ class SqliteStorage:
     writer: Writer
 
     async def figures(self) -> StoreFigures:
-        return await self.writer.submit(step_figures)
+        return await self.writer.steps.submit(step_figures)
 
     async def copy(self) -> IO[bytes]:
         return await self.writer.copy()
@@ -6418,6 +6451,7 @@ class SqliteQueue:
         self._file = SqliteFile(path, settings, recover)
         self._observe_commit = observe_commit
         self._writer: Writer  # these once open
+        self._steps: Outbox
         self._wake: Tell[str]
 
     async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
@@ -6426,28 +6460,29 @@ class SqliteQueue:
         tell_paused(self._file.index.paused)
         self._wake = wake
         self._writer = Writer(self._file, self._observe_commit, Listener(wake, stop, final))
+        self._steps = self._writer.steps
 
     async def close(self) -> None:
         await self._writer.close()
 
     def enqueue(self, call: Invocation) -> Awaitable[str]:
         if call.idempotency_key is not None:
-            return self._writer.submit(step_enqueue_once, call)
-        return self._writer.share(enqueue_calls, call)
+            return self._steps.submit(step_enqueue_once, call)
+        return self._steps.share(enqueue_calls, call)
 
     def claim(
         self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
     ) -> Awaitable[Sequence[Claim]]:
-        return self._writer.submit(step_claim, name, limit, room, rates)
+        return self._steps.submit(step_claim, name, limit, room, rates)
 
     def start(self, lane: str, rate: Rate) -> Awaitable[float]:
-        return self._writer.submit(step_start, lane, rate)
+        return self._steps.submit(step_start, lane, rate)
 
     def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
         completion = Completion(claim, outcome, status)
         if claim.queue == CALLBACKS:
-            return self._writer.share(deliver_callbacks, completion)
-        completed = self._writer.share(complete_calls, completion)
+            return self._steps.share(deliver_callbacks, completion)
+        completed = self._steps.share(complete_calls, completion)
         told = claim.callback_url or claim.failure_url
         if told and self._writer.failure is None:
             self._wake(CALLBACKS)  # Who claims at once does so in the same transaction.
@@ -6455,9 +6490,9 @@ class SqliteQueue:
 
     def retry(self, claim: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:
         if outcome is None:
-            return self._writer.submit(step_return, claim, delay_s)
+            return self._steps.submit(step_return, claim, delay_s)
         step = step_retry_callback if claim.queue == CALLBACKS else step_retry
-        return self._writer.submit(step, claim, outcome, delay_s)
+        return self._steps.submit(step, claim, outcome, delay_s)
 
     def stalled(self) -> str | None:
         if self._file.damaged:
@@ -6471,12 +6506,12 @@ class SqliteQueue:
     async def failing(self) -> str | None:
         if self._writer.failure is not None:
             with contextlib.suppress(StoreError):
-                await self._writer.submit(step_probe)
+                await self._steps.submit(step_probe)
         failure = self._writer.failure
         return f"the queue can't store: {failure}" if failure else None
 
     def lookup(self, call_id: str) -> Awaitable[CallRecord]:
-        return self._writer.submit(step_lookup, call_id)
+        return self._steps.submit(step_lookup, call_id)
 
     async def list_records(
         self, filters: CallFilter, limit: int = 100, cursor: str | None = None
@@ -6486,23 +6521,23 @@ class SqliteQueue:
         before = None if cursor is None else int(cursor)
         while True:
             wanted = limit - len(records)
-            more, after = await self._writer.submit(step_list, filters, before, wanted)
+            more, after = await self._steps.submit(step_list, filters, before, wanted)
             records += more
             if not after or len(records) >= limit:
                 return Page(records, str(after) if after else None)
             before = after
 
     def output(self, call_id: str) -> Awaitable[Output]:
-        return self._writer.submit(step_output, call_id)
+        return self._steps.submit(step_output, call_id)
 
     def answer(self, call_id: str) -> Awaitable[StoredAnswer]:
-        return self._writer.submit(step_answer, call_id)
+        return self._steps.submit(step_answer, call_id)
 
     def request(self, call_id: str) -> Awaitable[StoredRequest]:
-        return self._writer.submit(step_request, call_id)
+        return self._steps.submit(step_request, call_id)
 
     async def cancel(self, call_id: str) -> int:
-        if await self._writer.submit(step_cancel, call_id):
+        if await self._steps.submit(step_cancel, call_id):
             return 1
         result = await self.cancel_matching(CallFilter(call_id=call_id))
         if not result.matched:
@@ -6512,10 +6547,10 @@ class SqliteQueue:
         return result.done
 
     def redrive(self, call_id: str) -> Awaitable[None]:
-        return self._writer.submit(step_redrive, call_id)
+        return self._steps.submit(step_redrive, call_id)
 
     def resend(self, call_id: str) -> Awaitable[None]:
-        return self._writer.submit(step_resend, call_id)
+        return self._steps.submit(step_resend, call_id)
 
     async def cancel_matching(self, filters: CallFilter) -> BulkResult:
         return await self._bulk(filters, cancel_rows)
@@ -6531,7 +6566,7 @@ class SqliteQueue:
         before: int | None = None
         while True:
             next_at = time.monotonic() + BULK_PERIOD_S
-            step = self._writer.submit(step_bulk, filters, before, change)
+            step = self._steps.submit(step_bulk, filters, before, change)
             found, changed, before = await step
             matched += found
             done += changed
@@ -6542,29 +6577,29 @@ class SqliteQueue:
 
     async def purge(self, name: str) -> int:
         total = 0
-        last_seq = await self._writer.submit(step_last_seq)
+        last_seq = await self._steps.submit(step_last_seq)
         while True:
             next_at = time.monotonic() + BULK_PERIOD_S
-            number = await self._writer.submit(step_purge, name, last_seq)
+            number = await self._steps.submit(step_purge, name, last_seq)
             total += number
             if number < BATCH:
                 return total
             await asyncio.sleep(next_at - time.monotonic())
 
     def pause(self, name: str, paused: bool) -> Awaitable[None]:
-        return self._writer.submit(step_pause, name, paused)
+        return self._steps.submit(step_pause, name, paused)
 
     def stats(self) -> Awaitable[Mapping[str, QueueStats]]:
-        return self._writer.submit(step_stats)
+        return self._steps.submit(step_stats)
 
     def overview(self) -> Awaitable[Overview]:
-        return self._writer.submit(step_overview)
+        return self._steps.submit(step_overview)
 
     def watch(self, tell: Tell[Changes] | None) -> None:
         self._writer.watch(tell)
 
     def prune(self) -> Awaitable[int]:
-        return self._writer.submit(step_prune)
+        return self._steps.submit(step_prune)
 
     @property
     def schedules(self) -> SqliteSchedules:
@@ -15838,13 +15873,6 @@ ASKING = frozenset(name.lower() for name in (*CONTROL_HEADERS, "X-Call-Id", HOPS
 NO_CONTROLS = Controls()
 
 
-class Accepted(NamedTuple):
-    """A call that is stored: the id to answer with, and when it came in (Unix nanoseconds)."""
-
-    call_id: str
-    start_time: int
-
-
 def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T | None:
     """A parameter or header, parsed; None if it is absent.
 
@@ -15914,29 +15942,16 @@ class Intake:
             raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
         return value
 
-    async def accept(
-        self,
-        function: Function,
-        target: str,
-        headers: CallHeaders,
-        body: bytes,
-        controls: Controls,
-    ) -> Accepted:
-        """Queue a call; it is on disk when this returns. Raises StoreError, HttpError(422, 429)."""
-        call = self.invocation(function, target, headers, body, controls)
-        call_id = await self.queue.enqueue(call)
-        self.refusals.over()
-        self._count(call)
-        return Accepted(call_id, call.start_time)
-
     async def accept_scheduled(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
         """Queue calls together with what follows for their schedule; see ScheduleStates.save."""
         revision = await self.queue.schedules.save(state, calls)
         for call in calls if revision else ():
-            self._count(call)
+            self.stored(call)
         return revision
 
-    def _count(self, call: Invocation) -> None:
+    def stored(self, call: Invocation) -> None:
+        """Count a call that the queue has stored."""
+        self.refusals.over()
         self.metrics.submitted.count(call.queue)
         self.metrics.activity.hour.count("accepted", call.queue)
 
@@ -16113,8 +16128,8 @@ def sent_target(path: str) -> str:
 class RequestHead:
     """What a request says before its body."""
 
-    __slots__ = ("content_length", "headers", "keep_alive", "method",
-                 "notes", "raw_headers", "target", "usual", "version")  # fmt: skip
+    __slots__ = ("content_length", "headers", "keep_alive", "method", "notes",
+                 "prompt", "raw_headers", "target", "usual", "version")  # fmt: skip
 
     def __init__(self, message: RawRequestMessage) -> None:
         self.method: str = message.method
@@ -16127,6 +16142,7 @@ class RequestHead:
         self.usual = self.keep_alive and self.version == (1, 1) and self.method != "HEAD"
         length = message.headers.get("Content-Length")
         self.content_length = None if length is None else int(length)
+        self.prompt = False  # whether Application.store may take such a request
         # What follows from all this and was found out once: a head may come again, see KnownHeads.
         self.notes: dict[str, Any] = {}
 
@@ -16406,7 +16422,7 @@ class RequestReader:
         self._newest = head
         self._body = EMPTY_PAYLOAD
         self._unanswered += 1
-        self.stalled = self.full
+        self.stalled = self._unanswered >= MAX_PIPELINED
         self.arrived.append((head, WholeBody(data[end:]) if len(data) > end else EMPTY_PAYLOAD))
         return True
 
@@ -16511,7 +16527,7 @@ class RequestReader:
         self.stalled = self.full or leaves
 
 
-# --- HTTP server ----------------------------------------------------------------------------------
+# --- HTTP conversations ---------------------------------------------------------------------------
 
 INTERNAL_ERROR = "internal error: see the log of faasd-async"
 
@@ -16551,197 +16567,306 @@ async def discard_rest(content: Content) -> None:
                 await content.readany()
 
 
-class Connection(asyncio.Protocol):
-    """A client's connection. What it asks is answered one after the other."""
+class Storing(NamedTuple):
+    """A request that waits for nothing but its call to be stored."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    http: Exchange
+    call: Invocation
+    call_id: asyncio.Future[str]
+    respond: Callable[[Exchange, Invocation, str], Response]
+
+
+class Application(Protocol):
+    """What answers the requests of a Server."""
+
+    async def answer(self, http: Exchange) -> Response:
+        """The answer to any request. Cancelled when the client goes away."""
+
+    def store(self, http: Exchange) -> Storing | None:
+        """Store what a request asks for that is `prompt`: its head came before, its body is there.
+
+        None: it takes `answer`; nothing was done.
+        """
+
+    def stored(self, storing: Storing) -> Response:
+        """The answer once that has succeeded, or failed."""
+
+
+def apologize(exchange: Exchange, exc: Exception) -> None:
+    """Tell of an error in this program. Raises ConnectionError."""
+    log.error("request failed in this program itself", exc_info=exc)
+    if exchange.begun:
+        raise ConnectionAbortedError("the answer is not whole") from None
+    exchange.send(reply(INTERNAL_ERROR, 500), ours=True)
+
+
+class Clients:
+    """What their connections have in common."""
+
+    def __init__(
+        self,
+        application: Application,
+        read_timeout_s: float,
+        write_timeout_s: float,
+        tell: Callable[[], None],
+    ) -> None:
+        self.application = application
+        self.read_timeout_s = read_timeout_s  # what a request has to come in
+        self.write_timeout_s = write_timeout_s  # for which a client may take nothing
+        self.tell = tell  # An answer has ended, or a connection has.
+        self.known = KnownHeads()
+        self.connections: set[Connection] = set()
+
+
+class Conversation:
+    """What a client asks over its connection is answered, one after the other.
+
+    A task does that, from the first request on. Most requests, though, have a call stored, and that
+    is all: to wake the task for one, and have it wait again, would take as long as all that is done
+    for it here. They are answered without it.
+    """
+
+    def __init__(self, clients: Clients, flow: Flow, reader: RequestReader) -> None:
+        self._clients = clients
         self._loop = asyncio.get_running_loop()
-        self._flow = Flow()
+        self._flow = flow
+        self._reader = reader
         self._address: str | None = None  # the client's, but through a Unix socket
-        self._reader = RequestReader(self._flow, server.known)
-        self._task: asyncio.Task[None] | None = None  # that answers, from the first request on
-        self._waiting: asyncio.Future[None] | None = None  # while it waits for another
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Future[None] | None = None  # while the task waits for something
+        self._storing: Storing | None = None  # what goes on meanwhile
         self._exchange: Exchange | None = None  # that is being answered
-        self._closing = False  # No more is read.
-        self._idle_since = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = None
-        self._patient = False  # whether it may be idle for a moment longer
-        self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
+        self._no_more = False  # The client sends nothing behind what has come.
+        self._linger: asyncio.TimerHandle | None = None
+        self.idle_since = self._loop.time()
         self.asked = False  # whether a request has come
+        self.over = False  # No more is read.
 
     @property
     def busy(self) -> bool:
         """Whether something is being answered."""
-        return self._task is not None and self._waiting is None
+        return self._task is not None and (self._waiting is None or self._storing is not None)
 
-    def make_way(self) -> bool:
-        """Close it if it is idle. False: it is not."""
-        idle_s = self._loop.time() - self._idle_since
-        if self.busy or idle_s < MAKE_WAY_S:
-            return False
-        self._close()
-        return True
+    def begin(self, address: str | None) -> None:
+        """The connection is open."""
+        self._address = address
+
+    def go_on(self) -> None:
+        """Something has come: answer it, unless it has to wait for its turn."""
+        if self._task is None:
+            self.asked = True
+            self._task = self._loop.create_task(self._answer_all(), name="answers of a client")
+        elif self._waiting is not None and self._storing is None and not self._store():
+            self._wake()
+
+    def expect_no_more(self) -> None:
+        """What is being answered is the last."""
+        self._no_more = True
+
+    def probe(self) -> None:
+        """Find out whether the client is still there. Who takes nothing is waited for elsewhere."""
+        if self._exchange is not None and not self._flow.full:
+            self._exchange.probe()
+
+    def close(self) -> None:
+        """Read no more, and close the connection when all is sent that was written."""
+        self.over = True
+        if self._flow.transport is not None:
+            self._flow.transport.close()
+
+    def end(self) -> None:
+        """The connection has ended, and with it all that is done for it."""
+        self.over = True
+        if self._linger is not None:
+            self._linger.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def stop(self) -> None:
-        """Close it, whatever is under way."""
+        """Close the connection, whatever is under way."""
         task = self._task
-        self._close()
+        self.close()
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
 
-    def _close(self) -> None:
-        """Read no more, and close it when all is sent that was written."""
-        self._closing = True
-        if self._flow.transport is not None:
-            self._flow.transport.close()
+    # With the task.
 
     async def _answer_all(self) -> None:
-        """Answer what comes, and close it when nothing may follow."""
+        """Answer what comes, and close the connection when nothing may follow."""
         try:
             with contextlib.suppress(ConnectionError):  # The client has gone away.
-                while await self._answer_arrived() and not self._closing:
+                while await self._answer_arrived() and not self.over:
                     await self._wait()
         finally:
             self._task = None
             self._exchange = None
-            self._server.tell()
-            if not self._closing:
-                self._close()
+            self._clients.tell()
+            if not self.over:
+                self.close()
 
     async def _answer_arrived(self) -> bool:
         """Answer the requests that have arrived. False: no more may follow on this connection."""
-        while self._reader.arrived:
+        while self._reader.arrived and not self.over:
             head, content = self._reader.arrived.popleft()
             if isinstance(head, HttpProcessingError):
                 self._refuse(head)
                 return False
-            limit_s = self._server.write_timeout_s
-            self._exchange = exchange = Exchange(self._flow, self._address, head, content, limit_s)
+            self._exchange = exchange = self._new_exchange(head, content)
             await self._answer(exchange)
             if not content.is_eof():
                 await discard_rest(content)
             if not exchange.keep_alive or not content.is_eof():
                 return False
-            self._go_on()
-        return self._half_closed is None
-
-    async def _wait(self) -> None:
-        """Wait for another request."""
-        self._exchange = None
-        self._idle_since = self._loop.time()
-        self._waiting = self._loop.create_future()
-        self._server.tell()
-        await self._waiting
+            self._make_room()
+        return not self._no_more
 
     async def _answer(self, exchange: Exchange) -> None:
         """Answer one request. Raises ConnectionError when its client has gone."""
         try:
-            answer = await self._server.answer(exchange)
+            answer = await self._clients.application.answer(exchange)
             if not exchange.begun:
                 exchange.send(answer, ours=True)
         except ConnectionError:
             raise
         except Exception as exc:
-            log.error("request failed in this program itself", exc_info=exc)
-            if exchange.begun:
-                raise ConnectionAbortedError("the answer is not whole") from None
-            exchange.send(reply(INTERNAL_ERROR, 500), ours=True)
+            apologize(exchange, exc)
         if self._flow.full:
             await exchange.drain()
+
+    async def _wait(self) -> None:
+        """Wait for a request that needs the task."""
+        self._waiting = self._loop.create_future()
+        self._rest()
+        await self._waiting
+
+    def _wake(self) -> None:
+        """There is something to do for the task."""
+        if self._waiting is not None:
+            self._waiting.set_result(None)
+            self._waiting = None
 
     def _refuse(self, exc: HttpProcessingError) -> None:
         """Say what was wrong, and close it once the client has: one that sends reads nothing."""
         transport = self._flow.required()
         transport.write(refusal(exc))
         transport.write_eof()
-        self._closing = True
+        self.over = True
         self._flow.resume_reading()
-        self._set_timer(self._loop.time() + LINGER_S, self._close)
+        self._linger = self._loop.call_later(LINGER_S, self.close)
 
-    def _go_on(self) -> None:
+    # Without it.
+
+    def _store(self) -> bool:
+        """Whether the request that has come needs no task."""
+        head, content = self._reader.arrived[0]
+        if isinstance(head, HttpProcessingError) or not head.prompt or self._flow.full:
+            return False
+        storing = self._clients.application.store(self._new_exchange(head, content))
+        if storing is None:
+            return False
+        self._reader.arrived.popleft()
+        self._exchange = storing.http
+        self._storing = storing
+        storing.call_id.add_done_callback(self._stored)
+        return True
+
+    def _stored(self, _: asyncio.Future[str]) -> None:
+        """Answer it, and go on."""
+        storing = self._storing
+        assert storing is not None
+        self._storing = None
+        try:
+            storing.http.send(self._clients.application.stored(storing), ours=True)
+        except ConnectionError:  # The client has gone away, and the task with it.
+            return
+        except Exception as exc:
+            apologize(storing.http, exc)
+        if not storing.http.keep_alive:
+            self.close()
+        self._make_room()
+        if self.over or self._no_more:
+            self._wake()
+        elif not self._reader.arrived:
+            self._rest()
+        elif not self._store():
+            self._wake()
+
+    # With or without.
+
+    def _new_exchange(self, head: RequestHead, content: Content) -> Exchange:
+        return Exchange(self._flow, self._address, head, content, self._clients.write_timeout_s)
+
+    def _make_room(self) -> None:
         """A request is answered: look for more."""
         self._reader.answered()
         if self._reader.stalled and not self._reader.arrived:
             self._reader.go_on()
             self._flow.resume_reading()
 
-    def _look_idle(self) -> None:
-        """After gateway.read_timeout without a request: close it, unless it was us who slept."""
-        now = self._loop.time()
-        due = (now if self.busy else self._idle_since) + self._server.read_timeout_s
-        if now >= due:
-            late_s = now - due
-            self._patient = late_s > LATE_S and not self._patient
-            if not self._patient:
-                self._close()
-                return
-            due = now + min(late_s, MAX_GRACE_S)  # A request may be there, unread.
-        self._set_timer(due, self._look_idle)
+    def _rest(self) -> None:
+        """Nothing is being answered."""
+        self._exchange = None
+        self.idle_since = self._loop.time()
+        self._clients.tell()
 
-    def _set_timer(self, at: float, callback: Callable[[], None]) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(at, callback)
 
-    # A client that sends no more.
+class Connection(asyncio.Protocol):
+    """A client's connection: what the event loop and the parser's streams tell of it."""
 
-    def eof_received(self) -> bool:
-        """The client sends no more. If its request is whole, it still gets its answer."""
-        if not self.busy or not self._reader.whole:
+    def __init__(self, clients: Clients) -> None:
+        self._clients = clients
+        self._loop = asyncio.get_running_loop()
+        self._flow = Flow()
+        self._reader = RequestReader(self._flow, clients.known)
+        self.conversation = Conversation(clients, self._flow, self._reader)
+        self._timer: asyncio.TimerHandle | None = None
+        self._patient = False  # whether it may be idle for a moment longer
+        self._half_closed: asyncio.TimerHandle | None = None  # The client sends no more.
+
+    def make_way(self) -> bool:
+        """Whether it was idle, and is closed now."""
+        idle_s = self._loop.time() - self.conversation.idle_since
+        if self.conversation.busy or idle_s < MAKE_WAY_S:
             return False
-        self._look_later()
+        self.conversation.close()
         return True
-
-    def _look_later(self) -> None:
-        self._half_closed = self._loop.call_later(HALF_CLOSED_S, self._look)
-
-    def _look(self) -> None:
-        """Find out whether the client is still there: if not, the connection ends, and what is done
-        for it is cancelled. `Exchange.drain` looks after one that takes nothing.
-        """
-        if self._exchange is not None and not self._flow.full:
-            self._exchange.probe()
-        self._look_later()
-
-    # What the event loop and the parser's streams tell.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is open."""
         self._flow.opened(transport)
-        self._address = address_of(transport)
-        self._server.connections.add(self)
+        self.conversation.begin(address_of(transport))
+        self._clients.connections.add(self)
         self._look_idle()
 
     def data_received(self, data: bytes) -> None:
         """A piece of what a client asks."""
-        if self._closing:
+        if self.conversation.over:
             return
         self._reader.feed(data)
-        if self._reader.full:
+        if self._reader.stalled and self._reader.full:
             self._flow.pause_reading()
-        if not self._reader.arrived:
-            return
-        if self._task is None:
-            self.asked = True
-            self._task = self._loop.create_task(self._answer_all(), name="answers of a client")
-        elif self._waiting is not None:
-            self._waiting.set_result(None)
-            self._waiting = None
+        if self._reader.arrived:
+            self.conversation.go_on()
+
+    def eof_received(self) -> bool:
+        """The client sends no more. Who has sent a whole request gets its answer."""
+        if not self.conversation.busy or not self._reader.whole:
+            return False
+        self.conversation.expect_no_more()
+        self._look_later()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has ended, and with it all that is done for it."""
+        """It has ended."""
         self._flow.ended()
-        self._closing = True
         for timer in (self._timer, self._half_closed):
             if timer is not None:
                 timer.cancel()
         self._reader.fail(ConnectionResetError("the client has gone away"))
-        if self._task is not None:
-            self._task.cancel()
-        self._server.connections.discard(self)
-        self._server.tell()
+        self.conversation.end()
+        self._clients.connections.discard(self)
+        self._clients.tell()
 
     def pause_writing(self) -> None:
         """Too much is waiting to be sent."""
@@ -16750,6 +16875,33 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """There is room again."""
         self._flow.resume_writing()
+
+    def _look_idle(self) -> None:
+        """After gateway.read_timeout without a request: close it, unless it was us who slept."""
+        now = self._loop.time()
+        since = now if self.conversation.busy else self.conversation.idle_since
+        due = since + self._clients.read_timeout_s
+        if now >= due:
+            late_s = now - due
+            self._patient = late_s > LATE_S and not self._patient
+            if not self._patient:
+                self.conversation.close()
+                return
+            due = now + min(late_s, MAX_GRACE_S)  # A request may be there, unread.
+        self._timer = self._loop.call_at(due, self._look_idle)
+
+    def _look_later(self) -> None:
+        self._half_closed = self._loop.call_later(HALF_CLOSED_S, self._look)
+
+    def _look(self) -> None:
+        """See whether a client that sends no more is there; the end of its connection cancels what
+        is done for it.
+        """
+        self.conversation.probe()
+        self._look_later()
+
+
+# --- HTTP server ----------------------------------------------------------------------------------
 
 
 def descriptors_left(sock: socket.socket) -> bool:
@@ -16857,17 +17009,15 @@ class Server:
 
     def __init__(
         self,
-        answer: Callable[[Exchange], Awaitable[Response]],
+        application: Application,
         read_timeout_s: float,
         write_timeout_s: float,
     ) -> None:
-        self.answer = answer  # its task is cancelled when the client goes away
-        self.read_timeout_s = read_timeout_s  # what a request has to come in
-        self.write_timeout_s = write_timeout_s  # for which a client may take nothing
-        self.known = KnownHeads()
-        self.connections: set[Connection] = set()
-        self._acceptor = Acceptor(lambda: Connection(self), self.connections)
-        self._news = asyncio.Event()  # an answer has ended, a connection has asked or gone
+        clients = Clients(application, read_timeout_s, write_timeout_s, self._tell)
+        self._connections = clients.connections
+        self._acceptor = Acceptor(lambda: Connection(clients), clients.connections)
+        # An answer has ended, a connection has asked or gone; None: nobody waits for that.
+        self._news: asyncio.Event | None = None
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on a socket."""
@@ -16875,9 +17025,9 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._acceptor.listen(sock)
 
-    def tell(self) -> None:
-        """An answer has ended, or a connection has."""
-        self._news.set()
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
         self._acceptor.go_on()
 
     def stop_listening(self) -> None:
@@ -16891,21 +17041,24 @@ class Server:
         """
         await self._acceptor.settle()
         until = time.monotonic() + LINGER_S
+        self._news = news = asyncio.Event()
         while True:
             left_s = until - time.monotonic()
-            lingering = left_s > 0 and any(not peer.asked for peer in self.connections)
-            if not lingering and not any(peer.busy for peer in self.connections):
+            lingering = left_s > 0 and any(
+                not peer.conversation.asked for peer in self._connections
+            )
+            if not lingering and not any(peer.conversation.busy for peer in self._connections):
                 return
-            self._news.clear()
+            news.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s if lingering else None):
-                    await self._news.wait()
+                    await news.wait()
 
     async def close(self) -> None:
         """End what is still under way."""
         self.stop_listening()
         await self._acceptor.settle()
-        await asyncio.gather(*(peer.stop() for peer in self.connections))
+        await asyncio.gather(*(peer.conversation.stop() for peer in self._connections))
 
 
 # --- HTTP front -----------------------------------------------------------------------------------
@@ -16970,13 +17123,10 @@ def found_headers(call_id: str) -> dict[str, str]:
     return {"X-Call-Id": call_id, "Location": call_path(call_id)}
 
 
-def accepted_lines(accepted: Accepted) -> bytes:
-    """The same for a call that was just queued, with the time of that, as header lines."""
-    call_id = accepted.call_id
+def accepted_lines(call_id: str, start_time: int) -> bytes:
+    """The same of a call that has just been queued (Unix nanoseconds), as header lines."""
     lines = (
-        f"X-Call-Id: {call_id}\r\n"
-        f"Location: {call_path(call_id)}\r\n"
-        f"X-Start-Time: {accepted.start_time}\r\n"
+        f"X-Call-Id: {call_id}\r\nLocation: {call_path(call_id)}\r\nX-Start-Time: {start_time}\r\n"
     )
     return lines.encode()
 
@@ -17131,6 +17281,7 @@ class Access(enum.Enum):
 
 
 Handler = Callable[[Request], Awaitable[Response]]
+Store = Callable[[Exchange, Config], Storing | None]  # see Application
 
 
 class Route(NamedTuple):
@@ -17141,6 +17292,7 @@ class Route(NamedTuple):
     access: Access
     handler: Handler
     cors: bool = False  # whether pages of gateway.trusted_origins may read the answer
+    store: Store | None = None  # what mostly does without the handler
 
 
 class Admitted(NamedTuple):
@@ -17151,6 +17303,7 @@ class Admitted(NamedTuple):
     parts: Sequence[str]
     trusted_origin: str | None
     may_act: bool
+    store: Store | None = None
 
 
 class Front:
@@ -17166,29 +17319,56 @@ class Front:
         """Find the route, and turn what is raised into an answer."""
         target = http.head.target
         try:
-            _, handler, parts, origin, may_act = self._admitted(http)
+            _, handler, parts, origin, may_act, _ = self._admitted(http)
             response = await handler(Request(http, target, parts, origin, may_act))
-        except StoreError as exc:
-            self._refusals.count(exc)
-            text = f"the queue can't store this now, try again later: {exc}"
-            response = error_reply(target, HttpError(503, text, LATER))
-        except HttpError as exc:
-            response = error_reply(target, exc)
-        except OSError as exc:
-            if exc.errno not in Shortage.ERRORS or http.begun:
-                raise
-            response = error_reply(target, Shortage(f"this machine is short: {exc.strerror}"))
+        except (StoreError, HttpError, OSError) as exc:
+            response = self._refused(http, exc)
         if not http.begun:
             allow_origin(response.headers, self._trusted_origin(http))
         return response
 
+    def store(self, http: Exchange) -> Storing | None:
+        """See Application."""
+        known = self._known(http.head)
+        if known is None or known.store is None:
+            return None
+        try:
+            return known.store(http, known.config)
+        except HttpError:  # `answer` raises it, too.
+            return None
+
+    def stored(self, storing: Storing) -> Response:
+        """See Application."""
+        http, call, call_id, respond = storing
+        try:
+            return respond(http, call, call_id.result())
+        except (StoreError, HttpError) as exc:
+            return self._refused(http, exc)
+
+    def _refused(self, http: Exchange, exc: StoreError | HttpError | OSError) -> Response:
+        """The answer that says why there is no other. Raises OSErrors that tell nothing of that."""
+        target = http.head.target
+        if isinstance(exc, StoreError):
+            self._refusals.count(exc)
+            text = f"the queue can't store this now, try again later: {exc}"
+            return error_reply(target, HttpError(503, text, LATER))
+        if isinstance(exc, HttpError):
+            return error_reply(target, exc)
+        if exc.errno not in Shortage.ERRORS or http.begun:
+            raise exc
+        return error_reply(target, Shortage(f"this machine is short: {exc.strerror}"))
+
+    def _known(self, head: RequestHead) -> Admitted | None:
+        """What was found out about the same head before, if that still holds."""
+        known: Admitted | None = head.notes.get("admitted")
+        return known if known is not None and known.config is self._settings() else None
+
     def _admitted(self, http: Exchange) -> Admitted:
         """Guard a request, and find who answers it. Raises HttpError."""
         head = http.head
-        config = self._settings()
-        known: Admitted | None = head.notes.get("admitted")
-        if known is not None and known.config is config:
+        if known := self._known(head):
             return known
+        config = self._settings()
         require_valid(http)
         origin = self._trusted_origin(http)
         if origin is not None and is_preflight(http):
@@ -17197,9 +17377,12 @@ class Front:
         may_act = self._guard(http, route.access if route else Access.VIEW)
         if route is None or match is None:
             raise no_route(allowed)
-        admitted = Admitted(config, route.handler, decoded(match.groups("")), origin, may_act)
-        if route.access is Access.INVOKE:  # For other routes the connection counts, too.
+        parts = decoded(match.groups(""))
+        store = route.store if origin is None else None
+        admitted = Admitted(config, route.handler, parts, origin, may_act, store)
+        if route.access is Access.INVOKE:  # For others the connection counts, too.
             head.notes["admitted"] = admitted
+            head.prompt = store is not None
         return admitted
 
     def _find(self, head: RequestHead) -> tuple[Route | None, re.Match[str] | None, Sequence[str]]:
@@ -17369,8 +17552,32 @@ class FunctionRoutes:
 
     async def queue(self, request: Request) -> Response:
         """POST /async-function/NAME: 202 once the call is stored."""
-        name, target = split_target(request.target.removeprefix("/async-function/"))
+        name, target = self._queued(request.http.head)
         return await self.accept(request, await self.find(name, stale=True), target)
+
+    def store(self, http: Exchange, config: Config) -> Storing | None:
+        """The same, see Application. Raises HttpError before it has done anything."""
+        head = http.head
+        name, target = self._queued(head)
+        function = self.directory.at_hand(name)
+        if function is None or function.command:
+            return None
+        if (head.content_length or 0) > config.gateway.max_payload:
+            return None
+        controls = self._controls(head, None)
+        headers = self._call_headers(http)
+        body = http.content.read_nowait()
+        call = self.intake.invocation(function, target, headers, body, controls)
+        call_id = asyncio.ensure_future(self.intake.queue.enqueue(call))
+        return Storing(http, call, call_id, self._accepted)
+
+    def _queued(self, head: RequestHead) -> tuple[str, str]:
+        """The name of the function that is to be called, and what follows it."""
+        known: tuple[str, str] | None = head.notes.get("queued")
+        if known is None:
+            known = split_target(head.target.removeprefix("/async-function/"))
+            head.notes["queued"] = known
+        return known
 
     async def refuse(self, request: Request) -> Response:
         """Any other method on /async-function/…."""
@@ -17396,10 +17603,15 @@ class FunctionRoutes:
         headers = self._call_headers(request.http)
         if function.command:
             require_executable(function, FunctionRequest("POST", target, headers.packed, body))
-        accepted = await self.intake.accept(function, target, headers, body, controls)
-        lines = accepted_lines(accepted)
-        if app is not None or "application/json" in request.headers.get("Accept", ""):
-            return reply({"call_id": accepted.call_id}, 202)._replace(lines=lines)
+        call = self.intake.invocation(function, target, headers, body, controls)
+        return self._accepted(request.http, call, await self.intake.queue.enqueue(call))
+
+    def _accepted(self, http: Exchange, call: Invocation, call_id: str) -> Response:
+        """The answer to a call that is stored."""
+        self.intake.stored(call)
+        lines = accepted_lines(call_id, call.start_time)
+        if call.app is not None or "application/json" in http.headers.get("Accept", ""):
+            return reply({"call_id": call_id}, 202)._replace(lines=lines)
         return Response(202, CIMultiDict(), lines=lines)
 
     async def answer(self, request: Request, function: Function, target: str) -> Response:
@@ -20215,8 +20427,9 @@ def route_table(
         ("*", f"/system{REST}", OPERATE, rest.handle),
     )
     cors = ("/function/…", "/async-function/…", "/async-function/{call}")
+    prompt = {("POST", "/async-function/…"): functions.store}
     return [
-        Route(method, path_pattern(path), access, handler, path in cors)
+        Route(method, path_pattern(path), access, handler, path in cors, prompt.get((method, path)))
         for method, path, access, handler in rows
     ]
 
@@ -20459,7 +20672,7 @@ class Daemon:
                 log.log(level, "%s", line)
             front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])
             timeouts = (self.config.gateway.read_timeout, self.config.gateway.write_timeout)
-            server = Server(front.answer, *timeouts)
+            server = Server(front, *timeouts)
             stack.push_async_callback(server.close)
             for sock in sockets:
                 start_listening(server, sock)

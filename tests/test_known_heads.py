@@ -1,7 +1,11 @@
 """Requests whose heads came before, byte by byte: what is known of a head is true of each, and of nothing else."""
 
 import asyncio
+import contextlib
+import json
 import re
+import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -111,3 +115,204 @@ async def test_a_thousand_heads_are_known_or_not_and_answered_all_the_same(gatew
     answers = await send(gateway, *requests)
     assert len(answers) == len(requests) + 1
     assert [len(request.body) for request in function.requests[::2]] == list(range(150))
+
+
+# ---- calls that are stored without more ado: those whose heads are known --------------------------
+
+QUEUES = '[queues.held]\nmax_pending = {most}\n[functions.echo]\nurl = "{url}"\nqueue = "held"\n'
+
+
+class Client:
+    """A connection on which one request follows the other's answer."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, request: bytes) -> None:
+        """Send a request in one piece."""
+        self._writer.write(request)
+
+    def send_last(self, request: bytes) -> None:
+        """Send a request, and no more."""
+        self._writer.write(request)
+        self._writer.write_eof()
+
+    async def answer(self) -> tuple[int, bytes, bytes]:
+        """The next answer: status, head, body."""
+        async with asyncio.timeout(PATIENCE):
+            head = await self._reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"Content-Length: (\d+)", head)
+            body = await self._reader.readexactly(int(length[1])) if length else b""
+        return int(head.split()[1]), head, body
+
+    async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+        """Send a request, and wait for its answer."""
+        self.send(request)
+        return await self.answer()
+
+    async def ends(self) -> bool:
+        """Whether nothing comes but the end."""
+        return await asyncio.wait_for(self._reader.read(), PATIENCE) == b""
+
+
+@contextlib.asynccontextmanager
+async def client(gateway: Daemon) -> AsyncIterator[Client]:
+    """A client that is connected."""
+    async with connection(gateway.url) as (reader, writer):
+        yield Client(reader, writer)
+
+
+def queued(body: bytes = b"abc", *lines: bytes) -> bytes:
+    """A request for a call, with more headers."""
+    head, _, rest = post(body, route=b"async-function").partition(b"\r\n\r\n")
+    return b"\r\n".join([head, *lines]) + b"\r\n\r\n" + rest
+
+
+async def pause(gateway: Daemon) -> None:
+    """Have the calls wait."""
+    async with gateway.http.post(f"{gateway.url}/system/queues/held/pause") as response:
+        assert response.status == 200
+
+
+async def reload(gateway: Daemon, settings: str) -> None:
+    """Give it other settings."""
+    gateway.configure(settings)
+    first_line = len(gateway.lines)
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded", first_line)
+
+
+async def test_the_same_request_is_told_each_time_what_is_wrong(daemon: StartDaemon, function: Server) -> None:
+    """What follows from the head is known; whether there is room for the call is not."""
+    gateway = await daemon(QUEUES.format(most=3, url=function.url))
+    await pause(gateway)
+    async with client(gateway) as caller:
+        for body in (b"abc", b""):
+            answers = [await caller.ask(queued(body)) for _ in range(5)]
+            full = 3 if body else 0
+            assert [status for status, _, _ in answers] == [202] * full + [429] * (5 - full)
+        assert b"Retry-After" in answers[-1][1] and b"full" in answers[-1][2]
+        for line in (b"X-Delay: soon", b"X-Callback-Url: nowhere", b"X-Queue: none", b"X-Max-Attempts: many"):
+            for _ in range(3):
+                status, _, body = await caller.ask(queued(b"abc", line))
+                assert status == 400 and line.split(b":")[0] in body
+        assert (await caller.ask(LAST))[0] == 200
+
+
+async def test_what_a_known_head_asks_for_is_done_for_each_call(gateway: Daemon, function: Server) -> None:
+    """Its controls, and the form of the answer."""
+    lines = (b"X-Delay: 1h", b"X-Max-Attempts: 7", b"Accept: application/json")
+    async with client(gateway) as caller:
+        for _ in range(3):
+            status, head, body = await caller.ask(queued(b"abc", *lines))
+            call_id = json.loads(body)["call_id"]
+            assert status == 202 and b"X-Call-Id: %b\r\n" % call_id.encode() in head
+            record = await gateway.record(call_id)
+            assert (record["status"], record["max_attempts"]) == ("delayed", 7)
+
+
+async def test_a_reload_changes_what_is_known(daemon: StartDaemon, function: Server) -> None:
+    """The function has another queue, then it is gone, then it is back."""
+    settings = QUEUES.format(most=100, url=function.url)
+    gateway = await daemon(settings)
+    await pause(gateway)
+    async with client(gateway) as caller:
+        assert [(await caller.ask(queued()))[0] for _ in range(3)] == [202] * 3
+        await reload(gateway, settings.replace("held", "other"))
+        _, _, body = await caller.ask(queued(b"abc", b"Accept: application/json"))
+        assert (await gateway.record(json.loads(body)["call_id"]))["queue"] == "other"
+        await reload(gateway, "[functions.other]\ncommand = ['true']")
+        assert [(await caller.ask(queued()))[0] for _ in range(2)] == [404] * 2
+        await reload(gateway, settings)
+        assert [(await caller.ask(queued()))[0] for _ in range(2)] == [202] * 2
+
+
+async def test_a_body_that_is_too_long_is_so_each_time(daemon: StartDaemon, function: Server) -> None:
+    """One byte more than gateway.max_payload."""
+    gateway = await daemon(f"[gateway]\nmax_payload = 3\n{QUEUES.format(most=100, url=function.url)}")
+    async with client(gateway) as caller:
+        for body, status in ((b"abc", 202), (b"abcd", 413)):
+            assert [(await caller.ask(queued(body)))[0] for _ in range(3)] == [status] * 3
+
+
+async def test_a_call_of_a_client_that_has_gone_is_counted(daemon: StartDaemon, function: Server) -> None:
+    """It may have left before its 202; the call is stored all the same."""
+    gateway = await daemon(QUEUES.format(most=100, url=function.url))
+    await pause(gateway)
+    for _ in range(10):
+        async with client(gateway) as caller:
+            assert (await caller.ask(queued()))[0] == 202
+            caller.send(queued())
+    counted = 'queue_worker_messages_submitted_total{queue_name="held"} 20.0'
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            async with gateway.http.get(f"{gateway.url}/metrics") as response:
+                if counted in await response.text():
+                    break
+
+
+async def test_who_sends_no_more_gets_the_last_answer(daemon: StartDaemon, function: Server) -> None:
+    """The sending side is closed right behind the request; its end follows the answer."""
+    gateway = await daemon(QUEUES.format(most=100, url=function.url))
+    await pause(gateway)
+    async with client(gateway) as caller:
+        assert (await caller.ask(queued()))[0] == 202
+        caller.send_last(queued() + queued())
+        assert [(await caller.answer())[0] for _ in range(2)] == [202] * 2
+        assert await caller.ends()
+
+
+async def test_while_the_queue_is_taken_away_the_same_request_is_refused(daemon: StartDaemon, function: Server) -> None:
+    """503, and 202 again once it is back; the log tells of both."""
+    gateway = await daemon(QUEUES.format(most=100, url=function.url))
+    await pause(gateway)
+    aside = gateway.store.with_name("aside.db")
+    async with client(gateway) as caller:
+        assert [(await caller.ask(queued()))[0] for _ in range(3)] == [202] * 3
+        gateway.store.rename(aside)
+        for _ in range(3):
+            status, head, body = await caller.ask(queued())
+            assert status == 503 and b"Retry-After" in head and b"can't store" in body
+        aside.rename(gateway.store)
+        assert [(await caller.ask(queued()))[0] for _ in range(3)] == [202] * 3
+    await gateway.wait_for_log("calls are stored again: 3 requests were refused")
+
+
+async def test_an_error_of_ours_is_answered_and_told(daemon: StartDaemon, function: Server) -> None:
+    """500 to this request, and the next one is answered."""
+    break_once = (
+        "\ndef broken(*arguments, real=faasd_async.accepted_lines, times=iter(range(4))):"
+        "\n    if next(times) == 2:"
+        "\n        raise KeyError('a mistake')"
+        "\n    return real(*arguments)"
+        "\nfaasd_async.accepted_lines = broken"
+    )
+    gateway = await daemon(QUEUES.format(most=100, url=function.url), before=break_once)
+    async with client(gateway) as caller:
+        assert [(await caller.ask(queued()))[0] for _ in range(4)] == [202, 202, 500, 202]
+    await gateway.wait_for_log("request failed in this program itself")
+    await gateway.wait_for_log("KeyError: 'a mistake'")
+    gateway.lines.remove(await gateway.wait_for_log("Traceback"))
+
+
+@pytest.mark.parametrize("size", [0, 3, 1000])
+async def test_many_on_one_connection_are_answered_in_their_order(
+    daemon: StartDaemon, function: Server, size: int
+) -> None:
+    """In pieces of their own, without waiting for answers: each gets the id of a call with its body."""
+    gateway = await daemon(QUEUES.format(most=10_000, url=function.url))
+    await pause(gateway)
+    bodies = [b"%d" % number * (size and 1 + size // 3) for number in range(100, 160)]
+    async with client(gateway) as caller:
+        for body in bodies:
+            caller.send(queued(body if size else b""))
+            await asyncio.sleep(0)
+        ids = []
+        for _ in bodies:
+            status, head, _ = await caller.answer()
+            assert status == 202
+            ids.append(re.findall(rb"X-Call-Id: (\S+)", head)[0].decode())
+    for call_id, body in zip(ids, bodies, strict=True):
+        async with gateway.http.get(f"{gateway.url}/system/calls/{call_id}/request") as response:
+            assert await response.read() == (body if size else b"")

@@ -56,7 +56,7 @@ class SqliteBench(Bench):
 
     def in_writer(self, step: Callable[[SqliteFile], T]) -> Awaitable[T]:
         """Run something in the writer's thread, in a transaction of the queue."""
-        return self.queue._writer.submit(step)
+        return self.queue._writer.steps.submit(step)
 
     async def pragma(self, name: str) -> Any:
         """A setting of the connection, read or set."""
