@@ -2569,7 +2569,8 @@ def learn(learned: Learned, status: int, started: float, now: float) -> Learned:
 
 @functools.lru_cache(1024)
 def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> bool:
-    """Whether a callback may go to this host, at this address once that is known.
+    """Whether a callback may go to this host, at this address once that is known; a host in its
+    place says that it never will be, because a proxy looks the name up.
 
     With `allow`, nothing else is allowed; a name passes while its address is unknown and `allow`
     has networks, which can't be compared yet. Link-local addresses (cloud metadata) need an entry
@@ -2585,7 +2586,7 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
         return is_listed(names[1:], config.allow)
     if not config.allow or is_listed(names, config.allow):
         return True
-    return literal is None and any(map(is_network_pattern, config.allow))
+    return literal is None and address is None and any(map(is_network_pattern, config.allow))
 
 
 def from_elsewhere(site: str | None, origin: str | None, host: str, trusted: Sequence[str]) -> bool:
@@ -13609,6 +13610,7 @@ class Pool:
         """Close all of them."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         for wires in self._idle.values():
             for wire in wires:
                 wire.abort()
@@ -13907,6 +13909,12 @@ class CheckedResolver:
             raise RequestFailed(FailureKind.FORBIDDEN, reason)
         return allowed
 
+    def check(self, host: str) -> None:
+        """Raise RequestFailed for a host that may not be called while its address is unknown."""
+        if not self._allowed(host, host):
+            reason = f"to {host} through a proxy are not allowed"
+            raise RequestFailed(FailureKind.FORBIDDEN, reason)
+
     async def _look_up(self, host: str, port: int) -> Sequence[AddressInfo]:
         until, infos = self._known.get((host, port), (0.0, ()))
         if until > time.monotonic():
@@ -14132,9 +14140,13 @@ class HttpClient:
         self._tls = tls  # None: with the system's CAs, made when it is needed
         self._destination = functools.lru_cache(MAX_ORIGINS)(self._find_destination)
 
-    async def close(self) -> None:
-        """Close the connections that are idle."""
+    def hang_up(self) -> None:
+        """Close the connections that are idle: to where others lead is looked up and checked."""
         self._pool.close()
+
+    async def close(self) -> None:
+        """The same at the end."""
+        self.hang_up()
         await asyncio.sleep(0)  # until their transports have noticed
 
     async def request(
@@ -14226,6 +14238,7 @@ class HttpClient:
             return sock
         if origin.proxy is None:
             return await first_connected(await self._resolver.resolve(origin.host, origin.port))
+        self._resolver.check(origin.host)
         host, port = called_host(origin.proxy), origin.proxy.port or 80
         sock = await first_connected(await self._proxy_resolver.resolve(host, port))
         try:
@@ -20572,14 +20585,14 @@ class ConfigWarnings:
             log.warning("%s", line)
 
 
-def own_client(address: str, resolver: CheckedResolver) -> tuple[HttpClient, yarl.URL]:
+def own_client(address: str) -> tuple[HttpClient, yarl.URL]:
     """A client of this daemon itself, which listens there, and the URL for it.
 
     To connect to 0.0.0.0 or [::] reaches ourselves.
     """
     if address.startswith("unix:"):
         return HttpClient(unix_path=address.removeprefix("unix:")), yarl.URL("http://localhost")
-    return HttpClient(resolver=resolver), yarl.URL(address)
+    return HttpClient(), yarl.URL(address)
 
 
 # Who cancels is told of in one line, however many calls it was.
@@ -20649,6 +20662,8 @@ class Daemon:
         self._consumers = Consumers(self.settings, self._queue, self._ended)
         self._hub = EventHub(self._queue)
         self._limits = FunctionLimits(self.settings, self._consumers.wake_all)
+        resolver = CheckedResolver(self._callback_allowed)
+        self._callback_http = HttpClient(resolver=resolver, environment=os.environ)
 
     def settings(self) -> Config:
         """The configuration as it stands now."""
@@ -20696,10 +20711,8 @@ class Daemon:
         settings = self.settings
         http = HttpClient(environment=os.environ)
         provided_http = HttpClient(tls=self.config.provider.tls)
-        resolver = CheckedResolver(self._callback_allowed)
-        callback_http = HttpClient(resolver=resolver, environment=os.environ)
-        own_http, own_url = own_client(min(urls), resolver)  # http before unix
-        for client in (http, provided_http, callback_http, own_http):
+        own_http, own_url = own_client(min(urls))  # http before unix
+        for client in (http, provided_http, self._callback_http, own_http):
             stack.push_async_callback(client.close)
 
         provider = Provider(settings, provided_http)
@@ -20715,7 +20728,7 @@ class Daemon:
         watched = ScheduleMetrics(metrics.registry)
         scheduler = Scheduler(settings, self._queue, intake, steps, watched, news)
         chores = (scheduler.run, ProvidedSchedules(settings, provider, directory, news).run)
-        sender = CallbackJob(settings, callback_http, own_http, own_url, metrics)
+        sender = CallbackJob(settings, self._callback_http, own_http, own_url, metrics)
         outputs = LiveOutputs(self._waiters)
         shared = self._queue.SHARED
         invoker = InvocationJob(settings, directory, self._limits, caller, outputs, metrics, shared)
@@ -20806,6 +20819,7 @@ class Daemon:
             self._consumers.wake(name)
         self._limits.end_rests()
         self._schedule_news.replan()
+        self._callback_http.hang_up()
         log.info("configuration reloaded")
 
     async def _drain(self, server: Server) -> None:

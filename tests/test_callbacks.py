@@ -352,6 +352,17 @@ async def test_a_callback_to_this_daemon_is_delivered(daemon: StartDaemon, funct
     assert (record["callback"]["status"], record["callback"]["http_status"]) == ("delivered", 201)
 
 
+@pytest.mark.parametrize("lists", ['deny = ["127.0.0.0/8", "::1/128"]', 'allow = ["hooks.example"]'])
+async def test_a_callback_to_this_daemon_needs_no_leave(
+    daemon: StartDaemon, function: Server, sink: Server, lists: str
+) -> None:
+    """What `callback.allow` and `callback.deny` say is about others, wherever this daemon listens."""
+    functions = f'[functions.first]\nurl = "{function.url}"\n[functions.second]\nurl = "{sink.url}"\n'
+    gateway = await daemon(f"{functions}[callback]\nattempts = 1\n{lists}")
+    record = await gateway.final(await gateway.submit("first", X_Callback_Url="http://gateway:8080/function/second"))
+    assert (record["callback"]["status"], record["callback"]["error"]) == ("delivered", None)
+
+
 async def test_the_gateways_names_can_be_set(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """`callback.gateway_hosts` replaces the default."""
     gateway = await daemon(
@@ -509,6 +520,22 @@ async def test_a_denied_host_is_not_called_through_a_proxy(daemon: StartDaemon, 
     assert sink.requests == []
 
 
+async def test_a_name_whose_address_stays_unknown_has_to_be_allowed_itself(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """A proxy would look it up: that networks are allowed says nothing of it."""
+    toml = f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1\nallow = ["10.0.0.0/8", "near.example"]'
+    gateway = await daemon(toml, env={"http_proxy": sink.url})
+    records = {
+        host: await gateway.final(await gateway.submit("echo", X_Callback_Url=f"http://{host}/"))
+        for host in ("far.example", "near.example", "10.1.2.3")
+    }
+    told = {host: (record["callback"]["status"], record["callback"]["error"]) for host, record in records.items()}
+    reason = "callbacks to far.example through a proxy are not allowed"
+    delivered = ("delivered", None)
+    assert told == {"far.example": ("failed", reason), "near.example": delivered, "10.1.2.3": delivered}
+
+
 async def test_a_name_in_idna_is_compared_as_it_is_written(
     daemon: StartDaemon, function: Server, sink: Server, tmp_path: Path
 ) -> None:
@@ -534,6 +561,24 @@ async def test_what_is_denied_later_is_not_delivered_to(daemon: StartDaemon, fun
     gateway.signal(signal.SIGHUP)
     record = await gateway.final(call_id)
     assert record["callback"]["error"] == "callbacks to 127.0.0.1 are not allowed"
+
+
+async def test_a_connection_to_what_is_denied_later_is_not_used(
+    daemon: StartDaemon, function: Server, sink: Server
+) -> None:
+    """Receivers keep their connections open; where one of them leads is checked when it is made."""
+    toml = f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1'
+    gateway = await daemon(toml, before="faasd_async.PROOF_S = 0.0")  # A connection is used again at once.
+    url = f"http://localhost:{sink.port}/"
+    for _ in range(3):
+        record = await gateway.final(await gateway.submit("echo", X_Callback_Url=url))
+        assert record["callback"]["status"] == "delivered"
+    gateway.configure(to_toml({**gateway.settings, "callback": {"deny": ["127.0.0.0/8", "::1/128"]}}))
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
+    record = await gateway.final(await gateway.submit("echo", X_Callback_Url=url))
+    assert record["callback"]["status"] == "failed"
+    assert len(sink.requests) == 3
 
 
 async def test_openssl_finds_the_signature_right(
