@@ -351,10 +351,7 @@ class ConfigError(Exception):
 
 
 class StoreError(Exception):
-    """The queue could not store or read: disk full, file damaged, thread gone.
-
-    Nothing of the operation happened.
-    """
+    """The queue could not store or read: disk full, file damaged, thread gone. Nothing was done."""
 
 
 class StoreLocked(StoreError):
@@ -370,7 +367,7 @@ class UsageError(Exception):
 
 
 class HttpError(Exception):
-    """What ends a request without success: HTTP status, one line of text, extra headers."""
+    """Ends a request without success: HTTP status, one line of text, extra headers."""
 
     def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(text)
@@ -380,7 +377,7 @@ class HttpError(Exception):
 
 
 class NotNow(HttpError):
-    """It can't be done for now, and the function is not to blame: queued calls go on waiting."""
+    """It can't be done for now, through no fault of the function: queued calls go on waiting."""
 
     def __init__(self, text: str) -> None:
         super().__init__(503, text, LATER)
@@ -391,7 +388,7 @@ class ProviderAway(NotNow):
 
 
 class Shortage(NotNow):
-    """This machine has no descriptors, processes or memory left for it."""
+    """This machine has no descriptors, processes or memory left."""
 
     ERRORS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -472,13 +469,13 @@ def expects(form: str) -> Callable[[Callable[[Any], T]], Callable[[Any], T]]:
 
 
 def require(fits: object) -> None:
-    """Raise ValueError, inside a parser, unless the value fits."""
+    """Raise ValueError, inside a parser, unless `fits`."""
     if not fits:
         raise ValueError
 
 
 def one_of(*choices: str) -> Callable[[Any], str]:
-    """A parser of one of a few words."""
+    """Make a parser that takes one of a few words."""
 
     @expects("one of " + ", ".join(map(json.dumps, choices)))
     def word(value: Any) -> str:
@@ -489,7 +486,7 @@ def one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def list_of(read: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
-    """A parser of a list, item by item. Raises what `read` raises, and TypeError."""
+    """Make a parser of a list, item by item. It raises what `read` raises, and TypeError."""
 
     def items(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list | tuple):
@@ -500,7 +497,7 @@ def list_of(read: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
 
 
 def words_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
-    """A parser of one or more words, separated by commas."""
+    """Make a parser of one or more of a few words, separated by commas."""
     word = one_of(*choices)
 
     def words(value: str) -> tuple[str, ...]:
@@ -545,7 +542,7 @@ def count(value: Any) -> int:
 
 @expects("a whole number from 1 to 1000000000")
 def number(value: Any) -> int:
-    """The same, written as text."""
+    """A whole number from 1 to 10⁹, written as text."""
     require(re.fullmatch("[0-9]{1,18}", value))
     return count(int(value))
 
@@ -571,14 +568,14 @@ def duration(value: Any) -> float:
 
 @expects('a duration above zero, such as "10s"')
 def positive(value: Any) -> float:
-    """Seconds, more than none."""
+    """Seconds of a duration that is more than none."""
     seconds = duration(value)
     require(seconds > 0)
     return seconds
 
 
 class Rate(NamedTuple):
-    """So many calls may start in a time. They are spread over it."""
+    """How many calls may start in which time. They are spread over it."""
 
     text: str  # as it is written
     starts: int
@@ -592,14 +589,14 @@ class Rate(NamedTuple):
 
 @expects('a rate such as "10/1m" (calls that may start, in what time)')
 def rate(value: Any) -> Rate:
-    """How many calls may start in which time."""
+    """A rate, such as "10/1m"."""
     starts, _, period = value.partition("/")
     return Rate(value, number(starts), positive(period))
 
 
 @expects('a size such as "64KiB", "1MB" or a number of bytes')
 def size(value: Any) -> int:
-    """Bytes."""
+    """Bytes from a size, such as "64KiB"."""
     match = SIZE.fullmatch(str(value) if type(value) is int else value)
     if match is None:
         raise ValueError
@@ -666,7 +663,7 @@ def page_size(value: Any) -> int:
 
 @expects("the next_cursor of an earlier answer")
 def page_cursor(value: Any) -> str:
-    """Where a page begins."""
+    """Where a page of records begins."""
     require(re.fullmatch("[0-9]{1,39}", value))
     return str(value)
 
@@ -757,7 +754,7 @@ def header_line(value: Any) -> tuple[str, str]:
 
 @expects('a list of host names, "*.example.org", addresses and networks')
 def host_patterns(value: Any) -> tuple[str, ...]:
-    """What host names and addresses are compared with."""
+    """Patterns for host names and addresses."""
     patterns = list_of(text)(value)
     for pattern in patterns:
         if "/" in pattern:
@@ -795,14 +792,14 @@ def nats_servers(value: Any) -> tuple[str, ...]:
 
 @expects("a table")
 def table(value: Any) -> Mapping[str, Any]:
-    """A TOML table."""
+    """A table of TOML."""
     require(isinstance(value, dict))
     return dict(value)
 
 
 @expects("a table of strings")
 def string_table(value: Any) -> Mapping[str, str]:
-    """Labels and annotations."""
+    """A table of strings, such as labels and annotations."""
     require(all(isinstance(item, str) for item in value.values()))
     return dict(value)
 
@@ -816,7 +813,7 @@ def rfc3339(at: float | None) -> str | None:
 
 
 def count_of(number: int, what: str) -> str:
-    """1 queue, 2 queues."""
+    """A number with its noun: 1 queue, 2 queues."""
     return f"{number} {what}" + "s" * (number != 1)
 
 
@@ -862,7 +859,7 @@ def new_id() -> str:
 
 
 def uuid7(stamp_ms: int, high: int, low: int) -> str:
-    """A UUIDv7 of a Unix time in milliseconds, and of 12 and 62 more bits."""
+    """A UUIDv7 made of a Unix time in milliseconds and of 12 and 62 more bits."""
     number = stamp_ms << 80 | 7 << 76 | high << 64 | 0b10 << 62 | low
     digits = number.to_bytes(16, "big").hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
@@ -1200,7 +1197,7 @@ def cron_expression(value: Any) -> str:
 
 @functools.lru_cache(10_000)  # A reload reads the same ones again.
 def cron_problem(expression: str) -> str | None:
-    """What is wrong with an expression of five fields."""
+    """Why an expression of five fields can't be used; None: it can."""
     try:
         next(CronSim(expression, datetime(2000, 1, 1)))
     except CronSimError as exc:
@@ -1234,7 +1231,7 @@ def find_zone(name: str) -> tzinfo:
 
 @expects('a time zone such as "Europe/Berlin" or "UTC"')
 def time_zone(value: Any) -> str:
-    """The name of a zone that is known here."""
+    """The name of a time zone that this machine knows."""
     with contextlib.suppress(OSError):  # such as the name of a folder
         find_zone(text(value))
         return str(value)
@@ -1319,7 +1316,7 @@ class HasConflicts(Protocol):
     """A table whose keys have to agree."""
 
     def conflicts(self) -> Iterator[str]:
-        """A line for each thing that is wrong."""
+        """A line for each thing that is wrong with the keys together."""
 
 
 def login_conflicts(user: bytes | None, password: bytes | None, prefix: str = "") -> Iterator[str]:
@@ -1346,7 +1343,7 @@ class GatewayConfig:
     socket_mode: int = key(file_mode, "0660")  # of unix sockets
 
     def own_name(self, function: str) -> str:
-        """A function's name without the namespace of those that the file has."""
+        """A function's name; without its namespace, if that is the one of the file's functions."""
         return function.removesuffix(f".{self.namespace}")
 
 
@@ -1365,16 +1362,16 @@ class AuthConfig:
 
     @property
     def login(self) -> str | None:
-        """The Authorization header that is asked for."""
+        """The Authorization header that may act."""
         return basic_auth(self.user_file, self.password_file)
 
     @property
     def view_login(self) -> str | None:
-        """That of who may only look."""
+        """The Authorization header of who may only look."""
         return basic_auth(self.view_user_file, self.view_password_file)
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         yield from login_conflicts(self.user_file, self.password_file)
         yield from login_conflicts(self.view_user_file, self.view_password_file, "view_")
         if self.invoke and not self.user_file:
@@ -1410,7 +1407,7 @@ class ProviderConfig:
         return basic_auth(self.user_file, self.password_file)
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         yield from login_conflicts(self.user_file, self.password_file)
         yield from tls_conflicts(self)
 
@@ -1443,11 +1440,11 @@ class NatsConfig:
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """See `tls_context`. It is read anew for each connection."""
+        """See `tls_context`. Its files are read anew for each connection."""
         return tls_context(self)
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         user = self.user_file.content if self.user_file else None
         password = self.password_file.content if self.password_file else None
         yield from login_conflicts(user, password)
@@ -1483,7 +1480,7 @@ class RetryPolicy:
     max_interruptions: int = key(count, 5)
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         if self.min_wait > self.max_wait:
             yield "min_wait is longer than max_wait"
 
@@ -1533,7 +1530,7 @@ class CallbackConfig:
         )
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         yield from self.policy.conflicts()
         yield from tls_conflicts(self)
 
@@ -1597,7 +1594,7 @@ class Function:
 
     @functools.cached_property
     def key(self) -> str:
-        """How metrics, lanes and the provider name it."""
+        """NAME.NAMESPACE, by which metrics, lanes and the provider name it."""
         return function_key(self.name, self.namespace)
 
     @property
@@ -1606,7 +1603,7 @@ class Function:
         return self.replicas is not None
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         if (self.url is None) == (self.command is None):
             yield "set either url or command"
         if self.url and (self.exec_timeout or self.env or self.cwd or self.content_type):
@@ -1670,7 +1667,7 @@ class Schedule:
         return find_zone(self.timezone)
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong."""
+        """See HasConflicts."""
         for needed in ("function", "cron"):
             if getattr(self, needed) is None:
                 yield f"set {needed}"
@@ -1771,13 +1768,13 @@ def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """What to add to a line that says that there is no such name."""
+    """A hint at the closest known name, to end a line that says that a name is unknown."""
     close = difflib.get_close_matches(name, known, 1)
     return "".join(f" (did you mean {other}?)" for other in close)
 
 
 def retry_codes(value: str) -> frozenset[int]:
-    """The codes in an annotation, which are separated by commas."""
+    """The codes in an annotation: numbers with commas between them."""
     return http_codes([number(code.strip()) for code in value.split(",")])
 
 
@@ -1793,7 +1790,7 @@ warn_once = functools.cache(log.warning)  # of what is looked at again and again
 def annotation(
     function: str, annotations: Mapping[str, str], name: str, parse: Callable[[str], T], default: T
 ) -> T:
-    """What the annotation com.openfaas.NAME says. One that is wrong is told once, and ignored."""
+    """The value of an annotation com.openfaas.NAME. A wrong one is ignored, and logged once."""
     value = annotations.get(f"com.openfaas.{name}")
     if value is None:
         return default
@@ -1884,7 +1881,7 @@ def annotated_schedules(functions: Iterable[Function]) -> dict[str, Schedule]:
 def read_queues(
     raw: Mapping[str, Any], names: Iterable[str], problems: list[str]
 ) -> dict[str, QueueConfig]:
-    """The queues of the file, and those that are only named somewhere: they have the defaults."""
+    """The queues of the file, and with defaults those that are only named somewhere."""
     queues = {name: QueueConfig() for name in names}
     queues[DEFAULT_QUEUE] = QueueConfig(max_inflight=4)
     for name, keys in raw.items():
@@ -1933,7 +1930,7 @@ CONFIG_FILE = "faasd-async/config.toml"  # in the user's folder of configuration
 
 
 def default_config() -> str | None:
-    """The configuration file where none is named: a variable's, the user's, the system's."""
+    """The configuration file if none is named: a variable's, the user's, or the system's."""
     if named := os.environ.get("FAASD_ASYNC_CONFIG"):
         return named
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
@@ -1975,7 +1972,7 @@ def config_counts(config: Config) -> str:
 
 
 def config_warnings(config: Config) -> Iterator[str]:
-    """What is right by itself, and still looks wrong on this machine now."""
+    """Lines on what is right by itself, but looks wrong on this machine now."""
     for name, function in config.functions.items():
         if function.command and not find_program(function):
             yield f"functions.{name}.command: there is no program {function.command[0]}"
@@ -1986,7 +1983,7 @@ def config_warnings(config: Config) -> Iterator[str]:
 
 
 def find_program(function: Function) -> str | None:
-    """The path of a command's program as it would be started; None: there is none."""
+    """The path of a command's program, found as it would be at a start; None: there is none."""
     word = (function.command or ("",))[0]
     if "/" in word:
         return shutil.which(str(Path(function.cwd or ".") / word))
@@ -1994,7 +1991,7 @@ def find_program(function: Function) -> str | None:
 
 
 def script_warnings(config: Config) -> Iterator[str]:
-    """Programs that can't be run. Reads them, so it waits for the disks that they are on."""
+    """Lines on programs that can't be run. Reads them, so it waits for their disks."""
     for name, function in config.functions.items():
         program = find_program(function) if function.command else None
         interpreter = missing_interpreter(program) if program else None
@@ -2226,7 +2223,7 @@ FILTERS = ("status", "callback", "function", "queue", "call_id", "schedule", "si
 
 
 class Page(NamedTuple):
-    """Records, newest first, and where the next page begins, if there may be one."""
+    """Records, newest first, and where the next page begins; None: there is none."""
 
     records: Sequence[CallRecord]
     next_cursor: str | None
@@ -2326,7 +2323,7 @@ def pack_schedule(state: ScheduleState) -> str:
 
 
 def unpack_schedule(document: Mapping[str, Any], revision: int) -> ScheduleState:
-    """The inverse, of the parsed JSON. What another version has put there is passed over."""
+    """A schedule's state from its parsed JSON, without what another version has put there."""
     runs = tuple(ScheduledRun(*run[: len(ScheduledRun._fields)]) for run in document["runs"])
     known = {name: document[name] for name in ScheduleState._fields if name in document}
     boots = tuple(document["boots"])
@@ -2469,7 +2466,7 @@ def pack_headers(headers: Iterable[Header]) -> bytes:
 
 
 def unpack_headers(blob: bytes | None) -> Headers:
-    """The inverse of `pack_headers`."""
+    """Headers from the blob that `pack_headers` has made."""
     return tuple(PACKED_HEADER.findall(blob or b""))
 
 
@@ -3094,7 +3091,7 @@ class LoopCounter:
         registry.register(self)
 
     def count(self, value: str) -> None:
-        """It has happened once more."""
+        """Count one more of this label."""
         self._counts[value] += 1
 
     def collect(self) -> Iterable[Metric]:
@@ -3127,7 +3124,7 @@ class LastHour:
         self._ends = self._next_minute()
 
     def count(self, kind: str, name: str) -> None:
-        """It has happened once more."""
+        """Count one more of this kind and name."""
         if self._ends <= time.monotonic():
             self._turn()
         self._counts[kind, name] += 1
@@ -3167,7 +3164,7 @@ class Activity:
         return {"p50": percentile(taken, 0.5), "p99": percentile(taken, 0.99)}
 
     def count_end(self, ended: Ended) -> None:
-        """A call has ended, here or elsewhere."""
+        """Count the end of a call, here or elsewhere."""
         self.ends[ended.lane, ended.status] += 1
         self.hour.count("ended", ended.queue)
         if ended.status in FAILED:
@@ -3187,7 +3184,7 @@ class EndedCalls:
         self.seconds = 0.0
 
     def count(self, seconds: float) -> None:
-        """One more has ended."""
+        """One more call has ended."""
         self.counts[bisect.bisect_left(self.BUCKETS_S, seconds)] += 1
         self.seconds += seconds
 
@@ -3204,7 +3201,7 @@ class FunctionCalls:
         registry.register(self)
 
     def end(self, function: str, status: int, seconds: float) -> None:
-        """A call has ended."""
+        """A call of a function has ended."""
         self._ended[function, status].count(seconds)
 
     def collect(self) -> Iterable[Metric]:
@@ -3238,11 +3235,11 @@ class RunningAttempts:
         registry.register(self)
 
     def begin(self, queue: str, lane: str) -> None:
-        """One more runs."""
+        """One more attempt runs."""
         self._running[queue, lane] += 1
 
     def end(self, queue: str, lane: str) -> None:
-        """One has ended."""
+        """An attempt has ended."""
         self._running[queue, lane] -= 1
 
     def collect(self) -> Iterable[Metric]:
@@ -3497,7 +3494,7 @@ class Sweep:
             self._loop.call_at(until, self._look)
 
     def remove(self, timer: Timer) -> None:
-        """It is cancelled, or has expired."""
+        """Forget a timer: it is cancelled, or has expired."""
         self._until.pop(timer, None)
 
     def _look(self) -> None:
@@ -3565,19 +3562,20 @@ class WorkQueue(Protocol):
     def claim(
         self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
     ) -> Awaitable[Sequence[Claim]]:
-        """Up to `limit` due items of a queue, each charged with an attempt.
+        """Claim up to `limit` due items of a queue. Each is charged with an attempt.
 
-        At most `room[lane]` of a lane, `room[""]` of one without an entry. Of a function's calls
-        with one concurrency key none is claimed while another is. No more of a lane than its rate
-        allows, nor of the queue (`rates[""]`); the times of starts survive a restart, and are those
-        of all daemons that share the queue. When fewer are returned,
-        `wake` tells when to ask again, but not when `room` is the reason.
+        At most `room[lane]` of a lane, or `room[""]` if it has no entry. No more of a lane than its
+        rate allows, nor of the queue (`rates[""]`); the times of starts survive a restart, and all
+        daemons that share the queue share them. Of a function's calls with one concurrency key none
+        is claimed while another one is. When fewer than `limit` are returned, `wake` tells when to
+        ask again, unless `room` is the reason.
         """
 
     def start(self, lane: str, rate: Rate) -> Awaitable[float]:
-        """Count the start of a call that was never queued.
+        """Count the start of a call that was never queued, if its rate allows one.
 
-        0.0; or, and it is not counted, after how many seconds the rate allows one.
+        0.0: it is counted. Otherwise it is not, and this is after how many seconds the rate allows
+        one.
         """
 
     def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
@@ -3594,24 +3592,24 @@ class WorkQueue(Protocol):
         """
 
     def stalled(self) -> str | None:
-        """Why the queue does not answer, or needs a restart; or None. Never waits."""
+        """Why the queue does not answer, or needs a restart; None: it works. Never waits."""
 
     def notice(self) -> str | None:
-        """What an operator has to know of a queue that works, or None."""
+        """What an operator has to know of a queue that works; None: nothing."""
 
     async def failing(self) -> str | None:
-        """Why nothing can be stored, or None. After a failure it makes another attempt."""
+        """Why nothing can be stored; None: it can. After a failure it makes another attempt."""
 
 
 class CallRecords(Protocol):
     """What is known of calls, and what an operator does with them.
 
-    Where a `call_id` is expected, a record's own `id` will do, and then means exactly that record.
-    Else the newest record with that call id is meant. HttpError(404): there is none.
+    A `call_id` may be a record's own `id`, which means exactly that record. Otherwise it means the
+    newest record with this call id. HttpError(404): there is none.
     """
 
     def lookup(self, call_id: str) -> Awaitable[CallRecord]:
-        """The record."""
+        """The record of a call."""
 
     async def list_records(
         self, filters: CallFilter, limit: int = 100, cursor: str | None = None
@@ -3622,10 +3620,10 @@ class CallRecords(Protocol):
         """What the last attempt wrote, up to calls.keep_output."""
 
     def answer(self, call_id: str) -> Awaitable[StoredAnswer]:
-        """What the function answered. HttpError: see `require_whole`."""
+        """What the function answered last. HttpError: see `require_whole`."""
 
     def request(self, call_id: str) -> Awaitable[StoredRequest]:
-        """What it was asked. HttpError(410): that is not stored any more."""
+        """What a call asks its function. HttpError(410): that is not stored any more."""
 
     def cancel(self, call_id: str) -> Awaitable[int]:
         """Cancel what is not final: one record, or all that share the call id; how many.
@@ -3655,13 +3653,13 @@ class CallRecords(Protocol):
         """Cancel all waiting calls of a queue; how many."""
 
     def pause(self, name: str, paused: bool) -> Awaitable[None]:
-        """Hand out no more work of a queue, or do again. Survives a restart."""
+        """Hand out no more work of a queue; or, not `paused`, go on. Survives a restart."""
 
     def stats(self) -> Awaitable[Mapping[str, QueueStats]]:
         """All queues that have waiting calls or are paused."""
 
     def overview(self) -> Awaitable[Overview]:
-        """All of it in figures."""
+        """The whole queue in figures."""
 
     def watch(self, tell: Tell[Changes] | None) -> None:
         """Have each change of a call told on the event loop from now on; None: no more.
@@ -3671,9 +3669,9 @@ class CallRecords(Protocol):
         """
 
     def prune(self) -> Awaitable[int]:
-        """Delete one small batch of records past their time and give room back; how many.
+        """Delete one small batch of records past their time, and give room back; how many.
 
-        0: there was little to do.
+        0: there is nothing more to be done for now.
         """
 
 
@@ -3681,26 +3679,26 @@ class ScheduleStates(Protocol):
     """How far schedules are. Several daemons may keep the same ones."""
 
     async def state(self, name: str) -> ScheduleState:
-        """That of a schedule, as it is now; with revision 0 where nothing is stored of it."""
+        """The state of a schedule as it is now; with revision 0 if nothing is stored of it."""
 
     async def states(self) -> Mapping[str, ScheduleState]:
-        """All that are stored, by name, also of schedules that are not there any more."""
+        """The states of all schedules that were ever stored, by name."""
 
     async def save(self, state: ScheduleState, calls: Sequence[Invocation]) -> int:
         """Store a state over the one with its revision, and the calls that led to it.
 
-        Its new revision; 0, and nothing done: somebody else has written it meanwhile. SQLite does
-        it in one commit. NATS stores the calls first: they have to have the same ids when this is
-        done again after a crash, or by another daemon. HttpError: 429 a queue is full.
+        Its new revision; 0, and nothing done: somebody else has written the state meanwhile. SQLite
+        does it in one commit. NATS stores the calls first, so they have to have the same ids if
+        this is done again, after a crash or by another daemon. HttpError: 429 a queue is full.
         """
 
 
 class HasSchedules(Protocol):
-    """A queue that is open keeps schedules, too."""
+    """A queue that keeps schedules, too, once it is open."""
 
     @property
     def schedules(self) -> ScheduleStates:
-        """How far they are."""
+        """The states of schedules."""
 
 
 DISCARD_BYTES = 4 * MIB
@@ -3708,22 +3706,23 @@ DISCARD_PERIOD_S = 0.005
 
 
 class Storage(Protocol):
-    """Where a queue is."""
+    """Where a queue is stored."""
 
     async def figures(self) -> StoreFigures:
-        """What it takes, and what is left."""
+        """How much it takes, and what is left."""
 
     async def copy(self) -> IO[bytes]:
         """All of it as it is at one moment, in a file without a name, to be left to `discard_copy`.
 
-        Work goes on meanwhile. HttpError: 501 it is no file, 503 there is no room, or it stops.
+        Work goes on meanwhile. HttpError: 501 it is no file, 503 there is no room, or the daemon
+        stops.
         """
 
 
 def discard_copy(copy: IO[bytes]) -> None:
-    """Give the room of a file without a name back, in steps. Blocks.
+    """Delete a file without a name in steps, to give its room back. Blocks.
 
-    Whoever syncs waits meanwhile: for a gigabyte at once, a quarter of a second (ext4).
+    Whoever syncs has to wait meanwhile: for a gigabyte at once, a quarter of a second (ext4).
     """
     with copy:
         size = copy.seek(0, os.SEEK_END)
@@ -3734,17 +3733,17 @@ def discard_copy(copy: IO[bytes]) -> None:
 
 
 def discard_copy_later(copy: IO[bytes]) -> None:
-    """Have a thread do it, if there may be one."""
+    """Have a thread do that, if there may be one."""
     if not begin_thread("discard", discard_copy, copy):
         copy.close()
 
 
 class HasStorage(Protocol):
-    """A queue that is open is somewhere."""
+    """A queue that has a Storage once it is open."""
 
     @property
     def storage(self) -> Storage:
-        """Where it is."""
+        """Where it is stored."""
 
 
 class Queue(WorkQueue, CallRecords, HasSchedules, HasStorage, Protocol):
@@ -3752,23 +3751,28 @@ class Queue(WorkQueue, CallRecords, HasSchedules, HasStorage, Protocol):
 
 
 def call_lines(call_id: str, start_time: int) -> bytes:
-    """What tells a function which call it is, packed: stored behind the client's headers."""
+    """The packed headers that tell a function which call it is. They follow the client's."""
     return f"X-Call-Id: {call_id}\nX-Start-Time: {start_time}\n".encode()
 
 
 def queue_full(queue: str) -> HttpError:
-    """What to say of a queue that has max_pending calls."""
+    """The error for a queue that has max_pending calls."""
     return HttpError(429, f"queue {queue} is full, try again later", LATER)
 
 
 UNKNOWN_CALL = "no call with this id, or its record was pruned: see calls.keep, calls.keep_failed"
 NO_REQUEST = "the request of this call is not stored any more"
+NO_CALLBACK = "this call has no callback"
+NOT_WHOLE = "the answer of this call is not stored as a whole any more"
+HAS_FINISHED = "the call has finished already"
+NOT_FINISHED = "the call, or its callback, has not finished yet"
+OTHER_BODY = "Idempotency-Key: this key came before with another body"
 
 
 def require_whole(
     status: str, error: str | None, kept_bytes: int, response_bytes: int | None
 ) -> None:
-    """Whether the answer of a call can be had.
+    """Require that the answer of a call is there as a whole.
 
     HttpError: 409 the call has not finished, 410 there is no answer, or only a part of it.
     """
@@ -3779,6 +3783,15 @@ def require_whole(
     if kept_bytes != response_bytes:
         reason = f"the answer had {response_bytes} bytes, of which calls.keep_output keeps a part"
         raise HttpError(410, f"{reason}: see the log of the call")
+
+
+def cancelled_number(result: BulkResult) -> int:
+    """How many of the calls with one call id were cancelled. HttpError: 404, 409."""
+    if not result.matched:
+        raise HttpError(404, UNKNOWN_CALL)
+    if not result.done:
+        raise HttpError(409, HAS_FINISHED)
+    return result.done
 
 
 class Budget:
@@ -3809,20 +3822,20 @@ class Refusals:
         self._number = 0  # since the last call was stored
 
     def count(self, reason: StoreError) -> None:
-        """A request is refused."""
+        """Count a request that is refused."""
         level = logging.DEBUG if self._number else logging.ERROR
         log.log(level, "requests are refused: %s", reason)
         self._number += 1
 
     def over(self) -> None:
-        """A call was stored."""
+        """Count no more: a call was stored."""
         if self._number:
             log.info("calls are stored again: %d requests were refused", self._number)
             self._number = 0
 
 
 class CallWaiters:
-    """Who waits for a call to end."""
+    """Wakes those who wait for a call to end."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -3830,18 +3843,18 @@ class CallWaiters:
         self._ends = weakref.WeakValueDictionary()  # by id or call id, while somebody waits
 
     def event(self, call_id: str) -> asyncio.Event:
-        """Set when it is time to look at a call with this id or call id: it ends, or begins to
-        write, or nobody is to wait any more.
+        """An event that is set when it is time to look at the call or calls with this id: one ends,
+        or begins to write, or nobody is to wait any more.
         """
         return self._ends.setdefault(call_id, asyncio.Event())
 
     def tell(self, ended: Ended) -> None:
-        """A call has ended."""
+        """Wake those who wait for a call that has ended."""
         if self._ends:  # Mostly nobody waits.
-            self.stir(ended.id)
-            self.stir(ended.call_id)
+            self.wake(ended.id)
+            self.wake(ended.call_id)
 
-    def stir(self, own_id: str) -> None:
+    def wake(self, own_id: str) -> None:
         """Wake those who wait for a call, to look at it."""
         if self._ends and (event := self._ends.pop(own_id, None)):
             event.set()
@@ -3892,7 +3905,7 @@ class Lanes:
         return left
 
     def next(self, now: float, fair: bool) -> str | None:
-        """Take the next lane with a due call out of the line."""
+        """Take the next lane with a due call out of the line; None: there is none."""
         while self.ready and not fair:  # The queue was fair before a reload: line up anew.
             self.put(self.ready.popitem()[0], 0.0)
         while self.next_at() <= now:
@@ -3936,7 +3949,7 @@ class WorkIndex:
         self._wake_at[queue] = at
 
     def due(self, now: float) -> list[str]:
-        """The queues to be told now, each once."""
+        """Take out the queues that are to be told now."""
         names = [name for name, at in self._wake_at.items() if at <= now]
         for name in names:
             del self._wake_at[name]
@@ -3947,7 +3960,7 @@ class WorkIndex:
         return min(self._wake_at.values(), default=float("inf"))
 
     def expect_deadline(self, at: float) -> None:
-        """The earliest deadline of all that wait."""
+        """Set the earliest deadline of all calls that wait."""
         self.deadline_at = at
 
     def pause(self, queue: str, paused: bool) -> None:
@@ -4003,14 +4016,14 @@ class Receipt(NamedTuple):
 
 
 class Place:
-    """Where a file is. One that is deleted while it is used takes what is written to it along."""
+    """Where a file is. If it is deleted while it is used, what is written to it later is lost."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode = path.stat().st_ino
 
     def require(self) -> None:
-        """Raises sqlite3.OperationalError if it is not there any more. It may be put back."""
+        """Raise sqlite3.OperationalError if the file is not there. It may be put back."""
         try:
             there = self._path.stat().st_ino == self._inode
         except FileNotFoundError:
@@ -4189,7 +4202,7 @@ DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder outlive a power cut, where its file system and its mode allow."""
+    """Have the names in a folder survive a power cut, if its file system and mode allow it."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -4199,11 +4212,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a file, and the folders above it, that nobody else can read, whatever the umask.
+    """Make a file, and missing folders above it, that nobody else can read, whatever the umask.
 
-    What SQLite puts beside it has the same mode. A folder that is there is somebody's. SQLite syncs
-    the names of its files, but nobody those of the folders that lead there: a power cut could take
-    all of it. Raises OSError.
+    What SQLite puts beside it gets the same mode. A folder that exists stays as it is. New folders
+    are synced, which SQLite does for its files only: a power cut could take all of it. Raises
+    OSError.
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     for folder in reversed(missing):
@@ -4217,27 +4230,27 @@ def make_private(path: Path) -> None:
 
 
 def schema_parts(db: sqlite3.Connection) -> set[str]:
-    """What a file has: columns as TABLE.COLUMN, and indexes."""
+    """The parts of a file's schema: columns as TABLE.COLUMN, and indexes."""
     return {row[0] for row in db.execute(SELECT_PARTS)}
 
 
 def missing_parts(db: sqlite3.Connection) -> list[str]:
-    """What a file would have if its schema were ours."""
+    """The parts of our schema that a file lacks."""
     with contextlib.closing(sqlite3.connect(":memory:")) as model:
         model.executescript(SCHEMA)
         return sorted(schema_parts(model) - schema_parts(db))
 
 
 def misnamed_schema(path: Path, version: int, reason: str) -> StoreError:
-    """A file says that it is of a version and is not: an unfinished program has made it."""
+    """The error for a file that is not of the version that it says (of an unfinished program)."""
     text = f"not of schema {version}, as it says: {reason}. Move it away, to begin with none"
     return StoreError(f"{path}: {text}")
 
 
 def bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
-    """Make the tables, or have those of an older version follow; a copy is kept.
+    """Make the tables, or migrate those of an older version, of which a copy is kept.
 
-    Raises StoreError: it is of a newer version, or not what it says.
+    Raises StoreError: the file is of a newer version, or not what it says.
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
@@ -4253,7 +4266,7 @@ def bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
 
 
 def migrate(db: sqlite3.Connection, path: Path, version: int) -> None:
-    """Make what this version lacks, in one commit. Raises sqlite3.Error, StoreError."""
+    """Bring the schema from a version to ours, in one commit. Raises sqlite3.Error, StoreError."""
     steps = [SCHEMA]
     if version:
         steps = [MIGRATIONS[old] for old in range(version, SCHEMA_VERSION)]
@@ -4316,7 +4329,7 @@ class SqliteFile:
             raise StoreError(f"{self.path}: {getattr(exc, 'strerror', exc)}{hint}") from exc
 
     def close(self) -> None:
-        """Give the file free. What was not committed is gone."""
+        """Close the file. What was not committed is gone."""
         self.db.close()
 
     def _connect_or_set_aside(self) -> None:
@@ -4370,7 +4383,7 @@ class SqliteFile:
         )
 
     def prepare(self) -> None:
-        """Begin a transaction. Raises sqlite3.Error: what it stored would not stay."""
+        """Check, in a new transaction, that what it stores will stay. Raises sqlite3.Error."""
         self._place.require()
         if self.stale:
             self.rebuild()
@@ -4409,7 +4422,9 @@ class SqliteFile:
             self._mark.touch()
 
     def catch_up(self, since: float, latest: float, ahead: float) -> None:
-        """The clock was set forward by `ahead`; what it showed was from `since` to `latest`."""
+        """Move stamps along with a clock that was set forward by `ahead`, after it had shown the
+        times from `since` to `latest`.
+        """
         until = time.time() - ahead
         stamps = {"since": since, "until": until, "latest": latest, "ahead": ahead}
         for statement in CATCH_UP_ENDS:
@@ -4419,11 +4434,11 @@ class SqliteFile:
         log.warning("the clock was set forward by %.0f s: records and deadlines follow", ahead)
 
     def distrust_index(self) -> None:
-        """What is in memory may be wrong: derive it anew before the next step."""
+        """Have what is in memory derived anew before the next step."""
         self.stale = True
 
     def distrust(self, exc: Exception) -> None:
-        """A transaction has failed and was rolled back."""
+        """Forget what a transaction that was rolled back has led to."""
         self.news = News()
         self.stale = True
         code = getattr(exc, "sqlite_errorcode", 0)
@@ -4431,9 +4446,10 @@ class SqliteFile:
             self._suspect = True
 
     def checkpoint(self) -> None:
-        """Carry over to the file what is new in the log, if it is much; to be done in a pause.
+        """Copy what is new in the log to the file, if it is much. To be called in a pause.
 
-        SQLite does it in a COMMIT otherwise, and callers wait for that. What fails is tried again.
+        Otherwise SQLite does it in a COMMIT, and callers wait for that. If it fails, it is tried
+        again.
         """
         changed = self.db.total_changes
         if changed - self._carried >= CHECKPOINT_ROWS:
@@ -4442,7 +4458,7 @@ class SqliteFile:
                 self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def take_news(self) -> News:
-        """What the transaction that was committed leads to."""
+        """What the committed transaction leads to. The next one begins with nothing."""
         news = self.news
         self.news = News()
         return news
@@ -4547,7 +4563,7 @@ def next_start_at(file: SqliteFile, name: str, rate: Rate, now: float) -> float:
 
 
 def count_starts(file: SqliteFile, name: str, rate: Rate, number: int, now: float) -> None:
-    """Take note that calls have started."""
+    """Count calls of a queue or lane as started now."""
     at = next_start(rate, file.index.next_starts.get(name, 0.0), number, now)
     file.index.next_starts[name] = at
     file.db.execute(SAVE_START, (name, at))
@@ -4583,7 +4599,7 @@ def room_at_rates(
 def count_claims(
     file: SqliteFile, queue: str, claims: Sequence[Claim], rates: Mapping[str, Rate], now: float
 ) -> None:
-    """Take note of calls that start."""
+    """Count claimed calls as started, for their lanes and their queue."""
     for lane, number in Counter([claim.lane for claim in claims]).items():
         if rate := rates.get(lane):
             count_starts(file, lane, rate, number, now)
@@ -4592,7 +4608,7 @@ def count_claims(
 
 
 def step_start(file: SqliteFile, lane: str, rate: Rate) -> float:
-    """See WorkQueue.start. It is on disk with the next call of the function that was queued."""
+    """See WorkQueue.start. It is on disk with the next queued call of the function that starts."""
     now = time.time()
     if starts_left(file, lane, rate, now):
         at = next_start(rate, file.index.next_starts.get(lane, 0.0), 1, now)
@@ -4629,7 +4645,7 @@ class RowsStatement:
         self._body = body  # which of the values may be long
 
     def run(self, db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> int:
-        """Do it; how many rows were changed."""
+        """Execute it for these rows; how many rows were changed."""
         most = MOST_ROWS
         if self._body is not None and sum([len(row[self._body]) for row in rows]) > MOST_BYTES:
             most = 1
@@ -4643,7 +4659,7 @@ class RowsStatement:
 def change_rows(
     db: sqlite3.Connection, statement: RowsStatement, rows: Sequence[Sequence[object]]
 ) -> list[bool]:
-    """Whether each of these rows was changed. They are tried one by one only if one was not."""
+    """Whether each of these rows was changed. If not all were, they are tried one by one."""
     if len(rows) == 1:
         return [statement.run(db, rows) == 1]
     db.execute("SAVEPOINT rows")
@@ -4841,23 +4857,23 @@ def call_lane(call: Invocation) -> str:
 
 
 def is_plain(call: Invocation) -> bool:
-    """Whether it has nothing in RARE_COLUMNS."""
+    """Whether a call has nothing in RARE_COLUMNS."""
     return call[FIRST_RARE:] == NOTHING_RARE and call.call_id == call.id
 
 
 def plain_values(seq: int, call: Invocation) -> tuple[object, ...]:
-    """What stands in PLAIN_COLUMNS."""
+    """The values of PLAIN_COLUMNS."""
     return (seq, call.id, *call[FUNCTION:TARGET], call.queue, call_lane(call), len(call.body))
 
 
 def rare_values(call: Invocation, digest: bytes | None) -> tuple[object, ...]:
-    """What stands in RARE_COLUMNS."""
+    """The values of RARE_COLUMNS."""
     call_id = None if call.call_id == call.id else call.call_id
     return *call[FIRST_RARE:], call_id, digest, None if call.concurrency_key is None else 0
 
 
 def request_row(seq: int, call: Invocation) -> Sequence[object]:
-    """What INSERT_REQUESTS takes. Text has to be UTF-8; what a client has sent may be none."""
+    """The values for INSERT_REQUESTS. Text has to be UTF-8, so another target goes in as bytes."""
     target: str | bytes = call.target
     if not call.target.isascii():
         target = call.target.encode("utf-8", "surrogateescape")
@@ -4867,12 +4883,12 @@ def request_row(seq: int, call: Invocation) -> Sequence[object]:
 
 
 def decoded_target(target: str | bytes) -> str:
-    """A target as it came: what is no UTF-8 is bytes in the file."""
+    """A target as it came, from text or bytes in the file; see `request_row`."""
     return target.decode("utf-8", "surrogateescape") if isinstance(target, bytes) else target
 
 
 def call_claim(seq: int, claims: int, *row: Any) -> Claim:
-    """The claim of a call."""
+    """A claim from a row of SELECT_CALLS."""
     claim = Claim(Receipt(seq, claims), *row)
     if isinstance(claim.target, bytes):
         return claim._replace(target=decoded_target(claim.target))
@@ -4880,7 +4896,7 @@ def call_claim(seq: int, claims: int, *row: Any) -> Claim:
 
 
 def callback_claim(seq: int, claims: int, *row: Any) -> Claim:
-    """The claim of a callback, whose row has the call's status in the target's place."""
+    """A claim from a row of SELECT_CALLBACKS, which has the call's status in the target's place."""
     target = callback_target(row[TARGET_AT], row[URLS_AT], row[URLS_AT + 1])
     values = (*row[:TARGET_AT], target or "", *row[TARGET_AT + 1 :])
     return Claim(Receipt(seq, claims), *values)
@@ -4920,11 +4936,11 @@ class WorkRow(NamedTuple):
 
     @property
     def status(self) -> str:
-        """The call's, unless its callback is the work."""
+        """The status of the call, if that is the work, and not its callback."""
         return "running" if self.due_at is None else "queued"
 
     def ended(self, status: str, error: str | None = None) -> Ended:
-        """The call, as it ends without another attempt."""
+        """The call's end, if it ends in this state without another attempt."""
         return Ended(
             self.id,
             self.call_id,
@@ -4937,13 +4953,13 @@ class WorkRow(NamedTuple):
         )
 
     def end(self, status: str, error: str) -> End:
-        """The same with its callback."""
+        """The call's end, with the callback that follows from it."""
         target = callback_target(status, self.callback_url, self.failure_url)
         return End(Receipt(self.seq, self.claims), self.ended(status, error), target=target)
 
 
 def end_row(end: End, was: str, lane: str | None, now: float) -> Sequence[object]:
-    """What END_CALLS takes; `lane` is that of the callback."""
+    """The values for END_CALLS; `lane` is that of the callback."""
     ended = end.ended
     duration = None if ended.duration_s is None else round(ended.duration_s, 6)
     result = (ended.status, ended.http_status, ended.error, now, duration, end.size)
@@ -4979,7 +4995,7 @@ def step_enqueue_once(file: SqliteFile, call: Invocation) -> str:
     place = (call.function, call.namespace, call.idempotency_key)
     taken = file.db.execute(SELECT_KEY, place).fetchone()
     if taken and taken[1] != digest:
-        raise HttpError(422, "Idempotency-Key: this key came before with another body")
+        raise HttpError(422, OTHER_BODY)
     if taken:
         return str(taken[0])
     if queue_room(file, call.queue) <= 0:
@@ -4996,7 +5012,7 @@ def queue_room(file: SqliteFile, queue: str) -> int:
 def insert_calls(
     file: SqliteFile, calls: Sequence[Invocation], digest: bytes | None = None
 ) -> None:
-    """Write the rows of a piece of calls and have their queues told.
+    """Write the rows of up to MOST_ROWS calls, and have their queues told.
 
     Those that are stored already are left as they are.
     """
@@ -5040,7 +5056,7 @@ def count_in(file: SqliteFile, calls: Sequence[Invocation]) -> None:
 def step_claim(
     file: SqliteFile, queue: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
 ) -> Sequence[Claim]:
-    """Hand out due work of one queue, and set the time at which it is told that there is more."""
+    """Claim due work of a queue, and set when the queue is told that there is more."""
     now = time.time()
     index = file.index
     if index.deadline_at <= now:
@@ -5073,7 +5089,7 @@ def step_claim(
 def claim_in_turn(
     file: SqliteFile, queue: str, limit: int, room: Mapping[str, int], now: float
 ) -> tuple[list[Claim], list[str]]:
-    """Claims, lane by lane; and the lanes that have more due work than room."""
+    """Claims, lane by lane; and the lanes that have more due work than they have room."""
     lanes = file.index.lanes[queue]
     fair = queue == CALLBACKS or file.settings().queue(queue).fair
     claims: list[Claim] = []
@@ -5146,9 +5162,9 @@ def write_counts(file: SqliteFile) -> None:
 
 
 def end_calls(file: SqliteFile, was: str, ends: Sequence[End]) -> list[bool]:
-    """Make calls final that were in this status, and have their outcomes told.
+    """Make calls final that have the status `was`, and have their outcomes told.
 
-    False, and nothing done, for those that are not in that status any more.
+    False, and nothing done, for those that have another status by now.
     """
     now = stamp()
     hosts = [callback_lane(end.target) if end.target else None for end in ends]
@@ -5168,7 +5184,7 @@ def end_calls(file: SqliteFile, was: str, ends: Sequence[End]) -> list[bool]:
 
 
 def recover(file: SqliteFile) -> None:
-    """Queue again what a dead process had claimed, but not what it seems to have died of."""
+    """Queue again what a dead process had claimed; end what it seems to have died of."""
     file.db.execute("BEGIN IMMEDIATE")
     config = file.settings()
     # One power cut is no reason to give a callback up that gets one delivery only.
@@ -5199,7 +5215,7 @@ def end_poisoned(file: SqliteFile, row: WorkRow) -> None:
 
 
 class Completion(NamedTuple):
-    """What has become of a claim."""
+    """A claim whose work is done."""
 
     claim: Claim
     outcome: Outcome
@@ -5347,7 +5363,7 @@ def save_outputs(file: SqliteFile, outputs: Mapping[int, KeptOutput | None]) -> 
 
 
 def drop_rows(file: SqliteFile, statement: str, seqs: Sequence[int]) -> None:
-    """Delete what belongs to calls."""
+    """Delete rows that belong to these calls."""
     if seqs:
         file.db.execute(statement, (json.dumps(seqs),))
 
@@ -5361,7 +5377,7 @@ def cut_outputs(file: SqliteFile, seqs: Sequence[int]) -> None:
 
 
 def step_expire(file: SqliteFile) -> None:
-    """End calls whose deadline has passed before they started: a charged attempt takes it away."""
+    """End calls that have not started by their deadline. A charged attempt takes it away."""
     expired = file.db.execute(EXPIRE_CALLS, (time.time(), BATCH)).fetchall()
     rows = list(itertools.starmap(WorkRow, expired))
     for row in rows:
@@ -5523,7 +5539,7 @@ def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
 
 
 def read_changed(file: SqliteFile, seqs: Sequence[int]) -> list[CallRecord]:
-    """The records of these rows as `Changes` has them, in this order, as far as they are there."""
+    """The records of these rows for `Changes`, in this order, without rows that are gone."""
     where = {"seqs": json.dumps(seqs), "now": time.time()}
     rows = {row[-1]: row for row in file.db.execute(SELECT_CHANGED, where).fetchall()}
     return [read_record(rows[seq])._replace(history=(), failures=()) for seq in seqs if seq in rows]
@@ -5590,9 +5606,9 @@ def step_request(file: SqliteFile, call_id: str) -> StoredRequest:
 
 
 def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
-    """Take away what is to be done for these rows; how many had something to do.
+    """Cancel the work of these rows, calls or callbacks; how many had any.
 
-    Claimed work is stopped after the commit.
+    Whoever does it now is told after the commit.
     """
     rows = [WorkRow(*row) for row in file.db.execute(SELECT_WORK, (json.dumps(seqs),)).fetchall()]
     calls = [row for row in rows if row.work != CALLBACKS]
@@ -5617,7 +5633,7 @@ def cancel_calls(file: SqliteFile, rows: Sequence[WorkRow]) -> None:
 
 
 def cancel_callbacks(file: SqliteFile, seqs: Sequence[int]) -> None:
-    """Have no more deliveries of these calls' outcomes."""
+    """Give up the callbacks of these calls."""
     if seqs:
         file.db.execute(CANCEL_CALLBACKS, (json.dumps(seqs),))
         file.tally.move(CALLBACKS, "pending", "failed", len(seqs))
@@ -5625,7 +5641,7 @@ def cancel_callbacks(file: SqliteFile, seqs: Sequence[int]) -> None:
 
 
 def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
-    """Queue those of these rows again, as if new, that are final and have their request."""
+    """Queue again, as if new, those of these rows that are final and have their request."""
     now = time.time()
     where = {"seqs": json.dumps(seqs), "now": now}
     for lane, was, told, number in file.db.execute(SELECT_REDRIVEN, (where["seqs"],)).fetchall():
@@ -5647,7 +5663,7 @@ def step_cancel(file: SqliteFile, own_id: str) -> bool:
     if row is None:
         return False
     if not cancel_rows(file, [row[0]]):
-        raise HttpError(409, "the call has finished already")
+        raise HttpError(409, HAS_FINISHED)
     return True
 
 
@@ -5655,7 +5671,7 @@ def step_redrive(file: SqliteFile, call_id: str) -> None:
     """Queue a final call again. HttpError: 404, 409, 410."""
     seq = find_seq(file, call_id)
     if file.db.execute(SELECT_WORK, (json.dumps([seq]),)).fetchone():
-        raise HttpError(409, "the call, or its callback, has not finished yet")
+        raise HttpError(409, NOT_FINISHED)
     if not redrive_rows(file, [seq]):
         raise HttpError(410, NO_REQUEST)
 
@@ -5668,11 +5684,11 @@ def step_resend(file: SqliteFile, call_id: str) -> None:
     ).fetchone()
     target = callback_target(status, callback_url, failure_url)
     if work is not None:
-        raise HttpError(409, "the call, or its callback, has not finished yet")
+        raise HttpError(409, NOT_FINISHED)
     if not target or told == "none":
-        raise HttpError(409, "this call has no callback")
+        raise HttpError(409, NO_CALLBACK)
     if size and (kept != size or not headed):
-        raise HttpError(410, "the answer of this call is not stored as a whole any more")
+        raise HttpError(410, NOT_WHOLE)
     now = time.time()
     lane = callback_lane(target)
     file.db.execute(RESEND_CALLBACK, (lane, now, seq))
@@ -5711,7 +5727,7 @@ def step_pause(file: SqliteFile, queue: str, paused: bool) -> None:
 
 
 def step_stats(file: SqliteFile) -> Mapping[str, QueueStats]:
-    """All queues that have waiting calls or are paused."""
+    """The figures of all queues that have waiting calls or are paused."""
     stats = {}
     for work in {*file.index.lanes, *file.index.paused}:
         waiting = dict(file.index.lanes[work].waiting)
@@ -5747,7 +5763,7 @@ def step_overview(file: SqliteFile) -> Overview:
 
 
 def step_probe(file: SqliteFile) -> None:
-    """Take room for something new, and give it back."""
+    """Store something, and delete it again."""
     file.db.execute("CREATE TABLE room (id)")
     file.db.execute("DROP TABLE room")
 
@@ -5772,7 +5788,7 @@ def step_prune(file: SqliteFile) -> int:
 
 
 def give_room_back(file: SqliteFile) -> int:
-    """Give up to two pages a row of a batch back to the file system. 1: that was as many."""
+    """Give up to two pages for each row of a batch back to the file system. 1: that was as many."""
     most = 2 * BATCH
     free = file.db.execute("PRAGMA freelist_count").fetchone()[0]
     for _ in range(min(free, most)):
@@ -5795,13 +5811,13 @@ UPDATE_SCHEDULE = """
 
 
 def step_schedule(file: SqliteFile, name: str) -> ScheduleState:
-    """How far a schedule is."""
+    """See ScheduleStates.state."""
     row = file.db.execute(SELECT_SCHEDULE, (name,)).fetchone()
     return unpack_schedule(json.loads(row[0]), row[1]) if row else ScheduleState(name)
 
 
 def step_schedules(file: SqliteFile) -> Mapping[str, ScheduleState]:
-    """How far all of them are."""
+    """See ScheduleStates.states."""
     rows = file.db.execute(SELECT_SCHEDULES).fetchall()
     states = [unpack_schedule(json.loads(state), revision) for state, revision in rows]
     return {state.name: state for state in states}
@@ -5839,16 +5855,16 @@ COPY_RESERVE_BYTES = 64 * MIB  # what has to be left beside a copy, for calls th
 
 
 def step_figures(file: SqliteFile) -> StoreFigures:
-    """What the file takes, and what is left."""
+    """See Storage.figures."""
     return store_figures(file.path)
 
 
 class CopyStopped(Exception):
-    """A copy does not come to its end, and why."""
+    """Ends the making of a copy, and says why."""
 
 
 def require_room(file: SqliteFile) -> None:
-    """Raises CopyStopped: there is no room for a copy."""
+    """Raise CopyStopped if there is no room for a copy."""
     (pages,) = file.db.execute("PRAGMA page_count").fetchone()
     (page_bytes,) = file.db.execute("PRAGMA page_size").fetchone()
     folder = file.path.parent
@@ -5961,7 +5977,7 @@ DAMAGED_FILE = (
 
 
 def queue_file_trouble(path: Path) -> str | None:
-    """What is wrong with a file that is to be moved. It stays as it is, and no other is made."""
+    """What is wrong with a file that is to be moved; None: nothing. It is not changed."""
     if path.with_name(f"{path.name}-damaged").exists():
         return DAMAGED_FILE % "a daemon has found it so"
     log_bytes = 0
@@ -6002,9 +6018,9 @@ class Moving(NamedTuple):
 
 
 def waiting_calls(file: SqliteFile, after: int, limit: int) -> Sequence[Moving]:
-    """The calls that wait, oldest first, in rows after this one.
+    """The waiting calls in rows after this one, oldest first.
 
-    Their `max_attempts` are those that they have left.
+    Their `max_attempts` are the attempts that they have left.
     """
     moving = []
     for seq, *values in file.db.execute(SELECT_MOVING, (after, limit)).fetchall():
@@ -6015,7 +6031,7 @@ def waiting_calls(file: SqliteFile, after: int, limit: int) -> Sequence[Moving]:
 
 
 def calls_to_tell(file: SqliteFile, after: int, limit: int) -> Sequence[Moving]:
-    """The calls that have ended, and whose callback is pending, in rows after this one."""
+    """The ended calls in rows after this one whose callback is pending."""
     moving = []
     cursor = file.db.execute(SELECT_MOVING_CALLBACKS, (after, limit))
     names = [column[0] for column in cursor.description]
@@ -6034,7 +6050,7 @@ def calls_to_tell(file: SqliteFile, after: int, limit: int) -> Sequence[Moving]:
 
 
 def forget_moved(file: SqliteFile, moved: Sequence[Moving]) -> None:
-    """Delete what is stored elsewhere by now. In one commit. Raises sqlite3.Error."""
+    """Delete what is stored elsewhere by now, in one commit. Raises sqlite3.Error."""
     file.db.execute("BEGIN IMMEDIATE")
     seqs = [moving.seq for moving in moved]
     for statement in (DROP_CALLS, DROP_REQUESTS, DROP_OUTPUTS):
@@ -6047,12 +6063,12 @@ def forget_moved(file: SqliteFile, moved: Sequence[Moving]) -> None:
     file.db.execute("COMMIT")
 
 
-def pauses(file: SqliteFile) -> Sequence[str]:
+def unmoved_pauses(file: SqliteFile) -> Sequence[str]:
     """The paused queues whose pause has not been moved yet."""
     return [name for (name,) in file.db.execute(SELECT_PAUSES).fetchall()]
 
 
-def note_pause(file: SqliteFile, queue: str) -> None:
+def mark_pause_moved(file: SqliteFile, queue: str) -> None:
     """Note that a queue's pause was moved: from now on that one counts. Raises sqlite3.Error."""
     file.db.execute(PAUSE_HAS_MOVED, (queue,))
 
@@ -6138,7 +6154,7 @@ class Listener(NamedTuple):
 
 
 def tell_all(listener: Listener, news: News, answers: Sequence[Answers]) -> None:
-    """Tell what a transaction has led to, and who waits for it."""
+    """Tell what a transaction has led to, and answer those who wait for its steps."""
     listener.tell(news)
     for futures, results in answers:
         for future, result in zip(futures, results, strict=True):
@@ -6199,7 +6215,7 @@ class Outbox:
     def share(
         self, step: Callable[[SqliteFile, Sequence[T]], Sequence[R | HttpError]], item: T
     ) -> asyncio.Future[R]:
-        """The same for a step that does many items at once, and answers for each."""
+        """As `submit`, for a step that does many items at once, and answers for each."""
         if self.closed:
             return self._refused()
         future: asyncio.Future[R] = self._loop.create_future()
@@ -6329,7 +6345,7 @@ class Writer:
         self._loop.call_soon_threadsafe(deliver_copy, asked, answer)
 
     def _next_batch(self) -> list[Entry]:
-        """What was submitted, or what the time has come for."""
+        """Wait for steps, or until something is due."""
         index = self._file.index
         expire_at = max(index.deadline_at, self._expire_after)
         wait_s = min(expire_at, index.next_wake_at()) - time.time()
@@ -6373,7 +6389,7 @@ class Writer:
         self._tell(answers)
 
     def _failed(self, batch: list[Entry], exc: Exception) -> None:
-        """Nothing of the transaction happened: try its parts, or tell who waits."""
+        """Nothing of a transaction happened, as it failed: try its parts, or tell who waits."""
         with contextlib.suppress(sqlite3.Error):  # Then the next BEGIN fails, and leads here again.
             self._file.db.rollback()
         self._rollbacks += 1
@@ -6394,7 +6410,7 @@ class Writer:
         self._tell([(futures, [StoreError(reason)] * len(futures)) for _, _, futures, _ in batch])
 
     def _tell(self, answers: list[Answers]) -> None:
-        """Tell first who waits for work, then who asked."""
+        """Tell those first who may claim, then those who wait for a step."""
         news = self._file.take_news()
         news.woken += self._file.index.due(time.time())
         self._loop.call_soon_threadsafe(tell_all, self._listener, news, answers)
@@ -6402,7 +6418,7 @@ class Writer:
             self._tell_changes(self._watcher, list(dict.fromkeys(news.changed)))
 
     def _tell_changes(self, watcher: Tell[Changes], seqs: list[int]) -> None:
-        """Read what has changed, after who asked has been told."""
+        """Tell whoever watches what has changed, after all others."""
         records: list[CallRecord] = []
         with contextlib.suppress(sqlite3.Error):
             records = read_changed(self._file, seqs[: self._budget.take(len(seqs))])
@@ -6540,12 +6556,7 @@ class SqliteQueue:
     async def cancel(self, call_id: str) -> int:
         if await self._steps.submit(step_cancel, call_id):
             return 1
-        result = await self.cancel_matching(CallFilter(call_id=call_id))
-        if not result.matched:
-            raise HttpError(404, UNKNOWN_CALL)
-        if not result.done:
-            raise HttpError(409, "the call has finished already")
-        return result.done
+        return cancelled_number(await self.cancel_matching(CallFilter(call_id=call_id)))
 
     def redrive(self, call_id: str) -> Awaitable[None]:
         return self._steps.submit(step_redrive, call_id)
@@ -6664,7 +6675,7 @@ def nats_token(name: str) -> str:
 
 
 def nats_name(token: str) -> str:
-    """The inverse of `nats_token`."""
+    """The name that a token of `nats_token` stands for."""
     return unquote(token.removesuffix("=").replace("=", "%"))
 
 
@@ -6720,7 +6731,7 @@ class NatsCall(NamedTuple):
 
     @property
     def callback_target(self) -> str | None:
-        """Where its outcome is told."""
+        """The URL that its outcome goes to."""
         return callback_target(self.status, self.callback_url, self.failure_url)
 
     @property
@@ -6797,7 +6808,7 @@ class Stored(NamedTuple):
 
 
 class NatsReceipt(NamedTuple):
-    """A claim: the sequence of the record that says so."""
+    """A claim: the sequence of the record in which it stands."""
 
     id: str
     seq: int
@@ -6815,7 +6826,7 @@ class Delivery(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The call's."""
+        """The id of its call."""
         return self.subject.rpartition(".")[2]
 
 
@@ -6853,7 +6864,7 @@ MESSAGE_KEYS = ["record", "parts", "call"]  # of a message's head, in this order
 
 
 def more_json(call: NatsCall, first: int, end: int | None = None) -> str:
-    """The same as text that goes on in a JSON object, with a comma first; or nothing."""
+    """A call's fields as text that goes on in a JSON object, with a comma first; or nothing."""
     if call[first:end] == CALL_DEFAULTS[first:end]:
         return ""
     return f",{encode_json(pack_fields(call, first, end))[1:-1]}"
@@ -7053,7 +7064,7 @@ def id_number(own_id: str) -> int:
 
 
 def with_request(parts: Parts, request: Parts) -> Parts:
-    """The request of one, and of the other what the last attempt gave."""
+    """Put the request of one in the place of the request of the other."""
     return Parts(*request[:2], *parts[2:])
 
 
@@ -7115,18 +7126,18 @@ class NatsSubjects:
         return f"{self._prefix}.later.{nats_token(queue)}.*.{self._timed(own_id)}"
 
     def record(self, call: NatsCall) -> str:
-        """The record of a call: its time first, so that a look-up needs no search."""
+        """The subject of a call's record, with its time first: a look-up needs no search."""
         return self.record_at(nats_token(call.queue), nats_token(call.lane), call.id)
 
     def record_at(self, queue: str, lane: str, own_id: str) -> str:
-        """The record of the call whose other messages have these tokens of queue and lane."""
+        """The subject of the record of a call whose other messages have these tokens."""
         if own_id < self.since:
             return f"{self._prefix}.call.{own_id[:8]}.{own_id[9]}.{queue}.{lane}.{own_id}"
         times = self._timed(own_id).removesuffix(own_id)
         return f"{self._prefix}.call.{times}{queue}.{lane}.{own_id}"
 
     def _timed(self, name: str) -> str:
-        """A name that begins with an id, after the tokens of its time."""
+        """A name that begins with an id, behind the tokens of its time."""
         if name < self.since:
             return name
         return f"{name[:4]}.{name[4:6]}.{name[6:8]}.{name[9]}.{name[10:12]}.{name}"
@@ -7161,11 +7172,11 @@ class NatsSubjects:
         return root, queue, lane.removesuffix(nats_token(ASIDE)), tokens[-1]
 
     def every(self, root: str) -> str:
-        """All with this root."""
+        """All subjects with this root."""
         return f"{self._prefix}.{root}.>"
 
     def call_id(self, call_id: str, own_id: str) -> str:
-        """A note that a call has this foreign call id."""
+        """The note that a call has this foreign call id."""
         digest = hashlib.blake2b(call_id.encode(), digest_size=16).hexdigest()
         return f"{self._prefix}.cid.{digest}.{own_id}"
 
@@ -7175,26 +7186,26 @@ class NatsSubjects:
         return f"{self._prefix}.key.{nats_token(call.lane)}.{digest}"
 
     def notes(self, call: NatsCall) -> Sequence[str]:
-        """All that is noted of a call beside its record."""
+        """The notes on a call beside its record."""
         notes = [self.call_id(call.call_id, call.id)] if call.call_id != call.id else []
         return notes if call.idempotency_key is None else [*notes, self.key(call)]
 
     @property
     def pauses(self) -> str:
-        """All queues that were paused once."""
+        """The notes on all queues that were ever paused."""
         return f"{self._prefix}.queue.*"
 
     def pause(self, queue: str) -> str:
-        """Whether a queue is paused."""
+        """The note on whether a queue is paused."""
         return f"{self._prefix}.queue.{nats_token(queue)}"
 
     @property
     def schedules(self) -> str:
-        """How far all schedules are."""
+        """The states of all schedules."""
         return f"{self._prefix}.sched.*"
 
     def schedule(self, name: str) -> str:
-        """How far a schedule is."""
+        """The state of a schedule."""
         return f"{self._prefix}.sched.{nats_token(name)}"
 
     def slot(self, queue: str, number: object) -> str:
@@ -7202,7 +7213,7 @@ class NatsSubjects:
         return f"{self._prefix}.slot.{nats_token(queue)}.{number}"
 
     def key_holder(self, key: str) -> str:
-        """Which call has a concurrency key."""
+        """The note on which call has a concurrency key."""
         return self.slot("@key", key)
 
     def key_line(self, key: str, own_id: str) -> str:
@@ -7210,7 +7221,7 @@ class NatsSubjects:
         return self.slot("@line", f"{key}.{own_id}")
 
     def owner(self, owner: str) -> str:
-        """Where a daemon answers whether it holds a claim."""
+        """The subject at which a daemon answers whether it holds a claim."""
         return f"{self._prefix}.owner.{owner}"
 
 
@@ -7233,7 +7244,7 @@ class NatsMessage(NamedTuple):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Its headers by name; as "Status" and "Description" what the server says by itself."""
+        """Headers by name; "Status" and "Description" are what the server says by itself."""
         if not self.head:
             return {}
         first, *lines = self.head.decode("utf-8", "replace").split("\r\n")
@@ -7270,13 +7281,13 @@ class NatsReader:
         self._heard[b"%d" % subscription] = heard
 
     def reset(self) -> None:
-        """The connection is another one."""
+        """Forget what has come in part: the connection is another one."""
         self._chunks = []
         self._missing = 0
         self._rest.reset()
 
     async def parse(self, data: bytes = b"") -> None:
-        """Read on. Raises what the client takes for a broken connection."""
+        """Read what has come. Raises what the client takes for a broken connection."""
         self._chunks.append(data)
         self._missing -= len(data)
         if self._missing > 0:
@@ -7291,7 +7302,7 @@ class NatsReader:
         self._chunks = [data[end:]] if end < len(data) else []
 
     async def _read(self, data: bytes) -> int:
-        """Read all that is there as a whole; where that ends. Raises ValueError, IndexError."""
+        """Read all whole messages; where they end. Raises ValueError, IndexError."""
         start = 0
         while True:
             line_end = data.find(b"\r\n", start)
@@ -7331,7 +7342,7 @@ class NatsReader:
 
 
 class NatsWriter:
-    """Sends what is published in one turn of the event loop at once."""
+    """Sends all that is published in one turn of the event loop at once."""
 
     def __init__(self, client: nats.aio.client.Client) -> None:
         self._client = client
@@ -7349,11 +7360,11 @@ class NatsWriter:
         self._lines += (line, head, payload, b"\r\n")
 
     def clear(self) -> None:
-        """There is no connection: do not send what was published, not even later."""
+        """Drop what was published: there is no connection, and later is too late."""
         self._lines = []
 
     def flush(self) -> None:
-        """Send it now."""
+        """Send now what was published."""
         lines = self._lines
         self._lines = []
         if self._client.is_connected:
@@ -7365,8 +7376,8 @@ class NatsWriter:
 def nats_head(headers: Mapping[str, object]) -> bytes:
     """Headers of a message that replaces what its subject had; in a name `_` stands for `-`.
 
-    One that is only stored where there is nothing does not say so: to replace, a server goes
-    through all consumers (0.5 to 0.9 ms where there are 1,000).
+    If its subject has to be empty, it does not say that it replaces: to do that, a server goes
+    through all consumers (0.5 to 0.9 ms for 1,000).
     """
     lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
     if headers.get("Nats_Expected_Last_Subject_Sequence") != 0:
@@ -7386,7 +7397,7 @@ class NatsRefused(StoreError):
 
 
 class NatsChanged(NatsRefused):
-    """A subject has not the last sequence any more that was expected: somebody else was first."""
+    """A subject has another last sequence than was expected: somebody else was first."""
 
 
 SILENT_S = 2.0  # that servers may take to say anything while they owe an answer
@@ -7445,7 +7456,7 @@ class NatsAnswers:
         del self._awaited[number]
 
     def heard(self, message: NatsMessage) -> bool:
-        """An answer has come."""
+        """Take an answer that has come."""
         self._owed_since = None
         number = int(message.subject[len(self.inbox) :])
         awaited = self._awaited.get(number)
@@ -7491,14 +7502,8 @@ class NatsAnswers:
             self._fail(number, "the connection to NATS was lost")
 
 
-def require_few(end: NatsMessage) -> None:
-    """Raises NatsRefused if more messages were asked for than the server gives at once."""
-    if end.status == str(TOO_MANY):
-        raise NatsRefused(TOO_MANY, "too many messages match")
-
-
 def plain_nats_error(exc: Exception) -> str:
-    """What the client, or the server, has said of a connection."""
+    """What the client or the server says of a failed connection, in plain words."""
     text = str(exc).removeprefix("nats: ").strip("'")
     if isinstance(exc, TimeoutError) and text in ("", "timeout"):
         return f"it has not answered within {NATS_CONNECT_S} s"
@@ -7607,7 +7612,7 @@ class NatsTrouble:
         self._refused: list[str] = []  # logins and TLS, as was told since there was a connection
 
     def note(self, exc: Exception, server: str) -> None:
-        """A connection has failed. Who refuses a login or TLS, and where to look, is told once."""
+        """A connection has failed. A refused login or TLS is logged once, with where to look."""
         if self.text and isinstance(exc, TimeoutError):  # A time that is over says less.
             return
         text = plain_nats_error(exc)
@@ -7627,17 +7632,17 @@ class NatsTrouble:
         self.text = text
 
     def over(self) -> None:
-        """There is a connection."""
+        """Forget the trouble: there is a connection."""
         self.text = None
         self._refused.clear()
 
     @property
     def reason(self) -> str | None:
-        """A login that was refused, as others may have been tried since, or what came last."""
+        """The last refusal of a login, as others may have been tried since; else what came last."""
         return self._refused[-1] if self._refused else self.text
 
     def why(self) -> str:
-        """Why none could be made."""
+        """Why no connection could be made."""
         servers = show_url(" ".join(self._config.servers))
         if self._refused:
             return f"NATS: {self.reason}"
@@ -7673,11 +7678,11 @@ class NatsRoom:
         self.failure = str(exc)
 
     def judge(self, unfit: str | None) -> None:
-        """Store nothing for this reason, until there is none."""
+        """Store nothing for this reason; None: store again."""
         self.unfit = unfit
 
     def fill(self, failure: str) -> None:
-        """This daemon, or another one, has found that there is no room."""
+        """Note that there is no room, as this daemon or another one has found."""
         if not self.full.is_set():
             log.error(
                 "NATS has no room for more calls, only for the end of those there are: %s", failure
@@ -7686,7 +7691,7 @@ class NatsRoom:
         self.full.set()
 
     def spend(self, spent: bool) -> None:
-        """Whether what is left is for callbacks only."""
+        """Note whether what is left is for callbacks only."""
         if spent and not self.spent:
             log.warning("NATS has hardly any room: answers that are there are called back first")
         self.spent = spent
@@ -7696,7 +7701,7 @@ class NatsRoom:
         self.most_bytes = min(self.most_bytes, used)
 
     def empty(self) -> None:
-        """There is room again."""
+        """Note that there is room again."""
         self.full.clear()
         self.spent = False
         self.most_bytes = math.inf
@@ -7819,7 +7824,7 @@ class NatsLink:
 
     @property
     def messages(self) -> int:
-        """How many have come on this connection."""
+        """How many messages have come on this connection."""
         return self._reader.messages
 
     @property
@@ -7829,7 +7834,7 @@ class NatsLink:
 
     @property
     def _open_client(self) -> nats.aio.client.Client:
-        """Raises StoreError."""
+        """The client. Raises StoreError before there is one."""
         if self._client is None:
             raise StoreError("NATS is away")
         return self._client
@@ -7847,7 +7852,7 @@ class NatsLink:
 
     @property
     def max_payload(self) -> int:
-        """Bytes that the server takes in one message, less the headers that ours have."""
+        """Bytes that the server takes in one message, without those for our headers."""
         return int(self._open_client.max_payload) - KIB
 
     async def subscribe(
@@ -7859,8 +7864,8 @@ class NatsLink:
     ) -> None:
         """Have messages told, one after the other. In a `group`, each goes to one daemon only.
 
-        `first` is told of each as it comes, and must not wait for anything. If it says True, that
-        was all; otherwise `heard` is told. Once this returns, the server knows of it.
+        `first` is told of each as it comes, and must not wait for anything; if it says False,
+        `heard` is told, too. Once this returns, the server knows of it.
         """
         client = self._open_client
         made = await client.subscribe(subject, group, cb=heard, pending_bytes_limit=-1)
@@ -7885,10 +7890,7 @@ class NatsLink:
         timeout_s: float | None = None,
         many: list[NatsMessage] | None = None,
     ) -> asyncio.Future[NatsMessage]:
-        """Publish now, and return what awaits the answer, or the last of `many`.
-
-        StoreError: raised at once, or by awaiting.
-        """
+        """Publish now. The answer, or the last of `many`, is awaited. Both may raise StoreError."""
         number, answer = self._answers.expect(many, timeout_s or self._config.publish_timeout)
         try:
             self.send(subject, payload, f"{self._answers.inbox}{number}", head)
@@ -7900,7 +7902,9 @@ class NatsLink:
     async def gather(self, subject: str, payload: bytes) -> list[NatsMessage]:
         """Publish, and wait for all answers up to one with a status. NatsRefused: TOO_MANY."""
         many: list[NatsMessage] = []
-        require_few(await self.request(subject, payload, many=many))
+        end = await self.request(subject, payload, many=many)
+        if end.status == str(TOO_MANY):
+            raise NatsRefused(TOO_MANY, "too many messages match")
         return many
 
     async def api(self, verb: str, body: object = None) -> dict[str, Any]:
@@ -7916,9 +7920,9 @@ class NatsLink:
         """Send a message to be stored, and return what awaits its sequence.
 
         The sequence is 0 if one with this Nats-Msg-Id was stored before. The message replaces what
-        its subject had, unless that has to be nothing. It says so itself, because what a limit of
-        the stream deletes may come back when a server is killed, once its successor is gone (seen
-        with 2.15). Raises NatsRefused, StoreError.
+        its subject had, unless that has to be nothing. No limit of the stream does that: what it
+        deletes may come back when a server is killed, after its successor is gone (seen with 2.15).
+        Raises NatsRefused, StoreError.
         """
         try:
             head = nats_head(headers)
@@ -7931,7 +7935,7 @@ class NatsLink:
 
 
 def stored_seq(message: NatsMessage) -> int:
-    """The sequence of what was stored, after the server's answer; 0: it was there before.
+    """The sequence in the server's answer to what was stored; 0: it was stored before.
 
     Raises NatsRefused, StoreError.
     """
@@ -7942,7 +7946,7 @@ def stored_seq(message: NatsMessage) -> int:
 
 
 def nats_answer(message: NatsMessage) -> dict[str, Any]:
-    """What JetStream has answered. Raises NatsRefused, StoreError."""
+    """The answer of JetStream's API. Raises NatsRefused, StoreError."""
     if message.status == "503":
         raise NatsRefused(0, "nobody answers: is JetStream on, and has the stream a leader?")
     answer = dict(json.loads(message.data))
@@ -8008,7 +8012,7 @@ UPGRADE_S = 60  # that a host may take to bring a stream up to date
 
 
 def stream_config(config: NatsConfig) -> dict[str, Any]:
-    """The stream as it has to be, and is made."""
+    """The settings of the stream."""
     return {
         "name": config.stream,
         "subjects": list(NatsSubjects(config).stored),
@@ -8062,7 +8066,7 @@ def differing(has: Mapping[str, Any], wants: Mapping[str, Any]) -> list[str]:
     return [name for name, value in wants.items() if (has.get(name) or None) != (value or None)]
 
 
-def needed(value: object) -> str:
+def required(value: object) -> str:
     """What a setting has to be, in words."""
     return "none" if value is None else json.dumps(value)
 
@@ -8070,7 +8074,7 @@ def needed(value: object) -> str:
 def stream_difference(config: NatsConfig, name: str, has: object, wants: object) -> str:
     """What the server has, what is wanted, and how to make them agree."""
     told = f"stream {config.stream} on the server has {name} = {json.dumps(has)}"
-    wanted = needed(wants)
+    wanted = required(wants)
     if name not in STREAM_FLAGS:
         how = "name another stream, as no server changes that"
         return f"nats.stream: {told}, the queue needs {wanted}: {how}"
@@ -8157,9 +8161,9 @@ async def ensure_stream(link: NatsLink, config: NatsConfig) -> str:
 
 
 async def sync_promise(link: NatsLink, config: NatsConfig) -> tuple[bool, str]:
-    """Whether what was accepted survives a power cut, as far as can be known, and why.
+    """Whether accepted calls survive a power cut, as far as can be known, and why.
 
-    Servers tell it to the system account only.
+    Servers tell only the system account.
     """
     interval = None
     with contextlib.suppress(StoreError, ValueError, KeyError):
@@ -8283,7 +8287,7 @@ class NatsLane:
         return pulling
 
     def status(self, number: str) -> None:
-        """The server has no more for this pull."""
+        """Note that the server has no more for a pull."""
         if number == self._parked:
             self._parked = None
         elif self._pull is not None and number == self._pull[0]:
@@ -8292,17 +8296,17 @@ class NatsLane:
             self._end_pull()
 
     def lost(self) -> None:
-        """The connection is another one: nobody waits at the server for us."""
+        """Forget what was sent to us: the connection is another one."""
         self._parked = None
         self.buffer.clear()
         self._end_pull()
 
     def park(self, number: str) -> None:
-        """The next message will be sent to us."""
+        """Note that the next message will be sent to us."""
         self._parked = number
 
     def pull(self, number: str, count: int) -> asyncio.Future[None]:
-        """Up to this many messages will arrive at once; done when all have."""
+        """Note that up to this many messages will arrive at once. Done when they have."""
         self._pull = (number, count)
         self._pulled = asyncio.get_running_loop().create_future()
         return self._pulled
@@ -8364,7 +8368,7 @@ class NatsLane:
         return told
 
     def drop(self, own_id: str) -> Delivery | None:
-        """Take a message out that is not to be claimed any more."""
+        """Take a message out of the buffer that is not to be claimed any more."""
         for delivery in self.buffer:
             if delivery.id == own_id:
                 self.buffer.remove(delivery)
@@ -8372,7 +8376,7 @@ class NatsLane:
         return None
 
     def count(self, info: Mapping[str, Any]) -> None:
-        """What the server has said of the lane's consumer."""
+        """Take over what the server has said of the lane's consumer."""
         self.pending = info["num_pending"]
         self.unacked = info["num_ack_pending"]
         sent = info["delivered"]["stream_seq"]
@@ -8387,11 +8391,11 @@ class NatsLane:
             self._given_back.clear()
 
     def count_later(self, number: int) -> None:
-        """What the server has said of what is not due yet."""
+        """Take over how many messages are not due yet."""
         self.later = number
 
     def count_aside(self, number: int) -> None:
-        """What the server has said of what waits for keys."""
+        """Take over how many messages wait for keys."""
         self.aside = number
 
 
@@ -8423,11 +8427,11 @@ class NatsTurns:
         return self._uncounted < 0
 
     def recount(self) -> None:
-        """What waits has changed without us: other daemons store calls, too."""
+        """Have lanes counted again: other daemons store calls, too."""
         self._uncounted = 0
 
     def room(self, lane: str) -> int:
-        """How many of a lane could be claimed when the queue was asked last."""
+        """How much room a lane had at the last claim."""
         return self._room.get(lane, self._room.get("", 1))
 
     def want(self, wanted: bool, room: Mapping[str, int]) -> None:
@@ -8440,7 +8444,7 @@ class NatsTurns:
     ) -> list[tuple[NatsLane, int]]:
         """The lanes whose turn it is, and how many messages each may give.
 
-        `left` is the room that lanes have; those without any are put into `held`.
+        `left` is the room that lanes have; lanes without any are put into `held`.
         """
         shares: list[tuple[NatsLane, int]] = []
         while limit > 0 and self.ready:
@@ -8457,15 +8461,15 @@ class NatsTurns:
         return shares
 
     def reserve(self, number: int) -> None:
-        """A call is being stored, or not any more."""
+        """Count a call that is being stored, or is not any more (-1)."""
         self.reserved += number
 
 
 def reply_tokens(reply: str) -> list[str]:
-    """What the address says at which a delivery is acked.
+    """The parts of the address at which a delivery is acked.
 
     Consumer, number of this delivery, sequence in the stream and of the consumer, time, and how
-    many are behind it.
+    many messages are behind it.
     """
     tokens = reply.split(".")  # with or without domain and account
     return tokens[3:9] if len(tokens) < 11 else tokens[5:11]
@@ -8505,7 +8509,7 @@ class NatsPulls:
         return str(self._count)
 
     async def ask(self, lane: NatsLane, number: str, body: object) -> None:
-        """Ask the consumer of a lane."""
+        """Ask the consumer of a lane for messages."""
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{lane.consumer}"
         reply = f"{self.inbox}.{lane.consumer}.{number}"
         self._link.send(subject, json.dumps(body).encode(), reply)
@@ -8520,12 +8524,12 @@ class NatsReplies:
         self._link = link
 
     def ack(self, delivery: Delivery) -> None:
-        """The work is done: its message is deleted."""
+        """Say that the work is done: its message is deleted."""
         with contextlib.suppress(StoreError):
             self._link.send(delivery.reply, b"+ACK")
 
     def extend(self, delivery: Delivery) -> None:
-        """The work goes on: nobody else is to have it."""
+        """Say that the work goes on: nobody else is to have it."""
         with contextlib.suppress(StoreError):
             self._link.send(delivery.reply, b"+WPI")
 
@@ -8578,7 +8582,7 @@ class NatsLanes:
         return not any(lane.waiting or lane.running for lane in self.by_consumer.values())
 
     async def know(self, queue: str, name: str, consumer: str) -> NatsLane:
-        """The lane that a consumer has."""
+        """The lane of a consumer, which may be new to us."""
         if consumer not in self.by_consumer:
             turns = self.queues[queue]
             lane = NatsLane(queue, name, consumer)
@@ -8588,7 +8592,7 @@ class NatsLanes:
         return self.by_consumer[consumer]
 
     async def count(self, lane: NatsLane, info: Mapping[str, Any]) -> None:
-        """What the server has said of a lane's consumer."""
+        """Take over what the server has said of a lane's consumer."""
         turns = self.queues[lane.queue]
         lane.count(info)
         turns.recount()
@@ -8598,7 +8602,7 @@ class NatsLanes:
         await self._park(turns, lane)
 
     def wake(self, queue: str) -> None:
-        """Have a queue look."""
+        """Wake the consumer of a queue."""
         self._wake(queue)
 
     def pause(self, queue: str, paused: bool) -> None:
@@ -8610,7 +8614,7 @@ class NatsLanes:
         self._wake(queue)
 
     def expect(self, queue: str, name: str, seq: int) -> None:
-        """A message was stored: have its queue look, if it was not sent to somebody already."""
+        """We have stored a message: wake its queue, if it was not sent to somebody already."""
         turns = self.queues[queue]
         lane = turns.lanes[name]
         if lane.expect(seq):
@@ -8619,7 +8623,7 @@ class NatsLanes:
                 self._wake(queue)
 
     def expect_later(self, queue: str, name: str) -> None:
-        """A message was stored that is not due yet."""
+        """We have stored a message that is not due yet."""
         if lane := self.queues[queue].lanes.get(name):
             lane.count_later(lane.later + 1)
 
@@ -8731,7 +8735,7 @@ class NatsLanes:
                 await self.release(lane)
 
     def reconnected(self) -> None:
-        """What was sent on the old connection may be sent again to others."""
+        """Forget what was sent on the old connection: it may be sent again, to others."""
         for lane in self.by_consumer.values():
             lane.lost()
             self.queues[lane.queue].ready[lane.name] = lane
@@ -8749,7 +8753,7 @@ class NatsLanes:
 
 
 def consumer_name(root: str, queue: str, lane: str) -> str:
-    """What the consumer of a lane is called."""
+    """The name of a lane's consumer."""
     return f"{root}+{nats_token(queue)}+{nats_token(lane)}"
 
 
@@ -8759,7 +8763,7 @@ def resume_consumer(stream: str, name: str) -> str:
 
 
 def consumer_config(name: str, subject: str, ack_wait_s: float) -> dict[str, Any]:
-    """A consumer as it has to be, and is made."""
+    """The settings of a consumer."""
     return {
         "durable_name": name,
         "filter_subject": subject,
@@ -8788,7 +8792,7 @@ def consumer_differences(
     told = f"nats.stream: consumer {name} of stream {stream} on the server has"
     how = f"have it made anew, nothing is lost: nats consumer rm {stream} {name}"
     return [
-        f"{told} {key} = {json.dumps(has.get(key))}, the queue needs {needed(wants[key])}: {how}"
+        f"{told} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
         for key in differing(has, wants)
     ]
 
@@ -8991,7 +8995,9 @@ def named_subjects(answer: bytes) -> Iterator[tuple[str, int]]:
             yield match[1].decode(), int(match[2])
 
 
-async def crowds(link: NatsLink, stream: str, pattern: str) -> AsyncIterator[tuple[str, int]]:
+async def subject_counts(
+    link: NatsLink, stream: str, pattern: str
+) -> AsyncIterator[tuple[str, int]]:
     """The subjects that match a pattern, and how many messages each has."""
     offset = 0
     while True:
@@ -9069,7 +9075,7 @@ class NatsBlocks:
         return await self._link.gather(place, json.dumps(body).encode())
 
     async def _count(self, scope: Scope, times: Sequence[str]) -> float:
-        """How many messages there are; infinity: more than a server gives at once."""
+        """How many messages match; infinity: more than a server gives at once."""
         try:
             found = await self.gather(multi_last=self._patterns(scope, times), batch=1)
         except NatsRefused as exc:
@@ -9154,7 +9160,7 @@ class NatsBlocks:
 
     async def _names(self, scope: Scope, block: str) -> AsyncIterator[tuple[str, int]]:
         for pattern in self._patterns(scope, block_times(block)):
-            async for named in crowds(self._link, self.stream, pattern):
+            async for named in subject_counts(self._link, self.stream, pattern):
                 yield named
 
     async def names(self, root: str) -> AsyncIterator[tuple[str, int]]:
@@ -9164,12 +9170,16 @@ class NatsBlocks:
             async for named in self._names(scope, block):
                 yield named
         if self._subjects.since:
-            async for named in crowds(self._link, self.stream, self._subjects.untimed(root)):
+            async for named in subject_counts(
+                self._link, self.stream, self._subjects.untimed(root)
+            ):
                 yield named
 
     async def older(self, root: str) -> AsyncIterator[str]:
         """The subjects of messages with a root of calls that an earlier version has stored."""
-        async for subject, _ in crowds(self._link, self.stream, self._subjects.untimed(root)):
+        async for subject, _ in subject_counts(
+            self._link, self.stream, self._subjects.untimed(root)
+        ):
             yield subject
 
     def span(self, first_at: float = 0.0, last_at: float = math.inf) -> Span:
@@ -9196,7 +9206,7 @@ class NatsBlocks:
 
 
 class Note(NamedTuple):
-    """A small document, and by which sequence it may be written."""
+    """A small document, and the sequence that a write over it has to name."""
 
     seq: int
     document: dict[str, Any]
@@ -9245,7 +9255,7 @@ def tell_set_aside(metrics: Metrics, subject: str, why: object, what: str = "non
 
 
 class NatsStrays:
-    """Messages that are none of ours: deleted, so that nobody comes upon them again."""
+    """Sets aside messages that are none of ours: they are logged, counted and deleted."""
 
     def __init__(
         self, link: NatsLink, subjects: NatsSubjects, stream: str, metrics: Metrics
@@ -9281,7 +9291,7 @@ class NatsStrays:
 
 
 def tell_daemons(link: NatsLink, subjects: NatsSubjects, **news: object) -> None:
-    """Tell the other daemons, as far as the servers can be reached now. Nothing is stored of it."""
+    """Tell other daemons something that is not stored, if the servers can be reached."""
     with contextlib.suppress(StoreError):
         link.send(subjects.news, encode_json(news).encode())
 
@@ -9309,7 +9319,7 @@ class NatsChanges:
         self._some.set()
 
     def note(self, call: NatsCall) -> None:
-        """A call has changed."""
+        """Have a change of a call told, if somebody watches."""
         if self._watcher is None and time.monotonic() > self._watched_until:
             return
         if self._budget.take(1):
@@ -9319,29 +9329,29 @@ class NatsChanges:
         self._some.set()
 
     def ended(self, ended: Ended) -> None:
-        """A call has reached its end: have other daemons told in a moment."""
+        """Have other daemons told in a moment that a call has ended."""
         if not self._ended:
             asyncio.get_running_loop().call_later(TELL_ENDED_S, self.tell_ended)
         self._ended.append(ended)
 
     def tell_ended(self) -> None:
-        """Tell them of the calls that have ended, many in a message."""
+        """Tell other daemons of calls that have ended, many in a message."""
         ended = self._ended
         self._ended = []
         for first in range(0, len(ended), MANY_ENDED):
             tell_daemons(self._link, self._subjects, ends=ended[first : first + MANY_ENDED])
 
     def lost(self) -> None:
-        """There was no connection: tell that there may be changes which nobody has told of."""
+        """Tell that changes may have been missed while there was no connection."""
         if self._watcher is not None:
             self._watcher(Changes((), 1))
 
     def watched_elsewhere(self) -> None:
-        """Another daemon wants to hear of changes for a while."""
+        """Tell another daemon of changes for a while, as it wants."""
         self._watched_until = time.monotonic() + WATCHED_S
 
     def heard(self, calls: Sequence[Mapping[str, Any]], missed: int) -> None:
-        """Another daemon has told of changes."""
+        """Tell whoever watches here of changes that another daemon has told."""
         if self._watcher is not None:
             now = self._link.clock.now()
             known = [unpack_fields(call) for call in calls]
@@ -9390,7 +9400,7 @@ def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
 
 
 class NatsCalls:
-    """Reads and writes calls. A record is written if it is still the one that was read."""
+    """Reads and writes calls. A record is written only over the one that was read."""
 
     def __init__(
         self,
@@ -9409,7 +9419,7 @@ class NatsCalls:
         self.strays = NatsStrays(link, subjects, self.stream, metrics)
 
     def now(self) -> float:
-        """The time by the servers' clock, by which deadlines and delays are."""
+        """The time by the servers' clock, which decides about deadlines and delays."""
         return self._link.clock.now()
 
     @property
@@ -9418,7 +9428,7 @@ class NatsCalls:
         return self._link.room
 
     async def used_bytes(self) -> int:
-        """What the stream takes."""
+        """How many bytes the stream takes."""
         return int((await self._link.api(f"STREAM.INFO.{self.stream}"))["state"]["bytes"])
 
     async def require_room(self, number: int) -> None:
@@ -9440,7 +9450,7 @@ class NatsCalls:
         return min(keep, KEPT_WHEN_FULL_BYTES) if self.tight else keep
 
     async def read(self, subject: str) -> Stored | None:
-        """The last message of a subject, which may have wildcards, that is a call."""
+        """The last call on a subject, which may have wildcards. What is no call is set aside."""
         while found := await last_message(self._link, self.stream, subject, self._direct):
             if stored := await self.strays.call(*found):
                 return stored
@@ -9463,7 +9473,7 @@ class NatsCalls:
         return noted.document if noted else None
 
     def kept_s(self, call: NatsCall) -> float:
-        """How long a call that has finished is kept."""
+        """How long the record of a finished call is kept."""
         return self._settings().calls.kept_s(call.status, call.callback_status)
 
     def is_past(self, call: NatsCall) -> bool:
@@ -9480,7 +9490,7 @@ class NatsCalls:
         return None if found is not None and self.is_past(found.call) else found
 
     async def anywhere(self, own_id: str) -> Stored | None:
-        """A call by its own id: its record, else the message that waits."""
+        """A call by its own id, from its record or else from the message that waits."""
         if not is_own_id(own_id):
             return None
         places = self._subjects.find(own_id)
@@ -9561,7 +9571,7 @@ class NatsCalls:
 
     async def subjects(self, pattern: str) -> list[str]:
         """The subjects that match a pattern."""
-        return [subject async for subject, _ in crowds(self._link, self.stream, pattern)]
+        return [subject async for subject, _ in subject_counts(self._link, self.stream, pattern)]
 
     async def own_ids(self, call_id: str) -> list[str]:
         """The ids of the calls with this id or call id, newest first."""
@@ -9617,7 +9627,7 @@ async def nats_result(calls: NatsCalls, call_id: str) -> StoredAnswer:
 
 
 class NatsWaiting:
-    """Reads work messages where they wait."""
+    """Reads work messages that wait."""
 
     def __init__(self, link: NatsLink, subjects: NatsSubjects, stream: str) -> None:
         self._link = link
@@ -9718,7 +9728,7 @@ def has_texts(data: bytes, texts: Sequence[Sequence[bytes]]) -> bool:
 
 
 class NatsLists:
-    """Finds calls by what is said of them."""
+    """Finds calls that match a filter."""
 
     def __init__(
         self, link: NatsLink, subjects: NatsSubjects, settings: Settings, calls: NatsCalls
@@ -9731,9 +9741,9 @@ class NatsLists:
     async def _older(
         self, filters: CallFilter, roots: Sequence[str] = (*UNFINISHED, *RECORDS)
     ) -> Iterator[tuple[str, str]]:
-        """Calls of earlier versions that may match, newest first: id and subject.
+        """Id and subject of calls of earlier versions that may match, newest first.
 
-        They are put in order a few at a time: all at once would hold up others.
+        They are sorted a few at a time: all at once would hold up others.
         """
         parts: list[list[tuple[str, str]]] = []
         for root in roots if self._subjects.since else ():
@@ -9752,7 +9762,7 @@ class NatsLists:
         return (list(same)[-1] for _, same in itertools.groupby(places, lambda place: place[0]))
 
     async def _scope(self, filters: CallFilter) -> Scope:
-        """Where calls are that may match."""
+        """Where to look for calls that match."""
         scope = Scope(roots=roots_of(filters))
         if filters.queue is not None:
             scope = scope._replace(queue=nats_token(filters.queue))
@@ -9795,7 +9805,7 @@ class NatsLists:
     def _fitting(
         self, calls: Sequence[Stored], filters: CallFilter, before: int | None
     ) -> list[Stored]:
-        """Those that match and are older than `before`."""
+        """Those of these calls that match and are older than `before`."""
         now = self._calls.now()
         return [
             stored
@@ -9831,9 +9841,9 @@ class NatsLists:
     async def _read_block(
         self, scope: Scope, block: str, texts: Sequence[Sequence[bytes]] = ()
     ) -> list[Stored]:
-        """The calls of a block, newest first: as their records are, if they have some.
+        """The calls of a block, newest first, from their records if they have some.
 
-        Those without the `texts` of `texts_of` may be left out.
+        Those that lack `texts` (see `texts_of`) may be left out.
         """
         found = await self._unpack(await self.blocks.read(scope, block), texts)
         if found and scope.roots == UNFINISHED:
@@ -9846,7 +9856,7 @@ class NatsLists:
     async def _unpack(
         self, messages: Sequence[NatsMessage], texts: Sequence[Sequence[bytes]] = ()
     ) -> dict[str, Stored]:
-        """The calls that these messages are of, by id: their records, else what waits."""
+        """The calls in these messages, by id: from their records, or else from what waits."""
         found: dict[str, Stored] = {}
         for number, message in enumerate(messages):
             if number % CALLS_AT_ONCE == 0:
@@ -9894,24 +9904,24 @@ class NatsNews:
         self._listener = listener
 
     def wake(self, queue: str) -> None:
-        """There may be something to claim."""
+        """Tell that there may be something to claim in a queue."""
         self._listener.wake(queue)
 
     def stopped(self, receipt: NatsReceipt) -> None:
-        """One of our own claims was cancelled."""
+        """Tell that one of our own claims was cancelled."""
         self._listener.stop(receipt)
 
     def ended(self, ended: Ended) -> None:
-        """A call has reached its end."""
+        """Tell that a call has reached its end."""
         self._listener.final(ended)
         self.changes.ended(ended)
 
     def ended_elsewhere(self, ended: Sequence[Any]) -> None:
-        """Another daemon has told that a call has reached its end."""
+        """Tell our own daemon that a call has ended in another one."""
         self._listener.final(Ended(*ended)._replace(elsewhere=True))
 
     def tell(self, **news: object) -> None:
-        """Tell the other daemons, if they are there."""
+        """Tell other daemons something, if they can be reached."""
         tell_daemons(self._link, self._subjects, **news)
 
 
@@ -9962,7 +9972,7 @@ def retried_callback(call: NatsCall, outcome: Outcome | None, now: float) -> Nat
 
 
 class NatsMessages:
-    """Work messages: stored, acked, given back."""
+    """Stores work messages, and answers those that were delivered."""
 
     def __init__(
         self,
@@ -10025,7 +10035,7 @@ class NatsMessages:
         await self.store("later", stored, queue, lane, f"{stored.call.id}-{stored.seq}")
 
     def ack(self, delivery: Delivery) -> None:
-        """The work is done: its message is deleted."""
+        """Say that the work is done: its message is deleted."""
         self._replies.ack(delivery)
 
     async def callback(self, stored: Stored) -> None:
@@ -10065,7 +10075,7 @@ class NatsMessages:
             self._lanes.expect(queue, name, again)
 
     def forget(self, queue: str, name: str, own_id: str) -> None:
-        """A message that was sent to us is not to be claimed."""
+        """Drop a message that was sent to us and is not to be claimed any more."""
         if lane := self._lanes.queues[queue].lanes.get(name):
             lane.drop(own_id)
 
@@ -10074,7 +10084,7 @@ class NatsMessages:
         self._replies.put_off(delivery, delay_s)
 
     async def set_aside(self, delivery: Delivery, why: object) -> None:
-        """Nobody can do anything with a message: delete it."""
+        """Log, count and delete a message that nobody can do anything with."""
         tell_set_aside(self._metrics, delivery.subject, why)
         self._link.send(delivery.reply, b"+TERM")
 
@@ -10111,7 +10121,7 @@ def key_token(call: NatsCall) -> str:
 
 
 class NatsKeys:
-    """Who has a key, and who waits for it."""
+    """Decides which call has a concurrency key, and which is next."""
 
     def __init__(
         self,
@@ -10145,7 +10155,7 @@ class NatsKeys:
         return True
 
     async def _holder(self, key: str) -> Note | None:
-        """Which call has a key."""
+        """The note on which call has a key; None: none has."""
         return await self._calls.noted(self._subjects.key_holder(key), "id", "after")
 
     async def _name(self, key: str, own_id: str, after: str, seq: int) -> int | None:
@@ -10193,14 +10203,14 @@ class NatsKeys:
                 await self._hand_out(key, place)
 
     async def stopped(self, claim: Claim) -> None:
-        """A call that was cancelled while it ran has its key until it has stopped: now."""
+        """Pass on the key of a call that was cancelled while it ran: it has stopped now."""
         if claim.concurrency_key is not None:
             stored = await self._calls.anywhere(claim.id)
             if stored is not None and stored.call.status in FINAL:
                 await self.release(stored.call)
 
     async def look_after(self) -> None:
-        """At a start: pass on what was left behind."""
+        """At a start, pass on keys that were left behind."""
         held = set()
         for subject in await self._calls.subjects(self._subjects.key_holder("*")):
             key = subject.rpartition(".")[2]
@@ -10293,14 +10303,14 @@ class NatsRates:
         return 0.0 if started else max(0.001, self.wait_s(name, rate))
 
     async def take_back(self, name: str, rate: Rate, number: int) -> None:
-        """So many calls have not started after all."""
+        """Count calls out that have not started after all."""
         while number > 0:
             seq, next_at = self._known.get(name, (0, 0.0))
             if await self._write(name, seq, next_at - number * rate.interval_s):
                 return
 
     async def _write(self, name: str, seq: int, next_at: float) -> bool:
-        """Write when the next call may start. False: it has changed since, and was read again."""
+        """Write when the next call may start. False: another daemon has; that was read."""
         place = self._subjects.slot("@rate", nats_token(name))
         ttl = f"{2 + max(0, round(next_at - self._calls.now()))}s"
         body = json.dumps({"next_at": next_at}).encode()
@@ -10321,7 +10331,7 @@ class NatsRates:
         return first_start(rate, self._known.get(name, (0, 0.0))[1], now) - now
 
     def wake_in(self, queue: str, delay_s: float) -> None:
-        """Have a queue look then."""
+        """Wake a queue after this time."""
         if timer := self._timers.pop(queue, None):
             timer.cancel()
         loop = asyncio.get_running_loop()
@@ -10332,13 +10342,14 @@ class NatsRates:
 
 
 class NatsEnds:
-    """What becomes of a claim. Each step may be repeated: a crash before the ack leads to another
-    delivery, which finds in the record how far it was.
+    """Stores what becomes of a claim.
+
+    Each step may be repeated: a crash before the ack leads to another delivery, which finds in the
+    record how far it was.
     """
 
     def __init__(
         self,
-        subjects: NatsSubjects,
         settings: Settings,
         calls: NatsCalls,
         messages: NatsMessages,
@@ -10346,7 +10357,6 @@ class NatsEnds:
         keys: NatsKeys,
     ) -> None:
         self.keys = keys
-        self._subjects = subjects
         self._settings = settings
         self._calls = calls
         self._messages = messages
@@ -10366,7 +10376,7 @@ class NatsEnds:
     async def _require_room(self, held: Held, parts: Parts) -> None:
         """Raise StoreError if what becomes of a call would take room that callbacks need.
 
-        Unless it is stored already, and only the answer to that got lost.
+        What is stored already, and only its answer got lost, has its room.
         """
         record = await self._calls.record_of(held.stored.call)
         if record is not None and record.seq == held.stored.seq:
@@ -10564,7 +10574,7 @@ class NatsHoldings:
         return own_id in self.held or own_id in self.busy or own_id in self.beginning
 
     def hold(self, held: Held) -> None:
-        """A claim was made."""
+        """Hold a claim that was made."""
         self.held[held.stored.call.id] = held
 
     def release(self, receipt: Hashable) -> Held | None:
@@ -10724,16 +10734,16 @@ class NatsSlots:
         return True
 
     def use(self, queue: str, number: int, own_id: str) -> None:
-        """A call runs in a slot."""
+        """Note in which slot a call runs."""
         self._used[own_id] = (queue, number)
 
     async def free(self, own_id: str) -> None:
-        """A call has ended."""
+        """Free the slot of a call that has ended, if it has one."""
         if slot := self._used.pop(own_id, None):
             await self.give_back(*slot)
 
     async def give_back(self, queue: str, number: int) -> None:
-        """A slot is not needed any more: whoever waits for one hears of it."""
+        """Give a slot back, and have other daemons told."""
         stream = self._settings().nats.stream
         with contextlib.suppress(StoreError):  # Then its lease runs out.
             async with self._changing:
@@ -10762,18 +10772,18 @@ class Attempt(NamedTuple):
 
 
 class NatsStarts:
-    """Writes that calls run, and holds them."""
+    """Writes that calls run, and holds the claims."""
 
     def __init__(self, calls: NatsCalls, holdings: NatsHoldings) -> None:
         self._calls = calls
         self._holdings = holdings
 
     def running(self, call: NatsCall) -> NatsCall:
-        """A call that was queued, as it runs here."""
+        """A queued call as it runs here."""
         return started_call(call, self._holdings.owner, self._calls.now())
 
     def attempt(self, lane: NatsLane, delivery: Delivery) -> Attempt | None:
-        """Begin to claim a call, trusting its message. None: it takes NatsClaims.begin.
+        """Begin to claim a call by its message alone. None: NatsClaims.begin has to do it.
 
         Raises StoreError.
         """
@@ -10801,14 +10811,14 @@ class NatsStarts:
             self._holdings.beginning.discard(delivery.id)
 
     def hold(self, lane: NatsLane, delivery: Delivery, stored: Stored) -> Claim:
-        """A record says that a call, or its callback, is ours."""
+        """Hold a call or callback that is ours by its record."""
         held = Held(delivery, stored, lane.queue, lane.name)
         self._holdings.hold(held)
         return nats_claim(held)
 
 
 class NatsClaims:
-    """What this daemon has claimed, and how it came to that."""
+    """Makes claims, and ends them."""
 
     def __init__(
         self,
@@ -10999,7 +11009,7 @@ class Taking(NamedTuple):
 
 
 class NatsTaker:
-    """Claims the work of queues, lane by lane."""
+    """Claims the work of queues, in turns."""
 
     def __init__(
         self,
@@ -11164,7 +11174,7 @@ class NatsTaker:
 async def change_all(
     batches: AsyncIterator[list[Stored]], change: Callable[[Stored], Awaitable[bool]]
 ) -> BulkResult:
-    """Change calls in batches, so that nobody waits for it."""
+    """Change calls batch by batch, so that nobody waits for all of them."""
     matched = 0
     done = 0
     async for batch in batches:
@@ -11175,7 +11185,7 @@ async def change_all(
 
 
 class NatsOperator:
-    """Cancels, queues again and deletes calls."""
+    """Cancels calls, and queues them again."""
 
     def __init__(
         self,
@@ -11194,7 +11204,10 @@ class NatsOperator:
         self._news = news
 
     async def cancel(self, stored: Stored, *, waiting_only: bool = False) -> bool:
-        """Take away what is to be done for a call. False: there is nothing."""
+        """Cancel a call, or its callback.
+
+        False: it has finished; or it is claimed, and `waiting_only` says that such are left alone.
+        """
         current: Stored | None = stored
         while current is not None:
             call = current.call
@@ -11211,7 +11224,7 @@ class NatsOperator:
         return False
 
     async def purge(self, batches: AsyncIterator[list[Stored]]) -> int:
-        """Cancel what nobody has claimed; how many that were."""
+        """Cancel those that nobody has claimed; how many."""
         cancel = functools.partial(self.cancel, waiting_only=True)
         return (await change_all(batches, cancel)).done
 
@@ -11245,7 +11258,7 @@ class NatsOperator:
         await self.take_away(CALLBACKS, callback_lane(call.callback_target or ""), stored)
 
     async def take_away(self, queue: str, lane: str, stored: Stored) -> None:
-        """Delete the work messages of a call, and have who runs it stop."""
+        """Delete the work messages of a call, and stop who runs it."""
         own_id = stored.call.id
         self._messages.forget(queue, lane, own_id)
         if stored.call.owner is not None:
@@ -11257,7 +11270,7 @@ class NatsOperator:
         self._messages.forget(queue, lane, own_id)  # It may have been on its way to us.
 
     async def stop(self, receipt: NatsReceipt) -> None:
-        """A claim was cancelled: if it is ours, who runs it has to end."""
+        """Stop what we do for a claim that was cancelled, if it is ours."""
         held = self._claims.holdings.release(receipt)
         if held is not None:
             self._messages.ack(held.delivery)
@@ -11287,7 +11300,7 @@ class NatsOperator:
         """See CallRecords."""
         stored = await self._calls.find(call_id)
         if not stored.call.finished:
-            raise HttpError(409, "the call, or its callback, has not finished yet")
+            raise HttpError(409, NOT_FINISHED)
         if not stored.parts.has_request:
             raise HttpError(410, NO_REQUEST)
         if not await self.redrive(stored):
@@ -11298,12 +11311,12 @@ class NatsOperator:
         stored = await self._calls.find(call_id)
         call, parts = stored.call, stored.parts
         if not call.finished:
-            raise HttpError(409, "the call, or its callback, has not finished yet")
+            raise HttpError(409, NOT_FINISHED)
         if call.callback_target is None or call.callback_status == "none":
-            raise HttpError(409, "this call has no callback")
+            raise HttpError(409, NO_CALLBACK)
         whole = parts.answer_headers and len(parts.output) == call.response_bytes
         if call.response_bytes and not whole:
-            raise HttpError(410, "the answer of this call is not stored as a whole any more")
+            raise HttpError(410, NOT_WHOLE)
         fresh = call._replace(
             callback_status="pending",
             callback_attempts=0,
@@ -11327,24 +11340,12 @@ class NatsOperator:
         own = await self._calls.current(call_id)
         if own is not None:
             if not await self.cancel(own):
-                raise HttpError(409, "the call has finished already")
+                raise HttpError(409, HAS_FINISHED)
             return 1
-        result = await change_all(self._calls.sharing(call_id), self.cancel)
-        if not result.matched:
-            raise HttpError(404, UNKNOWN_CALL)
-        if not result.done:
-            raise HttpError(409, "the call has finished already")
-        return result.done
+        return cancelled_number(await change_all(self._calls.sharing(call_id), self.cancel))
 
-    async def cancel_each(self, batches: AsyncIterator[list[Stored]]) -> BulkResult:
-        """Cancel calls, those that can be."""
-        return await change_all(batches, self.cancel)
-
-    async def redrive_each(self, batches: AsyncIterator[list[Stored]]) -> BulkResult:
-        """Queue calls again, those that are final."""
-        return await change_all(batches, self._redrive_finished)
-
-    async def _redrive_finished(self, stored: Stored) -> bool:
+    async def redrive_finished(self, stored: Stored) -> bool:
+        """As `redrive`. False: it has not finished, or its request is not stored any more."""
         possible = stored.call.finished and stored.parts.has_request
         return possible and await self.redrive(stored)
 
@@ -11359,7 +11360,7 @@ class NatsPruning:
         self._kept = settings().calls  # what records were written with
 
     async def prune(self) -> int:
-        """Delete a batch of final records that were to be kept, and now are not; how many."""
+        """Delete one batch of records that are not to be kept any more; how many."""
         kept, now = self._kept, self._settings().calls
         number = 0
         if now.keep < kept.keep or now.keep_failed < kept.keep_failed:
@@ -11378,7 +11379,7 @@ class NatsPruning:
 
 
 class NatsDeadlines:
-    """Ends calls that do not start in time."""
+    """Ends calls that have not started by their deadline."""
 
     def __init__(
         self, calls: NatsCalls, ends: NatsEnds, messages: NatsMessages, operator: NatsOperator
@@ -11389,7 +11390,7 @@ class NatsDeadlines:
         self._operator = operator
 
     async def expire(self, delivery: Delivery) -> None:
-        """End a call whose deadline is now, unless it has started."""
+        """End the call of a deadline that has passed, unless it has started."""
         own_id = delivery.id.removesuffix("-deadline")
         stored = await self._calls.current(own_id)
         call = stored.call if stored else None
@@ -11453,7 +11454,7 @@ def openfaas_target(message: Mapping[str, Any]) -> str:
 
 
 def openfaas_headers(message: Mapping[str, Any]) -> list[Header]:
-    """The headers of a QueueRequest. Raises FOREIGN: one would be more than a header."""
+    """The headers of a QueueRequest. Raises FOREIGN, also for one with a line break."""
     lines = [
         header_line(f"{name}: {value}")
         for name, values in (message.get("Header") or {}).items()
@@ -11464,7 +11465,7 @@ def openfaas_headers(message: Mapping[str, Any]) -> list[Header]:
 
 @contextlib.contextmanager
 def or_told(reason: str) -> Iterator[None]:
-    """Raise ValueError with this reason if a part of somebody else's message can't be read."""
+    """Raise ValueError with this reason if a block can't read a part of somebody else's message."""
     try:
         yield
     except FOREIGN:
@@ -11472,9 +11473,9 @@ def or_told(reason: str) -> Iterator[None]:
 
 
 def openfaas_call(data: bytes, config: Config) -> Invocation:
-    """A call as OpenFaaS's gateway queues it: Go's JSON of its QueueRequest.
+    """The call in a message of OpenFaaS's gateway: its QueueRequest in Go's JSON.
 
-    Raises ValueError: it is none, and why.
+    Raises ValueError, which says why it is none.
     """
     with or_told("it is not JSON as OpenFaaS's gateway writes it"):
         message = dict(json.loads(data))
@@ -11530,7 +11531,7 @@ def go_url(parts: Mapping[str, str] | None) -> str | None:
 
 
 def body_digest(parts: Parts) -> str:
-    """What tells one body from another."""
+    """A digest by which bodies are told apart."""
     return hashlib.blake2b(parts.body, digest_size=16).hexdigest()
 
 
@@ -11543,12 +11544,12 @@ def key_note(call: NatsCall, digest: str) -> bytes:
 
 
 def too_large(most: int) -> HttpError:
-    """What is said of a call that no server takes."""
+    """The error for a call that is larger than a message may be."""
     return HttpError(413, f"the NATS server takes no messages over {most} bytes")
 
 
 class NatsIntake:
-    """The way in."""
+    """Stores new calls."""
 
     def __init__(
         self,
@@ -11669,7 +11670,7 @@ class NatsIntake:
         stored in its place, under its ids.
         """
         if key["digest"] != body_digest(stored.parts):
-            raise HttpError(422, "Idempotency-Key: this key came before with another body")
+            raise HttpError(422, OTHER_BODY)
         if await self._calls.anywhere(key["id"]) is None:
             first = stored.call._replace(id=key["id"], call_id=key["call_id"])
             headers = [
@@ -11758,7 +11759,7 @@ class NatsRecovery:
                 await self._recover(nats_name(queue), nats_name(lane), info, restarted)
 
     async def store_forgotten(self, lanes: Iterable[NatsLane]) -> None:
-        """Store again what was given back, and has been forgotten by its server."""
+        """Store messages again that were given back and that the server has forgotten."""
         for lane in lanes:
             place = self._subjects.lane("work", lane.queue, lane.name)
             for given_back in lane.forgotten():
@@ -11854,7 +11855,7 @@ async def publish_missed(link: NatsLink, blocks: NatsBlocks, most: float) -> Non
 
 
 async def publish_missed_of(link: NatsLink, blocks: NatsBlocks, places: Sequence[str]) -> None:
-    """Do it for the messages of these few subjects."""
+    """Store those of these subjects' messages again that have missed their time."""
     before = rfc3339(link.clock.now() - MISSED_S) or ""
     for message in await blocks.gather(multi_last=places):
         headers = message.headers
@@ -11872,7 +11873,7 @@ async def publish_missed_of(link: NatsLink, blocks: NatsBlocks, places: Sequence
 
 
 async def probe_room(link: NatsLink, subjects: NatsSubjects) -> None:
-    """Store something small for a moment. Raises NatsRefused, StoreError where there is no room."""
+    """Store something small for a moment. Raises NatsRefused, StoreError: there is no room."""
     await link.publish(subjects.slot("@probe", 0), bytes(PROBE_BYTES), Nats_TTL="1s")
 
 
@@ -11946,7 +11947,7 @@ class NatsReserve:
         tell_daemons(self._link, self._subjects, **news)
 
     async def _sweep(self) -> None:
-        """Look for what has missed its time."""
+        """Look for messages that have missed their time."""
         await publish_missed(self._link, self._blocks, self._most)
         period_s = FULL_SWEEP_PERIOD_S if self._link.room.full.is_set() else SWEEP_PERIOD_S
         self._sweep_at, self._most = time.monotonic() + period_s, SWEPT
@@ -12005,7 +12006,7 @@ async def renew_leases(
 
 
 async def learn_pauses(calls: NatsCalls, subjects: NatsSubjects, lanes: NatsLanes) -> None:
-    """Hold the queues that are paused."""
+    """Hold the queues that are paused by what is stored."""
     known = set(lanes.paused)
     for subject in await calls.subjects(subjects.pauses):
         if note := await calls.note(subject, "queue", "paused"):
@@ -12014,12 +12015,12 @@ async def learn_pauses(calls: NatsCalls, subjects: NatsSubjects, lanes: NatsLane
 
 
 def pause_note(name: str, paused: bool) -> bytes:
-    """What is stored of a queue that was paused or resumed."""
+    """The note on whether a queue is paused."""
     return json.dumps({"queue": name, "paused": paused}).encode()
 
 
 class NatsPeers:
-    """What other daemons tell and ask."""
+    """Follows what other daemons tell, and answers what they ask."""
 
     def __init__(
         self,
@@ -12038,7 +12039,7 @@ class NatsPeers:
         self._news = news
 
     async def listen(self) -> None:
-        """Begin."""
+        """Subscribe to what other daemons tell and ask."""
         await self._link.subscribe(self._subjects.news, self._heard)
         await self._link.subscribe(self._subjects.owner(self._holdings.owner), self._asked)
 
@@ -12049,14 +12050,14 @@ class NatsPeers:
         self._news.tell(pause=(name, paused))
 
     async def restore_pauses(self) -> None:
-        """Store again what went with a stream that somebody has deleted. Raises StoreError."""
+        """Store pauses again after somebody has deleted the stream. Raises StoreError."""
         for name in self._lanes.paused:
             place, note = self._subjects.pause(name), pause_note(name, True)
             with contextlib.suppress(NatsChanged):  # It is there, or the queue was resumed since.
                 await self._link.publish(place, note, Nats_Expected_Last_Subject_Sequence=0)
 
     async def _heard(self, message: nats.aio.msg.Msg) -> None:
-        """Somebody has told something: another daemon."""
+        """Follow news of another daemon; what is none is logged."""
         try:
             await self._follow(unpack_note(message.data, ()))
         except FOREIGN as exc:
@@ -12083,7 +12084,7 @@ class NatsPeers:
             self._news.changes.heard(news["changes"], news["missed"])
 
     async def _asked(self, message: nats.aio.msg.Msg) -> None:
-        """Another daemon asks whether we hold a claim."""
+        """Answer another daemon whether we hold a claim."""
         held = message.data.decode(errors="replace") in self._holdings
         with contextlib.suppress(StoreError):
             self._link.send(message.reply, b"1" if held else b"0")
@@ -12111,7 +12112,7 @@ class NatsTakeover:
         self._taken = 0
 
     async def listen(self) -> None:
-        """Begin. Each message goes to one daemon."""
+        """Subscribe. Each message goes to one daemon."""
         await self._link.subscribe(self._subjects.taken_over, self._heard, "faasd-async")
 
     async def _heard(self, message: nats.aio.msg.Msg) -> None:
@@ -12180,7 +12181,7 @@ async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks
 
 
 class NatsStream:
-    """The stream as a whole."""
+    """Looks after the stream as a whole."""
 
     def __init__(
         self,
@@ -12206,17 +12207,17 @@ class NatsStream:
         return self._config != before
 
     async def begin(self) -> None:
-        """Make it, or check it, and learn since when its subjects have the time."""
+        """Make or check the stream, and learn since when its subjects have the time."""
         self._subjects.begin(await ensure_stream(self._link, self._settings().nats))
 
     async def sweep(self) -> None:
-        """Delete what a server that was killed may have brought back."""
+        """Delete messages that a server which was killed has brought back."""
         await sweep_records(self._link, self._blocks, self._calls)
         await sweep_later(self._link, self._subjects, self._blocks)
 
 
 class NatsChores(NamedTuple):
-    """What the keeper has done by others."""
+    """What the keeper sees to, and others do."""
 
     begin: Callable[[], Awaitable[None]]
     stream: NatsStream
@@ -12227,7 +12228,7 @@ class NatsChores(NamedTuple):
 
 
 class NatsKeeper:
-    """What goes on by itself: leases, deadlines, lanes that come and go, dead daemons."""
+    """Does what goes on by itself: leases, deadlines, lanes that come and go, dead daemons."""
 
     def __init__(
         self,
@@ -12250,7 +12251,7 @@ class NatsKeeper:
         self._tasks: Sequence[asyncio.Task[None]] = ()
 
     def start(self) -> None:
-        """Begin."""
+        """Start all chores."""
         chores = {
             "lanes": self._keep_looking,
             "leases": self._keep_leases,
@@ -12264,7 +12265,7 @@ class NatsKeeper:
         ]
 
     async def stop(self) -> None:
-        """End."""
+        """End all chores."""
         await cancel_all(self._tasks)
         self._changes.tell_ended()
 
@@ -12278,7 +12279,7 @@ class NatsKeeper:
             await asyncio.sleep(POLL_S)
 
     def deadlines_passed(self) -> None:
-        """There are some."""
+        """Have deadlines that have passed looked at."""
         self._deadlines.set()
 
     async def recover(self) -> None:
@@ -12295,13 +12296,13 @@ class NatsKeeper:
         await self._chores.stream.reserve.ensure()
 
     async def reconnected(self) -> None:
-        """The connection is another one."""
+        """The connection is another one: look at everything anew."""
         self._lanes.reconnected()
         self._changes.lost()
         self._look.set()
 
     async def _keep_looking(self) -> None:
-        """Count what waits, notice lanes and consumers that have come or gone."""
+        """Count what waits, and notice lanes and consumers that have come or gone."""
         told: Sequence[str] = ()
         heard = -1  # messages, after a look at which all was well
         left_out = 0
@@ -12364,13 +12365,13 @@ class NatsKeeper:
             raise
 
     async def _keep_leases(self) -> None:
-        """Have the server know that what we have claimed is under way."""
+        """Renew the leases of all that we have claimed."""
         while True:
             await asyncio.sleep(lease_s(self._settings(), CALLBACKS) / 3)
             await self._chores.renew()
 
     async def _keep_deadlines(self) -> None:
-        """End calls that did not start in time."""
+        """End calls that have not started by their deadlines."""
         while True:
             await self._deadlines.wait()
             self._deadlines.clear()
@@ -12389,7 +12390,7 @@ class NatsKeeper:
 
 
 async def nats_trouble(link: NatsLink, calls: NatsCalls, subjects: NatsSubjects) -> str | None:
-    """See WorkQueue.failing. After a failure something small is stored."""
+    """See WorkQueue.failing. After a failure, something small is stored to find out."""
     reason = link.silent
     try:
         if not reason:
@@ -12475,7 +12476,7 @@ class NatsFigures:
         self._stats = stats
 
     async def figures(self) -> StoreFigures:
-        """What the stream takes. What is left, servers don't tell."""
+        """What the stream takes. Servers don't tell what is left."""
         answered = await self._ask(self._measure)
         age_s = 0.0 if answered else time.monotonic() - self._asked_at
         servers = show_url(" ".join(self._settings().nats.servers)) or ""
@@ -12562,7 +12563,7 @@ class NatsQueue:
             raise
 
     def _compose(self, listener: Listener) -> None:
-        """Make the parts."""
+        """Make the parts of an open queue."""
         link, subjects = self._link, self._subjects
         settings, calls = self._settings, self._calls
         news = NatsNews(link, subjects, listener, calls.changes)
@@ -12571,7 +12572,7 @@ class NatsQueue:
         consumers = NatsConsumers(link, subjects, settings, lanes)
         messages = NatsMessages(link, subjects, consumers, lanes, replies, self._metrics)
         keys = NatsKeys(link, subjects, settings().nats.stream, calls, messages)
-        ends = NatsEnds(subjects, settings, calls, messages, news, keys)
+        ends = NatsEnds(settings, calls, messages, news, keys)
         holdings = NatsHoldings()
         owners = NatsOwners(link, subjects, settings, holdings, messages)
         claims = NatsClaims(settings, calls, messages, ends, holdings, owners)
@@ -12682,10 +12683,10 @@ class NatsQueue:
         await self._parts.operator.resend(call_id)
 
     async def cancel_matching(self, filters: CallFilter) -> BulkResult:
-        return await self._parts.operator.cancel_each(self._lists.shown(filters))
+        return await change_all(self._lists.shown(filters), self._parts.operator.cancel)
 
     async def redrive_matching(self, filters: CallFilter) -> BulkResult:
-        return await self._parts.operator.redrive_each(self._lists.shown(filters))
+        return await change_all(self._lists.shown(filters), self._parts.operator.redrive_finished)
 
     async def purge(self, name: str) -> int:
         return await self._parts.operator.purge(self._lists.waiting(name))
@@ -12764,7 +12765,7 @@ def system_context() -> ssl.SSLContext:
 
 
 def tls_reason(exc: ssl.SSLError) -> str:
-    """What is wrong with a peer's TLS."""
+    """What is wrong with a peer's TLS, in words."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {exc.verify_message.rstrip('.')}"
     if exc.reason in NO_TLS or "record layer failure" in str(exc):
@@ -12785,7 +12786,7 @@ def broken(exc: Exception | None) -> RequestFailed:
 
 
 def no_answer(exc: HttpProcessingError, data: bytes) -> RequestFailed:
-    """What is wrong with what came instead of an answer."""
+    """Why what has come is no valid answer."""
     text = "did not answer in valid HTTP"
     if isinstance(exc, LineTooLong):
         text = f"answered with a header longer than {MAX_HEADER_BYTES} bytes"
@@ -12833,7 +12834,7 @@ class TimeLimit:
             self._timer = Timer(loop, self._limit.seconds, self._expire)
 
     def _expire(self) -> None:
-        """What has come in this round of the event loop is read first."""
+        """Cancel in the next round of the event loop: what has come in this one is read first."""
         assert self._task is not None
         self._task.get_loop().call_soon(self._cancel)
 
@@ -12848,7 +12849,7 @@ class TimeLimit:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """As asyncio.Timeout has it: who was cancelled by others, too, stays so."""
+        """As in asyncio.Timeout, a task that others have cancelled as well stays cancelled."""
         task, self._task = self._task, None
         if self._timer is not None:
             self._timer.cancel()
@@ -12889,8 +12890,9 @@ Head = tuple[RawResponseMessage, StreamReader | bytes]  # of an answer, with its
 
 
 class Flow:
-    """The pace of a connection: whoever sends waits while the peer takes nothing, and a peer waits
-    while nobody reads. Streams of aiohttp take it for the connection.
+    """The pace of a connection: no side sends more while the other one takes nothing.
+
+    Streams of aiohttp take it for their connection.
     """
 
     def __init__(self) -> None:
@@ -12899,11 +12901,11 @@ class Flow:
         self._reading_paused = False  # StreamReader looks at this
 
     def opened(self, transport: asyncio.BaseTransport) -> None:
-        """The connection is there."""
+        """The connection is open."""
         self.transport = cast(asyncio.Transport, transport)
 
     def ended(self) -> None:
-        """It has gone: nobody waits for it."""
+        """The connection has ended: nobody waits for it any more."""
         self.transport = None
         self.resume_writing()
 
@@ -12930,7 +12932,7 @@ class Flow:
 
     @property
     def full(self) -> bool:
-        """Whether who sends has to wait."""
+        """Whether whoever sends has to wait."""
         return self._room is not None
 
     async def drain(self) -> None:
@@ -12939,24 +12941,24 @@ class Flow:
             await self._room
 
     def pause_writing(self) -> None:
-        """Too much is waiting to be sent."""
+        """The peer takes too little: whoever sends has to wait."""
         self._room = asyncio.get_running_loop().create_future()
 
     def resume_writing(self) -> None:
-        """There is room again."""
+        """The peer takes more again."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         self._room = None
 
     def pause_reading(self) -> None:
-        """Enough is waiting to be read."""
+        """Read no more for now: enough waits to be taken."""
         if not self._reading_paused and not self.closed:
             assert self.transport is not None
             self._reading_paused = True
             self.transport.pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """There is room again."""
+        """Read on: what was there has been taken."""
         if self._reading_paused and not self.closed:
             assert self.transport is not None
             self._reading_paused = False
@@ -12964,7 +12966,7 @@ class Flow:
 
 
 class TcpInfo(NamedTuple):
-    """What the kernel knows of a connection; -1: nothing."""
+    """What the kernel knows of a connection; -1: it does not tell."""
 
     state: int
     acked: int = -1  # bytes that the peer's kernel has taken
@@ -13206,11 +13208,11 @@ class Wire(asyncio.Protocol):
     # What the event loop and the parser's streams tell.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
+        """The connection is open."""
         self._flow.opened(transport)
 
     def data_received(self, data: bytes) -> None:
-        """A piece of an answer."""
+        """Take a piece of an answer."""
         if self._parser is None or (self._answer is None and self._body.is_eof()):
             self._keep = False
             self.abort()  # Nobody asked for this.
@@ -13298,11 +13300,11 @@ class Wire(asyncio.Protocol):
         self.fail(broken(exc))
 
     def pause_writing(self) -> None:
-        """Too much is waiting to be sent."""
+        """The peer takes too little: whoever sends has to wait."""
         self._flow.pause_writing()
 
     def resume_writing(self) -> None:
-        """There is room again."""
+        """The peer takes more again."""
         self._flow.resume_writing()
 
 
@@ -13349,22 +13351,22 @@ class Tls(asyncio.Transport, asyncio.Protocol):
         self._flow.abort()
 
     def pause_reading(self) -> None:
-        """Enough is waiting to be read."""
+        """Read no more for now: enough waits to be taken."""
         self._flow.pause_reading()
 
     def resume_reading(self) -> None:
-        """There is room again."""
+        """Read on: what was there has been taken."""
         self._flow.resume_reading()
 
     # What the event loop tells.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
+        """The connection is open: begin the handshake."""
         self._flow.opened(transport)
         self._shake_hands()
 
     def data_received(self, data: bytes) -> None:
-        """Something that is encrypted."""
+        """Take encrypted data."""
         self._incoming.write(data)
         if not self.secured.done():
             self._shake_hands()
@@ -13386,11 +13388,11 @@ class Tls(asyncio.Transport, asyncio.Protocol):
             self.secured.set_exception(exc or ConnectionResetError())
 
     def pause_writing(self) -> None:
-        """Too much is waiting to be sent."""
+        """The peer takes too little: whoever sends has to wait."""
         self._wire.pause_writing()
 
     def resume_writing(self) -> None:
-        """There is room again."""
+        """The peer takes more again."""
         self._wire.resume_writing()
 
     # What it does by itself.
@@ -14543,7 +14545,10 @@ class CommandRunner:
         self._pids.discard(program.pid)
 
     def watch_orphans(self) -> None:
-        """As process 1, be told of them. (uvloop keeps SIGCHLD for itself, but does not use it.)"""
+        """As process 1, be told of orphans.
+
+        uvloop keeps SIGCHLD for itself, but does not use it.
+        """
         if os.getpid() == 1:
             signal.signal(signal.SIGCHLD, lambda *_: self.reap_orphans())
 
@@ -14753,11 +14758,11 @@ class FunctionLimits:
         return HeldSlot(self, name)
 
     def begin(self, name: str) -> None:
-        """A call begins."""
+        """A call of a function begins."""
         self._running[name] += 1
 
     def end(self, name: str) -> None:
-        """It has ended."""
+        """A call of a function has ended."""
         self._running[name] -= 1
         if self.limit(name) is not None:  # else nobody waits: who changes limits tells them
             self.changed()
@@ -14784,7 +14789,7 @@ class HeldSlot:
 
 
 def provider_failure(exc: RequestFailed) -> Exception:
-    """The same, or ProviderAway where no connection to the provider could be made."""
+    """ProviderAway if no connection to the provider could be made, else the failure itself."""
     if exc.kind is FailureKind.UNREACHABLE:
         return ProviderAway(f"the provider {exc.text}")
     return exc
@@ -14864,7 +14869,7 @@ class Provider:
         )
 
     async def annotations(self) -> Mapping[str, Mapping[str, str]]:
-        """Those of all functions, by NAME.NAMESPACE. Raises ProviderAway."""
+        """The annotations of all functions, by NAME.NAMESPACE. Raises ProviderAway."""
         found: dict[str, Mapping[str, str]] = {}
         for namespace in await self._documents("/system/namespaces"):
             query = urlencode({"namespace": namespace})
@@ -15197,7 +15202,7 @@ class LiveOutput:
                 reader.put(piece)
 
     def end(self) -> None:
-        """It writes no more."""
+        """The attempt has ended, and writes no more."""
         self.ended = True
         for reader in self._readers:
             reader.wake()
@@ -15231,11 +15236,11 @@ class LiveOutputs:
         """An attempt begins. An earlier one, which was cancelled, may still be dying."""
         output = LiveOutput(claim.attempt)
         self._running[claim.id] = output
-        self._waiters.stir(claim.id)
+        self._waiters.wake(claim.id)
         return output
 
     def end(self, claim: Claim, output: LiveOutput) -> None:
-        """It has ended."""
+        """An attempt has ended."""
         if self._running.get(claim.id) is output:  # else a later attempt writes already
             del self._running[claim.id]
         output.end()
@@ -15812,12 +15817,12 @@ class Consumers:
         return sum(consumer.inflight > 0 for consumer in self._consumers.values())
 
     def wake(self, name: str) -> None:
-        """There may be something to claim in a queue."""
+        """Wake the consumer of a queue: there may be something to claim."""
         if self._consumers:  # else it begins with a look into its queue
             self._consumer(name).wake()
 
     def wake_all(self) -> None:
-        """There may be something to claim in every queue there is."""
+        """Wake all consumers."""
         for consumer in self._consumers.values():
             consumer.wake()
 
@@ -16210,7 +16215,7 @@ class WholeBody:
         return data
 
     async def readany(self) -> bytes:
-        """The same."""
+        """All that is not read."""
         return self.read_nowait()
 
 
@@ -16846,14 +16851,14 @@ class Connection(asyncio.Protocol):
         return True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
+        """The connection is open."""
         self._flow.opened(transport)
         self.conversation.begin(address_of(transport))
         self._clients.connections.add(self)
         self._look_idle()
 
     def data_received(self, data: bytes) -> None:
-        """A piece of what a client asks."""
+        """Take a piece of what a client asks."""
         if self.conversation.over:
             return
         self._reader.feed(data)
@@ -16871,7 +16876,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has ended."""
+        """The connection has ended, and with it all that is done for its client."""
         self._flow.ended()
         for timer in (self._timer, self._half_closed):
             if timer is not None:
@@ -16882,11 +16887,11 @@ class Connection(asyncio.Protocol):
         self._clients.tell()
 
     def pause_writing(self) -> None:
-        """Too much is waiting to be sent."""
+        """The client takes too little: whoever sends has to wait."""
         self._flow.pause_writing()
 
     def resume_writing(self) -> None:
-        """There is room again."""
+        """The client takes more again."""
         self._flow.resume_writing()
 
     def _look_idle(self) -> None:
@@ -16996,7 +17001,7 @@ class Acceptor:
         self.go_on()
 
     def go_on(self) -> None:
-        """There may be room again."""
+        """Accept again: there may be room."""
         if self._again is not None:
             self._again.cancel()
             self._again = None
@@ -17137,7 +17142,7 @@ def found_headers(call_id: str) -> dict[str, str]:
 
 
 def accepted_lines(call_id: str, start_time: int) -> bytes:
-    """The same of a call that has just been queued (Unix nanoseconds), as header lines."""
+    """Header lines that tell where the call is that was just queued, and when (nanoseconds)."""
     lines = (
         f"X-Call-Id: {call_id}\r\nLocation: {call_path(call_id)}\r\nX-Start-Time: {start_time}\r\n"
     )
@@ -18313,7 +18318,7 @@ class EventHub:
         return stream
 
     def leave(self, stream: EventStream) -> None:
-        """The reader has gone."""
+        """A reader has gone."""
         self._streams.discard(stream)
         if not self._streams and not self.closed:
             self._end = asyncio.get_running_loop().call_later(LINGER_WATCH_S, self._stop_watching)
@@ -19862,7 +19867,7 @@ class ScheduleNews:
         self._told = ("", 0.0)  # why schedules wait, and when (monotonic) that was logged
 
     def replan(self) -> None:
-        """Schedules may have come, changed or gone."""
+        """Have all schedules planned anew: some may have come, changed or gone."""
         self.stale = True
         self.changed.set()
 
@@ -19896,7 +19901,7 @@ class ScheduleNews:
         self._calls.update(dict.fromkeys(ids, state.name))
 
     def tell(self, ended: Ended) -> None:
-        """A call has ended."""
+        """Take note that a call has ended, if it is a schedule's."""
         if name := self._calls.get(ended.id):
             self.ended.add(name)
             self.changed.set()
@@ -21642,7 +21647,7 @@ def hints_of(stats: Mapping[str, Any]) -> Iterator[str]:
 
 
 def hints_of_schedules(schedules: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Those that rest, and those that did not do what they are there for."""
+    """Schedules that are paused, and those that missed instants or failed."""
     for schedule in schedules:
         name = schedule["name"]
         if schedule["paused"]:
@@ -21843,7 +21848,7 @@ CALLBACKS_AT_ONCE = 4  # fewer, as their answers may be large
 
 
 def nothing(about: object) -> None:
-    """Nobody here runs calls or waits for their ends."""
+    """Does nothing: here nobody runs calls, or waits for their ends."""
 
 
 class Move:
@@ -21862,9 +21867,9 @@ class Move:
         Pauses come first, so that nothing of a paused queue runs. Each is moved only once: a queue
         that was resumed there since stays so.
         """
-        for name in pauses(self._file):
+        for name in unmoved_pauses(self._file):
             await self._queue.pause(name, True)
-            note_pause(self._file, name)
+            mark_pause_moved(self._file, name)
             self._paused.append(name)
         for state in step_schedules(self._file).values():
             if await self._queue.schedules.save(state._replace(revision=0), ()):
