@@ -13046,9 +13046,9 @@ def whole_heads(parser: HttpResponseParser, data: bytes) -> Iterator[Head]:
 
 
 def with_one_length(data: bytes) -> bytes:
-    """An answer that says the same length of its body again, as if it had said it once.
+    """An answer that tells the length of its body more than once, rewritten to tell it once.
 
-    Some servers behind others do (RFC 9110 8.6); the parser refuses it.
+    Some servers behind others send such answers (RFC 9110 8.6); the parser refuses them.
     """
     first = STATUS_LINE.search(data)
     if first is None:
@@ -13139,9 +13139,10 @@ class Wire(asyncio.Protocol):
     def begin(
         self, method: str, message: bytes, on_status: Tell[int] | None
     ) -> asyncio.Future[Head]:
-        """Send a request's beginning; the future has the answer's head and body, or RequestFailed.
+        """Send the beginning of a request; the future has the answer's head and body, or
+        RequestFailed.
 
-        `on_status` is told the status of one whose head is not whole, or is wrong after that.
+        `on_status` is told the status of an answer whose head is not whole, or goes wrong later.
         """
         headless = method == "HEAD"
         if self._parser is None or headless != self._headless:
@@ -13171,7 +13172,7 @@ class Wire(asyncio.Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended, or is about to."""
+        """Whether the connection has ended, or is about to."""
         return self._flow.closed
 
     @property
@@ -13180,12 +13181,12 @@ class Wire(asyncio.Protocol):
         return self._answer is None and self._body.is_eof() and self._keep and not self.closed
 
     def rest(self) -> None:
-        """Take note that an answer has come, and that it is idle from now on."""
+        """Note that an answer has come, and that the connection is idle now."""
         self.answers += 1
         self.idle_since = time.monotonic()
 
     def renew(self) -> bool:
-        """Whether an idle connection is still open, as far as this end can know."""
+        """Use an idle connection again. False: as far as this end can know, it is not open."""
         if self.closed or not self._keep:
             return False
         self._before = raw_tcp_info(self._sock)
@@ -13202,7 +13203,7 @@ class Wire(asyncio.Protocol):
         self.abort()
 
     def abort(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
         self._flow.abort()
 
     # What the event loop and the parser's streams tell.
@@ -13281,13 +13282,13 @@ class Wire(asyncio.Protocol):
         self._keep = False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has ended; what had come in before it broke counts."""
+        """The connection has ended. What had come in before it broke counts."""
         for data in left_unread(self._sock, exc):
             self.data_received(data)
         self.end(exc)
 
     def end(self, exc: Exception | None) -> None:
-        """It has ended, and with it the exchange. Nothing is read that is not decrypted."""
+        """End the exchange with the connection. Nothing is read here that was not decrypted."""
         if self.silent:
             self.unseen = self.unseen or was_unseen(self._before, self._sock, self._farewell)
         unfinished = not self._body.is_eof() and self._body.exception() is None
@@ -13333,7 +13334,7 @@ class Tls(asyncio.Transport, asyncio.Protocol):
     # What the wire does.
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
-        """Send something."""
+        """Encrypt something, and send it."""
         left = memoryview(data)
         try:
             while left:
@@ -13347,7 +13348,7 @@ class Tls(asyncio.Transport, asyncio.Protocol):
         return self._flow.closed
 
     def abort(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
         self._flow.abort()
 
     def pause_reading(self) -> None:
@@ -13412,7 +13413,7 @@ class Tls(asyncio.Transport, asyncio.Protocol):
             self.secured.set_result(None)
 
     def _receive(self) -> None:
-        """Decrypt what there is."""
+        """Decrypt what has come in."""
         try:
             while data := self._tls.read(READ_BYTES):
                 self._wire.data_received(data)
@@ -13425,13 +13426,13 @@ class Tls(asyncio.Transport, asyncio.Protocol):
             self._close()
 
     def _fail(self, exc: Exception) -> None:
-        """End it because of what came in; the peer is told."""
+        """End the connection because of what came in; the peer is told."""
         self._failure = exc
         self._send()
         self._close()
 
     def _send(self) -> None:
-        """Send what is encrypted."""
+        """Send what has been encrypted."""
         data = self._outgoing.read()
         if data and not self._flow.closed:
             self._flow.required().write(data)
@@ -13442,7 +13443,7 @@ class Tls(asyncio.Transport, asyncio.Protocol):
 
 
 async def secured(sock: socket.socket, context: ssl.SSLContext, host: str) -> Wire:
-    """A connection whose peer has shown that it is a host. Raises OSError."""
+    """A TLS connection to a peer that has shown that it is this host. Raises OSError."""
     wire = Wire(sock)
     tls = Tls(wire, sock, context, host)
     await asyncio.get_running_loop().create_connection(lambda: tls, sock=sock)
@@ -13507,23 +13508,23 @@ class Habit:
         return lasts and self._trial is None and time.monotonic() >= self._wary_until
 
     def use(self, wire: Wire) -> None:
-        """A connection is used again."""
+        """Note that a connection is used again: it may be a trial."""
         if wire.answers >= self.trusted:
             self._trial = wire
 
     def answered(self, wire: Wire) -> None:
-        """An answer has come."""
+        """Note that an answer has come on a connection."""
         if wire is self._trial:
             self._trial = None
             self.trusted = sys.maxsize
 
     def lost(self, wire: Wire) -> None:
-        """A connection has ended while it was idle, perhaps too soon."""
+        """Note that a connection has ended while it was idle, perhaps too soon."""
         if wire.answers < self.trusted and idle_s(wire) < HASTY_S:
             self.doubt(wire)
 
     def doubt(self, wire: Wire) -> None:
-        """The peer has closed a connection that it should have kept."""
+        """Note that the peer has closed a connection that it should have kept."""
         self.trusted = min(self.trusted, wire.answers)
         self._trial = None
         now = time.monotonic()
@@ -13546,7 +13547,7 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, origin: Origin) -> Wire | None:
-        """A connection that can be used."""
+        """An idle connection that may be used; None: there is none."""
         wires = self._idle.get(origin)
         if not wires:
             return None
@@ -13581,7 +13582,7 @@ class Pool:
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
 
     def doubt(self, origin: Origin, wire: Wire) -> None:
-        """A connection that was used again has failed."""
+        """Note that a connection that was used again has failed."""
         self._habit(origin).doubt(wire)
 
     def _habit(self, origin: Origin) -> Habit:
@@ -13609,7 +13610,7 @@ class Pool:
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all connections."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -13633,7 +13634,7 @@ TOLD_LENGTH = re.compile(rb"\ncontent-length: ([^\n]*)", re.IGNORECASE)
 
 
 class Destination(NamedTuple):
-    """What all requests to one URL have in common."""
+    """What all requests to one URL share."""
 
     origin: Origin
     start: str  # of the target in the first line: for a proxy, what stands before the path
@@ -13651,7 +13652,7 @@ class Destination(NamedTuple):
 
 
 def destination_of(url: yarl.URL, origin: Origin) -> Destination:
-    """What follows from a URL for all requests to it."""
+    """Work out what all requests to a URL share."""
     # An address's zone means nothing elsewhere (RFC 6874 4).
     host = re.sub(r"%[^]]*", "", url.host_port_subcomponent or "")
     headers: list[Header] = [(b"Host", host.encode("utf-8", "surrogateescape"))]
@@ -13754,13 +13755,13 @@ class HttpResponse:
         self._release(self._wire)  # for the next request, if the answer has come to its end
 
     def keep(self, release: Tell[Wire]) -> HttpResponse:
-        """Have the connection released in this way."""
+        """Have the connection released in this way at the end of the block."""
         self._release = release
         return self
 
     @property
     def whole(self) -> bool:
-        """Whether all of a small body has come: the next chunk is the rest of it."""
+        """Whether all of a small body has come: the next chunk is all that is left."""
         if self._rest is not None:
             return True
         return self._body.is_eof() and self._body.total_bytes <= SMALL_BODY_BYTES
@@ -13797,9 +13798,10 @@ class HttpResponse:
 async def gather(
     read: Callable[[], Awaitable[bytes]], keep: int, whole: bool, tell: Tell[bytes] | None = None
 ) -> tuple[bytes, int]:
-    """What `read` gives to the end, and its size; of what is longer than `keep` see `shorten`.
+    """All that `read` gives, shortened to `keep` bytes, and its full size.
 
-    With `whole`, a byte too many raises RequestFailed. Each piece is told as it comes.
+    With `whole`, more than `keep` bytes raise RequestFailed. `tell` is told of each piece as it
+    comes.
     """
     kept = Kept(keep)
     while piece := await read():
@@ -13819,12 +13821,12 @@ def told_length(headers: Headers) -> int:
 
 
 def too_long(keep: int) -> RequestFailed:
-    """An answer that can't be held."""
+    """The error for an answer that is too long to be held."""
     return RequestFailed(FailureKind.TOO_LONG, f"answered more than {keep} bytes")
 
 
 async def ended(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait for its end."""
+    """Cancel a task, and wait for its end."""
     task.cancel()
     await asyncio.wait({task})
 
@@ -13866,8 +13868,8 @@ async def exchange(wire: Wire, request: Message) -> HttpResponse:
 def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
     """Header fields for an answer.
 
-    Bytes that are not UTF-8 stand for themselves (surrogateescape). Repeats of a name in another
-    case would be lost: all get the case of the first.
+    Bytes that are not UTF-8 pass as they are (surrogateescape). A name that is repeated in another
+    case gets the case of the first, or the repeat would be lost.
     """
     fields: CIMultiDict[str] = CIMultiDict()
     names: dict[bytes, str] = {}
@@ -13936,7 +13938,7 @@ class CheckedResolver:
 
 
 def addresses_of(host: str, port: int) -> Sequence[AddressInfo]:
-    """What the system knows of a name, which may take long. Raises OSError."""
+    """The addresses that the system finds for a name, which may take long. Raises OSError."""
     # AI_ADDRCONFIG leaves out addresses of a family that this machine has no address in. It does
     # not count those of lo: at boot, before DHCP, "localhost" would have none.
     flags = 0 if is_this_machine(host) else socket.AI_ADDRCONFIG
@@ -13948,7 +13950,7 @@ def addresses_of(host: str, port: int) -> Sequence[AddressInfo]:
 
 @functools.lru_cache(256)
 def literal_address(host: str, port: int) -> Sequence[AddressInfo]:
-    """The address that a host already is; nothing: it is a name."""
+    """The address that a host is; empty: it is a name."""
     with contextlib.suppress(ValueError):
         version = ipaddress.ip_address(host).version
         if version == 4:
@@ -14066,7 +14068,7 @@ def odd_proxies(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def no_proxy_host(entry: str) -> tuple[str, str]:
-    """Host or network, and port, of an entry of NO_PROXY; no port: all of them.
+    """Host or network, and port, of an entry of NO_PROXY; without a port all ports are meant.
 
     As curl and Python read it, .example.org is example.org and all below it.
     """
@@ -14077,7 +14079,7 @@ def no_proxy_host(entry: str) -> tuple[str, str]:
 
 
 def bypasses_proxy(host: str, port: int, environment: Mapping[str, str]) -> bool:
-    """Whether NO_PROXY has a host or its address, or the host is this machine."""
+    """Whether a host is reached without a proxy: NO_PROXY has it, or it is this machine."""
     name = host.lower().rstrip(".")
     address = address_in(name)
     if is_this_machine(name) or name.endswith(".localhost") or is_own_address(address):
@@ -14090,7 +14092,7 @@ def bypasses_proxy(host: str, port: int, environment: Mapping[str, str]) -> bool
 
 
 async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
-    """Have the proxy connect us to the origin (RFC 9110 9.3.6). Raises RequestFailed, OSError."""
+    """Have the proxy open a tunnel to the origin (RFC 9110 9.3.6). RequestFailed, OSError."""
     assert origin.proxy
     loop = asyncio.get_running_loop()
     host = origin.host.partition("%")[0]
@@ -14295,7 +14297,7 @@ def command_environment(function: Function, request: FunctionRequest) -> dict[st
 
 
 def require_executable(function: Function, request: FunctionRequest) -> None:
-    """HttpError(431) where execve(2) would refuse a request's variables as too large."""
+    """HttpError(431) if the headers are too large for a program's environment (execve(2))."""
     variables = command_environment(function, request)
     sizes = [len(os.fsencode(f"{name}={value}")) + 1 for name, value in variables.items()]
     sizes += [len(os.fsencode(word)) + 1 for word in function.command or ()]
@@ -14327,7 +14329,7 @@ def looks_like(body: bytes) -> bytes:
 
 
 class PipeReader:
-    """Takes what comes out of a pipe, and tells it as it comes."""
+    """Reads a pipe, and tells what comes as it comes."""
 
     def __init__(self, pipe: IO[bytes], keep: int, tell: Tell[bytes] | None) -> None:
         self.keep = keep
@@ -14355,7 +14357,7 @@ class PipeReader:
             self.overflowed.set_result(None)
 
     def close(self) -> None:
-        """Take no more."""
+        """Read no more."""
         if not self.ended.done():
             self._loop.remove_reader(self._pipe.fileno())
             self._pipe.close()
@@ -14389,9 +14391,9 @@ class Program:
             self.exited.set_result(code)
 
     async def talk(self, body: bytes | AsyncIterator[bytes]) -> None:
-        """Feed it and take what it writes, until it has ended.
+        """Feed the program and take what it writes, until it has ended.
 
-        Raises RequestFailed when it writes more than can be held, and what `body` raises.
+        Raises RequestFailed if it writes more than can be held, and what `body` raises.
         """
         feeding = asyncio.create_task(self._feed(body), name=f"stdin of {self.pid}")
         waiting: set[asyncio.Future[Any]] = {self.exited, self.stdout.overflowed, feeding}
@@ -14421,7 +14423,7 @@ class Program:
             raise too_long(self.stdout.keep)
 
     async def _feed(self, body: bytes | AsyncIterator[bytes]) -> None:
-        """Write a body to it, which may stop reading whenever it likes."""
+        """Write a body to the program, which may stop reading whenever it likes."""
         with contextlib.suppress(BrokenPipeError):
             if isinstance(body, bytes):
                 await self._write(body)
@@ -14439,7 +14441,7 @@ class Program:
                 await self._writable()
 
     async def _writable(self) -> None:
-        """Wait until it has read something."""
+        """Wait until the program has read something."""
         fd = self._stdin.fileno()
         room = asyncio.Event()
         self._loop.add_writer(fd, room.set)
@@ -14449,7 +14451,7 @@ class Program:
             self._loop.remove_writer(fd)
 
     async def end(self) -> bool:
-        """Kill what is left of it and close its pipes.
+        """Kill what is left of the program, and close its pipes.
 
         False: it can't be killed. It is waited for no longer, and reaped when it ends.
         """
@@ -14478,11 +14480,11 @@ class CommandRunner:
         keep: int,
         tell: Tell[bytes] | None = None,
     ) -> Outcome:
-        """Start a command for one request. Its process group never outlives the call.
+        """Run a command for one request. Its process group never outlives the call.
 
-        What it writes, to stdout and stderr, is told as it comes.
+        `tell` is told what it writes to stdout and stderr as it comes.
 
-        Raises RequestFailed when it can't be started, writes more than `keep` bytes or takes too
+        Raises RequestFailed if it can't be started, writes more than `keep` bytes or takes too
         long; Shortage; and what the request's body raises.
         """
         started = time.perf_counter()
@@ -14505,7 +14507,7 @@ class CommandRunner:
         return command_outcome(function, request, program, time.perf_counter() - started)
 
     async def _start(self, function: Function, request: FunctionRequest) -> subprocess.Popen[bytes]:
-        """Raises RequestFailed, Shortage."""
+        """A new process. Raises RequestFailed, Shortage."""
         environment = command_environment(function, request)
         self._starting += 1
         try:
@@ -14531,7 +14533,7 @@ class CommandRunner:
         keep: int,
         tell: Tell[bytes] | None,
     ) -> Program:
-        """Raises RequestFailed, Shortage."""
+        """The Program of a new process. Raises RequestFailed, Shortage."""
         try:
             return Program(process, keep, tell)
         except OSError as exc:
@@ -14553,7 +14555,7 @@ class CommandRunner:
             signal.signal(signal.SIGCHLD, lambda *_: self.reap_orphans())
 
     def reap_orphans(self) -> None:
-        """As process 1 of a container: take care of what programs have left behind."""
+        """As process 1 of a container, reap what programs have left behind."""
         if os.getpid() != 1 or self._starting:
             return
         with contextlib.suppress(OSError):  # a kernel without this file, or a hidden /proc
@@ -14587,7 +14589,7 @@ def spawn(function: Function, environment: Mapping[str, str]) -> subprocess.Pope
 def command_outcome(
     function: Function, request: FunctionRequest, program: Program, duration_s: float
 ) -> Outcome:
-    """What a program that has ended gave."""
+    """The outcome of a program that has ended."""
     code = program.exited.result()
     body = program.stdout.kept.whole()
     stderr = program.stderr.kept.whole()
@@ -14604,14 +14606,14 @@ def command_outcome(
 
 
 def last_line(written: bytes) -> str:
-    """The last line that says something, for people: cut, and without what steers a terminal."""
+    """The last line that is not blank, for people: cut, and without control characters."""
     lines = [line for line in written.splitlines() if line.strip()]
     said = lines[-1].decode(errors="replace") if lines else ""
     return "".join(char if char.isprintable() else " " for char in said).strip()[:LAST_LINE]
 
 
 def start_failure(function: Function, exc: Exception) -> Exception:
-    """Why a program could not be started: RequestFailed, or Shortage where it is our own."""
+    """Why a program could not be started: RequestFailed, or Shortage if it is our own."""
     number = getattr(exc, "errno", None)
     reason = getattr(exc, "strerror", None) or str(exc)
     if number in Shortage.ERRORS or isinstance(exc, Shortage):
@@ -14645,7 +14647,7 @@ def discard(function: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def discard_started(function: str, starting: asyncio.Future[subprocess.Popen[bytes]]) -> None:
-    """Do that with the command of a start that nobody has waited for, if it has come to it."""
+    """Kill a command, if its start succeeded, for which nobody has waited."""
     if not starting.cancelled() and starting.exception() is None:
         discard(function, starting.result())
 
@@ -14660,7 +14662,7 @@ def reap(function: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_group(pid: int) -> None:
-    """Kill a command with everything it started."""
+    """Kill a command and all that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -14695,12 +14697,12 @@ class FunctionLimits:
         return {**room, "": 1} if adaptive else room
 
     def rates(self) -> Mapping[str, Rate]:
-        """How many calls of functions may start, where that is limited."""
+        """The rates of functions that have one."""
         rates = self._settings().function_rates
         return {**self._provided_rates, **rates} if self._provided_rates else rates
 
     def learn(self, name: str, status: int, started: float) -> None:
-        """Take note of an answer; see `learn`."""
+        """Learn from an answer how many calls a function takes at once; see `learn`."""
         before = self._learned.get(name, Learned())
         self._learned[name] = learn(before, status, started, time.monotonic())
         self._on_room()
@@ -14744,7 +14746,7 @@ class FunctionLimits:
         return self._running[name]
 
     def full(self, name: str) -> bool:
-        """Whether a function takes no more calls."""
+        """Whether a function takes no more calls for now."""
         limit = self.limit(name)
         return limit is not None and self._running[name] >= limit
 
@@ -14796,7 +14798,7 @@ def provider_failure(exc: RequestFailed) -> Exception:
 
 
 class Fetched(NamedTuple):
-    """An answer that has been read."""
+    """An answer that was read to its end."""
 
     status: int
     headers: Headers
@@ -14812,13 +14814,13 @@ class Provider:
 
     @property
     def url(self) -> yarl.URL | None:
-        """Where it is; None: there is no provider."""
+        """Where the provider is; None: there is none."""
         return self.settings().provider.url
 
     async def request(
         self, method: str, target: str, headers: Sequence[Header], body: bytes = b""
     ) -> HttpResponse:
-        """A request with our login, answered as it comes. Raises RequestFailed."""
+        """Send a request with our login; the answer is not read yet. Raises RequestFailed."""
         config = self.settings()
         if self.url is None:
             raise ProviderAway("no provider is configured")
@@ -14835,7 +14837,7 @@ class Provider:
     async def ask(
         self, method: str, target: str, body: bytes = b"", limit_s: float | None = None
     ) -> Fetched:
-        """A request, answered as a whole. Raises ProviderAway where there is no answer."""
+        """Send a request, and read its answer. Raises ProviderAway if there is none."""
         headers = [(b"Content-Type", b"application/json")]
         try:
             with TimeLimit(Limit(limit_s or PROVIDER_S)):
@@ -15146,7 +15148,7 @@ LEFT_OUT = "\n… what was not read in time is left out …\n".encode()
 
 
 class Unsent:
-    """What one reader is still to be sent: never more than MAX_UNSENT_BYTES."""
+    """What one reader is still to be sent: at most MAX_UNSENT_BYTES."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -15168,7 +15170,7 @@ class Unsent:
         self._some.set()
 
     async def take(self, limit_s: float | None = None) -> bytes:
-        """What there is, as soon as there is something; nothing when the time is over."""
+        """What is to be sent, as soon as there is something; nothing when the time is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._some.wait()
@@ -15183,7 +15185,7 @@ class Unsent:
 
 
 class LiveOutput:
-    """What one attempt writes: for who reads along, and the last of it for who comes later."""
+    """What one attempt writes: for those who read along, and its end for those who come later."""
 
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
@@ -15208,7 +15210,7 @@ class LiveOutput:
             reader.wake()
 
     async def follow(self) -> AsyncGenerator[bytes, None]:
-        """What it has written and writes, to its end."""
+        """What the attempt has written lately, and all that it writes, to its end."""
         reader = Unsent()
         reader.put(bytes(self._recent))
         self._readers.add(reader)
@@ -15222,7 +15224,7 @@ class LiveOutput:
 
 
 class LiveOutputs:
-    """What all calls write that run here now."""
+    """The output of all calls that run here now."""
 
     def __init__(self, waiters: CallWaiters) -> None:
         self._waiters = waiters
@@ -15263,13 +15265,13 @@ class Job(Protocol):
         """How many calls of a queue may start; see WorkQueue.claim."""
 
     async def execute(self, claim: Claim) -> Outcome | None:
-        """One attempt. None: there was none, and it will be asked for again later."""
+        """Make one attempt. None: it could not be made, and will be later."""
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
-        """What follows from the attempt."""
+        """What follows from the outcome of an attempt."""
 
     def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
-        """Count and log what was stored."""
+        """Count and log an outcome that was stored."""
 
 
 @functools.lru_cache(256)
@@ -15285,7 +15287,7 @@ def callback_limit(timeout: float) -> Limit:
 
 
 def answer_kept(config: Config, claim: Claim, ok: bool) -> tuple[int, bool]:
-    """How many bytes of an answer are kept, and whether it has to be whole, to be called back."""
+    """How many bytes of an answer to keep, and whether it has to be whole, for a callback."""
     if claim.callback_url or (claim.failure_url and not ok):
         return max(MAX_RESPONSE_BYTES, config.gateway.max_payload), True
     return config.calls.keep_output, False
@@ -15397,7 +15399,7 @@ class InvocationJob:
         return decide(outcome, claim.attempt, claim.max_attempts, policy, now, self.rng)
 
     def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None:
-        """See Job. Of a call's end the queue itself tells."""
+        """See Job. The queue itself tells of the end of calls."""
         self.metrics.processed.count(claim.queue)
         if decision.delay_s is None:
             return
@@ -15461,7 +15463,7 @@ class CallbackJob:
         return most, {**room, "": share}
 
     def rates(self, name: str) -> Mapping[str, Rate]:
-        """See Job: failures have a back-off, and that is all."""
+        """See Job: there are none."""
         return {}
 
     async def execute(self, claim: Claim) -> Outcome | None:
@@ -15513,7 +15515,7 @@ class CallbackJob:
         return response.status, response.headers
 
     async def _send(self, claim: Claim, on_status: Tell[int]) -> HttpResponse:
-        """The POST, to this daemon itself where the host is one of its names."""
+        """Send the POST; to this daemon itself, if the host is one of its names."""
         config = self.settings()
         url = callback_url(claim.target)
         headers = self._headers(claim, url)
@@ -15537,7 +15539,7 @@ class CallbackJob:
         )
 
     def _headers(self, claim: Claim, url: yarl.URL) -> bytes:
-        """The function's own end-to-end headers, and ours in place of those of the same name."""
+        """The end-to-end headers of the function's answer, and ours, which replace some of them."""
         ours = CALLBACK_LINES % (
             claim.call_id.encode("latin-1"),
             claim.function.encode("latin-1"),
@@ -15615,7 +15617,7 @@ class Running(NamedTuple):
 
 
 class Consumer:
-    """Claims the work of one queue and runs it. A slot is taken before work is claimed."""
+    """Claims the work of one queue, and runs it. It has a free slot before it claims."""
 
     def __init__(
         self, name: str, queue: WorkQueue, job: Job, busy: Callable[[], int] = lambda: 1
@@ -15648,9 +15650,9 @@ class Consumer:
         self._told = asyncio.Event()
 
     def cancel(self, receipt: Hashable) -> None:
-        """End the attempt of a claim whose work was cancelled, if it is one of this queue.
+        """End the attempt of a claim whose work was cancelled, if this queue has it.
 
-        The queue stores nothing of it: the claim is not ours any more.
+        The queue stores nothing of it: the claim is not valid any more.
         """
         if receipt in self._running:
             # Not at once: a task that is cancelled before its first step would not run at all, nor
@@ -15666,10 +15668,7 @@ class Consumer:
         self.wake()
 
     async def stop(self, hurried: asyncio.Task[Any]) -> None:
-        """After `halt`: wait for what runs until `hurried` ends.
-
-        The rest is cancelled and queued again uncharged.
-        """
+        """After `halt`, wait for attempts until `hurried` ends; queue the rest again uncharged."""
         # Once it has ended, all tasks have begun: one cancelled before that would not queue its
         # work.
         await asyncio.wait({self.dispatcher})
@@ -15749,7 +15748,7 @@ class Consumer:
             self._wake.set()
 
     async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
-        """Store what became of an attempt, however long the disk is full: the function has run."""
+        """Store what became of an attempt, however long that takes: the function has run."""
         decision = Decision("queued", 0.0)
         if outcome is not None:
             decision = self._job.decide(claim, outcome)
@@ -15772,7 +15771,7 @@ class Consumer:
             self._job.ended(claim, outcome, decision)
 
     async def _until_told(self, told: asyncio.Event) -> None:
-        """Wait until the queue has told something, which it does when it works again."""
+        """Wait until the queue tells something, which it does once it works again."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETRY_STORE_S):
                 await told.wait()
@@ -15852,7 +15851,7 @@ class Consumers:
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """What a caller asks of a call (the headers of the same names); None: nothing."""
+    """What a caller asks for with a call, in headers of the same names; None: nothing."""
 
     id: str | None = None  # its own one, where it has to be the same each time
     call_id: str | None = None
@@ -16020,7 +16019,7 @@ WITHOUT_BODY = (204, 304)  # answers that have none (RFC 9110 15.3.5, 15.4.5)
 
 
 class Response(NamedTuple):
-    """An answer; with a body that is whole, unless its route sends that by itself."""
+    """An answer. Its body is whole, unless the route sends it by itself."""
 
     status: int
     headers: CIMultiDict[str]
@@ -16061,7 +16060,7 @@ def no_route(allowed: Sequence[str]) -> HttpError:
 
 
 def printable(value: str) -> str:
-    """A header's value as it can be written into an answer: bytes that are no text become ?."""
+    """A header's value for an answer: bytes that are no text become ?."""
     return value.encode("utf-8", "replace").decode()
 
 
@@ -16127,10 +16126,10 @@ HEAD_END = b"\r\n\r\n"
 
 
 def sent_target(path: str) -> str:
-    """The path and query of a request as they were sent; bytes are the characters of Python's
-    surrogateescape.
+    """The path and query of a request as they were sent.
 
-    For routes of our own, what is above 127 is written in percent, as it should have been.
+    Bytes that are not UTF-8 are characters of surrogateescape. For routes of our own, bytes above
+    127 are percent-encoded, as they should have been.
     """
     if path.startswith(ESCAPED):
         raw = path.removeprefix(ESCAPED).encode("ascii")
@@ -16168,7 +16167,7 @@ class RequestHead:
 class KnownHeads:
     """Heads that came lately, by their bytes. To look one up takes a tenth of parsing it.
 
-    Who calls a function again and again sends the same lines each time.
+    Whoever calls a function again and again sends the same lines each time.
     """
 
     MOST = 128
@@ -16178,14 +16177,14 @@ class KnownHeads:
         self._heads: OrderedDict[bytes, RequestHead] = OrderedDict()  # the oldest first
 
     def find(self, data: bytes) -> RequestHead | None:
-        """The head that stands in these bytes, and fills them."""
+        """The head that these bytes are; None: it is not known."""
         head = self._heads.get(data)
         if head is not None:
             self._heads.move_to_end(data)
         return head
 
     def add(self, data: bytes, head: RequestHead) -> None:
-        """Remember one."""
+        """Remember a head."""
         if len(data) <= self.LONGEST_BYTES:
             self._heads[data] = head
             if len(self._heads) > self.MOST:
@@ -16193,7 +16192,7 @@ class KnownHeads:
 
 
 class WholeBody:
-    """A body that came in one piece, read as a StreamReader is that has all of one."""
+    """A body that came in one piece, to be read like a StreamReader that has all of its body."""
 
     __slots__ = ("_data",)
 
@@ -16225,7 +16224,7 @@ Content = StreamReader | WholeBody
 
 
 class Exchange:
-    """A request that has come in, and the way on which its answer goes out."""
+    """A request that has come in, and the way its answer goes out."""
 
     __slots__ = ("_chunked", "_flow", "_quiet", "_write_timeout_s", "address", "begun",
                  "content", "head", "headers", "keep_alive", "method", "version")  # fmt: skip
@@ -16262,7 +16261,7 @@ class Exchange:
         return self.content is not EMPTY_PAYLOAD
 
     def ask_for_content(self) -> None:
-        """Tell a client which waits for that to send its body (RFC 9110 10.1.1)."""
+        """Tell a client to send its body, if it waits for that (RFC 9110 10.1.1)."""
         if self.headers.get("Expect", "").lower() == "100-continue" and self.version >= (1, 1):
             self.transport.write(INTERIM)
 
@@ -16303,7 +16302,7 @@ class Exchange:
         await self.drain()
 
     async def end(self) -> None:
-        """Tell that this was the whole body. Raises ConnectionResetError."""
+        """End the body of an answer. Raises ConnectionResetError."""
         if self._chunked:
             self._chunked = False
             self._send(b"0\r\n\r\n")
@@ -16364,7 +16363,7 @@ BEGINNING = re.compile(rb"[A-Z-]{1,20}( [^\x00- ]*( [HTP/1.0]{0,8}\r?)?)?")
 
 
 def ascii_line(line: bytes) -> bytes:
-    """A request's first line in the characters that the parser takes; see `sent_target`."""
+    """A request's first line in characters that the parser takes; see `sent_target`."""
     found = HIGH_LINE.fullmatch(line)
     if found is None:
         return line
@@ -16373,7 +16372,7 @@ def ascii_line(line: bytes) -> bytes:
 
 
 def may_have_high_line(data: bytes) -> bool:
-    """Whether there may be such a first line in data, or the beginning of one at its end."""
+    """Whether data may have a first line with bytes above 127, or end with the beginning of one."""
     return not data.isascii() or BEGINNING.fullmatch(data, data.rfind(b"\n") + 1) is not None
 
 
@@ -16381,9 +16380,9 @@ Arrival = tuple[RequestHead | HttpProcessingError, Content]
 
 
 class RequestReader:
-    """Finds the requests in what a client sends. What is no HTTP ends it, and is the last of them.
+    """Finds the requests in what a client sends. What is not HTTP is the last of them.
 
-    They wait in `arrived`; with many of them there, the parser keeps what follows.
+    They wait in `arrived`. While many of them do, the parser keeps what follows.
     """
 
     def __init__(self, flow: Flow, known: KnownHeads) -> None:
@@ -16473,12 +16472,12 @@ class RequestReader:
         return self._unanswered >= MAX_PIPELINED or len(self._kept or b"") >= READ_BYTES
 
     def answered(self) -> None:
-        """One of the requests is answered: there is room for another."""
+        """Note that a request is answered: there is room for another one."""
         self._unanswered -= 1
         self._parser.message_consumed()
 
     def go_on(self) -> None:
-        """All that has arrived is answered: parse what was kept."""
+        """Parse what was kept: all that had arrived is answered."""
         kept = self._kept
         self._kept = None
         self.stalled = False
@@ -16487,7 +16486,7 @@ class RequestReader:
         self.feed(kept or b"")
 
     def fail(self, exc: Exception) -> None:
-        """No more of a body will come."""
+        """Have no more of a body come."""
         if not self._body.is_eof() and self._body.exception() is None:
             self._body.set_exception(exc)
 
@@ -16957,7 +16956,7 @@ class Acceptor:
         self._loop.add_reader(sock, self._accept, sock)
 
     def _accept(self, sock: socket.socket, most: int = ACCEPT_AT_ONCE) -> None:
-        """Take who waits there."""
+        """Accept clients that wait at a socket."""
         try:
             for _ in range(most):
                 alone = not self._connections and not self._arriving
@@ -17127,7 +17126,7 @@ HARMLESS = {
 def stored_reply(
     headers: Headers, body: bytes, more: Mapping[str, object] | None = None
 ) -> Response:
-    """A body that a caller or a function has sent, as what it was sent as."""
+    """A body that a caller or a function has sent, under the Content-Type that it was sent with."""
     ours = {**HARMLESS, "Content-Type": "application/octet-stream"}
     for name, value in headers:
         if name.lower() in DESCRIBING and re.fullmatch(rb"[ -~]+", value):
@@ -17165,7 +17164,7 @@ def allow_origin(headers: CIMultiDict[str], origin: str | None) -> None:
 
 @contextlib.contextmanager
 def body_errors() -> Iterator[None]:
-    """HttpError(400, 408) for a body that is wrong, or does not come within a TimeLimit."""
+    """Turns the errors of a body that is wrong or late into HttpError(400, 408)."""
     try:
         yield
     except RequestFailed:
@@ -17210,7 +17209,7 @@ async def read_body(http: Exchange, timeout_s: float, limit: int) -> bytes:
 
 
 def log_failed_sync(call_id: str | None, error: str) -> None:
-    """A line for a failed call that nobody has queued."""
+    """Log a sync call that has failed."""
     log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
 
 
@@ -17250,9 +17249,9 @@ async def stream_answer(
     limit: Limit,
     who: str,
 ) -> Response:
-    """Pass on the answer of `who` as it comes, with our headers in place of its own.
+    """Pass on the answer of `who` as it comes, with our headers in place of the same of its own.
 
-    HttpError when there is no answer; one that breaks off breaks the client's connection off.
+    HttpError if there is no answer. If it breaks off, so does the client's connection.
     """
     started = time.perf_counter()
     http = request.http
@@ -17276,7 +17275,7 @@ async def stream_answer(
 
 
 async def copy_body(answer: HttpResponse, http: Exchange, head: Response) -> None:
-    """Send an answer on as it comes in."""
+    """Send the body of an answer on as it comes in."""
     if answer.whole:
         http.send(head._replace(body=await answer.read_chunk()))
         return
@@ -17743,7 +17742,7 @@ READY_S = 1.0  # what a look at the queues may take
 
 @dataclass(frozen=True)
 class HealthRoutes:
-    """For systemd, load balancers and people."""
+    """Health, for systemd, load balancers and people."""
 
     queue: Queue
     waiters: CallWaiters
@@ -17846,7 +17845,7 @@ class CallRoutes:
                     await ended.wait()
 
     async def list_calls(self, request: Request) -> Response:
-        """Records that match, newest first; with `count`, how many there are."""
+        """Records that match, newest first; with `count`, only how many."""
         filters = self._filters(request, "limit", "cursor", "count")
         if parse_one(request.query, "count", switch):
             return reply({"count": await self._count(filters)})
@@ -17857,7 +17856,7 @@ class CallRoutes:
         return reply({"calls": calls, "next_cursor": page.next_cursor})
 
     async def _count(self, filters: CallFilter) -> int:
-        """How many records match: page after page, so that nobody waits for it."""
+        """How many records match, page by page, so that nobody waits for all of them."""
         page = await self.records.list_records(filters, MAX_PAGE)
         number = len(page.records)
         while page.next_cursor is not None:
@@ -18019,7 +18018,7 @@ class QueueRoutes:
         return reply({"queues": self.documents(await self.queue.stats())})
 
     def documents(self, stats: Mapping[str, QueueStats]) -> list[dict[str, Any]]:
-        """All queues there are, with what they do in an hour."""
+        """All queues, each with what it did in the last hour."""
         config = self.settings()
         inflight = self.inflight()
         rates = self.directory.rates()
@@ -18052,7 +18051,7 @@ class QueueRoutes:
         return reply({"queue": name, "paused": action == "pause"})
 
     async def expose(self, request: Request) -> Response:
-        """The exposition of Prometheus."""
+        """All metrics, in the format of Prometheus."""
         queues = self.settings().queues
         stats, store = await asyncio.gather(self.queue.stats(), self.queue.storage.figures())
         now = scraped(stats, store, queues, self.directory.all())
@@ -18089,7 +18088,7 @@ class StatsRoutes:
     warnings: Callable[[], Sequence[str]]  # of the configuration as it stands now
 
     async def show_stats(self, request: Request) -> Response:
-        """All that a page shows beside calls, at the same cost whatever is stored."""
+        """All figures that a page shows, at the same cost however much is stored."""
         trouble, overview = await self._look()
         activity = self.queues.metrics.activity
         config = self.queues.settings()
@@ -18266,7 +18265,7 @@ def event_text(event_id: str, kind: str, document: object) -> bytes:
 
 
 class EventStream(NamedTuple):
-    """A reader, and what it wants."""
+    """A reader of events, and which ones it wants."""
 
     wants: Callable[[CallRecord], bool]
     unsent: Unsent
@@ -18435,7 +18434,7 @@ class EventRoutes:
 
 @dataclass(frozen=True)
 class RestRoutes:
-    """The functions of the file can be read; all else is the provider's, if there is one."""
+    """OpenFaaS's REST API. The functions of the file can be read; all else is the provider's."""
 
     settings: Settings
     provider: Provider
@@ -18560,7 +18559,7 @@ class FnRoutes:
         return await self.functions.accept(request, function, target, app=request.parts[0])
 
     async def list_calls(self, request: Request) -> Response:
-        """The newest calls of an app, of one function with `path`."""
+        """The newest calls of an app; with `path`, of one function."""
         path = request.query.get("path", "").lstrip("/")
         function = split_target(path)[0] or None
         page = await self.records.list_records(CallFilter(app=request.parts[0], function=function))
@@ -20210,7 +20209,7 @@ class Scheduler:
         return min(max(0.0, wait_s), CLOCK_CHECK_S)
 
     def schedules(self) -> Mapping[str, Schedule]:
-        """All there are, by name."""
+        """All schedules, by name."""
         return {**self._news.provided, **self._settings().schedules}
 
     async def _replan(self, schedules: Mapping[str, Schedule]) -> None:
@@ -20257,7 +20256,7 @@ class Scheduler:
         change: Callable[[ScheduleState], ScheduleState],
         calls: Sequence[Invocation] = (),
     ) -> ScheduleState:
-        """Write the state that follows from the one that is stored, and plan with it."""
+        """Store the state that `change` makes of the stored one, and plan with it."""
         revision = 0
         while not revision:
             state = change(await self._queue.schedules.state(schedule.name))
@@ -20295,7 +20294,7 @@ class Scheduler:
         self._news.changed.set()
 
     async def _advance(self, schedule: Schedule, found: Function | HttpError) -> ScheduleState:
-        """Store what follows now. Raises StoreError, HttpError."""
+        """Store what follows for a schedule now. Raises StoreError, HttpError."""
         while True:
             stored = await self._queue.schedules.state(schedule.name)
             state, calls = await self._steps.settle(schedule, found, stored)
@@ -20378,7 +20377,7 @@ OWN_RESOURCES = "calls|queues|stats|events|schedules|backup"  # of /system; othe
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
-    """A path with {segment}, {call} (what may have slashes) and … (whatever may follow)."""
+    """A pattern for a path with {segment}, {call} (may have slashes) and … (anything)."""
     pattern = path.replace("…", ".*").replace("{segment}", "([^/]+)").replace("{call}", "(.+)")
     return re.compile(pattern)
 
@@ -20389,7 +20388,7 @@ REST = f"(?!/(?:{OWN_RESOURCES})\\b)…"  # OpenFaaS's own resources below /syst
 
 
 def call_rows(calls: CallRoutes, logs: LogRoutes) -> Sequence[Row]:
-    """The routes of calls that have been queued."""
+    """The rows of the route table for queued calls."""
     return (
         ("GET", "/system/calls", VIEW, calls.list_calls),
         ("POST", "/system/calls/retry", OPERATE, calls.retry_matching),
@@ -20480,7 +20479,7 @@ def unlink_left_over(path: Path) -> None:
 
 
 def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
-    """The sockets of one address of gateway.listen, those in files with a mode. Raises OSError."""
+    """The sockets of one address of gateway.listen; files get this mode. Raises OSError."""
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:"))
         unlink_left_over(path)
@@ -20576,11 +20575,11 @@ class ConfigWarnings:
         self._lines: Sequence[str] = ()
 
     def lines(self) -> Sequence[str]:
-        """What was found last."""
+        """The warnings that were found last."""
         return self._lines
 
     def look(self, config: Config) -> None:
-        """Look in a thread, which ends when the disk has answered."""
+        """Look for warnings in a thread, which a disk that hangs may keep."""
         if not begin_thread("look", self._look, config):
             log.warning("the configuration was not looked over: there may be no more threads")
 
@@ -20605,7 +20604,7 @@ END_LEVELS = {"success": logging.INFO, "cancelled": logging.DEBUG}
 
 
 def log_ended(ended: Ended) -> None:
-    """A line for a call that has reached its end."""
+    """Log a call that has reached its end."""
     level = END_LEVELS.get(ended.status, logging.WARNING)
     if not log.isEnabledFor(level):
         return
@@ -20782,7 +20781,7 @@ class Daemon:
         return side
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A task has ended that the daemon can't do without: stop, unless that is why."""
+        """Stop if a task has failed that the daemon can't do without."""
         failure = None if task.cancelled() else task.exception()
         if failure is not None:
             log.critical("%s failed, stopping", task.get_name(), exc_info=failure)
@@ -20790,9 +20789,9 @@ class Daemon:
             self._stop.set()
 
     async def _watchdog(self) -> None:
-        """Tell systemd that we are alive, after event loop and writer have both answered.
+        """Tell systemd that we are alive, each time that event loop and writer have both answered.
 
-        But not when only a restart can help.
+        But not if only a restart can help.
         """
         while usec := int(os.environ.get("WATCHDOG_USEC", 0)):
             with contextlib.suppress(StoreError):  # It answered.
@@ -20945,8 +20944,8 @@ def find_daemon(args: Arguments) -> tuple[str, str | None]:
 class Client:
     """Asks the daemon.
 
-    All that asks raises HttpError: for what the daemon refuses, and with status 0 where there is
-    none, or none that answers within --timeout.
+    Each question may raise HttpError: for what the daemon refuses; and with status 0 if there is no
+    daemon, or none that answers within --timeout.
     """
 
     def __init__(self, args: Arguments) -> None:
@@ -21059,7 +21058,7 @@ class Client:
     # What several commands ask for.
 
     def record(self, call_id: str, wait: bool = False) -> dict[str, Any]:
-        """A call's record; with `wait`, once that is final."""
+        """A call's record; with `wait`, once it is final."""
         request = f"GET {call_path(call_id)}"
         if wait:
             request += "?wait=60s"
@@ -21076,7 +21075,7 @@ class Client:
     def records(
         self, filters: Mapping[str, str], limit: int
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """Up to `limit` records that match, newest first, and where there are more."""
+        """Up to `limit` records that match, newest first, and a cursor if there are more."""
         records: list[dict[str, Any]] = []
         cursor: str | None = ""
         while len(records) < limit and cursor is not None:
@@ -21115,7 +21114,7 @@ class Client:
         return str(ids[0])
 
     def function_names(self) -> list[str]:
-        """The functions there are; none where that is not told."""
+        """The names of functions; none if the daemon does not tell."""
         with contextlib.suppress(HttpError, ValueError, LookupError, TypeError):
             return [str(item["name"]) for item in json.loads(self.ask("GET /system/functions"))]
         return []
@@ -21140,19 +21139,19 @@ def write_row(row: str, *cells: object) -> None:
 
 
 def clock(at: str | None) -> str:
-    """A time of a record on this machine's clock."""
+    """A record's time by this machine's clock."""
     if at is None:
         return "-"
     return datetime.fromtimestamp(parse_when(at)).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def ago(at: str | None) -> float:
-    """How many seconds ago a time of a record was; negative: it is to come."""
+    """How many seconds ago a record's time was; negative: it is still to come."""
     return time.time() - parse_when(at) if at else 0.0
 
 
 def close_names(name: str, names: Iterable[str]) -> str:
-    """What to add to a line that says that there is no such name."""
+    """A hint at close names, or at all, to end a line that says that a name is unknown."""
     known = sorted(set(names))
     if close := difflib.get_close_matches(name, known, 3):
         return f" (did you mean {' or '.join(close)}?)"
@@ -21176,7 +21175,7 @@ FILTER_OPTIONS = tuple(name for name in FILTERS if name != "call_id")
 
 
 def filters_of(args: Arguments) -> dict[str, str]:
-    """The filters of the command line, as the daemon takes them."""
+    """The filters on the command line, as query parameters."""
     filters: dict[str, str] = {}
     for name in FILTER_OPTIONS:
         value = getattr(args, name)
@@ -21226,7 +21225,7 @@ def write_header(long: bool) -> None:
 
 
 def list_calls(args: Arguments) -> None:
-    """Newest first; with --watch then those that are new or have changed, as they do."""
+    """Print calls, newest first; with --watch also those that are new or change later."""
     client = Client(args)
     filters = filters_of(args)
     limit = args.limit or 20
@@ -21416,7 +21415,7 @@ def change_by_id(args: Arguments) -> None:
 
 
 def read_data(data: str | None) -> bytes:
-    """The body that --data names; without it what is piped in."""
+    """The body that --data names; without it, what is piped in."""
     source = data
     if source is None:
         source = "" if sys.stdin.isatty() else "-"
@@ -21505,7 +21504,7 @@ def list_queues(args: Arguments) -> None:
 
 
 def write_queues(queues: Iterable[Mapping[str, Any]]) -> None:
-    """The table of queues, and of their functions that have a rate."""
+    """Write the table of queues, and of their functions that have a rate."""
     write_row(QUEUE_ROW, "QUEUE", "WAITING", "RUNNING", "LIMIT", "RATE", "OLDEST", "STATE")
     for queue in queues:
         cells = [queue[name] for name in ("name", "depth", "inflight", "max_inflight")]
@@ -21602,7 +21601,7 @@ def show_status(args: Arguments) -> int:
 
 
 def describe_daemon(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures as lines with a name each."""
+    """The daemon's figures as named lines."""
     store, commits = stats["store"], stats["commit_seconds"]
     counts = stats["counts"]
     memory = f", {brief_size(stats['memory_bytes'])} of memory" if stats["memory_bytes"] else ""
@@ -21636,7 +21635,7 @@ def complaints_of(stats: Mapping[str, Any]) -> Iterator[str]:
 
 
 def hints_of(stats: Mapping[str, Any]) -> Iterator[str]:
-    """What is no fault of the daemon's, and may still be wanted."""
+    """Lines on what may be of interest, though the daemon is well."""
     yield from stats["warnings"]
     failed = stats["counts"]["error"] + stats["counts"]["timeout"]
     if failed:
@@ -21660,7 +21659,7 @@ def hints_of_schedules(schedules: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a queue."""
+    """Lines on what is wrong with a queue."""
     name, depth = queue["name"], queue["depth"]
     if queue.get("paused"):
         yield f"queue {name} is paused: faasd-async queues resume {name}"
@@ -21910,7 +21909,7 @@ class Move:
             raise HttpError(409, f"call {call_id} has the same Idempotency-Key")
 
     def report(self) -> Iterator[str]:
-        """What was done, and what is left."""
+        """Lines on what was moved, and what is left."""
         words = [count_of(self.moved[name], name) for name in ("call", "callback", "schedule")]
         yield f"moved {words[0]}, {words[1]} and {words[2]}"
         for name in self._paused:
@@ -22033,7 +22032,7 @@ def epilog() -> str:
 
 
 def roff(line: str) -> str:
-    """Text as groff and mandoc take it: dashes that can be copied, no line that is a request."""
+    """Text for groff and mandoc: dashes that can be copied, and no line that is a request."""
     escaped = line.replace("\\", "\\e").replace("-", "\\-")
     return escaped.replace("'", "\\(aq").replace("…", "\\&...")
 
@@ -22089,7 +22088,7 @@ UNKNOWN_COMMAND = r"argument (?:COMMAND|ACTION): invalid choice: '(.*?)' \(choos
 
 
 def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser of values as argparse wants it, so that its error says what was expected."""
+    """Make a parser of values for argparse, so that its error says what was expected."""
 
     def read(value: str) -> T:
         try:
@@ -22183,12 +22182,12 @@ CHOSEN = f"ids {WHICH}"
 
 
 def print_manual(args: Arguments) -> None:
-    """The manual page, in the language of man(7)."""
+    """Print the manual page, in the language of man(7)."""
     write(manual_page(COMMANDS, OPTIONS))
 
 
 def print_completion(args: Arguments) -> None:
-    """What has a shell complete our commands, options and file names."""
+    """Print what makes a shell complete commands, options and file names."""
     try:
         import shtab
     except ImportError:
@@ -22303,9 +22302,9 @@ def make_parser(
 
 
 def exit_code(exc: Exception) -> int:
-    """What a fatal error exits with (sysexits.h).
+    """The exit code of a fatal error (sysexits.h).
 
-    A configuration error is not worth a restart (RestartPreventExitStatus=78), a locked file is.
+    A configuration error is not worth a restart (RestartPreventExitStatus=78); a locked file is.
     """
     if isinstance(exc, ConfigError):
         return 78
