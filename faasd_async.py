@@ -752,16 +752,6 @@ def header_line(value: Any) -> tuple[str, str]:
     return match[1], match[2].strip()
 
 
-@expects('a list of host names, "*.example.org", addresses and networks')
-def host_patterns(value: Any) -> tuple[str, ...]:
-    """Patterns for host names and addresses."""
-    patterns = list_of(text)(value)
-    for pattern in patterns:
-        if "/" in pattern:
-            ipaddress.ip_network(pattern, strict=False)
-    return tuple(map(str.lower, patterns))
-
-
 @expects("a list of host names")
 def host_names(value: Any) -> tuple[str, ...]:
     """Names without a port, as they stand in a Host header."""
@@ -922,6 +912,27 @@ def address_in(host: str) -> Address | None:
 def is_network_pattern(pattern: str) -> bool:
     """Whether a pattern is about addresses, not names."""
     return re.search(r"/|:|^[0-9.]+$", pattern) is not None
+
+
+@expects('a list of host names without a port, "*.example.org", addresses and networks')
+def host_patterns(value: Any) -> tuple[str, ...]:
+    """Patterns for host names and addresses, as these are compared. What fits none is refused."""
+    return tuple(map(host_pattern, list_of(text)(value)))
+
+
+def host_pattern(value: str) -> str:
+    """One of them. Raises ValueError."""
+    pattern = value.lower().rstrip(".")
+    if not is_network_pattern(pattern):
+        name = pattern.removeprefix("*.").encode("idna").decode()
+        require(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name) and address_in(name) is None)
+        return f"*.{name}" if pattern.startswith("*.") else name
+    require("%" not in pattern)
+    network = ipaddress.ip_network(pattern.strip("[]"), strict=False)
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
+        prefix = max(0, network.prefixlen - 96)
+        network = ipaddress.ip_network((network.network_address.ipv4_mapped, prefix), strict=False)
+    return str(network.network_address if network.num_addresses == 1 else network)
 
 
 def is_listed(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -259,6 +259,26 @@ PROBLEMS = {
     "auth (invoke, user_file, password_file)": "[auth]\ninvoke = true",
 }
 
+# Patterns for hosts that fit none, however they are meant.
+NO_PATTERNS = (
+    "10.0.0.0/33", "evil.example:80", "http://evil.example", "evil.example/path", "*", "*evil.example", "10.*",
+    "*.0.0.1", "127.1", "0x7f.1", "10.0.0.256", "[::1]:80", "fe80::1%eth0", "a..b", "a b", ".", "user@evil.example",
+)  # fmt: skip
+
+# Others, and what hosts are compared with.
+PATTERNS = {
+    "Evil.EXAMPLE.": "evil.example",
+    "*.Example.org": "*.example.org",
+    "bücher.example": "xn--bcher-kva.example",
+    "*.bücher.example": "*.xn--bcher-kva.example",
+    "[::1]": "::1",
+    "2001:DB8:0::1": "2001:db8::1",
+    "10.1.2.3/8": "10.0.0.0/8",
+    "::ffff:10.1.2.3": "10.1.2.3",
+    "::ffff:10.0.0.0/104": "10.0.0.0/8",
+    "db_1": "db_1",
+}
+
 # Lines of callback.headers_file, and what is said of it.
 HEADERS_FILES = {
     "[ha.local": "not valid TOML (at ",
@@ -280,6 +300,19 @@ def test_a_mistake_is_one_line_that_names_its_key(key: str) -> None:
     (line,) = problems(PROBLEMS[key])
     assert re.match(rf"config\.toml: {re.escape(where)}: \S", line)
     assert all(name in line for name in named.rstrip(")").split(", "))
+
+
+@pytest.mark.parametrize("pattern", NO_PATTERNS)
+def test_a_pattern_that_fits_no_host_is_a_mistake(pattern: str) -> None:
+    """In a list of what is denied it would deny nothing, and nobody would know."""
+    (line,) = problems(f"[callback]\ndeny = ['{pattern}']")
+    assert line.startswith("config.toml: callback.deny: expected a list of host names"), line
+
+
+def test_a_pattern_may_be_written_in_many_ways() -> None:
+    """Hosts are compared in one."""
+    patterns = ", ".join(f'"{pattern}"' for pattern in PATTERNS)
+    assert load(f"[callback]\ndeny = [{patterns}]").callback.deny == tuple(PATTERNS.values())
 
 
 @pytest.mark.parametrize("content", HEADERS_FILES)
