@@ -7945,6 +7945,20 @@ class NatsLink:
             raise
 
 
+async def store_over(
+    link: NatsLink, subject: str, payload: bytes, seq: int, **headers: object
+) -> int:
+    """Store a message over the one with this sequence; over none: 0.
+
+    Its own sequence; 0, and nothing done: somebody else was first. Raises NatsRefused, StoreError.
+    """
+    expected = {"Nats_Expected_Last_Subject_Sequence": seq}
+    try:
+        return await link.publish(subject, payload, **expected, **headers)
+    except NatsChanged:
+        return 0
+
+
 def stored_seq(message: NatsMessage) -> int:
     """The sequence in the server's answer to what was stored; 0: it was stored before.
 
@@ -8115,11 +8129,9 @@ async def upgrade_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
 
     Of several hosts one does it. Raises StoreError, in the others so that they try again.
     """
-    lock = {"Nats_Expected_Last_Subject_Sequence": 0, "Nats_TTL": f"{UPGRADE_S}s"}
-    try:
-        await link.publish(NatsSubjects(config).slot("@upgrade", 0), b"", **lock)
-    except NatsChanged:
-        raise StoreError(f"another host brings stream {config.stream} up to date") from None
+    lock = NatsSubjects(config).slot("@upgrade", 0)
+    if not await store_over(link, lock, b"", 0, Nats_TTL=f"{UPGRADE_S}s"):
+        raise StoreError(f"another host brings stream {config.stream} up to date")
     there = (await link.api(f"STREAM.INFO.{config.stream}"))["config"]
     since = uuid7(time.time_ns() // 1_000_000, 0, 0)
     there["metadata"] = {TIMED_SINCE: since, **there.get("metadata", {})}
@@ -10154,7 +10166,7 @@ class NatsKeys:
             return True
         key = key_token(call)
         seq = 0
-        while await self._name(key, call.id, "", seq) is None:
+        while not await self._name(key, call.id, "", seq):
             note = await self._holder(key)
             seq = note.seq if note else 0
             if note is None:
@@ -10169,14 +10181,10 @@ class NatsKeys:
         """The note on which call has a key; None: none has."""
         return await self._calls.noted(self._subjects.key_holder(key), "id", "after")
 
-    async def _name(self, key: str, own_id: str, after: str, seq: int) -> int | None:
-        """Write which call has a key, and after which one. None: it has changed since `seq`."""
-        place = self._subjects.key_holder(key)
+    async def _name(self, key: str, own_id: str, after: str, seq: int) -> int:
+        """Write which call has a key, and after which one. 0: it has changed since `seq`."""
         body = json.dumps({"id": own_id, "after": after}).encode()
-        try:
-            return await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=seq)
-        except NatsChanged:
-            return None
+        return await store_over(self._link, self._subjects.key_holder(key), body, seq)
 
     async def _is_left(self, own_id: str) -> bool:
         """Whether a call has ended, or is gone, and has not passed its key on."""
@@ -10192,9 +10200,8 @@ class NatsKeys:
         key = key_token(call)
         await self._messages.put_aside(stored)
         body = json.dumps({"id": call.id, "queue": call.queue, "lane": call.lane}).encode()
-        place = self._subjects.key_line(key, call.id)
-        with contextlib.suppress(NatsChanged):  # It has its place already.
-            await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=0)
+        # Unless it has its place already.
+        await store_over(self._link, self._subjects.key_line(key, call.id), body, 0)
         if await self._holder(key) is None:  # It has become free meanwhile.
             await self._pass_on(key, "", None)
 
@@ -10251,7 +10258,7 @@ class NatsKeys:
             else:
                 heir = place.document["id"]
                 seq = await self._name(key, heir, holder, note.seq if note else 0)
-                if seq is None or await self._hand_out(key, place):
+                if not seq or await self._hand_out(key, place):
                     return
                 note = Note(seq, {"id": heir})  # That one does not wait any more.
 
@@ -10325,16 +10332,12 @@ class NatsRates:
         place = self._subjects.slot("@rate", nats_token(name))
         ttl = f"{2 + max(0, round(next_at - self._calls.now()))}s"
         body = json.dumps({"next_at": next_at}).encode()
-        try:
-            new = await self._link.publish(
-                place, body, Nats_Expected_Last_Subject_Sequence=seq, Nats_TTL=ttl
-            )
-        except NatsChanged:
-            note = await self._calls.noted(place, "next_at")
-            self._known[name] = (note.seq, note.document["next_at"]) if note else (0, 0.0)
-            return False
-        self._known[name] = (new, next_at)
-        return True
+        if new := await store_over(self._link, place, body, seq, Nats_TTL=ttl):
+            self._known[name] = (new, next_at)
+            return True
+        note = await self._calls.noted(place, "next_at")
+        self._known[name] = (note.seq, note.document["next_at"]) if note else (0, 0.0)
+        return False
 
     def wait_s(self, name: str, rate: Rate) -> float:
         """In how many seconds the next call may start, as far as is known; 0 or less: now."""
@@ -10735,14 +10738,10 @@ class NatsSlots:
         place = self._subjects.slot(queue, number)
         body = json.dumps({"owner": self._owner}).encode()
         ttl = f"{max(1, round(self._settings().queue(queue).ack_wait))}s"
-        try:
-            new = await self._link.publish(
-                place, body, Nats_Expected_Last_Subject_Sequence=seq, Nats_TTL=ttl
-            )
-        except NatsChanged:
-            return False
-        self._seqs[queue, number] = new
-        return True
+        new = await store_over(self._link, place, body, seq, Nats_TTL=ttl)
+        if new:
+            self._seqs[queue, number] = new
+        return new > 0
 
     def use(self, queue: str, number: int, own_id: str) -> None:
         """Note in which slot a call runs."""
@@ -11666,13 +11665,8 @@ class NatsIntake:
             place = self._subjects.call_id(call.call_id, call.id)
             await self._link.publish(place, json.dumps({"id": call.id}).encode(), Nats_TTL=ttl)
         if call.idempotency_key is not None:
-            with contextlib.suppress(NatsChanged):
-                await self._link.publish(
-                    self._subjects.key(call),
-                    key_note(call, digest),
-                    Nats_Expected_Last_Subject_Sequence=0,
-                    Nats_TTL=ttl,
-                )
+            place, note = self._subjects.key(call), key_note(call, digest)
+            await store_over(self._link, place, note, 0, Nats_TTL=ttl)
 
     async def _known(self, key: Mapping[str, Any], stored: Stored) -> str:
         """The call id of the call that took this key first. HttpError: 422 its body was another.
@@ -11728,13 +11722,7 @@ class NatsSchedules:
         """See ScheduleStates."""
         await asyncio.gather(*map(self._intake.enqueue, calls))
         place = self._subjects.schedule(state.name)
-        packed = pack_schedule(state).encode()
-        try:
-            return await self._link.publish(
-                place, packed, Nats_Expected_Last_Subject_Sequence=state.revision
-            )
-        except NatsChanged:
-            return 0
+        return await store_over(self._link, place, pack_schedule(state).encode(), state.revision)
 
 
 class NatsRecovery:
@@ -11873,14 +11861,14 @@ async def publish_missed_of(link: NatsLink, blocks: NatsBlocks, places: Sequence
         due_at = headers.get("Nats-Schedule", "").removeprefix("@at ")
         if not due_at or due_at > before:
             continue
+        subject, seq = headers["Nats-Subject"], int(headers["Nats-Sequence"])
         again = {
             "Nats_Schedule": headers["Nats-Schedule"],
             "Nats_Schedule_Target": headers["Nats-Schedule-Target"],
-            "Nats_Expected_Last_Subject_Sequence": headers["Nats-Sequence"],
         }
-        with contextlib.suppress(NatsChanged):  # It was due after all, or another daemon is faster.
-            await link.publish(headers["Nats-Subject"], message.data, **again)
-            log.warning("NATS: %s has missed its time, %s", headers["Nats-Subject"], due_at)
+        # Unless it was due after all, or another daemon is faster.
+        if await store_over(link, subject, message.data, seq, **again):
+            log.warning("NATS: %s has missed its time, %s", subject, due_at)
 
 
 async def probe_room(link: NatsLink, subjects: NatsSubjects) -> None:
@@ -11925,9 +11913,7 @@ class NatsReserve:
 
     async def _store(self, number: int) -> None:
         size = min(RESERVES[number], self._link.max_payload)
-        headers = {"Nats_Expected_Last_Subject_Sequence": 0}
-        with contextlib.suppress(NatsChanged):  # Another daemon has done it.
-            await self._link.publish(self._place(number), bytes(size), **headers)
+        await store_over(self._link, self._place(number), bytes(size), 0)  # or another daemon has
 
     async def _purge(self, number: int) -> None:
         body = {"filter": self._place(number)}
@@ -12063,9 +12049,9 @@ class NatsPeers:
     async def restore_pauses(self) -> None:
         """Store pauses again after somebody has deleted the stream. Raises StoreError."""
         for name in self._lanes.paused:
+            # Unless it is there, or the queue was resumed since.
             place, note = self._subjects.pause(name), pause_note(name, True)
-            with contextlib.suppress(NatsChanged):  # It is there, or the queue was resumed since.
-                await self._link.publish(place, note, Nats_Expected_Last_Subject_Sequence=0)
+            await store_over(self._link, place, note, 0)
 
     async def _heard(self, message: nats.aio.msg.Msg) -> None:
         """Follow news of another daemon; what is none is logged."""
