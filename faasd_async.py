@@ -446,6 +446,9 @@ NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
 MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
 UNIX_ADDRESS = re.compile(r"unix:/.+")
 TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
+# In a URL: an IPv6 address in brackets, with its zone; or a name, which has nothing in percent: a
+# proxy might decode it, and that is another host.
+HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)(?:%[\w.~-]+)?\]|[^][:%]+)(?::[0-9]*)?")
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a token of RFC 9110 5.6.2
 HEADER_LINE = re.compile(rf"({HEADER_NAME}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
@@ -460,7 +463,7 @@ def expects(form: str) -> Callable[[Callable[[Any], T]], Callable[[Any], T]]:
         def parse(value: Any) -> T:
             try:
                 return read(value)
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
                 raise ValueError(f"expected {form}") from None
 
         return parse
@@ -706,11 +709,12 @@ def server_url(value: Any) -> yarl.URL:
 
 
 def http_url(value: str) -> yarl.URL:
-    """An http or https URL, byte for byte. Raises ValueError, TypeError."""
+    """An http or https URL, byte for byte. Raises ValueError, TypeError, LookupError."""
     url = yarl.URL(value, encoded=True)
-    host = url.host or ""
-    require(url.scheme in ("http", "https") and host and url.explicit_port != 0)
-    require("%" not in host or ":" in host)  # A proxy might decode it: that is another host.
+    place = HOST_AND_PORT.fullmatch(url.raw_authority.rpartition("@")[2])
+    require(place and url.scheme in ("http", "https") and url.explicit_port != 0)
+    if place and place[1]:
+        ipaddress.IPv6Address(place[1])
     return url
 
 
@@ -2550,8 +2554,12 @@ def callback_target(status: str, callback_url: str | None, failure_url: str | No
 
 
 def callback_lane(target: str) -> str:
-    """The lane of a callback: its host and port, so that a dead one doesn't hold up others."""
-    return urlsplit(target).netloc.rpartition("@")[2]
+    """The lane of a callback: its host and port, so that a dead one doesn't hold up others.
+
+    Never raises: a call whose URL is none has to end, too.
+    """
+    _, _, rest = target.partition("://")
+    return re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
 
 
 class Learned(NamedTuple):
@@ -15429,8 +15437,12 @@ def passed_on(headers: bytes, drop: frozenset[bytes]) -> bytes:
 
 @functools.lru_cache(1_000)
 def callback_url(target: str) -> yarl.URL:
-    """A callback's URL, as it was sent."""
-    return yarl.URL(target, encoded=True)
+    """A callback's URL, as it was sent. RequestFailed for what another program took for one."""
+    try:
+        return http_url(target)
+    except (ValueError, LookupError):
+        reason = "can't be reached: it is no valid URL"
+        raise RequestFailed(FailureKind.UNREACHABLE, reason) from None
 
 
 @dataclass(frozen=True)

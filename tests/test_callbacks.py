@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -327,6 +328,20 @@ async def test_a_dead_receiver_does_not_hold_up_other_callbacks(
         await gateway.submit("echo", X_Callback_Url=refused)
     call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
     assert (await sink.wait_for(1))[0].call_id == call_id
+
+
+async def test_a_callback_url_that_is_none_is_given_up(daemon: StartDaemon, function: Server, sink: Server) -> None:
+    """Whoever has stored it: the call ends in its own way, the callback fails, and the record says why."""
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1')
+    call_id = await gateway.submit("echo", X_Delay="1h", X_Callback_Url=sink.url)
+    await gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.store)) as store, store:
+        store.execute("UPDATE calls SET callback_url = 'http://[2:]/', due_at = 0")
+    await gateway.start()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"]) == ("success", 1)
+    assert record["callback"]["status"] == "failed"
+    assert record["callback"]["error"] == "the callback URL can't be reached: it is no valid URL"
 
 
 # ---- where it is posted ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import base64
 import bisect
+import contextlib
 import email.utils
 import functools
 import hashlib
@@ -27,15 +28,21 @@ from faasd_async import (
     Decision,
     Kept,
     Lanes,
+    Origin,
     Outcome,
     RetryPolicy,
     backoff_s,
     callback_allowed,
     callback_host,
+    callback_lane,
     callback_target,
+    callback_url,
+    called_host,
     decide,
+    destination_of,
     first_start,
     forward_headers,
+    host_of,
     new_id,
     next_start,
     pack_headers,
@@ -323,6 +330,8 @@ def test_failures_go_to_the_failure_url(
         ("HTTP://EXAMPLE.org/", "example.org"),
         ("http://user:password@example.org/", "example.org"),
         ("http://[::1]:8080/", "::1"),
+        ("http://[fe80::1%25eth0]/", "fe80::1%eth0"),
+        ("http://example.org.:/", "example.org"),
         ("http://10.1.2.3", "10.1.2.3"),
         ("http://xn--exmple-cua.org/", "xn--exmple-cua.org"),
         ("http://gateway:8080/async-function/next", "gateway"),
@@ -340,12 +349,35 @@ def test_the_host_of_a_callback_url(url: str, host: str) -> None:
         "http:example.org", "http://exa mple.org/", "http://example.org/a b", "http://example.org/\r\nX: y",
         "http://exämple.org/", "http://example.org:0/", "http://example.org:70000/", "http://example.org:http/",
         "http://[::1/", "http://" + "a" * 5000, "javascript:alert(1)", "http://user:pass@/",
+        "http://[2:]/", "http://[:]/", "http://[v1.x]/", "http://[::1]x/", "http://a]b/", "http://[a]@b/",
+        "http://[](@x/", "http://x:+1/", "http://x:1_0/", "http://x:%31/", "http://a%2eb/",
+        "http://[::1%25a/b]/", "http://[1.2.3.4]/", "http://a:b:80/", "http://[x:y]/",
     ],
 )  # fmt: skip
 def test_a_callback_url_that_is_not_absolute_http_is_refused(url: str) -> None:
     """It would fail later, when nobody is there to be told."""
     with pytest.raises(ValueError, match="expected an absolute http:// or https:// URL"):
         callback_host(url)
+
+
+ODD_URLS = st.text(st.sampled_from("http://:@[]%/?#.a1x-_25\\ \x7f~!$&'()*+,;="), max_size=24).map("http://".__add__)
+
+
+@given(ODD_URLS)
+def test_a_callback_url_that_is_taken_can_be_called(url: str) -> None:
+    """What is no URL of a host is refused with one kind of error; all else can be made a request of."""
+    with contextlib.suppress(ValueError):
+        host = callback_host(url)
+        called = callback_url(url)
+        assert host == host_of(called)
+        destination_of(called, Origin(called_host(called), called.port or 80, None, None))
+        assert callback_lane(url).lower().startswith(("[", host[:1]))
+
+
+@given(st.text() | ODD_URLS)
+def test_every_text_has_a_lane(text: str) -> None:
+    """What is no URL any more ends like all else."""
+    callback_lane(text)
 
 
 def callbacks(**lists: list[str]) -> CallbackConfig:
