@@ -3712,14 +3712,6 @@ class ScheduleStates(Protocol):
         """
 
 
-class HasSchedules(Protocol):
-    """A queue that keeps schedules, too, once it is open."""
-
-    @property
-    def schedules(self) -> ScheduleStates:
-        """The states of schedules."""
-
-
 DISCARD_BYTES = 4 * MIB
 DISCARD_PERIOD_S = 0.005
 
@@ -3757,16 +3749,16 @@ def discard_copy_later(copy: IO[bytes]) -> None:
         copy.close()
 
 
-class HasStorage(Protocol):
-    """A queue that has a Storage once it is open."""
+class Queue(WorkQueue, CallRecords, Protocol):
+    """All sides of the seam in one object. The properties are there once it is open."""
+
+    @property
+    def schedules(self) -> ScheduleStates:
+        """The states of schedules."""
 
     @property
     def storage(self) -> Storage:
-        """Where it is stored."""
-
-
-class Queue(WorkQueue, CallRecords, HasSchedules, HasStorage, Protocol):
-    """All sides of the seam in one object."""
+        """Where the queue is stored."""
 
 
 def call_lines(call_id: str, start_time: int) -> bytes:
@@ -6634,12 +6626,12 @@ class SqliteQueue:
 
     @property
     def schedules(self) -> SqliteSchedules:
-        """See HasSchedules."""
+        """See Queue."""
         return SqliteSchedules(self._writer)
 
     @property
     def storage(self) -> SqliteStorage:
-        """See HasStorage."""
+        """See Queue."""
         return SqliteStorage(self._writer)
 
 
@@ -11396,29 +11388,22 @@ class NatsPruning:
         return number
 
 
-class NatsDeadlines:
-    """Ends calls that have not started by their deadline."""
-
-    def __init__(
-        self, calls: NatsCalls, ends: NatsEnds, messages: NatsMessages, operator: NatsOperator
-    ) -> None:
-        self._calls = calls
-        self._ends = ends
-        self._messages = messages
-        self._operator = operator
-
-    async def expire(self, delivery: Delivery) -> None:
-        """End the call of a deadline that has passed, unless it has started."""
-        own_id = delivery.id.removesuffix("-deadline")
-        stored = await self._calls.current(own_id)
-        call = stored.call if stored else None
-        if stored and call and call.status == "queued" and call.deadline_at is not None:
-            request = stored.parts
-            if not request.has_request:
-                request = await self._calls.request_of(call)
-            await self._ends.expire(stored._replace(parts=with_request(stored.parts, request)))
-            await self._operator.take_away(call.queue, call.lane, stored)
-        self._messages.ack(delivery)
+async def end_late_call(
+    calls: NatsCalls,
+    ends: NatsEnds,
+    messages: NatsMessages,
+    operator: NatsOperator,
+    delivery: Delivery,
+) -> None:
+    """End the call whose deadline this message tells of, unless it has started."""
+    stored = await calls.current(delivery.id.removesuffix("-deadline"))
+    if stored and stored.call.status == "queued" and stored.call.deadline_at is not None:
+        call, request = stored.call, stored.parts
+        if not request.has_request:
+            request = await calls.request_of(call)
+        await ends.expire(stored._replace(parts=with_request(stored.parts, request)))
+        await operator.take_away(call.queue, call.lane, stored)
+    messages.ack(delivery)
 
 
 # --- NATS intake ----------------------------------------------------------------------------------
@@ -12585,7 +12570,7 @@ class NatsQueue:
         rates = NatsRates(link, subjects, calls, news.wake)
         operator = NatsOperator(subjects, settings, calls, claims, messages, news)
         intake = NatsIntake(link, subjects, settings, calls, messages, lanes)
-        expire = NatsDeadlines(calls, ends, messages, operator).expire
+        expire = functools.partial(end_late_call, calls, ends, messages, operator)
         renew = functools.partial(renew_leases, replies, lanes, holdings, slots)
         recovery = NatsRecovery(subjects, calls, self._waiting, messages, claims)
         self._parts = NatsParts(

@@ -29,22 +29,19 @@ from faasd_async import (
     CALLBACKS,
     CallFilter,
     CallRecord,
-    CallRecords,
     Changes,
     Claim,
     Config,
     Ended,
-    HasSchedules,
-    HasStorage,
     HttpError,
     Invocation,
     Metrics,
     NatsConfig,
     NatsQueue,
     Outcome,
+    Queue,
     Rate,
     SqliteQueue,
-    WorkQueue,
     new_id,
     pack_headers,
     parse_config,
@@ -83,10 +80,6 @@ class Settings:
         self.config = parse_config({"calls": calls or {}, "queues": {REQUESTS: queue}})
 
 
-class Backend(WorkQueue, CallRecords, HasSchedules, HasStorage, Protocol):
-    """A queue as its owner has it: all sides of the seam in one object."""
-
-
 class Store(Protocol):
     """One backend's place for calls, made on a folder: an empty one, or one with calls in it."""
 
@@ -94,10 +87,10 @@ class Store(Protocol):
 
     def __init__(self, folder: Path, config: Callable[[], Config]) -> None: ...
 
-    def queue(self) -> Backend:
+    def queue(self) -> Queue:
         """A new queue on it, not yet open."""
 
-    async def cut_power(self, queue: Backend) -> None:
+    async def cut_power(self, queue: Queue) -> None:
         """Keep what is there at this moment, and nothing that the open queue does from now on."""
 
 
@@ -115,7 +108,7 @@ class SqliteStore:
         """A new queue on the file."""
         return SqliteQueue(self.path, self.config, self.metrics.commits.observe)
 
-    async def cut_power(self, queue: Backend) -> None:
+    async def cut_power(self, queue: Queue) -> None:
         """Copy the file and its log while they are open."""
         copy = self._copy()
         await queue.close()
@@ -193,7 +186,7 @@ class NatsStore:
 
         return NatsQueue(settings, self.metrics)
 
-    async def cut_power(self, queue: Backend) -> None:
+    async def cut_power(self, queue: Queue) -> None:
         """Cut the connection: the server sees a daemon go that has said nothing."""
         assert isinstance(queue, NatsQueue)
         client = queue._link._client
@@ -218,7 +211,7 @@ class Bench:
     def __init__(self, store: Store, config: Settings) -> None:
         self.store = store
         self.config = config
-        self.queue: Backend
+        self.queue: Queue
         self.woken: list[str] = []
         self.stopped: list[Hashable] = []
         self.ended: list[Ended] = []
