@@ -647,7 +647,7 @@ def local_moment(value: Any) -> float:
     day = timedelta(days=1)
     if value in ("today", "yesterday"):
         return (midnight if value == "today" else midnight - day).timestamp()
-    if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", value):  # the last time that it was so late
+    if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", value):  # the last time that clocks showed this
         parts = [int(part) for part in f"{value}:0".split(":")]
         moment = midnight.replace(hour=parts[0], minute=parts[1], second=parts[2])
         return (moment if moment <= datetime.now() else moment - day).timestamp()
@@ -1005,7 +1005,7 @@ def whole_file(path: Any) -> bytes:
 
 def secret(path: Any) -> bytes:
     """The content of a secret's file, without the newline at its end. Raises ValueError."""
-    content = whole_file(path).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)  # of Notepad
+    content = whole_file(path).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)  # Notepad writes that.
     if not content:
         raise ValueError(f"{path} is empty")
     return content
@@ -1239,7 +1239,7 @@ def find_zone(name: str) -> tzinfo:
     """A zone of the system's data, else of the package tzdata. Raises ValueError, OSError."""
     if name == "UTC":
         return UTC
-    import zoneinfo  # It costs 2 ms, which who has no schedules does not need.
+    import zoneinfo  # It costs 2 ms, and only schedules need it.
 
     return zoneinfo.ZoneInfo(name)
 
@@ -1799,7 +1799,7 @@ RETRY_ANNOTATIONS: Mapping[str, Callable[[str], Any]] = {
     "min_wait": duration,
     "max_wait": duration,
 }
-warn_once = functools.cache(log.warning)  # of what is looked at again and again
+warn_once = functools.cache(log.warning)  # for what is looked at again and again
 
 
 def annotation(
@@ -2056,7 +2056,7 @@ class Invocation(NamedTuple):
     headers: bytes
     body: bytes
     method: str = "POST"
-    deadline_at: float | None = None  # from here on: what most calls have none of
+    deadline_at: float | None = None  # This and all below most calls don't have.
     failure_url: str | None = None
     idempotency_key: str | None = None
     app: str | None = None  # Fn's app, a label
@@ -3199,7 +3199,7 @@ class EndedCalls:
     __slots__ = ("counts", "seconds")
 
     def __init__(self) -> None:
-        self.counts = [0] * len(self.LABELS)  # by what they took
+        self.counts = [0] * len(self.LABELS)  # by how long they took, for each of LABELS
         self.seconds = 0.0
 
     def count(self, seconds: float) -> None:
@@ -3502,7 +3502,7 @@ class Sweep:
         self._loop = loop
         self._seconds = seconds
         self._until: dict[Timer, float] = {}  # the first to be over first
-        self._set = False  # whether the loop's timer is
+        self._set = False  # whether the loop's timer is set
 
     def add(self, timer: Timer) -> None:
         """Set a timer."""
@@ -4039,7 +4039,7 @@ class Place:
             there = self._path.stat().st_ino == self._inode
         except FileNotFoundError:
             there = False
-        except OSError:  # That is for the disk itself to say.
+        except OSError:  # The disk has a fault, of which the transaction will tell.
             return
         if not there:
             reason = "was removed or replaced while it was used: put it back, or restart"
@@ -4153,7 +4153,7 @@ PRAGMAS = (
     "temp_store = MEMORY",  # there may be no place for temporary files
 )
 CHECKPOINT_ROWS = 800  # 1 MiB of the log, from 32 callers at a time: a millisecond's work
-STATEMENTS_KEPT = 256  # those with rows are there once for each number of them
+STATEMENTS_KEPT = 256  # one on rows is there once for each number of rows
 REQUIRED_PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
 
 SELECT_HEAD = """
@@ -4292,7 +4292,7 @@ def migrate(db: sqlite3.Connection, path: Path, version: int) -> None:
     try:
         db.executescript("\n".join(["BEGIN IMMEDIATE;", *script, "COMMIT;"]))
     except sqlite3.OperationalError as exc:
-        if exc.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # It is the disk's.
+        if exc.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # The disk is at fault.
             raise
         raise misnamed_schema(path, version, str(exc)) from exc
 
@@ -4309,7 +4309,7 @@ class SqliteFile:
     ) -> None:
         self.path = path
         self.settings = settings
-        self._recover = recover  # what a dead process had claimed, before anything else
+        self._recover = recover  # queues again, first of all, what a dead process had claimed
         self.db: sqlite3.Connection  # once open
         self.index = WorkIndex()
         self.tally = Tally({})
@@ -4320,8 +4320,8 @@ class SqliteFile:
         self.news = News()  # what this transaction leads to
         self.last_seq = 0  # the number of the newest row
         self._carried = 0  # rows changed until the last checkpoint
-        self._mark = path.with_name(f"{path.name}-damaged")  # for the next start
-        self.copy = path.with_name(f"{path.name}.copy")  # while one is made
+        self._mark = path.with_name(f"{path.name}-damaged")  # there if it is, for the next start
+        self.copy = path.with_name(f"{path.name}.copy")  # exists while a copy is made
 
     def open(self) -> None:
         """Open or create the file, recover what a dead process left.
@@ -4783,8 +4783,8 @@ SELECT_CALLBACKS = """
         coalesce(json_array_length(history), 0), hops, traceparent, tracestate
     FROM calls LEFT JOIN outputs USING (seq)
 """
-ROW_LANE = 6  # which of their columns is the lane
-URLS_AT = Claim._fields.index("callback_url") - 1  # in what follows the first two
+ROW_LANE = 6  # the column that is the lane
+URLS_AT = Claim._fields.index("callback_url") - 1  # in a row behind its first two columns
 TARGET_AT = Claim._fields.index("target") - 1
 CLAIM_CALLBACKS = """
     UPDATE calls SET due_at = NULL, claims = claims + 1, callback_attempts = callback_attempts + 1
@@ -5977,7 +5977,7 @@ SELECT_MOVING_CALLBACKS = """
     FROM calls LEFT JOIN requests USING (seq) LEFT JOIN outputs USING (seq)
     WHERE callback_status = 'pending' AND seq > ? ORDER BY seq LIMIT ?
 """
-BYTES_OF_ENDED = 5  # columns
+BYTES_OF_ENDED = 5  # the columns of EndedCall.parts
 SELECT_PAUSES = "SELECT name FROM queues WHERE paused = 1 ORDER BY name"
 PAUSE_HAS_MOVED = "UPDATE queues SET paused = 2 WHERE name = ?"
 DROP_CALLS = "DELETE FROM calls WHERE seq IN (SELECT value FROM json_each(?))"
@@ -6001,7 +6001,7 @@ def queue_file_trouble(path: Path) -> str | None:
         with contextlib.closing(sqlite3.connect(place, timeout=0, uri=True)) as db:
             result = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
             version = db.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.OperationalError:  # Who opens it to use it tells.
+    except sqlite3.OperationalError:  # Whoever opens it next tells what is wrong.
         return None
     except sqlite3.DatabaseError as exc:
         return DAMAGED_FILE % exc
@@ -6294,7 +6294,7 @@ class Writer:
         self._watcher: Tell[Changes] | None = None
         self._budget = Budget(CHANGES_PER_SECOND)
         self._nobody: asyncio.Future[None] = self._loop.create_future()
-        self._nobody.cancel()  # It waits for what the writer does by itself.
+        self._nobody.cancel()  # It stands for those who wait for the writer's own steps.
         self._thread.start()
 
     async def close(self) -> None:
@@ -6780,10 +6780,10 @@ def foreign_reason(exc: Exception) -> str:
 
 # What a message need not say; None where a field has no default, which is no value of it either.
 CALL_DEFAULTS = tuple(NatsCall._field_defaults.get(name) for name in NatsCall._fields)
-OPTIONAL = NatsCall._fields.index("deadline_at")  # Before it are fields that every call has.
-FATE = NatsCall._fields.index("status")  # From it on is said what becomes of a call:
-NUMBERS = NatsCall._fields.index("attempts")  # numbers of each attempt,
-TROUBLE = NatsCall._fields.index("interrupted")  # and what few calls have.
+OPTIONAL = NatsCall._fields.index("deadline_at")  # Every call has the fields before it.
+FATE = NatsCall._fields.index("status")  # This and those behind it say what becomes of a call:
+NUMBERS = NatsCall._fields.index("attempts")  # from here on numbers that each attempt has,
+TROUBLE = NatsCall._fields.index("interrupted")  # and from here on what few calls have.
 FATE_FIELDS = frozenset(NatsCall._fields[FATE:])
 # These numbers in JSON, None as Python writes it.
 NUMBERS_JSON = "".join([f',"{name}":%r' for name in NatsCall._fields[NUMBERS:TROUBLE]])
@@ -7420,7 +7420,7 @@ class Awaited(NamedTuple):
     future: asyncio.Future[NatsMessage]
     many: list[NatsMessage] | None
     until: float  # by the event loop's clock
-    wait_s: float  # before that
+    wait_s: float  # how long it waits in all
 
 
 class NatsAnswers:
@@ -8752,7 +8752,7 @@ class NatsLanes:
             if not message.reply:
                 with contextlib.suppress(StoreError):  # Then `poll` does it.
                     await self._park(turns, lane)
-            elif self._wants(turns, lane):  # since it has come
+            elif self._wants(turns, lane):  # now, though not when it came
                 self._wake(lane.queue)
             elif not lane.pulling:
                 await self.release(lane)
@@ -9687,7 +9687,7 @@ class NatsWaiting:
                 found.append(message.data)
         due = []
         for data in found:
-            with contextlib.suppress(ValueError):  # Who claims it tells.
+            with contextlib.suppress(ValueError):  # Whoever claims it tells what is wrong.
                 due.append(unpack_call(data).call.due_at)
         return min(due, default=float("inf"))
 
@@ -10035,9 +10035,7 @@ class NatsMessages:
             headers["Nats_Expected_Last_Subject_Sequence"] = 0
         try:
             seq = await self._link.publish(subject, payload, **headers)
-        except (
-            NatsChanged
-        ):  # It was stored so long ago that the server has forgotten its Nats-Msg-Id.
+        except NatsChanged:  # The server has forgotten its Nats-Msg-Id since.
             return False
         if root == "later":
             self._lanes.expect_later(queue, lane)
@@ -10252,7 +10250,7 @@ class NatsKeys:
                 return
             if place is None:
                 await delete_message(self._link, self._stream, note.seq if note else 0)
-                note = None  # Who has lined up meanwhile has seen it taken.
+                note = None  # Whoever lined up meanwhile saw it taken: look once more.
             elif note is not None and place.document["id"] == note.document["id"]:
                 await self._calls.purge(self._subjects.key_line(key, place.document["id"]))
             else:
@@ -10260,7 +10258,7 @@ class NatsKeys:
                 seq = await self._name(key, heir, holder, note.seq if note else 0)
                 if not seq or await self._hand_out(key, place):
                     return
-                note = Note(seq, {"id": heir})  # That one does not wait any more.
+                note = Note(seq, {"id": heir})  # That one waits no more: try the next.
 
     async def _first(self, key: str) -> Note | None:
         """The first place in the line."""
@@ -11378,7 +11376,7 @@ class NatsPruning:
             finals = CallFilter(statuses=FINAL, until=until)
             async for batch in self._lists.matching(finals, None, MANY_NATS_REQUESTS):
                 gone = [stored.call for stored in batch if self._calls.is_past(stored.call)]
-                del gone[BATCH - number :]  # Thousands may have come in the same moment.
+                del gone[BATCH - number :]  # A batch of one moment may have thousands.
                 await asyncio.gather(*map(self._calls.forget, gone))
                 number += len(gone)
                 if number >= BATCH:
@@ -11795,7 +11793,7 @@ class NatsRecovery:
         try:
             message = unpack_call(data)
         except ValueError:
-            return b"-NAK"  # Who gets it tells.
+            return b"-NAK"  # Whoever gets it tells what is wrong.
         record = await self._calls.record_of(message.call)
         if record is None or record.call.owner is None:
             return b"-NAK"
@@ -11820,9 +11818,7 @@ HEARD_S = 0.5  # after which all daemons have heard that there is room for callb
 RESERVE_PERIOD_S = 60.0  # between looks whether the reserve is there
 SWEEP_PERIOD_S = 600.0  # between looks for messages that have missed their time
 FULL_SWEEP_PERIOD_S = 30.0  # the same while there is little room, which makes them miss it
-SWEPT = (
-    10_000  # messages that one look takes; the first one, and one after a want of room, take all
-)
+SWEPT = 10_000  # messages that one look takes; the first, and one after a want of room, take all
 SWEPT_AT_ONCE = 16  # messages in one request: each may have a megabyte
 MISSED_S = 5.0  # after which a server that has not published what was due never will
 
@@ -12147,13 +12143,13 @@ async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks
     No server publishes them any more, but once the record has gone, they would be shown as calls
     that wait.
     """
-    places: dict[str, str] = {}  # of a batch, by where the record is
-    gone: list[tuple[str, int]] = []  # with the sequence of the record, which came later
+    places: dict[str, str] = {}  # of a batch: subjects, by the subject of the call's record
+    gone: list[tuple[str, int]] = []  # subject, and the sequence of the record, which came later
 
     async def look() -> None:
         for message in await blocks.gather(multi_last=list(places)):
             headers = message.headers
-            with contextlib.suppress(ValueError):  # Who reads it alone sets it aside.
+            with contextlib.suppress(ValueError):  # Whoever reads it by itself sets it aside.
                 if unpack_call(message.data).call.status in FINAL:
                     gone.append((places[headers["Nats-Subject"]], int(headers["Nats-Sequence"])))
         places.clear()
@@ -12294,7 +12290,7 @@ class NatsKeeper:
     async def _keep_looking(self) -> None:
         """Count what waits, and notice lanes and consumers that have come or gone."""
         told: Sequence[str] = ()
-        heard = -1  # messages, after a look at which all was well
+        heard = -1  # the number of messages at the last look, if all was well then
         left_out = 0
         while True:
             with contextlib.suppress(TimeoutError):
@@ -12340,7 +12336,7 @@ class NatsKeeper:
             if await self._chores.stream.is_edited() or self._link.room.unfit:
                 await self._chores.stream.begin()
                 await self._chores.peers.restore_pauses()
-            server = self._link.info["server_id"]  # Each start of one has another.
+            server = self._link.info["server_id"]  # A server has another one after each start.
             if fresh:
                 await self._chores.recovery.recover(consumers, server != self._swept)
             await self._chores.recovery.store_forgotten(list(self._lanes.by_consumer.values()))
@@ -12863,7 +12859,7 @@ DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
 MAX_ORIGINS = 1_000  # of which something is remembered
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say
-ESTABLISHED = 1  # the state of a TCP connection that both sides may write to
+ESTABLISHED = 1  # a TCP connection that both sides may write to
 TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
 HEAD_ENDS = re.compile(rb"\n\r?\n")
@@ -13084,7 +13080,7 @@ class WholeAnswers:
             return False  # Who ends lines with LF alone may have ended its head before.
         try:
             ((message, _),) = self._parser.feed_data(start + b"\r\n\r\n")[0]
-        except (HttpProcessingError, ValueError):  # Who gets all of it tells what is wrong.
+        except (HttpProcessingError, ValueError):  # The other parser tells what is wrong.
             self._parser = new_parser(self._flow, headless=True)
             return False
         length = message.headers.get("Content-Length")
@@ -13110,13 +13106,13 @@ class Wire(asyncio.Protocol):
         self._flow = Flow()
         self._parser: HttpResponseParser | None = None
         self._whole = WholeAnswers(self._flow)
-        self._headless = False  # whether that expects answers without a body
+        self._headless = False  # whether the parser expects answers without a body
         self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
-        self._on_status: Tell[int] | None = None  # told what the first line of an odd head says
+        self._on_status: Tell[int] | None = None  # told the status of an answer whose head is odd
         self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
-        self._head = b""  # what has come in while it is missing
+        self._head = b""  # what has come of a head that is not whole
         self._keep = True  # whether another request may follow
-        self._before = b""  # raw_tcp_info when it was used again
+        self._before = b""  # raw_tcp_info at the time when it was used again
         self._farewell = False  # whether the peer has closed it in good order
         self.answers = 0  # that have come
         self.idle_since = 0.0
@@ -13519,7 +13515,7 @@ class Habit:
         self._trial = None
         now = time.monotonic()
         if now < self._wary_until:
-            return  # Many end at once where a peer is started anew.
+            return  # Many end at once when a peer is restarted.
         if now > self._wary_until + MAX_WARY_S:
             self._wary_s = PROOF_S
         self._wary_s = min(PROOF_GROWTH * self._wary_s, MAX_WARY_S)
@@ -14043,7 +14039,7 @@ def proxies_of(environment: Mapping[str, str]) -> Mapping[str, yarl.URL]:
 def proxy_url(value: str) -> yarl.URL:
     """A proxy as a variable names it: HOST:PORT is enough. Raises ValueError."""
     url = http_url(value if "://" in value else f"http://{value}")
-    require(url.scheme == "http")  # Others are spoken to in TLS or SOCKS.
+    require(url.scheme == "http")  # Others would want TLS or SOCKS.
     return url
 
 
@@ -14100,7 +14096,7 @@ async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
             said = f"answered {line[1].decode()}"  # Its reason may follow, and is not read.
             break
         if line is not None and HEAD_ENDS.search(answer, line.end() - 1):
-            return  # What it leads to says nothing first in TLS.
+            return  # In TLS the other end says nothing first.
         if not answer.startswith(b"HTTP/1."[: len(answer)]):
             said = "did not answer in valid HTTP"
             break
@@ -14756,7 +14752,7 @@ class FunctionLimits:
     def end(self, name: str) -> None:
         """A call of a function has ended."""
         self._running[name] -= 1
-        if self.limit(name) is not None:  # else nobody waits: who changes limits tells them
+        if self.limit(name) is not None:  # else nobody waits for it
             self.changed()
 
 
@@ -14910,7 +14906,7 @@ class FunctionDirectory:
         self._provider = provider
         self._limits = limits
         self._changes = 0
-        self.changed = asyncio.Event()  # something has, at the provider
+        self.changed = asyncio.Event()  # set: something has changed at the provider
         # By key, the least recently used first. What is not fresh is kept for longer, so that
         # calls can be queued while the provider is away.
         self._seen: OrderedDict[str, Seen] = OrderedDict()
@@ -15468,7 +15464,7 @@ class CallbackJob:
         limit = callback_limit(config.callback.timeout)
         try:
             status, headers = await self._deliver(claim, limit)
-        except Shortage:  # of this machine: it is charged to nobody
+        except Shortage:  # The fault is this machine's: nobody is charged.
             await asyncio.sleep(RETRY_STORE_S)
             return None
         except RequestFailed as exc:
@@ -15619,7 +15615,7 @@ class Consumer:
         self.name = name
         self._queue = queue
         self._job = job
-        self._busy = busy  # how many consumers have work
+        self._busy = busy  # tells how many consumers have work
         self._wake = asyncio.Event()
         self._told = asyncio.Event()  # set, and replaced, whenever the queue tells something
         self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
@@ -15725,7 +15721,7 @@ class Consumer:
 
     async def _work(self, claim: Claim) -> None:
         """One attempt from claim to commit."""
-        outcome: Outcome | None = None  # what a stop leaves: queued again, the attempt not charged
+        outcome: Outcome | None = None  # None, as a stop leaves it: queued again, uncharged
         try:
             outcome = await self._job.execute(claim)
         except asyncio.CancelledError:
@@ -15811,7 +15807,7 @@ class Consumers:
 
     def wake(self, name: str) -> None:
         """Wake the consumer of a queue: there may be something to claim."""
-        if self._consumers:  # else it begins with a look into its queue
+        if self._consumers:  # else it is to start, and will look into its queue
             self._consumer(name).wake()
 
     def wake_all(self) -> None:
@@ -15847,7 +15843,7 @@ class Consumers:
 class Controls:
     """What a caller asks for with a call, in headers of the same names; None: nothing."""
 
-    id: str | None = None  # its own one, where it has to be the same each time
+    id: str | None = None  # its own id, if it has to be the same each time
     call_id: str | None = None
     callback_url: str | None = None
     failure_url: str | None = None
@@ -16100,8 +16096,8 @@ def response_head(answer: Response, minor: int, framing: str) -> bytes:
 # server does beside that takes twice as long as all that is done here for a request.
 
 MAX_PIPELINED = 16  # requests that wait behind the one that is being answered
-MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # of a target that is as long as it may be, in ASCII
-MAX_SPLITS = 2_000  # of a piece of what came in, to find targets that are no ASCII
+MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # a target of the greatest length, written in ASCII
+MAX_SPLITS = 2_000  # of one piece of data, to find targets that are not ASCII
 MAX_STRANGERS = 8  # unknown heads in a row, after which no head of the connection is looked up
 DISCARD_BODY_S = 10.0  # in which the rest of a body that nobody wants may come in
 BACKLOG = 1024  # connections that wait to be accepted
@@ -16391,16 +16387,16 @@ class RequestReader:
             max_msg_queue_size=MAX_PIPELINED,
         )
         self.arrived: deque[Arrival] = deque()
-        self.stalled = False  # whether something is kept, by the parser or here
+        self.stalled = False  # whether the parser, or `_kept`, has something to be parsed
         self._unanswered = 0  # requests
-        self._ended = False  # by what is no HTTP
+        self._ended = False  # by something that is not HTTP
         self._strangers = 0  # heads in a row that were not known
         self._fresh = True  # whether nothing of the next request has come
         self._newest: RequestHead | None = None  # of the last request that has come
         self._body: StreamReader = EMPTY_PAYLOAD  # its body
         self._line = b""  # the beginning of a request's first line
         self._last = b""  # what was parsed last: the end of a head may come in two pieces
-        self._kept: bytes | None = None  # behind a request that would leave HTTP, if there is one
+        self._kept: bytes | None = None  # data behind a request that asks for another protocol
 
     def feed(self, data: bytes) -> None:
         """Parse what came in."""
@@ -16506,7 +16502,7 @@ class RequestReader:
                     if len(line) <= MAX_HEADER_BYTES:
                         self._line = line
                         return b""
-                    return b"GET /" + b"x" * MAX_LINE_BYTES  # It has the parser say: too long.
+                    return b"GET /" + b"x" * MAX_LINE_BYTES  # The parser says: too long.
                 data = ascii_line(line + newline) + rest
             # Sooner than here neither a head ends nor a body in chunks.
             found = (self._last + data).find(HEAD_END)
@@ -18206,7 +18202,7 @@ class LogRoutes:
         What its last attempt wrote at another host follows when it has ended.
         """
         shared = self.shared
-        followed = 0  # the last attempt of which this was
+        followed = 0  # the last attempt whose output was read here
         while True:
             changed = self.waiters.event(record.id)
             if output := self.outputs.find(record.id):
@@ -18285,8 +18281,8 @@ class EventHub:
         self._epoch = new_id()[-12:]
         self._number = 0
         self._watching = False
-        self._gap: asyncio.TimerHandle | None = None  # that will be told
-        self._end: asyncio.TimerHandle | None = None  # of watching, when nobody reads
+        self._gap: asyncio.TimerHandle | None = None  # until changes that were missed are told
+        self._end: asyncio.TimerHandle | None = None  # until watching ends, when nobody reads
 
     def join(self, wants: Callable[[CallRecord], bool], last_id: str | None) -> EventStream:
         """A stream of what is wanted, from now on or after an event. HttpError(503)."""
@@ -19805,7 +19801,7 @@ class PageRoutes:
 # Fires what is due. All that has to outlive a crash is in the store: a state is read before each
 # step, and written with what follows from it, if nobody else has written it meanwhile.
 
-UNSURE_CHECK_S = 1.0  # between looks at a clock that is not to be trusted yet: no event tells of it
+UNSURE_CHECK_S = 1.0  # between looks at a clock that can't be trusted yet
 SETTLED_AT_ONCE = 16  # schedules; then others get their turn
 PROVIDED_S = 60.0  # between looks at the annotations of the provider's functions
 PROVIDED_LEAST_S = 1.0  # the least between two, however often something changes through us
@@ -19850,9 +19846,7 @@ class ScheduleNews:
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()  # set: something below has changed
-        self.stale = (
-            True  # whether schedules may have come, changed or gone since they were planned
-        )
+        self.stale = True  # whether schedules may have come, changed or gone since the last plan
         self.provided: Mapping[str, Schedule] = {}  # by annotations of the provider's functions
         self.ended: set[str] = set()  # schedules of which calls have ended, until that is noted
         self._calls: dict[str, str] = {}  # schedules by the ids of their calls
@@ -19933,7 +19927,7 @@ class ScheduleSteps:
         """When a schedule is to be looked at next. Infinity: never."""
         if not schedule.enabled:
             return float("inf")
-        after = time.time()  # for one that is paused: until then another daemon may resume it
+        after = time.time()  # Look at a paused one, too: another daemon may resume it.
         if not state.paused:
             if self._has_booted(schedule, state):
                 return 0.0
@@ -20013,7 +20007,7 @@ class ScheduleSteps:
         state: ScheduleState,
         fire: Mapping[float, str],
     ) -> tuple[list[ScheduledRun], Sequence[Invocation]]:
-        """The runs and calls of instants, given by the ids of their calls; see `overlap`."""
+        """Runs and calls of instants, for which `fire` has ids of their calls; see `overlap`."""
         running = unfinished(state)
         if running and schedule.overlap == "skip":
             reason = f"call {running[0].id} had not ended"
@@ -20157,9 +20151,9 @@ class Scheduler:
         self._metrics = metrics
         self._news = news
         self._plans: dict[str, Plan] = {}
-        self._settling: set[str] = set()  # schedules that something is done for now
+        self._settling: set[str] = set()  # schedules that are being settled now
         self._turns = asyncio.Semaphore(SETTLED_AT_ONCE)
-        self._trusted = False  # the wall clock is
+        self._trusted = False  # whether the wall clock may be trusted
         self._seen_at = 0.0  # what it showed last
 
     async def run(self) -> None:
@@ -20184,7 +20178,7 @@ class Scheduler:
             return None
         await self._replan(schedules)
         for name in self._news.ended & schedules.keys():
-            self._news.ended.discard(name)  # Another call may end meanwhile.
+            self._news.ended.discard(name)  # First: another call may end meanwhile.
             try:
                 await self._note(schedules[name])
             except StoreError:
@@ -20681,7 +20675,7 @@ class Daemon:
             if not sockets:
                 sockets = new_sockets(self.config.gateway)
                 stack.callback(unlink_files, socket_files(sockets))
-            for level, line in introduced:  # Where no start comes of it, one line says why.
+            for level, line in introduced:  # Only now: if the start fails, one line says why.
                 log.log(level, "%s", line)
             front, jobs, chores = self._compose(stack, [socket_url(sock) for sock in sockets])
             timeouts = (self.config.gateway.read_timeout, self.config.gateway.write_timeout)
@@ -20890,7 +20884,7 @@ async def run_daemon(config: Config, path: str | None) -> int:
 Arguments = argparse.Namespace
 HeaderPairs = Sequence[tuple[str, str]]
 
-CONNECT_S = 10.0  # what a daemon gets to take a connection; to answer, it may need longer
+CONNECT_S = 10.0  # in which a daemon takes a connection; its answer may take longer
 ID_PREFIX = re.compile(r"[0-9a-f]{6}[0-9a-f-]{0,29}")  # how the id of a call may begin
 PREFIX_SLACK_S = 2.0  # between the time in an id and that of its record
 
@@ -21020,7 +21014,7 @@ class Client:
     def _read(
         self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
     ) -> bytes:
-        if connection.sock is not None:  # the response's own, once the connection will end with it
+        if connection.sock is not None:  # else the response has it, and the connection ends with it
             connection.sock.settimeout(self._left_s())
         piece = response.read1(PIPE_BYTES)
         if not piece and response.length:
@@ -21431,7 +21425,7 @@ def call_function(client: Client, route: str, args: Arguments, headers: HeaderPa
     except HttpError as exc:
         name = re.split(r"[./?]", args.name)[0]
         names = client.function_names() if exc.status == 404 else []
-        if not names or name in names:  # it is the function that says so
+        if not names or name in names:  # The function itself says so.
             raise
         raise HttpError(404, f"no function {name}{close_names(name, names)}") from None
 
@@ -21917,7 +21911,7 @@ async def move_calls(file: SqliteFile, config: Config) -> Move:
     """Move what waits in a file to the queue of the configuration. Raises StoreError."""
     queue = NatsQueue(lambda: config, Metrics())
     move = Move(file, queue)
-    log.disabled = True  # It would say what we raise, and that it tries again.
+    log.disabled = True  # It would repeat what we raise, and say that it tries again.
     await queue.open(nothing, nothing, nothing)
     try:
         if reason := await queue.failing():
@@ -22255,7 +22249,7 @@ def commands_for(words: Sequence[str]) -> Sequence[Command]:
     first = words[0] if words else ""
     names = ("", first, f"{first}s" if f"{first}s" in GROUPS else first)
     meant = [command for command in COMMANDS if command.words.split(" ")[0] in names]
-    return meant if len(meant) > 1 else COMMANDS  # else an option, nothing, or a slip
+    return meant if len(meant) > 1 else COMMANDS  # else it is an option, nothing, or a typing error
 
 
 def make_parser(
@@ -22333,7 +22327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = "LimitNPROC=, TasksMax=, LimitAS=; ulimit -u, ulimit -v"
         print(f"faasd-async: {exc or 'no memory is left'} ({limits})", file=sys.stderr)
         return 75
-    except BrokenPipeError:  # Who reads our output has seen enough.
+    except BrokenPipeError:  # Whoever reads our output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as exc:  # such as a full disk behind our output
