@@ -280,8 +280,8 @@ HOP_BY_HOP = frozenset(
 # What we set ourselves in a request to a function.
 COMPUTED = frozenset(b"expect host x-call-id x-start-time x-forwarded-for x-retry".split())
 CONTENT_LENGTH = frozenset((b"content-length",))
-# What steers a call (the control headers) or a request: an answer that is passed on to a callback
-# URL, which may be another function of ours, leaves it behind.
+# Control headers steer a call. An answer that is passed on to a callback URL, which may be another
+# function of ours, leaves them behind, and headers that steer a request.
 CONTROL_HEADERS = (
     "X-Callback-Url",
     "X-Failure-Callback-Url",
@@ -303,7 +303,7 @@ STEERING = frozenset(
     + [name.lower().encode() for name in CONTROL_HEADERS]
 )
 
-# What a callback tells of its call, in place of what the function has answered under these names.
+# Headers of a callback that tell of its call, whatever the function has answered under these names.
 CALLBACK_HEADERS = (
     "User-Agent",
     "X-Call-Id",
@@ -988,7 +988,7 @@ def is_own_address(address: Address | None) -> bool:
 
 
 # --- Secrets --------------------------------------------------------------------------------------
-# What stands in files of its own: passwords, keys, certificates, headers; tables of such texts.
+# Passwords, keys, certificates and headers, which stand in files of their own, and tables of texts.
 
 
 def whole_file(path: Any) -> bytes:
@@ -1280,7 +1280,7 @@ def instants(expression: str, zone: tzinfo, after: float) -> Iterator[float]:
     expression = MACROS.get(expression, expression)
     wild = any(word.startswith("*") for word in expression.split()[:2])
     start = local_time(after, zone)
-    # Where clocks are about to be set back, times that they have shown already come once more.
+    # Where clocks are about to be set back, times that they have shown come once more.
     back = local_time(after + DAY_S, zone) - start - timedelta(days=1)
     waiting: list[float] = []
     last = after
@@ -1635,7 +1635,8 @@ def call_target(value: Any) -> str:
     return str(value)
 
 
-# Headers of a call that can't be the same each time, or have a key of their own.
+# Headers that a schedule's calls can't have: they would be the same each time, or have a key of
+# their own.
 NOT_SCHEDULED = {
     "X-Call-Id": "each call has an id of its own",
     "Idempotency-Key": "each call would be taken for the first one",
@@ -2486,7 +2487,7 @@ def unpack_headers(blob: bytes | None) -> Headers:
 
 
 # --- Rules ----------------------------------------------------------------------------------------
-# Pure: what follows from what, with no I/O.
+# Pure functions: what follows from what, without I/O.
 
 
 def backoff_s(policy: RetryPolicy, attempt: int, rng: random.Random) -> float:
@@ -2800,7 +2801,7 @@ def webhook_signature(
 
 
 # --- Schedule rules -------------------------------------------------------------------------------
-# Pure: what is to be fired, given what was fired last and what time it is.
+# Pure functions: what is to be fired, given what was fired last and what time it is.
 
 PUNCTUAL_S = 60.0  # What runs in its own minute is not late, as cron has it.
 MOST_CAUGHT_UP = 100  # instants of one gap that are looked at: the last ones
@@ -3536,8 +3537,8 @@ def sweep(loop: asyncio.AbstractEventLoop, seconds: float) -> Sweep:
 
 
 # --- Queue seam -----------------------------------------------------------------------------------
-# What a method did is durable when it returns; it raises StoreError when nothing was done. Errors
-# of the caller are HttpErrors, with the status that each implies.
+# What a method has done is durable when it returns. It raises StoreError if nothing was done, and
+# HttpError, with the status that it implies, for the caller's mistakes.
 
 
 def tell_paused(queues: Iterable[str]) -> None:
@@ -3946,7 +3947,7 @@ class WorkIndex:
         self.paused: set[str] = set()
         self.deadline_at = float("inf")  # the earliest deadline of a waiting call
         self.next_starts: dict[str, float] = {}  # of queues and lanes that have a rate
-        # Lanes that are lined up for their next start, by queue, and the rate that has led to it.
+        # Lanes that wait for their next start, by queue, and the rate for which they do.
         self.slowed: defaultdict[str, dict[str, Rate]] = defaultdict(dict)
         self._wake_at: dict[str, float] = {}  # when to tell of a queue's due work
 
@@ -4141,8 +4142,8 @@ CREATE TABLE rates (name TEXT PRIMARY KEY, next_at REAL NOT NULL); -- of a queue
 {COUNTS}
 """
 
-# One process per file, the lock held as long as it lives; that also keeps the index of the WAL out
-# of shared memory. Compile-time defaults differ: what matters is set, and read back.
+# One process a file: the lock is held as long as it lives, which also keeps the index of the WAL
+# out of shared memory. Compile-time defaults differ, so what matters is set, and read back.
 PRAGMAS = (
     "locking_mode = EXCLUSIVE",
     "auto_vacuum = INCREMENTAL",
@@ -4164,14 +4165,14 @@ SELECT_DEADLINE = """
     SELECT coalesce(min(deadline_at), 9e999) FROM calls
     WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL
 """
-# What waits for a time that is ahead only because the clock was set back has been due before: calls
-# that nobody delayed, attempts and callbacks that follow what has been.
+# Work may wait for a time that is ahead only because the clock was set back: calls that nobody has
+# delayed, attempts and callbacks that follow something. It is due now.
 FOLLOW_CLOCK = """
     UPDATE calls SET due_at = :now
     WHERE work IS NOT NULL AND due_at > :now
         AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)
 """
-# Calls whose concurrency key another one has stand aside: in a lane where no claim looks.
+# Calls that wait for their concurrency key stand aside, in a lane of which nothing is claimed.
 ASIDE = " (key)"  # behind the name of their function's
 TAKE_TURNS = f"""
     UPDATE calls SET turn = place.turn,
@@ -4190,8 +4191,9 @@ SELECT_LANES = """
     WHERE work IS NOT NULL GROUP BY work, lane HAVING number > 0
 """
 SELECT_COUNTS = "SELECT lane, status, number FROM counts WHERE number > 0"
-# The clock was set forward by :ahead; it had been wrong since :since, as that of a Raspberry Pi is,
-# which has no battery. What was stamped meanwhile has ended as lately as before, and waits as long.
+# The clock was set forward by :ahead. It had been wrong since :since, as that of a Raspberry Pi is
+# after a start, which has no battery. What was stamped meanwhile moves along: it has ended as
+# lately as before, and waits as long.
 CATCH_UP_ENDS = tuple(
     f"""
     UPDATE calls SET completed_at = max(completed_at, min(completed_at, :until) + :ahead)
@@ -4492,8 +4494,8 @@ class SqliteFile:
 # --- SQLite limits --------------------------------------------------------------------------------
 # -- keys
 
-# Of a function's calls with one concurrency key, one at most has its turn: it is claimed, or the
-# first to be. Whatever moves that one, or adds one to the others, ends with `pass_turn`.
+# Of a function's calls with one concurrency key, at most one has its turn: it is claimed, or will
+# be first. Whatever changes that call, or adds one to the others, ends with `pass_turn`.
 
 SELECT_TURN = """
     SELECT seq, due_at FROM calls
@@ -4505,7 +4507,7 @@ SELECT_NEXT_TURN = """
     ORDER BY due_at, seq LIMIT 1
 """
 SET_TURN = "UPDATE calls SET turn = ?, lane = ? WHERE seq = ?"
-# One that was cancelled while it ran has its turn until it has stopped.
+# A call that was cancelled while it ran keeps its turn until it has stopped.
 END_TURN = """
     UPDATE calls SET turn = NULL WHERE seq = ? AND claims = ? AND turn = 1 AND work IS NULL
 """
@@ -4682,15 +4684,15 @@ def change_rows(
     return changed
 
 
-# What a dead process had claimed is interrupted. A call may have been what it died of: it goes
+# What a dead process had claimed is interrupted. A call may be what the process died of, so it goes
 # behind those that were due.
 INTERRUPT = """
     UPDATE calls SET due_at = ?, deadline_at = NULL,
         status = iif(status = 'running', 'queued', status), interrupted = interrupted + (work <> ?)
     WHERE work IS NOT NULL AND due_at IS NULL
 """
-# Those that were interrupted together more than once come back one after the other, further apart
-# each time: so it is less and less likely that one of them takes the others with it.
+# Calls that were interrupted together more than once come back one after the other, further apart
+# each time. So it gets less likely that one of them takes the others along.
 SPREAD_INTERRUPTED = """
     UPDATE calls SET
         due_at = due_at + min(60, place.number * ((1 << min(interrupted - 1, 6)) - 1))
@@ -4729,7 +4731,7 @@ PLAIN_COLUMNS = """
 # Invocation has the columns from `function` to `callback_url` in this order, too.
 FUNCTION = Invocation._fields.index("function")
 TARGET = Invocation._fields.index("target")
-# Most calls have none of these, and a value costs more than its column, also where it is NULL.
+# Most calls have none of these. To insert a NULL costs more than to leave its column out.
 RARE_COLUMNS = """
     deadline_at, failure_url, idempotency_key, app, hops, traceparent, tracestate, schedule,
     scheduled_for, concurrency_key, call_id, digest, turn
@@ -4752,7 +4754,7 @@ INSERT_REQUESTS = RowsStatement(
 SELECT_ID = "SELECT seq FROM calls WHERE id = ?"
 SELECT_NEWEST = "SELECT seq FROM calls WHERE call_id = ? ORDER BY seq DESC LIMIT 1"
 
-# The first rows of one lane that are due, or the first row of each of several.
+# Due rows: the first ones of a lane, or the first one of each of several lanes.
 OF_LANE = "WHERE work = ? AND lane = ? AND due_at <= ? ORDER BY due_at, seq LIMIT ?"
 OF_LANES = """
     WHERE seq IN (
@@ -4888,7 +4890,8 @@ def request_row(seq: int, call: Invocation) -> Sequence[object]:
     target: str | bytes = call.target
     if not call.target.isascii():
         target = call.target.encode("utf-8", "surrogateescape")
-    # To bind `bytes` takes Python 3.11 three times as long: it looks for an adapter each time.
+    # To bind `bytes` takes Python 3.11 three times as long as a bytearray: it looks for an adapter
+    # each time.
     body = call.body if len(call.body) > SMALL_BODY_BYTES else bytearray(call.body)
     return seq, target, bytearray(call.headers), body, call.method
 
@@ -5198,7 +5201,7 @@ def recover(file: SqliteFile) -> None:
     """Queue again what a dead process had claimed; end what it seems to have died of."""
     file.db.execute("BEGIN IMMEDIATE")
     config = file.settings()
-    # One power cut is no reason to give a callback up that gets one delivery only.
+    # A single power cut is no reason to give up a callback that gets only one delivery.
     most = max(config.callback.attempts, config.retry.max_interruptions)
     failed = file.db.execute(FAIL_CALLBACKS, (most,)).rowcount
     file.tally.move(CALLBACKS, "pending", "failed", failed)
@@ -5403,7 +5406,7 @@ def step_expire(file: SqliteFile) -> None:
 # --- SQLite records -------------------------------------------------------------------------------
 # Steps of operators and people.
 
-# To the microsecond that a record shows, or `since` with what it shows would miss it.
+# In whole microseconds, as records show it: `since` with a shown time has to find its call.
 CREATED_AT = "(start_time / 1000 / 1e6)"
 RECORD_COLUMNS = f"""
     id, coalesce(call_id, id), function, namespace, queue,
@@ -5856,9 +5859,9 @@ def step_save_schedule(file: SqliteFile, state: ScheduleState, calls: Sequence[I
 
 
 # --- SQLite copies --------------------------------------------------------------------------------
-# The file is copied by the connection that works with it, between its transactions: the lock lets
-# no other in. SQLite carries over what that connection changes meanwhile, so that in the end the
-# copy is the file as it is then (sqlite.org/backup.html).
+# The file is copied by the connection that works with it, between its transactions, because its
+# lock lets no other one in. What that connection changes meanwhile, SQLite changes in the copy,
+# too: in the end it is the file as it is then (sqlite.org/backup.html).
 
 COPY_PAGES = 64  # of 4 KiB, between two transactions: a millisecond's work
 COPY_CACHE_KIB = 256  # of the copy: a piece is written when the next one is there
@@ -5897,7 +5900,7 @@ def make_copy(file: SqliteFile, between: Tell[int]) -> IO[bytes]:
     made = file.copy.open("r+b")
     try:
         with contextlib.closing(sqlite3.connect(file.copy)) as target:
-            # It is thrown away unless it comes to its end.
+            # It may be fast and unsafe: unless it is finished, it is thrown away.
             target.execute("PRAGMA journal_mode = OFF")
             target.execute("PRAGMA synchronous = OFF")
             target.execute(f"PRAGMA cache_size = -{COPY_CACHE_KIB}")
@@ -5994,7 +5997,7 @@ def queue_file_trouble(path: Path) -> str | None:
     log_bytes = 0
     with contextlib.suppress(OSError):
         log_bytes = path.with_name(f"{path.name}-wal").stat().st_size
-    # A file that has no log is opened as one that nobody changes: SQLite would make a log.
+    # A file without a log is opened as one that nobody changes, or SQLite would make a log.
     mode = "mode=ro" if log_bytes else "immutable=1"
     place = f"file:{quote(str(path))}?{mode}"
     try:
@@ -6246,8 +6249,8 @@ class Outbox:
 
     def _put(self, entry: Entry) -> None:
         if not self._entries:
-            # A round of the loop later: what ends in this one shares a transaction with what is
-            # claimed then for the slots that it leaves.
+            # One round of the loop later: so outcomes share their transaction with the claims for
+            # the slots that they free.
             self._loop.call_soon(self._loop.call_soon, self._hand_over)
         self._entries.append(entry)
 
@@ -6362,7 +6365,7 @@ class Writer:
         wait_s = min(expire_at, index.next_wake_at()) - time.time()
         batch: list[Entry] = []
         with contextlib.suppress(Empty):
-            # Waits are short enough to notice a clock that was set.
+            # Short enough to notice a clock that was set.
             batch = self._inbox.get(timeout=min(max(0.0, wait_s), CLOCK_CHECK_S))
             while self._inbox.qsize() and not full_batch(batch):
                 batch += self._inbox.get()
@@ -6406,7 +6409,7 @@ class Writer:
         self._rollbacks += 1
         self._file.distrust(exc)
         parts: dict[Hashable, list[Entry]] = {}
-        # What the disk refuses for one step it refuses for all that do the same.
+        # What the disk refuses for one step, it refuses for all of the same kind.
         disk = isinstance(exc, sqlite3.OperationalError)
         for entry in batch if disk else itertools.chain(*(entry.split() for entry in batch)):
             parts.setdefault(entry.step if disk else entry.futures[0], []).append(entry)
@@ -6636,9 +6639,9 @@ class SqliteQueue:
 
 
 # --- NATS messages --------------------------------------------------------------------------------
-# Several daemons on one JetStream stream. The work message is the intent: it stays un-acked until
-# all that follows from an attempt is stored. A record is written by compare-and-set on its
-# sequence, so whoever loses a race has done nothing. A crash between two steps is a redelivery.
+# Several daemons share one JetStream stream. A call's work message stays un-acked until all that
+# follows from its attempt is stored; a crash between two steps leads to its redelivery. A record is
+# written by compare-and-set on its sequence, so whoever loses a race has done nothing.
 
 # -- messages
 
@@ -6778,14 +6781,14 @@ def foreign_reason(exc: Exception) -> str:
     return "something in it is of another kind than in ours"
 
 
-# What a message need not say; None where a field has no default, which is no value of it either.
+# Defaults, which a message leaves out; None for fields without one, whose value is never None.
 CALL_DEFAULTS = tuple(NatsCall._field_defaults.get(name) for name in NatsCall._fields)
 OPTIONAL = NatsCall._fields.index("deadline_at")  # Every call has the fields before it.
 FATE = NatsCall._fields.index("status")  # This and those behind it say what becomes of a call:
 NUMBERS = NatsCall._fields.index("attempts")  # from here on numbers that each attempt has,
 TROUBLE = NatsCall._fields.index("interrupted")  # and from here on what few calls have.
 FATE_FIELDS = frozenset(NatsCall._fields[FATE:])
-# These numbers in JSON, None as Python writes it.
+# A template for these numbers in JSON; it writes None as Python does.
 NUMBERS_JSON = "".join([f',"{name}":%r' for name in NatsCall._fields[NUMBERS:TROUBLE]])
 
 
@@ -7379,7 +7382,8 @@ class NatsWriter:
         lines = self._lines
         self._lines = []
         if self._client.is_connected:
-            # RuntimeError is uvloop's, of a connection that has just ended. Who reads it notices.
+            # uvloop raises RuntimeError for a connection that has just ended. The reader notices
+            # that, too.
             with contextlib.suppress(OSError, RuntimeError):
                 cast(Any, self._client._transport).write(b"".join(lines))
 
@@ -7594,7 +7598,7 @@ async def finish_within(wait_s: float, work: Coroutine[Any, Any, None]) -> None:
 # -- connection
 
 
-# It looks for a server until there is one, and keeps nothing to be sent to it then.
+# It tries servers until one answers, and keeps nothing to be sent later.
 NATS_OPTIONS: Mapping[str, Any] = {
     "connect_timeout": NATS_CONNECT_S,
     "reconnect_time_wait": 0.2,
@@ -8687,7 +8691,7 @@ class NatsLanes:
                     lane.status(pull)
             if len(lane.buffer) >= number or not lane.late:
                 break
-            # A consumer hears of a message a little later than who has stored it.
+            # A consumer knows of a message a little later than whoever has stored it.
             await lane.arrival()
 
     async def settle(self, queue: str, wanted: bool, left: Mapping[str, int]) -> None:
@@ -9225,7 +9229,7 @@ class NatsBlocks:
 
 
 # --- NATS documents -------------------------------------------------------------------------------
-# Single messages of the stream: the last of a subject, and those that anybody else has put there.
+# Single messages: the last one of a subject, and those that are none of ours.
 
 
 class Note(NamedTuple):
@@ -10126,10 +10130,10 @@ class NatsMessages:
 # --- NATS limits ----------------------------------------------------------------------------------
 # -- keys
 
-# Of a function's calls with one concurrency key, one at most has it: a message names that call. Its
-# work message stays un-acked until the key is passed on, so whatever a crash leaves undone is done
-# when that is delivered again. Who comes while another call has the key is put aside, and has a
-# place in a line: a message each, whose sequences are their order.
+# Of a function's calls with one concurrency key, at most one has it: a message names that call. Its
+# work message stays un-acked until the key is passed on, so what a crash leaves undone is done at
+# the redelivery. A call that finds the key taken is put aside, and gets a place in the line: a
+# message, whose sequence is the place.
 
 PLACE_IN_LINE = ("id", "queue", "lane")  # of the call: what the message of a place has
 KEY_GRACE_S = 10.0  # in which a call that has ended passes its key on
@@ -11094,7 +11098,7 @@ class NatsTaker:
             for name, number in booked.items():
                 await self._rates.take_back(name, names[name], number - started[name])
         waits = {name: self._rates.wait_s(name, rate) for name, rate in names.items()}
-        # One more message of a lane may be sent to us, to know that there are some.
+        # One more message of a lane may be sent to us, so that we know that there is one.
         for name in names.keys() - {queue}:
             left[name] = min(int(waits[name] <= 0), free[name] - started[name])
         wanted = len(made) < limit and waits.get(queue, 0.0) <= 0
@@ -12703,7 +12707,7 @@ class NatsQueue:
 
 
 # --- HTTP failures --------------------------------------------------------------------------------
-# Why a peer has not answered, in words; and how long it may take.
+# Why a peer has not answered, in words; and time limits.
 
 NO_DESCRIPTORS = "this machine has no descriptors or memory left for a connection"
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
@@ -12849,9 +12853,9 @@ class TimeLimit:
 
 
 # --- HTTP connections -----------------------------------------------------------------------------
-# To functions, the provider and receivers. This section and the next know which library is behind
-# them, and no other does: aiohttp's parser, which is C, and its streams of bytes. What a
-# ClientSession does beside that costs three times as much as all that is done here.
+# Connections to functions, the provider and receivers. Only these sections, up to the client, and
+# the way in know aiohttp, of which they use the parser, which is C, and its streams. What its
+# ClientSession does besides costs three times as much as all that is done here.
 
 READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
 MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
@@ -13279,7 +13283,7 @@ class Wire(asyncio.Protocol):
             self.unseen = self.unseen or was_unseen(self._before, self._sock, self._farewell)
         unfinished = not self._body.is_eof() and self._body.exception() is None
         if exc is None and self._parser is not None and unfinished:
-            # The end of an answer that has no other end. It raises where there is one.
+            # The connection's end is that of an answer without a length; with one, it is an error.
             with contextlib.suppress(HttpProcessingError):
                 self._parser.feed_eof()
         self._flow.ended()
@@ -13639,7 +13643,7 @@ class Destination(NamedTuple):
 
 def destination_of(url: yarl.URL, origin: Origin) -> Destination:
     """Work out what all requests to a URL share."""
-    # An address's zone means nothing elsewhere (RFC 6874 4).
+    # An address's zone means nothing to the peer (RFC 6874 4).
     host = re.sub(r"%[^]]*", "", url.host_port_subcomponent or "")
     headers: list[Header] = [(b"Host", host.encode("utf-8", "surrogateescape"))]
     dropped = FRAMING
@@ -14122,7 +14126,7 @@ class HttpClient:
     ) -> None:
         self._unix_path = unix_path
         self._resolver = resolver or CheckedResolver(lambda host, address: True, DNS_CACHE_S)
-        # Of a proxy the address is not checked: whoever starts the daemon has chosen it.
+        # A proxy's address is not checked: whoever starts the daemon has chosen it.
         self._proxy_resolver = CheckedResolver(lambda host, address: True, DNS_CACHE_S)
         self._environment = environment or {}  # which may name proxies
         self._proxies = proxies_of(self._environment)
@@ -14159,14 +14163,14 @@ class HttpClient:
         is not whole, or is wrong after that. Raises RequestFailed; and what `body` raises, if that
         is an HttpError.
         """
-        # Each private context has few URLs, and may be replaced: those are not remembered.
+        # A private context has few URLs, and may be replaced: its destinations are not remembered.
         find = self._destination if tls is None else self._find_destination
         destination = find(url, tls)
         origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)
         request = Message(method, message, body, on_status)
         release = functools.partial(self._pool.put, origin) if keepalive else Wire.abort
-        # What is streamed can't be sent again: it gets a connection that nobody has closed.
+        # A streamed body can't be sent again, so it gets a new connection.
         wire = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
         if wire is not None:
             try:
@@ -14497,7 +14501,8 @@ class CommandRunner:
         environment = command_environment(function, request)
         self._starting += 1
         try:
-            # A thread for each, because execve(2) hangs when the disk does, and nobody else should.
+            # Each start gets a thread: execve(2) hangs when the disk does, and nobody else should
+            # wait for that.
             starting = in_thread("start", spawn, function, environment)
             try:
                 process = await asyncio.shield(starting)
@@ -14850,7 +14855,7 @@ class Provider:
             raise ProviderAway(reason) from None
         return replace(
             annotated(name, namespace, annotations, self.settings().retry),
-            # What the provider gets, functions don't: no credentials.
+            # The credentials are for the provider, not for functions.
             url=yarl.URL(str(self.url)).with_user(None).joinpath("function", key),
             labels=labels,
             replicas=document.get("availableReplicas", 0),
@@ -15111,7 +15116,7 @@ class FunctionCaller:
             with TimeLimit(limit):
                 async with await self.request(function, request) as response:
                     status = response.status
-                    # 301 is faasd's answer for a path that is not clean: the function did not run.
+                    # faasd answers 301 to a path that is not clean: the function did not run.
                     ok = 200 <= status < 400 and not (status == 301 and function.provided)
                     body, size = await response.read(*keep(ok), tell)
         except RequestFailed as exc:
@@ -15557,7 +15562,7 @@ class CallbackJob:
             given = config.headers(host_of(url), url.port).items()
             more |= {name: value for name, value in given if name.title() not in CALLBACK_HEADERS}
         if secret := config.signing_secret_file:
-            # Another outcome of the same call is another message.
+            # After a redrive it is another outcome, and another message.
             message_id = f"{claim.id}.{claim.redrives}" if claim.redrives else claim.id
             more |= webhook_signature(secret, message_id, int(time.time()), claim.body)
         if claim.traceparent:  # The trace is the call's, whatever the function has made of it.
@@ -15681,7 +15686,7 @@ class Consumer:
                 continue
             self._claiming = True
             try:
-                # A share at a time, or a thousand slots would keep new calls waiting.
+                # Claim a share at a time: a thousand at once would keep new calls waiting.
                 share = max(1, MAX_CLAIMS // max(1, self._busy()))
                 wanted = min(free, share, limit if self._queue.IN_STEP else math.ceil(limit / 2))
                 rates = self._job.rates(self.name)
@@ -15894,7 +15899,7 @@ def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) ->
     try:
         return parse(value)
     except ValueError as exc:
-        # What is no URL may have credentials too, before an @.
+        # Also what is no URL may have credentials, before an @.
         shown = json.dumps(re.sub("^.+@", "", show_url(value) or "", flags=re.DOTALL)[:80])
         raise HttpError(400, f"{name}: {shown}: {exc}") from None
 
@@ -16092,8 +16097,8 @@ def response_head(answer: Response, minor: int, framing: str) -> bytes:
 
 
 # --- HTTP requests --------------------------------------------------------------------------------
-# The way in. aiohttp's parser, which is C, and its streams of bytes, as on the way out: what its
-# server does beside that takes twice as long as all that is done here for a request.
+# The way in, with aiohttp's parser, which is C, and its streams, as on the way out. What its server
+# does besides takes twice as long as all that is done here for a request.
 
 MAX_PIPELINED = 16  # requests that wait behind the one that is being answered
 MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # a target of the greatest length, written in ASCII
@@ -16107,8 +16112,8 @@ TELL_FULL_S = 60.0  # between two lines about that
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores it: RFC 9110 15.2.
 TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
 OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
-# aiohttp's parser refuses bytes above 127 in a target. It gets such a target in ASCII, behind this,
-# which nobody can guess: what is sent is never taken for it.
+# aiohttp's parser refuses a target with bytes above 127. It gets such a target escaped, behind this
+# prefix, which nobody can guess: no target that was sent is taken for an escaped one.
 ESCAPED = f"/%{os.urandom(8).hex()}%"
 HEAD_END = b"\r\n\r\n"
 
@@ -16150,7 +16155,8 @@ class RequestHead:
         length = message.headers.get("Content-Length")
         self.content_length = None if length is None else int(length)
         self.prompt = False  # whether Application.store may take such a request
-        # What follows from all this and was found out once: a head may come again, see KnownHeads.
+        # Results that follow from the head alone, kept because a head may come again; see
+        # KnownHeads.
         self.notes: dict[str, Any] = {}
 
 
@@ -16504,7 +16510,7 @@ class RequestReader:
                         return b""
                     return b"GET /" + b"x" * MAX_LINE_BYTES  # The parser says: too long.
                 data = ascii_line(line + newline) + rest
-            # Sooner than here neither a head ends nor a body in chunks.
+            # Neither a head nor a body in chunks ends before this.
             found = (self._last + data).find(HEAD_END)
             end = found + len(HEAD_END) - len(self._last)
             if found < 0 or not may_have_high_line(data[end:]):
@@ -16518,7 +16524,7 @@ class RequestReader:
         try:
             messages, leaves, rest = self._parser.feed_data(data)
         except HttpProcessingError as exc:
-            # The traceback has `data`, and is part of a cycle: the memory would stay in use.
+            # The traceback refers to `data`, and is part of a cycle: that memory would stay in use.
             exc.__traceback__ = None
             self._ended = True
             self.fail(exc)
@@ -17071,7 +17077,7 @@ class Server:
 # --- HTTP front -----------------------------------------------------------------------------------
 # -- requests and answers
 
-# What scripts of a page elsewhere may read of an answer, beside its body (Fetch standard 3.2.3).
+# Headers of an answer that scripts of other sites may read (Fetch standard 3.2.3).
 EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
 PREFLIGHT_MAX_AGE_S = 600
 PLAIN_ID = re.compile(r"[A-Za-z0-9_.~-]*")  # RFC 3986 2.3
@@ -17102,8 +17108,8 @@ class Request(NamedTuple):
         return parse_qs(self.target.partition("?")[2], keep_blank_values=True)
 
 
-# What somebody else has written opens in a browser as a page that can do nothing, asks for nothing
-# and is no part of any other page.
+# In a browser, what somebody else has written opens as a page that can do nothing, loads nothing
+# and can't be embedded.
 HARMLESS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
@@ -17203,7 +17209,7 @@ def log_failed_sync(call_id: str | None, error: str) -> None:
     log_with(logging.WARNING, "sync call failed", error=error, call_id=call_id)
 
 
-# Headers of an answer which this daemon looks at, or may write over, when it passes it on.
+# Headers of an answer that this daemon reads or replaces when it passes the answer on.
 LOOKED_AT_NAMES = (
     "Access-Control-Allow-Origin Access-Control-Expose-Headers Content-Length Date Vary "
     "X-Call-Id X-Duration-Seconds X-Start-Time"
@@ -17447,7 +17453,7 @@ class Front:
     def _require_own_host(self, http: Exchange) -> None:
         config = self._settings()
         host = http.headers.get("Host", "")
-        # No browser comes through a unix socket, nor without a Host.
+        # Browsers neither use Unix sockets nor leave out Host.
         if not host or http.address is None:
             return
         names = (*self._own_names, *config.callback.gateway_hosts, *config.gateway.hosts)
@@ -18833,8 +18839,8 @@ const age = (at) => at && h("time", { datetime: at, title: at }, rounded(at));
 const rounded = (at) => distance(at).split(" ", 2).join(" ");
 """
 
-# What the daemon is asked, and what people are. A login in the page's address is no part of BASE:
-# no request may have one in its own, and the browser goes on using it all the same.
+# Requests to the daemon, and questions to people. BASE has no login that stands in the page's
+# address: a request's address may not have one, and the browser goes on using it all the same.
 PAGE_API = """\
 const BASE = location.origin + location.pathname.slice(0, -3);
 
@@ -19008,8 +19014,8 @@ function drawCallRow(call) {
 """
 
 # Retry and cancel: the call on screen, those that are ticked, or all that match. changeAsked asks,
-# unless there is nothing to add to the question, then does it, and says for how many. narrowed
-# gives the filter for those of the calls that match now which it can be done for.
+# if there is something to say, does it, and tells for how many it was done. narrowed gives the
+# filter for those calls among the matching ones for which it can be done.
 PAGE_CHANGES = """\
 const CHANGES = {
   retry: {
@@ -19741,9 +19747,8 @@ def content_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-# The script and the style of the page and no others, and requests to this daemon only. Nothing that
-# a function, a caller or a receiver has said can become markup: that takes a trusted type, and
-# there is none.
+# Only the page's own script and style, and requests to this daemon only. Nothing that a function, a
+# caller or a receiver has said can become markup: that takes a trusted type, and there is none.
 PAGE_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -19818,7 +19823,8 @@ def clock_synchronised() -> bool | None:
     if TIMESYNC.exists():
         return True
     with contextlib.suppress(OSError, AttributeError):
-        # A struct timex of zeros changes nothing. Its size differs; no field of it is read.
+        # A struct timex of zeros changes nothing. Its size differs between systems, and no field of
+        # it is read.
         state = int(ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(1024)))
         return state < TIME_ERROR if state >= 0 else None
     return None
@@ -19828,7 +19834,7 @@ def boot_id() -> str:
     """A name of this run of the machine, from one start to the next; "": there is none."""
     with contextlib.suppress(OSError):
         return BOOT_ID.read_text().strip()
-    # systemd's sandbox (ProcSubset) hides that. What stands in /run is gone with the next start.
+    # systemd's sandbox (ProcSubset) hides that file. What is in /run is gone after the next start.
     folder = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
     with contextlib.suppress(OSError):
         path = Path(folder, "boot-id")
@@ -20587,7 +20593,7 @@ def own_client(address: str) -> tuple[HttpClient, yarl.URL]:
     return HttpClient(), yarl.URL(address)
 
 
-# Who cancels is told of in one line, however many calls it was.
+# One line tells of a cancellation, however many calls it was for.
 END_LEVELS = {"success": logging.INFO, "cancelled": logging.DEBUG}
 
 
@@ -20911,8 +20917,8 @@ def canonical_url(address: str) -> str:
 def find_daemon(args: Arguments) -> tuple[str, str | None]:
     """The daemon's URL from flags, variables or the file, and the Authorization header for it."""
     address = args.url or os.environ.get("FAASD_ASYNC_URL")
-    # A daemon that is named gets no credentials of another one. Of the file, nothing is read that a
-    # client does not need: it may not be allowed to read the daemon's other secrets.
+    # A named daemon gets no credentials of another one. Only what a client needs is read from the
+    # file: it may not be allowed to read the daemon's other secrets.
     path = args.config or (None if address else default_config())
     flags = {"user_file": args.user_file, "password_file": args.password_file}
     if any(flags.values()):
@@ -21827,8 +21833,9 @@ def check(args: Arguments) -> None:
 
 
 # --- Move command ---------------------------------------------------------------------------------
-# From a file to the queue of the configuration. It may be killed anywhere and be run again: a call
-# leaves the file after it was stored, and to store it again changes nothing (WorkQueue.enqueue).
+# From a file to the queue of the configuration. It may be killed at any moment and run again: a
+# call leaves the file after it was stored, and to store it twice changes nothing
+# (WorkQueue.enqueue).
 
 MOVED_AT_ONCE = 64  # calls
 CALLBACKS_AT_ONCE = 4  # fewer, as their answers may be large
@@ -22310,8 +22317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_standard_files()
     words = sys.argv[1:] if argv is None else argv
     args = make_parser(commands_for(words)).parse_args(words)
-    # At once: an exception could come up where Python ignores it. The daemon has a handler of its
-    # own.
+    # Exit at once: an exception could come up where Python ignores it. (The daemon has a handler of
+    # its own.)
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     try:
         return args.run(args) or 0
