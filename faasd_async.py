@@ -7085,6 +7085,19 @@ def with_request(parts: Parts, request: Parts) -> Parts:
 # --- NATS subjects --------------------------------------------------------------------------------
 # -- where everything is
 
+# Messages by their subjects, after nats.prefix, and when they go. TIME are five tokens, QUEUE and
+# LANE one each, see `nats_token`.
+#
+#     work.QUEUE.LANE.TIME.ID   what is to be done for a call, or its callback   acked
+#     later.QUEUE.LANE.TIME.ID  the same while it is not due or has not its key  due, handed out
+#     call.TIME.QUEUE.LANE.ID   the record of a call that was claimed or ended   after calls.keep
+#     key.LANE.HASH             which call has an idempotency key                with its record
+#     cid.HASH.ID               a call that has a call id of its caller          with its record
+#     slot.QUEUE.NUMBER         a slot of max_inflight_global                    not renewed
+#     slot.@key, @line, @rate   who has a key, who waits for it, a next start    passed on, past
+#     queue.NAME, sched.NAME    a pause, the state of a schedule                 never
+#     news, owner.OWNER         what daemons tell and ask each other             not stored
+
 # A subject has the time in an id as five tokens of so many hex digits. Calls with the same first
 # token are of the same 50 days, with the same two of 4.7 hours, then of 65 s, of 4.1 s, of 16 ms.
 TIME_DIGITS = (4, 2, 2, 1, 2)
@@ -10355,6 +10368,15 @@ class NatsRates:
 
 
 # --- NATS outcomes --------------------------------------------------------------------------------
+# What is stored for a call, in this order. After a crash in between, the work message is delivered
+# again, and whoever gets it does the rest by the record.
+#
+#     enqueue  notes (key, call id), work message, message of its deadline
+#     claim    record (running)
+#     end      record (final; its callback pending), callback's work message, notes, key, ack
+#     retry    record (queued), message for later, key, ack
+#     cancel   record (cancelled), notes, key, work message deleted
+#     redrive  work message, record (queued)
 
 
 class NatsEnds:
