@@ -5616,7 +5616,7 @@ def step_request(file: SqliteFile, call_id: str) -> StoredRequest:
     if row is None:
         raise HttpError(410, NO_REQUEST)
     method, target, headers, body = row
-    return StoredRequest(method, target, unpack_headers(headers), body)
+    return StoredRequest(method, decoded_target(target), unpack_headers(headers), body)
 
 
 def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
@@ -16142,6 +16142,11 @@ HEAD_END = b"\r\n\r\n"
 # -- heads
 
 
+def in_percent(target: str) -> str:
+    """A target whose bytes above 127 are written as they should have been."""
+    return quote(target.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+
+
 def sent_target(path: str) -> str:
     """The path and query of a request as they were sent.
 
@@ -16156,7 +16161,7 @@ def sent_target(path: str) -> str:
         path = "/" + path.partition("://")[2].partition("/")[2]
     if path.isascii() or path.startswith(OF_FUNCTIONS):
         return path
-    return quote(path.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+    return in_percent(path)
 
 
 class RequestHead:
@@ -17939,7 +17944,7 @@ class CallRoutes:
             return stored_reply(stored.headers, stored.body)
         document = {
             "method": stored.method,
-            "target": stored.target,
+            "target": in_percent(stored.target),
             "headers": shown_headers(stored.headers),
             "body_bytes": len(stored.body),
         }

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -91,6 +92,15 @@ async def test_bytes_above_127_survive_a_restart(gateway: Daemon, lines: Lines) 
     await gateway.kill()
     await gateway.start()
     assert await lines.next() == b"POST /base%b HTTP/1.1" % TARGET
+
+
+async def test_bytes_above_127_are_shown_in_percent(gateway: Daemon) -> None:
+    """Where a person asks what a call asked for: JSON has no other form for them."""
+    reply = await raw(gateway.url, post(b"async-function", b"program"))
+    path = f"/system/calls/{reply.headers['X-Call-Id']}/request"
+    shown = await ask(gateway.url, path, "Accept: application/json")
+    written = "".join(chr(byte) if byte < 128 else f"%{byte:02X}" for byte in TARGET)
+    assert json.loads(shown.body)["target"] == written
 
 
 async def test_requests_with_such_targets_may_follow_each_other_in_any_pieces(gateway: Daemon, lines: Lines) -> None:
