@@ -12881,9 +12881,6 @@ class TimeLimit:
 
 READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
 MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
-DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
-MAX_ORIGINS = 1_000  # of which something is remembered
-IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say
 ESTABLISHED = 1  # a TCP connection that both sides may write to
 TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
@@ -12891,8 +12888,6 @@ HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that ma
 HEAD_ENDS = re.compile(rb"\n\r?\n")
 # The first line of an answer that is no interim one; such may stand before it.
 STATUS_LINE = re.compile(rb"(?:\A|\n\r?\n)HTTP/1\.[0-9] ([2-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
-CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
-CLEAN_LINES = CLEAN[:10] + b"\n" + CLEAN[11:]  # the same for packed headers
 
 AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
 Head = tuple[RawResponseMessage, StreamReader | bytes]  # of an answer, with its body
@@ -13057,24 +13052,31 @@ def whole_heads(parser: HttpResponseParser, data: bytes) -> Iterator[Head]:
             yield from parser.feed_data(part)[0]
 
 
-def with_one_length(data: bytes) -> bytes:
-    """An answer that tells the length of its body more than once, rewritten to tell it once.
+def with_one_length(data: bytes) -> bytes | None:
+    """An answer that says the same length of its body again, as if it had said it once. None: the
+    rest of its head has to come first.
 
-    Some servers behind others send such answers (RFC 9110 8.6); the parser refuses them.
+    Some servers behind others do (RFC 9110 8.6); the parser refuses it.
     """
     first = STATUS_LINE.search(data)
     if first is None:
         return data
     start = first.end()
-    end = data.find(b"\r\n\r\n", start)
-    lines = data[start:end].split(b"\r\n") if end >= 0 else []
+    last = HEAD_ENDS.search(data, start - 1)
+    end = last.start() + 1 if last else len(data)
+    lines = data[start:end].split(b"\n")
     told = [line for line in lines if line.lower().startswith(b"content-length:")]
     lengths = b",".join(line.partition(b":")[2] for line in told).split(b",")
-    if len(lengths) == 1 or len({length.strip() for length in lengths}) > 1:
+    if len(lengths) == 1:
         return data
-    others = [line for line in lines if line not in told]
-    one = b"Content-Length: " + lengths[0].strip()
-    return data[:start] + b"\r\n".join([*others, one]) + data[end:]
+    if last is None:
+        return None
+    if len({length.strip() for length in lengths}) > 1:
+        return data
+    one = b"Content-Length: " + lengths[0].strip() + b"\r"
+    return (
+        data[:start] + b"\n".join([one, *(line for line in lines if line not in told)]) + data[end:]
+    )
 
 
 class WholeAnswers:
@@ -13120,10 +13122,8 @@ class WholeAnswers:
 
 
 class Wire(asyncio.Protocol):
-    """A connection to a peer, and the exchange that is under way on it.
-
-    If something comes that nobody has asked for (servers tell idle clients "408 Request Timeout"),
-    it is not used again: the next caller would take that for its answer.
+    """A connection to a peer, and the exchange on it. If something comes that nobody has asked for
+    (a 408 to an idle client), it is not used again: the next caller would take that for its answer.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -13168,9 +13168,8 @@ class Wire(asyncio.Protocol):
         if self.closed:
             answer.set_exception(broken(None))
         else:
-            assert self._flow.transport is not None
             self._answer = answer
-            self._flow.transport.write(message)
+            self._flow.required().write(message)
         return answer
 
     def write(self, data: bytes) -> None:
@@ -13250,16 +13249,19 @@ class Wire(asyncio.Protocol):
 
     def _read_again(self, exc: HttpProcessingError, data: bytes) -> None:
         """Make what can be made of an answer that is not valid."""
-        self._parser = new_parser(self._flow, self._headless)
+        self._tell_status(data)
         said = self._head + data
-        once = with_one_length(said)
-        if self._answer is not None and once != said:
+        once = with_one_length(said) if self._answer is not None else said
+        if once is None and len(said) <= MAX_HEAD_BYTES:
+            self._head = said
+            return  # The parser refuses what follows, too.
+        self._parser = new_parser(self._flow, self._headless)
+        if once is not None and once != said:
             self._head = b""
             self.data_received(once)
             return
         for message, body in whole_heads(self._parser, said):
             self._answered(message, body)
-        self._tell_status(data)
         self.fail(no_answer(exc, data))
 
     def _tell_status(self, data: bytes) -> None:
@@ -13475,6 +13477,7 @@ PROOF_GROWTH = 3.0  # by which that time grows each time that the peer did not
 MAX_PROOF_S = 0.9 * POOL_IDLE_S
 MAX_WARY_S = 3600.0  # the longest time for which no connection is tried after that
 MAX_UNPROVEN = 2  # idle connections that are kept to be tried
+MAX_ORIGINS = 1_000  # of which something is remembered
 HASTY_S = 1.0  # Servers that keep connections keep them for longer (most for 5 s to 2 min).
 
 
@@ -13641,6 +13644,9 @@ FRAMING_NAMES = b"content-length|transfer-encoding|host|connection"
 FRAMING = re.compile(rb"\n(?:%b): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
 FRAMING_AND_LOGIN = re.compile(rb"\n(?:%b|authorization): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
 TOLD_LENGTH = re.compile(rb"\ncontent-length: ([^\n]*)", re.IGNORECASE)
+CLEAN = bytes.maketrans(bytes([*range(9), *range(10, 32), 127]), b" " * 32)
+CLEAN_LINES = CLEAN[:10] + b"\n" + CLEAN[11:]  # the same for packed headers
+DISCARD_S = 0.5  # what the rest of an answer that nobody reads gets to come in
 
 # -- requests
 
@@ -13896,6 +13902,7 @@ def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
 
 STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
 DNS_CACHE_S = 10.0
+IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 PROXY_VARIABLES = {
     "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
     "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),

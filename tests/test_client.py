@@ -388,6 +388,11 @@ LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connect
         200,
         b"Content-Length: 2\r\nContent-Length: 2\r\n",
     ),
+    "with its length in a list, and other ends of lines": (
+        b"HTTP/1.1 200 OK\nX: y\r\nContent-Length: 2, 2\n\nokContent-Length: 2\r\n\r\n",
+        200,
+        b"ok",
+    ),
     "with its length in a list": (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok", 200, b"ok"),
 }
 
@@ -431,20 +436,25 @@ def test_an_answer_that_ends_with_its_connection_is_understood(run: Scenario, na
     run(scenario())
 
 
-def test_a_length_may_be_told_twice_in_two_pieces(run: Scenario) -> None:
-    """Wherever the first of them ends, and the body in pieces, too (RFC 9110 8.6)."""
-    data = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: y\r\nContent-Length: 2\r\n\r\nok"
+@pytest.mark.parametrize("first", ["", "HTTP/1.1 103 E\r\nLink: x\r\n\r\n"], ids=["at once", "after an interim one"])
+@pytest.mark.parametrize(
+    "lengths", ["content-length:2\r\nX: y\r\nContent-Length: 2", "Content-Length: 2, 2"], ids=["again", "in a list"]
+)
+def test_a_length_may_be_told_twice_in_any_pieces(run: Scenario, first: str, lengths: str) -> None:
+    """Wherever the first of two ends, and byte by byte (RFC 9110 8.6)."""
+    data = f"{first}HTTP/1.1 200 OK\r\n{lengths}\r\nZ: z\r\n\r\nok".encode()
+    cuts = [[data[:end], data[end:]] for end in range(1, len(data), 5)]
 
     async def scenario() -> None:
         async with Peer() as peer:
-            for end in (16, 36, 40, 58, len(data) - 1):
-                asking = peer.ask()
+            for pieces in (*cuts, [bytes([byte]) for byte in data]):
+                asking = peer.ask(keepalive=False)
                 connection = await peer.accept()
                 await connection.request()
                 connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                for piece in (data[:end], data[end:]):
+                for piece in pieces:
                     await connection.send(piece)
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.001)
                 assert await asking == (200, b"ok")
 
     run(scenario())
