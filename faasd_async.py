@@ -1075,7 +1075,12 @@ def headers_by_host(path: Any) -> tuple[tuple[str, Pairs], ...]:
     for host, headers in flat_tables(tables):
         try:
             require(host)
-            hosts.append((host.lower(), tuple(header_table(headers).items())))
+            # As they are sent: each byte of UTF-8 is a character of Latin-1.
+            sent = {
+                name: value.encode().decode("latin-1")
+                for name, value in header_table(headers).items()
+            }
+            hosts.append((host.lower(), tuple(sent.items())))
             require(not NOT_GIVEN & {name.lower().encode() for name in headers})
         except ValueError:
             form = '["HOST"] with lines such as Authorization = "Bearer …"'
@@ -14192,8 +14197,10 @@ class HttpClient:
         is not whole, or is wrong after that. Raises RequestFailed; and what `body` raises, if that
         is an HttpError.
         """
-        # A private context has few URLs, and may be replaced: its destinations are not remembered.
-        find = self._destination if tls is None else self._find_destination
+        # A private context has few URLs, and may be replaced; and which addresses are those of this
+        # machine may change: then destinations are not remembered.
+        remembered = tls is None and not self._proxies
+        find = self._destination if remembered else self._find_destination
         destination = find(url, tls)
         origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)

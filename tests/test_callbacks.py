@@ -655,6 +655,27 @@ async def test_a_receiver_gets_the_headers_that_the_file_has_for_it(
     await other.stop()
 
 
+async def test_headers_for_a_receiver_are_sent_as_they_stand_in_the_file(
+    daemon: StartDaemon, function: Server, tmp_path: Path
+) -> None:
+    """In UTF-8, whatever characters they have."""
+    (tmp_path / "headers.toml").write_text('["127.0.0.1"]\nX-Key = "ü €"\n', "utf-8")
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 204 Thanks\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as receiver:
+        toml = f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1\n'
+        gateway = await daemon(f'{toml}headers_file = "{tmp_path}/headers.toml"')
+        url = f"http://127.0.0.1:{receiver.sockets[0].getsockname()[1]}/"
+        record = await gateway.final(await gateway.submit("echo", X_Callback_Url=url))
+    assert record["callback"]["status"] == "delivered", record
+    assert "\r\nX-Key: ü €\r\n".encode() in heads[0]
+
+
 async def test_what_would_steer_a_request_does_not_reach_the_receiver(
     daemon: StartDaemon, function: Server, sink: Server
 ) -> None:
