@@ -13744,6 +13744,7 @@ class Message(NamedTuple):
     start: bytes  # its head, and its body unless that is streamed
     body: bytes | AsyncIterator[bytes]
     on_status: Tell[int] | None  # see HttpClient.request
+    proxied: bool = False  # whether a proxy gets it to pass it on
 
 
 # -- answers
@@ -13878,7 +13879,11 @@ async def exchange(wire: Wire, request: Message) -> HttpResponse:
         chunked = b"\r\nTransfer-Encoding: chunked\r\n" in request.start
         sending = asyncio.create_task(send_body(wire, body, chunked), name="body of a request")
     try:
-        return HttpResponse(await answer, wire, sending)
+        head = await answer
+        if request.proxied and head[0].code == 407:  # No peer says that (RFC 9110 15.5.8).
+            reason = "can't be reached: the proxy answered 407"
+            raise RequestFailed(FailureKind.UNREACHABLE, reason)
+        return HttpResponse(head, wire, sending)
     except BaseException:
         wire.abort()
         if answer.done() and not answer.cancelled():
@@ -14204,7 +14209,8 @@ class HttpClient:
         destination = find(url, tls)
         origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)
-        request = Message(method, message, body, on_status)
+        proxied = origin.proxy is not None
+        request = Message(method, message, body, on_status, proxied)
         release = functools.partial(self._pool.put, origin) if keepalive else Wire.abort
         # A streamed body can't be sent again, so it gets a new connection.
         wire = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None

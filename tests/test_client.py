@@ -1515,6 +1515,20 @@ def test_a_proxy_that_opens_no_tunnel_is_told_at_once(run: Scenario, pki: Pki, n
     run(scenario())
 
 
+def test_what_a_proxy_says_for_itself_is_no_answer_of_the_peer(run: Scenario) -> None:
+    """Whoever asked has no credentials to give: those are in the daemon's environment."""
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.client = HttpClient(environment={"http_proxy": f"127.0.0.1:{proxy.port}"})
+            proxy.url = yarl.URL("http://other.example/")
+            asking = proxy.ask()
+            await (await proxy.accept()).answer(b"HTTP/1.1 407 Who\r\nContent-Length: 3\r\n\r\n<p>")
+            assert await failure(asking) == (FailureKind.UNREACHABLE, f"{NO_TUNNEL}answered 407")
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 Connec", b"HTTP/1.1 200 Connected\r\n"], ids=[0, 1, 2])
 def test_a_proxy_that_breaks_off_is_told(run: Scenario, said: bytes, reset: bool) -> None:
