@@ -17313,8 +17313,18 @@ async def stream_answer(
             log_failed_sync(ours.get("X-Call-Id"), error)
         if not http.begun:
             raise HttpError(exc.status, error) from None
+        if http.version < (1, 1) and "Content-Length" not in passed_on.headers:
+            reset_at_end(transport)
         transport.abort()  # so that the client sees that the answer is not whole
     return passed_on
+
+
+def reset_at_end(transport: asyncio.Transport) -> None:
+    """Have a connection end with a reset: for HTTP/1.0 its end in good order is that of the answer,
+    and proxies in front of us speak that (nginx does).
+    """
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def copy_body(answer: HttpResponse, http: Exchange, head: Response) -> None:

@@ -479,6 +479,20 @@ async def test_an_answer_that_breaks_off_does_not_look_whole(daemon: StartDaemon
                 await response.read()
 
 
+async def test_an_answer_that_breaks_off_does_not_look_whole_in_http_1_0(daemon: StartDaemon) -> None:
+    """Where the end of an answer is that of its connection, that has to be a reset."""
+    half = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"
+    async with rude_server(half) as url, rude_server(half + b"0\r\n\r\n") as well:
+        gateway = await daemon(f'[functions.cut]\nurl = "{url}"\n[functions.well]\nurl = "{well}"')
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(b"GET /function/well HTTP/1.0\r\n\r\n")
+            assert (await reader.read()).endswith(b"\r\n\r\nhalf")
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(b"GET /function/cut HTTP/1.0\r\n\r\n")
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+
+
 async def test_a_function_that_takes_too_long_is_a_gateway_timeout(daemon: StartDaemon, function: Server) -> None:
     """504 after `upstream_timeout`, and the function's connection is closed."""
     function.behaviour = never
