@@ -15664,7 +15664,8 @@ class Consumer:
         self._job = job
         self._busy = busy  # tells how many consumers have work
         self._wake = asyncio.Event()
-        self._told = asyncio.Event()  # set, and replaced, whenever the queue tells something
+        self._told = asyncio.Event()  # set whenever the queue tells something
+        self._times_told = 0
         self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
         self._running: dict[Hashable, Running] = {}  # by receipt
         self._tasks: set[asyncio.Task[None]] = set()  # of these, and of those that are being stored
@@ -15684,7 +15685,7 @@ class Consumer:
         """There may be something to claim: so the queue works, perhaps again."""
         self._wake.set()
         self._told.set()
-        self._told = asyncio.Event()
+        self._times_told += 1
 
     def cancel(self, receipt: Hashable) -> None:
         """End the attempt of a claim whose work was cancelled, if this queue has it.
@@ -15790,7 +15791,7 @@ class Consumer:
         if outcome is not None:
             decision = self._job.decide(claim, outcome)
         while True:
-            told = self._told
+            times_told = self._times_told
             try:
                 stored = await self._store(claim, outcome, decision)
                 break
@@ -15802,16 +15803,21 @@ class Consumer:
                 if self._stopping.done():
                     log.error("stopping: call %s will run again", claim.call_id)
                     return
-            await self._until_told(told)
+            await self._until_told_since(times_told)
         self._stuck.discard(claim.id)
         if stored and outcome is not None:
             self._job.ended(claim, outcome, decision)
 
-    async def _until_told(self, told: asyncio.Event) -> None:
-        """Wait until the queue tells something, which it does once it works again."""
+    async def _until_told_since(self, times: int) -> None:
+        """Wait until the queue has told something once more than `times`.
+
+        It does once it works again.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETRY_STORE_S):
-                await told.wait()
+                if self._times_told == times:
+                    self._told.clear()
+                    await self._told.wait()
                 await asyncio.sleep(RETRY_SOON_S)
 
     def _store(self, claim: Claim, outcome: Outcome | None, decision: Decision) -> Awaitable[bool]:
