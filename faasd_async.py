@@ -15220,11 +15220,13 @@ class Unsent:
 class LiveOutput:
     """What one attempt writes: for those who read along, and its end for those who come later."""
 
+    __slots__ = ("_readers", "_recent", "attempt", "ended")
+
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
         self.ended = False
         self._recent = bytearray()
-        self._readers: set[Unsent] = set()
+        self._readers: list[Unsent] = []
 
     def write(self, piece: bytes) -> None:
         """Take a piece that the attempt has written. Slow readers do not hold it up."""
@@ -15246,14 +15248,14 @@ class LiveOutput:
         """What the attempt has written lately, and all that it writes, to its end."""
         reader = Unsent()
         reader.put(bytes(self._recent))
-        self._readers.add(reader)
+        self._readers.append(reader)
         try:
             while not self.ended:
                 yield await reader.take()
             reader.wake()
             yield await reader.take()
         finally:
-            self._readers.discard(reader)
+            self._readers.remove(reader)
 
 
 class LiveOutputs:
