@@ -4908,7 +4908,7 @@ def decoded_target(target: str | bytes) -> str:
 
 def call_claim(seq: int, claims: int, *row: Any) -> Claim:
     """A claim from a row of SELECT_CALLS."""
-    claim = Claim(Receipt(seq, claims), *row)
+    claim = Claim._make((Receipt(seq, claims), *row))
     if isinstance(claim.target, bytes):
         return claim._replace(target=decoded_target(claim.target))
     return claim
@@ -5293,8 +5293,8 @@ def deliver_callbacks(file: SqliteFile, completions: Sequence[Completion]) -> li
         rows.append((*completion.receipt, completion.status, http_status, outcome.error))
     valid = change_rows(file.db, END_CALLBACKS, rows)
     ended = list(itertools.compress(completions, valid))
-    for completion in ended:
-        file.tally.move(CALLBACKS, "pending", completion.status)
+    for status, number in Counter([completion.status for completion in ended]).items():
+        file.tally.move(CALLBACKS, "pending", status, number)
     file.news.changed.extend([completion.receipt.seq for completion in ended])
     keep = file.settings().calls.keep_output
     if long := [item.receipt.seq for item in ended if len(item.claim.body) > keep]:
