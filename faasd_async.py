@@ -17321,18 +17321,20 @@ async def stream_answer(
             log_failed_sync(ours.get("X-Call-Id"), error)
         if not http.begun:
             raise HttpError(exc.status, error) from None
-        if http.version < (1, 1) and "Content-Length" not in passed_on.headers:
-            reset_at_end(transport)
-        transport.abort()  # so that the client sees that the answer is not whole
+        break_off(http, passed_on)
     return passed_on
 
 
-def reset_at_end(transport: asyncio.Transport) -> None:
-    """Have a connection end with a reset: for HTTP/1.0 its end in good order is that of the answer,
-    and proxies in front of us speak that (nginx does).
+def break_off(http: Exchange, answer: Response) -> None:
+    """Cut a client off, so that it sees that its answer is not whole. In HTTP/1.0 the end of one
+    without a length is that of its connection, which is reset then: proxies may speak that.
     """
-    sock = transport.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport = http.transport
+    endless = http.version < (1, 1) and "Content-Length" not in answer.headers
+    if endless and not transport.is_closing():
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 async def copy_body(answer: HttpResponse, http: Exchange, head: Response) -> None:
