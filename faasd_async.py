@@ -446,9 +446,11 @@ NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
 MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
 UNIX_ADDRESS = re.compile(r"unix:/.+")
 TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
-# In a URL: an IPv6 address in brackets, with its zone; or a name, which has nothing in percent: a
-# proxy might decode it, and that is another host.
-HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)(?:%[\w.~-]+)?\]|[^][:%]+)(?::[0-9]*)?")
+# In a URL: an IPv6 address in brackets, with its zone; or a name, in IDNA and with nothing in
+# percent: a proxy might decode it, and that is another host.
+HOST_AND_PORT = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~-]+)?\]|[^][:%\x7f-\U0010ffff]+)(?::[0-9]*)?"
+)
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a token of RFC 9110 5.6.2
 HEADER_LINE = re.compile(rf"({HEADER_NAME}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
@@ -703,6 +705,9 @@ def http_codes(value: Any) -> frozenset[int]:
 @expects('a URL such as "http://127.0.0.1:9001"')
 def server_url(value: Any) -> yarl.URL:
     """The URL of an HTTP server, to which path and query are added. It may carry credentials."""
+    host = re.search(r"^\w+://(?:[^/?#]*@)?([^/?#:]+)", value)
+    if host is not None:
+        value = value[: host.start(1)] + host[1].encode("idna").decode() + value[host.end(1) :]
     url = http_url(value)
     require("?" not in value)
     return url

@@ -302,6 +302,14 @@ def test_a_mistake_is_one_line_that_names_its_key(key: str) -> None:
     assert all(name in line for name in named.rstrip(")").split(", "))
 
 
+def test_the_host_of_a_url_may_have_any_letters() -> None:
+    """It is asked for in IDNA, and so named in Host; nothing else of the URL is changed."""
+    url = load("[functions.it]\nurl = 'http://bücher:ü@bücher.example:81/ü'").functions["it"].url
+    assert url is not None
+    assert (url.raw_host, url.port, url.raw_path) == ("xn--bcher-kva.example", 81, "/ü")
+    assert url.host_port_subcomponent == "xn--bcher-kva.example:81"
+
+
 @pytest.mark.parametrize("pattern", NO_PATTERNS)
 def test_a_pattern_that_fits_no_host_is_a_mistake(pattern: str) -> None:
     """In a list of what is denied it would deny nothing, and nobody would know."""
