@@ -3966,6 +3966,11 @@ class WorkIndex:
         self.lanes[queue].add(lane, due_at, number)
         self.wake(queue, min(due_at, self._wake_at.get(queue, due_at)))
 
+    def seems_empty(self, queue: str) -> bool:
+        """Whether no call waits there. To another thread than the writer's this is a guess."""
+        lanes = self.lanes.get(queue)
+        return lanes is None or lanes.total == 0
+
     def wake(self, queue: str, at: float) -> None:
         """Have a queue told at this time, if no claim takes its work before. Infinity: never."""
         self._wake_at[queue] = at
@@ -6332,6 +6337,11 @@ class Writer:
         """Why the last transaction failed; None: it did not."""
         return self._failure
 
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for work."""
+        return self._busy_since == float("inf")
+
     def busy_s(self) -> float:
         """For how long it has not waited for work."""
         return time.monotonic() - self._busy_since
@@ -6509,7 +6519,15 @@ class SqliteQueue:
     def enqueue(self, call: Invocation) -> Awaitable[str]:
         if call.idempotency_key is not None:
             return self._steps.submit(step_enqueue_once, call)
-        return self._steps.share(enqueue_calls, call)
+        stored = self._steps.share(enqueue_calls, call)
+        if self._writer.idle and self._file.index.seems_empty(call.queue):
+            self._wake_early(call.queue)
+        return stored
+
+    def _wake_early(self, queue: str) -> None:
+        """Have the consumer claim in the transaction that stores what it is to claim."""
+        if self._writer.failure is None:
+            self._wake(queue)
 
     def claim(
         self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
@@ -6524,9 +6542,8 @@ class SqliteQueue:
         if claim.queue == CALLBACKS:
             return self._steps.share(deliver_callbacks, completion)
         completed = self._steps.share(complete_calls, completion)
-        told = claim.callback_url or claim.failure_url
-        if told and self._writer.failure is None:
-            self._wake(CALLBACKS)  # Who claims at once does so in the same transaction.
+        if claim.callback_url or claim.failure_url:
+            self._wake_early(CALLBACKS)
         return completed
 
     def retry(self, claim: Claim, outcome: Outcome | None, delay_s: float) -> Awaitable[bool]:

@@ -707,6 +707,15 @@ async def test_the_metrics_count_what_is_done(gateway: Daemon, sink: Server) -> 
     assert found["faasd_async_commit_seconds_count", ""] >= 1
 
 
+async def test_an_idle_daemon_commits_three_times_for_a_call_with_its_callback(gateway: Daemon, sink: Server) -> None:
+    """What follows at once shares a commit: the call and its claim, its outcome and the callback's claim."""
+    for number in range(3):
+        assert (await metrics(gateway))["faasd_async_commit_seconds_count", ""] == 3 * number
+        call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
+        await sink.wait_for(number + 1)  # To ask for the record sooner may tear apart what belongs together.
+        await gateway.final(call_id)
+
+
 async def test_the_metrics_show_what_waits(gateway: Daemon, function: Server) -> None:
     """Six calls, of which four may run at once."""
     function.behaviour = gate = Gate()
