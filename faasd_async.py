@@ -2704,6 +2704,23 @@ def via(target: str) -> str:
     return f"1.1 faasd-async-{zlib.crc32(path):08x}"
 
 
+def in_percent(target: str) -> str:
+    """A target whose bytes above 127 are written as they should have been."""
+    return quote(target.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+
+
+def asked_headers(target: str, headers: CIMultiDictProxy[str]) -> CIMultiDictProxy[str]:
+    """A request's headers. The host of a target in absolute form stands in place of what Host says
+    (RFC 9112 3.2.2).
+    """
+    absolute = re.match(r"\w+://(?:[^/?#]*@)?([^/?#]+)", target)
+    if absolute is None:
+        return headers
+    asked = CIMultiDict(headers)
+    asked["Host"] = absolute[1]
+    return CIMultiDictProxy(asked)
+
+
 def split_target(target: str) -> tuple[str, str]:
     """The first segment of what follows the route, and the rest (path and query), as sent."""
     first = target.partition("?")[0].partition("/")[0]
@@ -16192,11 +16209,6 @@ HEAD_END = b"\r\n\r\n"
 # -- heads
 
 
-def in_percent(target: str) -> str:
-    """A target whose bytes above 127 are written as they should have been."""
-    return quote(target.encode("utf-8", "surrogateescape"), safe=string.punctuation)
-
-
 def sent_target(path: str) -> str:
     """The path and query of a request as they were sent.
 
@@ -16225,6 +16237,8 @@ class RequestHead:
         self.target = sent_target(message.path)
         self.version: tuple[int, int] = message.version
         self.headers: CIMultiDictProxy[str] = message.headers
+        if not message.path.startswith("/"):
+            self.headers = asked_headers(message.path, message.headers)
         self.raw_headers: Sequence[Header] = message.raw_headers
         self.keep_alive = not message.should_close
         # As most are: the head of an answer to it needs nothing special.

@@ -232,6 +232,15 @@ async def test_the_host_that_was_asked_is_forwarded(gateway: Daemon, function: S
         assert call.request.headers["X-Forwarded-Host"] == "functions.example:8443"
 
 
+async def test_the_host_in_a_target_counts_more_than_the_header(gateway: Daemon, function: Server) -> None:
+    """A request as to a proxy names it in both (RFC 9112 3.2.2); so does the protection against DNS rebinding."""
+    await ask(gateway.url, "http://first.example:81/function/echo/a?b", host="second.example")
+    (request,) = function.requests
+    assert (request.headers["X-Forwarded-Host"], request.target) == ("first.example:81", "/a?b")
+    assert (await ask(gateway.url, "http://first.example/system/calls", host="localhost")).status == 421
+    assert (await ask(gateway.url, "http://localhost/system/calls", host="first.example")).status == 200
+
+
 async def test_only_async_calls_count_their_retries(gateway: Daemon, function: Server) -> None:
     """X-Retry is 0 on the first attempt; a sync call is never tried again, so there is nothing to count."""
     sync_call, async_call = await both_ways(gateway, function)
