@@ -1,7 +1,8 @@
 """The commands of the README, run as they are printed, on a host of their own.
 
 A host is made of namespaces: no network but its own, processes of its own, and folders that are written to without
-harm. Where a person gives root's password, waits for the journal or has systemd, there is a script in its place.
+harm. Where a person gives root's password, waits for the journal, has systemd or makes an environment with a pip of
+its own, there is a script in its place.
 """
 
 import asyncio
@@ -43,6 +44,7 @@ ip link set lo up
 install -m 755 "$1"/bin/* /usr/local/bin
 cd "$1/source"
 export HOME="$1/home" PATH="/usr/local/bin:$PATH" PIP_NO_INDEX=1 PIP_FIND_LINKS="$2" PIP_DISABLE_PIP_VERSION_CHECK=1
+export PIP_NO_COMPILE=1 # what is imported is compiled then
 exec env -u PYTHONPATH -u CREDENTIALS_DIRECTORY bash "$1/commands"
 """
 
@@ -66,6 +68,18 @@ case "$*" in
     "restart faasd-async") stop; start ;;
     daemon-reload) ;;
     *) echo "systemctl $*: not known here" >&2; exit 1 ;;
+esac
+"""
+# An environment is made as it is printed, but that its pip is the tests' own: to unpack and compile one for each takes
+# as long as to install. That it works with its own too is seen wherever the tests themselves are installed.
+PYTHON = f"""
+case "$*" in
+    "-m venv "*)
+        {sys.base_prefix}/bin/python3 -m venv --without-pip "$3" || exit
+        printf '#!/bin/bash\nexec {sys.executable} -m pip --python "${{0%%pip}}python" "$@"\n' >"$3/bin/pip"
+        chmod 755 "$3/bin/pip"
+        ;;
+    *) exec {sys.base_prefix}/bin/python3 "$@" ;;
 esac
 """
 # Not run: there is no Docker here (test_packaging.py looks at the image), and the tests are what runs this.
@@ -93,7 +107,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one makes them
         if not folder.exists():
             made = folder.with_name("wheels.made")
-            subprocess.run([*pip, "wheel", "--wheel-dir", made, *needed], cwd=ROOT, check=True)
+            subprocess.run([*pip, "wheel", "--no-build-isolation", "--wheel-dir", made, *needed], cwd=ROOT, check=True)
             made.rename(folder)
     return folder
 
@@ -108,8 +122,7 @@ def prepare(folder: Path, commands: str) -> None:
         (folder / "source" / name).write_text(content)
     for name in ("bin", "home"):
         (folder / name).mkdir()
-    scripts = {"sudo": ROOTS_PASSWORD, "apt": NOTHING, "journalctl": NOTHING, "systemctl": SYSTEMD}
-    scripts["python3"] = f'exec {sys.base_prefix}/bin/python3 "$@"'
+    scripts = {"sudo": ROOTS_PASSWORD, "apt": NOTHING, "journalctl": NOTHING, "systemctl": SYSTEMD, "python3": PYTHON}
     for name, script in scripts.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
     # A daemon that is started by hand stays in front of its person, who goes on in another window.
