@@ -6355,6 +6355,11 @@ class Writer:
         return self._failure
 
     @property
+    def watched(self) -> bool:
+        """Whether somebody is told of changes."""
+        return self._watcher is not None
+
+    @property
     def idle(self) -> bool:
         """Whether it waits for work."""
         return self._busy_since == float("inf")
@@ -6537,7 +6542,9 @@ class SqliteQueue:
         if call.idempotency_key is not None:
             return self._steps.submit(step_enqueue_once, call)
         stored = self._steps.share(enqueue_calls, call)
-        if self._writer.idle and self._file.index.seems_empty(call.queue):
+        # Who watches is told of each state that a commit shows.
+        unseen = self._writer.idle and not self._writer.watched
+        if unseen and self._file.index.seems_empty(call.queue):
             self._wake_early(call.queue)
         return stored
 
