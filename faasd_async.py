@@ -4664,14 +4664,20 @@ def step_start(file: SqliteFile, lane: str, rate: Rate) -> float:
 
 # --- SQLite statements ----------------------------------------------------------------------------
 
-MOST_ROWS = 16  # of one statement; SQLite keeps one for each number of rows, about 1.5 KiB a row
+MOST_ROWS = 32  # of one statement; a power of two, as all their numbers are
 MOST_BYTES = 2**20  # of their bodies: SQLite makes a copy of all values before it begins
 
 
 def pieces(items: Sequence[T], most: int = MOST_ROWS) -> Iterator[Sequence[T]]:
-    """Split a sequence into pieces of at most this length."""
-    for first in range(0, len(items), most):
-        yield items[first : first + most]
+    """Split a sequence into pieces of `most`, and the rest into powers of two.
+
+    SQLite keeps a statement for each number of rows, which takes about 1.5 KiB a row.
+    """
+    first = 0
+    while left := len(items) - first:
+        number = min(most, 1 << (left.bit_length() - 1))
+        yield items[first : first + number]
+        first += number
 
 
 class RowsStatement:
@@ -4684,9 +4690,8 @@ class RowsStatement:
 
     def __init__(self, text: str, values: int, *same: str, body: int | None = None) -> None:
         row = f"({', '.join([*'?' * values, *same])})"  # `same` stands behind those of each
-        self._texts = [
-            text.format(rows=", ".join([row] * number)) for number in range(MOST_ROWS + 1)
-        ]
+        numbers = [1 << power for power in range(MOST_ROWS.bit_length())]
+        self._texts = {number: text.format(rows=", ".join([row] * number)) for number in numbers}
         self._body = body  # which of the values may be long
 
     def run(self, db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> int:
