@@ -66,7 +66,7 @@ Who owns which task or thread
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpResponse       one that sends the request's body, if that is streamed; the end of its block
                        awaits it, or `exchange`, if no answer came
-    Connection         one from its first request on; Server.drain waits until it has answered,
+    Conversation       one from its first request on; Server.drain waits until it has answered,
                        `close` awaits it
     Acceptor           one for each client until its connection is there; `settle` awaits them
     CheckedResolver    a thread for each name that is being looked up; a stop waits for none
@@ -16644,6 +16644,7 @@ class RequestReader:
 
 
 # --- HTTP conversations ---------------------------------------------------------------------------
+# A client's connection, and how what it asks is answered there: by a task, or without one.
 
 INTERNAL_ERROR = "internal error: see the log of faasd-async"
 
