@@ -4186,6 +4186,7 @@ PRAGMAS = (
     "temp_store = MEMORY",  # there may be no place for temporary files
 )
 CHECKPOINT_ROWS = 800  # 1 MiB of the log, from 32 callers at a time: a millisecond's work
+LAST_SYNC_S = 3.0  # for which a process that was killed may hold the file, until its sync is over
 STATEMENTS_KEPT = 256  # one on rows is there once for each number of rows
 REQUIRED_PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
 
@@ -4390,7 +4391,7 @@ class SqliteFile:
         make_private(self.path)
         self.db = sqlite3.connect(
             self.path,
-            timeout=0,
+            timeout=LAST_SYNC_S,
             isolation_level=None,
             check_same_thread=False,
             cached_statements=STATEMENTS_KEPT,

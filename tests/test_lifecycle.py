@@ -669,3 +669,14 @@ async def test_a_reload_tells_what_it_did_not_take_over_and_what_is_gone(daemon:
     await gateway.wait_for_log("configuration reloaded")
     await gateway.wait_for_log("[store] has changed: that needs a restart")
     await gateway.wait_for_log("queue slow-queue is gone: what still waits in it runs with the defaults")
+
+
+async def test_a_start_waits_for_the_death_of_the_daemon_that_was_killed(daemon: StartDaemon) -> None:
+    """It may have to end a sync first, and holds the file until then: `pkill -9`, and at once another one."""
+    gateway = await daemon("")
+    gateway.signal(signal.SIGSTOP)  # As a process that waits for its disk: it does nothing, and holds what it has.
+    other = await daemon("", start=False)
+    await other.spawn()
+    await asyncio.sleep(0.5)  # Sooner it would not have begun to wait; later it would only be killed later.
+    await gateway.kill()
+    await other.wait_for_log("listening on ")

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT
+from asyncio.subprocess import DEVNULL, STDOUT
 from pathlib import Path
 
 import pytest
@@ -137,15 +137,18 @@ async def on_a_host(folder: Path, wheels: Path, commands: str) -> str:
     await asyncio.to_thread(prepare, folder, commands)
     host = namespaces("mount", "net", "pid", "fork", "kill-child", "mount-proc")
     command = (*host, "bash", "-c", HOST, "host", str(folder), str(wheels))
-    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
+    said = folder / "said"
+    with said.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=out, stderr=STDOUT)
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), LONGEST_S)
+        await asyncio.wait_for(process.wait(), LONGEST_S)
+    except TimeoutError:
+        pytest.fail(f"after {LONGEST_S:g} s this is where it is:\n{said.read_text()}")
     finally:
         if process.returncode is None:
             process.kill()
-    said = out.decode()
-    assert process.returncode == 0, said
-    return said
+    assert process.returncode == 0, said.read_text()
+    return said.read_text()
 
 
 async def test_the_first_minutes_are_as_they_are_printed(tmp_path: Path, wheels: Path) -> None:
