@@ -12931,26 +12931,20 @@ class TimeLimit:
             raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}") from None
 
 
-# --- HTTP connections -----------------------------------------------------------------------------
-# Connections to functions, the provider and receivers. Only these sections, up to the client, and
-# the way in know aiohttp, of which they use the parser, which is C, and its streams. What its
+# --- HTTP parsing ---------------------------------------------------------------------------------
+# How answers of functions, the provider and receivers are read. Only these sections, up to the
+# client, and the way in know aiohttp: its parser, which is C, and its streams. What its
 # ClientSession does besides costs three times as much as all that is done here.
 
 READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
 MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
 BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say
-ESTABLISHED = 1  # a TCP connection that both sides may write to
-TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
 HEAD_ENDS = re.compile(rb"\n\r?\n")
 # The first line of an answer that is no interim one; such may stand before it.
 STATUS_LINE = re.compile(rb"(?:\A|\n\r?\n)HTTP/1\.[0-9] ([2-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
 
-AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
 Head = tuple[RawResponseMessage, StreamReader | bytes]  # of an answer, with its body
-
-
-# -- a connection
 
 
 class Flow:
@@ -13027,61 +13021,6 @@ class Flow:
             assert self.transport is not None
             self._reading_paused = False
             self.transport.resume_reading()
-
-
-class TcpInfo(NamedTuple):
-    """What the kernel knows of a connection; -1: it does not tell."""
-
-    state: int
-    acked: int = -1  # bytes that the peer's kernel has taken
-    sent: int = -1  # segments with data that have left
-
-
-def raw_tcp_info(sock: socket.socket) -> bytes:
-    """The first 160 bytes of Linux's struct tcp_info; nothing where there is none."""
-    if sys.platform != "linux":
-        return b""
-    try:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
-    except OSError:  # a Unix socket has none
-        return b""
-
-
-def parse_tcp_info(raw: bytes) -> TcpInfo:
-    """The fields in what `raw_tcp_info` gives: they are looked at only after a failure."""
-    if len(raw) != 160:
-        return TcpInfo(ESTABLISHED)
-    return TcpInfo(raw[0], *TCP_COUNTERS.unpack_from(raw, 120))
-
-
-def tcp_info(sock: socket.socket) -> TcpInfo:
-    """What the kernel knows of a connection now."""
-    return parse_tcp_info(raw_tcp_info(sock))
-
-
-def was_unseen(raw_before: bytes, sock: socket.socket, farewell: bool) -> bool:
-    """Whether the peer can't have seen anything of the request on a connection used again.
-
-    So it is if none of it has left; or if the peer has closed the connection in good order, and its
-    kernel had acknowledged nothing of it by then. (A reset may cross with an acknowledgement.)
-    """
-    before = parse_tcp_info(raw_before)
-    if before.acked <= 0:
-        return False
-    now = tcp_info(sock)
-    taken = now.acked > before.acked or not farewell
-    return now.sent == before.sent or not taken
-
-
-def left_unread(sock: socket.socket, exc: Exception | None) -> Iterator[bytes]:
-    """What had come in on a connection before it broke, if it did, and its transport closes it.
-
-    A peer that answers and closes without having read the request resets the connection; who is
-    writing then is told of that first.
-    """
-    with contextlib.suppress(OSError):
-        while exc is not None and (data := sock.recv(READ_BYTES)):
-            yield data
 
 
 def new_parser(flow: Flow, headless: bool) -> HttpResponseParser:
@@ -13178,6 +13117,152 @@ class WholeAnswers:
         return True
 
 
+class AnswerReader:
+    """Reads the answer to each request on a connection, as far as one goes that is not valid."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._headless = False  # whether the parser expects answers without a body
+        self._parser = new_parser(flow, self._headless)
+        self._whole = WholeAnswers(flow)
+        self._pending = False  # whether the answer's head has yet to come
+        self._head = b""  # what has come of it
+        self._on_status: Tell[int] | None = None  # told the status of an answer whose head is odd
+
+    def expect(self, method: str, on_status: Tell[int] | None) -> None:
+        """Read the answer to another request; for `on_status` see HttpClient.request."""
+        headless = method == "HEAD"
+        if headless != self._headless:
+            self._headless = headless
+            self._parser = new_parser(self._flow, headless)
+        self._pending = True
+        self._head = b""
+        self._on_status = on_status
+
+    def read(self, data: bytes) -> Iterable[Head]:
+        """The answers that begin in this data, interim ones left out; the rest goes to their body.
+
+        Raises RequestFailed behind those that are valid.
+        """
+        if self._pending and not self._head and not self._headless:
+            whole = self._whole.take(data)
+            if whole is not None:
+                self._pending = False
+                return (whole,)
+        return self._parse(data)
+
+    def end(self) -> None:
+        """Note that the connection has ended: so does the body of an answer without a length."""
+        with contextlib.suppress(HttpProcessingError):
+            self._parser.feed_eof()
+
+    def _parse(self, data: bytes) -> Iterator[Head]:
+        try:
+            heads = self._parser.feed_data(data)[0]
+        except HttpProcessingError as exc:
+            yield from self._parse_again(exc, data)
+            return
+        yield from self._answers(heads)
+        if self._pending:
+            self._tell_status(data)
+            self._head += data
+            if len(self._head) > MAX_HEAD_BYTES:
+                raise invalid(f"answered with headers longer than {MAX_HEAD_BYTES} bytes")
+
+    def _parse_again(self, exc: HttpProcessingError, data: bytes) -> Iterator[Head]:
+        """Make what can be made of an answer that is not valid."""
+        if not self._pending:
+            raise no_answer(exc, data)
+        self._tell_status(data)
+        said = self._head + data
+        once = with_one_length(said)
+        if once is None and len(said) <= MAX_HEAD_BYTES:
+            self._head = said
+            return  # The parser refuses what follows, too.
+        self._parser = new_parser(self._flow, self._headless)
+        if once is not None and once != said:
+            self._head = b""
+            yield from self.read(once)
+            return
+        yield from self._answers(whole_heads(self._parser, said))
+        raise no_answer(exc, data)
+
+    def _answers(self, heads: Iterable[Head]) -> Iterator[Head]:
+        """These heads without interim ones (RFC 9110 15.2)."""
+        for head in heads:
+            code = head[0].code
+            if code >= 200 or code < 100 or code == 101:
+                self._pending = False
+                yield head
+
+    def _tell_status(self, data: bytes) -> None:
+        """Tell the status of an answer whose head may never be whole."""
+        if self._on_status is not None and (line := STATUS_LINE.search(self._head + data)):
+            self._on_status(int(line[1]))
+            self._on_status = None  # Told once: the rest of the head may come byte by byte.
+
+
+# --- HTTP connections -----------------------------------------------------------------------------
+
+ESTABLISHED = 1  # a TCP connection that both sides may write to
+TCP_COUNTERS = struct.Struct("=Q28xI")  # tcpi_bytes_acked and tcpi_data_segs_out
+
+
+class TcpInfo(NamedTuple):
+    """What the kernel knows of a connection; -1: it does not tell."""
+
+    state: int
+    acked: int = -1  # bytes that the peer's kernel has taken
+    sent: int = -1  # segments with data that have left
+
+
+def raw_tcp_info(sock: socket.socket) -> bytes:
+    """The first 160 bytes of Linux's struct tcp_info; nothing where there is none."""
+    if sys.platform != "linux":
+        return b""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+    except OSError:  # a Unix socket has none
+        return b""
+
+
+def parse_tcp_info(raw: bytes) -> TcpInfo:
+    """The fields in what `raw_tcp_info` gives: they are looked at only after a failure."""
+    if len(raw) != 160:
+        return TcpInfo(ESTABLISHED)
+    return TcpInfo(raw[0], *TCP_COUNTERS.unpack_from(raw, 120))
+
+
+def tcp_info(sock: socket.socket) -> TcpInfo:
+    """What the kernel knows of a connection now."""
+    return parse_tcp_info(raw_tcp_info(sock))
+
+
+def was_unseen(raw_before: bytes, sock: socket.socket, farewell: bool) -> bool:
+    """Whether the peer can't have seen anything of the request on a connection used again.
+
+    So it is if none of it has left; or if the peer has closed the connection in good order, and its
+    kernel had acknowledged nothing of it by then. (A reset may cross with an acknowledgement.)
+    """
+    before = parse_tcp_info(raw_before)
+    if before.acked <= 0:
+        return False
+    now = tcp_info(sock)
+    taken = now.acked > before.acked or not farewell
+    return now.sent == before.sent or not taken
+
+
+def left_unread(sock: socket.socket, exc: Exception | None) -> Iterator[bytes]:
+    """What had come in on a connection before it broke, if it did, and its transport closes it.
+
+    A peer that answers and closes without having read the request resets the connection; who is
+    writing then is told of that first.
+    """
+    with contextlib.suppress(OSError):
+        while exc is not None and (data := sock.recv(READ_BYTES)):
+            yield data
+
+
 class Wire(asyncio.Protocol):
     """A connection to a peer, and the exchange on it. If something comes that nobody has asked for
     (a 408 to an idle client), it is not used again: the next caller would take that for its answer.
@@ -13187,13 +13272,9 @@ class Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._flow = Flow()
-        self._parser: HttpResponseParser | None = None
-        self._whole = WholeAnswers(self._flow)
-        self._headless = False  # whether the parser expects answers without a body
+        self._reader = AnswerReader(self._flow)
         self._answer: asyncio.Future[Head] | None = None  # for as long as its head is missing
-        self._on_status: Tell[int] | None = None  # told the status of an answer whose head is odd
         self._body: StreamReader = EMPTY_PAYLOAD  # of the last answer
-        self._head = b""  # what has come of a head that is not whole
         self._keep = True  # whether another request may follow
         self._before = b""  # raw_tcp_info at the time when it was used again
         self._farewell = False  # whether the peer has closed it in good order
@@ -13210,17 +13291,10 @@ class Wire(asyncio.Protocol):
     ) -> asyncio.Future[Head]:
         """Send the beginning of a request; the future has the answer's head and body, or
         RequestFailed.
-
-        `on_status` is told the status of an answer whose head is not whole, or goes wrong later.
         """
-        headless = method == "HEAD"
-        if self._parser is None or headless != self._headless:
-            self._headless = headless
-            self._parser = new_parser(self._flow, headless)
-        self._head = b""
+        self._reader.expect(method, on_status)
         self.silent = True
         self.unseen = False
-        self._on_status = on_status
         answer: asyncio.Future[Head] = self._loop.create_future()
         if self.closed:
             answer.set_exception(broken(None))
@@ -13282,54 +13356,18 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take a piece of an answer."""
-        if self._parser is None or (self._answer is None and self._body.is_eof()):
+        if self._answer is None and self._body.is_eof():
             self._keep = False
             self.abort()  # Nobody asked for this.
             return
         self.silent = False
-        fresh = self._answer is not None and not self._head and not self._headless
-        if fresh and (whole := self._whole.take(data)) is not None:
-            self._answered(*whole)
-            return
         try:
-            messages, _, _ = self._parser.feed_data(data)
-        except HttpProcessingError as exc:
-            self._read_again(exc, data)
-            return
-        for message, body in messages:
-            self._answered(message, body)
-        if self._answer is not None:
-            self._tell_status(data)
-            self._head += data
-            if len(self._head) > MAX_HEAD_BYTES:
-                self.fail(invalid(f"answered with headers longer than {MAX_HEAD_BYTES} bytes"))
-
-    def _read_again(self, exc: HttpProcessingError, data: bytes) -> None:
-        """Make what can be made of an answer that is not valid."""
-        self._tell_status(data)
-        said = self._head + data
-        once = with_one_length(said) if self._answer is not None else said
-        if once is None and len(said) <= MAX_HEAD_BYTES:
-            self._head = said
-            return  # The parser refuses what follows, too.
-        self._parser = new_parser(self._flow, self._headless)
-        if once is not None and once != said:
-            self._head = b""
-            self.data_received(once)
-            return
-        for message, body in whole_heads(self._parser, said):
-            self._answered(message, body)
-        self.fail(no_answer(exc, data))
-
-    def _tell_status(self, data: bytes) -> None:
-        """Tell the status of an answer whose head may never be whole."""
-        if self._on_status is not None and (line := STATUS_LINE.search(self._head + data)):
-            self._on_status(int(line[1]))
-            self._on_status = None  # Told once: the rest of the head may come byte by byte.
+            for message, body in self._reader.read(data):
+                self._answered(message, body)
+        except RequestFailed as exc:
+            self.fail(exc)
 
     def _answered(self, message: RawResponseMessage, body: StreamReader | bytes) -> None:
-        if 100 <= message.code < 200 and message.code != 101:
-            return  # An interim answer (RFC 9110 15.2).
         self._keep = self._keep and not message.should_close and self._answer is not None
         if self._answer is None:
             return  # a second answer to one request
@@ -13363,10 +13401,8 @@ class Wire(asyncio.Protocol):
         if self.silent:
             self.unseen = self.unseen or was_unseen(self._before, self._sock, self._farewell)
         unfinished = not self._body.is_eof() and self._body.exception() is None
-        if exc is None and self._parser is not None and unfinished:
-            # The connection's end is that of an answer without a length; with one, it is an error.
-            with contextlib.suppress(HttpProcessingError):
-                self._parser.feed_eof()
+        if exc is None and unfinished:  # With a length, it is an error all the same.
+            self._reader.end()
         self._flow.ended()
         self.ended_at = time.monotonic()
         self.fail(broken(exc))
@@ -13969,6 +14005,8 @@ PROXY_VARIABLES = {
     "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
     "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
 }
+
+AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo gives it
 
 # -- connecting
 
