@@ -3090,6 +3090,27 @@ def log_with(level: int, message: str, **fields: object) -> None:
         log.log(level, message, extra={"fields": given})
 
 
+class RecurringWarning:
+    """A warning about what may last: logged at once, and again after a while or for another reason.
+
+    `line` has a %s for the reason.
+    """
+
+    def __init__(self, line: str, again_s: float) -> None:
+        self._line = line
+        self._again_s = again_s
+        self._reason: str | None = None  # the last one that was logged
+        self._logged_at = 0.0  # monotonic
+
+    def log(self, reason: str) -> None:
+        """Log it, unless it was logged lately for this reason."""
+        now = time.monotonic()
+        if reason != self._reason or now - self._logged_at >= self._again_s:
+            self._reason = reason
+            self._logged_at = now
+            log.warning(self._line, reason)
+
+
 def log_bodies(config: LogConfig, call_id: str, **bodies: bytes) -> None:
     """With `write_debug`: bodies in the log, escaped and cut."""
     if config.write_debug:
@@ -16248,7 +16269,8 @@ DISCARD_BODY_S = 10.0  # in which the rest of a body that nobody wants may come 
 BACKLOG = 1024  # connections that wait to be accepted
 ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
 MAKE_WAY_S = 1.0  # idle for so long, clients make way for those who wait
-TELL_FULL_S = 60.0  # between two lines about that
+CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
+CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores it: RFC 9110 15.2.
 TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
 OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
@@ -17085,7 +17107,7 @@ class Acceptor:
         self._sockets: list[socket.socket] = []
         self._arriving: set[asyncio.Task[None]] = set()  # accepted, no connection yet
         self._again: asyncio.TimerHandle | None = None  # while clients have to wait
-        self._told_at = -math.inf  # monotonic
+        self._full = RecurringWarning(CLIENTS_WAIT, CLIENTS_WAIT_AGAIN_S)
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on a socket."""
@@ -17125,11 +17147,7 @@ class Acceptor:
         for sock in self._sockets:
             self._loop.remove_reader(sock)
         self._again = self._loop.call_later(MAKE_WAY_S, self._make_room)
-        now = time.monotonic()
-        if now - self._told_at >= TELL_FULL_S:
-            self._told_at = now
-            why = os.strerror(number or 0)
-            log.warning("clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)", why)
+        self._full.log(os.strerror(number or 0))
 
     def _make_room(self) -> None:
         """Close connections that are idle: their clients can open them again."""
@@ -19999,7 +20017,7 @@ def boot_id() -> str:
     return ""
 
 
-TELL_WAIT_S = 600.0  # between two lines that say the same of why schedules wait
+SCHEDULES_WAIT_AGAIN_S = 600.0  # between two lines that say the same of why schedules wait
 
 
 class ScheduleNews:
@@ -20007,16 +20025,15 @@ class ScheduleNews:
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()  # set: something below has changed
-        self.stale = True  # whether schedules may have come, changed or gone since the last plan
+        self.version = 1  # of all schedules together: some may have come, changed or gone since
         self.provided: Mapping[str, Schedule] = {}  # by annotations of the provider's functions
         self.ended: set[str] = set()  # schedules of which calls have ended, until that is noted
         self._calls: dict[str, str] = {}  # schedules by the ids of their calls
         self._ids: dict[str, set[str]] = {}  # ids of calls by schedule
-        self._told = ("", 0.0)  # why schedules wait, and when (monotonic) that was logged
 
     def replan(self) -> None:
-        """Have all schedules planned anew: some may have come, changed or gone."""
-        self.stale = True
+        """Have all schedules planned anew."""
+        self.version += 1
         self.changed.set()
 
     def provide(self, schedules: Mapping[str, Schedule]) -> None:
@@ -20024,21 +20041,6 @@ class ScheduleNews:
         if schedules != self.provided:
             self.provided = schedules
             self.replan()
-
-    def planned(self) -> None:
-        """All schedules have been planned."""
-        self.stale = False
-
-    def waits(self, reason: str) -> None:
-        """Log why schedules wait: each reason once, and again after TELL_WAIT_S."""
-        told, when = self._told
-        if reason != told or time.monotonic() > when + TELL_WAIT_S:
-            log.warning("schedules wait: %s", reason)
-            self._told = (reason, time.monotonic())
-
-    def not_planned(self) -> None:
-        """They could not be planned: leave it to the next look, without waking the scheduler."""
-        self.stale = True
 
     def expect(self, state: ScheduleState) -> None:
         """Listen for the ends of a schedule's calls, of ended ones too: they may be run again."""
@@ -20269,6 +20271,24 @@ def clock_is_right() -> bool:
     return doubt is None
 
 
+class WatchedClock:
+    """The wall clock: whether it may be trusted by now, and whether it was set back."""
+
+    def __init__(self) -> None:
+        self.trusted = False
+        self._seen = 0.0  # what it showed last
+
+    def has_changed(self) -> bool:
+        """Whether it was set back since the last look, or may be trusted since then."""
+        now = time.time()
+        set_back = now < self._seen - 1.0
+        self._seen = now
+        if self.trusted or not clock_is_right():
+            return set_back
+        self.trusted = True
+        return True
+
+
 def log_runs(old: ScheduleState, new: ScheduleState) -> None:
     """Log the runs that a state has got."""
     known = {(run.scheduled_for, run.id) for run in old.runs}
@@ -20314,8 +20334,9 @@ class Scheduler:
         self._plans: dict[str, Plan] = {}
         self._settling: set[str] = set()  # schedules that are being settled now
         self._turns = asyncio.Semaphore(SETTLED_AT_ONCE)
-        self._trusted = False  # whether the wall clock may be trusted
-        self._seen_at = 0.0  # what it showed last
+        self._clock = WatchedClock()
+        self._planned = 0  # the version of all schedules that is planned
+        self._held_up = RecurringWarning("schedules wait: %s", SCHEDULES_WAIT_AGAIN_S)
 
     async def run(self) -> None:
         """Go on until this is cancelled. What is due is settled in tasks of this one."""
@@ -20325,7 +20346,7 @@ class Scheduler:
                 try:
                     wait_s = await self._look(group)
                 except StoreError as exc:
-                    self._news.waits(str(exc))
+                    self._held_up.log(str(exc))
                     wait_s = RETRY_STORE_S
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
@@ -20338,14 +20359,8 @@ class Scheduler:
         if not schedules:
             return None
         await self._replan(schedules)
-        for name in self._news.ended & schedules.keys():
-            self._news.ended.discard(name)  # First: another call may end meanwhile.
-            try:
-                await self._note(schedules[name])
-            except StoreError:
-                self._news.ended.add(name)
-                raise
-        if not self._trusted:
+        await self._note_ends(schedules)
+        if not self._clock.trusted:
             return UNSURE_CHECK_S
         now = time.time()
         idle = [plan for name, plan in self._plans.items() if name not in self._settling]
@@ -20363,31 +20378,23 @@ class Scheduler:
 
     async def _replan(self, schedules: Mapping[str, Schedule]) -> None:
         """Plan all schedules, if anything may have changed."""
-        now = time.time()
-        if now < self._seen_at - 1.0:  # The clock was set back.
+        if self._clock.has_changed():
             self._news.replan()
-        self._seen_at = now
-        if not self._trusted and clock_is_right():
-            self._trusted = True
-            self._news.replan()
-        if not self._news.stale:
+        version = self._news.version
+        if version == self._planned:
             return
-        self._news.planned()
-        try:
-            states = await self._queue.schedules.states()
-            plans = [
-                Plan(schedule, states.get(name, ScheduleState(name)), 0.0)
-                for name, schedule in schedules.items()
-            ]
-            await in_batches(self._begin, plans)
-        except StoreError:
-            self._news.not_planned()
-            raise
+        states = await self._queue.schedules.states()
+        plans = [
+            Plan(schedule, states.get(name, ScheduleState(name)), 0.0)
+            for name, schedule in schedules.items()
+        ]
+        await in_batches(self._begin, plans)
+        self._planned = version
 
     async def _begin(self, plan: Plan) -> None:
-        schedule, state = plan[:2]
+        schedule, state = plan.schedule, plan.state
         other = state.definition != schedule.definition
-        if self._trusted and other:
+        if self._clock.trusted and other:
             state = await self._change(schedule, functools.partial(self._steps.begin, schedule))
         self._metrics.missed.labels(schedule.name)
         self._plan(schedule, state)
@@ -20413,6 +20420,15 @@ class Scheduler:
         state = state._replace(revision=revision)
         self._plan(schedule, state)
         return state
+
+    async def _note_ends(self, schedules: Mapping[str, Schedule]) -> None:
+        for name in self._news.ended & schedules.keys():
+            self._news.ended.discard(name)  # First: another call may end meanwhile.
+            try:
+                await self._note(schedules[name])
+            except StoreError:
+                self._news.ended.add(name)
+                raise
 
     async def _note(self, schedule: Schedule) -> None:
         """Store how calls have ended: it is kept for longer than their records."""
