@@ -17477,8 +17477,8 @@ class Route(NamedTuple):
     pattern: re.Pattern[str]  # of the whole path, as it was sent
     access: Access
     handler: Handler
-    cors: bool = False  # whether pages of gateway.trusted_origins may read the answer
-    store: Store | None = None  # what mostly does without the handler
+    cors: bool  # whether pages of gateway.trusted_origins may read the answer
+    store: Store | None  # what mostly does without the handler
 
 
 class Admitted(NamedTuple):
@@ -18204,7 +18204,7 @@ class QueueRoutes:
         rows[-1]["max_inflight"] = config.callback.max_inflight
         return rows
 
-    async def change_queue(self, request: Request) -> Response:
+    async def change(self, request: Request) -> Response:
         """Pause, resume or purge a queue."""
         name, action = request.parts
         queues = self.settings().queues
@@ -20537,83 +20537,79 @@ class ScheduleRoutes:
 # --- Routes and sockets ---------------------------------------------------------------------------
 # Which requests are answered by whom, and on which addresses.
 
-Row = tuple[str, str, Access, Handler]  # method, path, who may use it
-OWN_RESOURCES = "calls|queues|stats|events|schedules|backup"  # of /system; others are OpenFaaS's
+OWN_RESOURCES = "calls|queues|stats|events|schedules|backup"  # of /system
+REST = f"(?!/(?:{OWN_RESOURCES})\\b)…"  # others, which are OpenFaaS's
+CORS_PATHS = ("/function/", "/async-function/")  # for pages of gateway.trusted_origins
 
-
-def path_pattern(path: str) -> re.Pattern[str]:
-    """A pattern for a path with {segment}, {call} (may have slashes) and … (anything)."""
-    pattern = path.replace("…", ".*").replace("{segment}", "([^/]+)").replace("{call}", "(.+)")
-    return re.compile(pattern)
-
-
+OPEN = Access.OPEN
+INVOKE = Access.INVOKE
 VIEW = Access.VIEW
 OPERATE = Access.OPERATE
-REST = f"(?!/(?:{OWN_RESOURCES})\\b)…"  # OpenFaaS's own resources below /system
 
 
-def call_rows(calls: CallRoutes, logs: LogRoutes) -> Sequence[Row]:
-    """The rows of the route table for queued calls."""
-    return (
-        ("GET", "/system/calls", VIEW, calls.list_calls),
-        ("POST", "/system/calls/retry", OPERATE, calls.retry_matching),
-        ("POST", "/system/calls/cancel", OPERATE, calls.cancel_matching),
-        ("GET", "/system/calls/{call}/log", VIEW, logs.show_log),
-        ("GET", "/system/calls/{call}/result", VIEW, calls.show_result),
-        ("GET", "/system/calls/{call}/request", VIEW, calls.show_request),
-        ("POST", "/system/calls/{call}/retry", OPERATE, calls.retry_call),
-        ("POST", "/system/calls/{call}/callback", OPERATE, calls.resend_callback),
-        ("GET", "/system/calls/{call}", VIEW, calls.show_call),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Handlers:
+    """What requests are answered by: an object for each family of routes."""
+
+    functions: FunctionRoutes
+    fn: FnRoutes
+    calls: CallRoutes
+    logs: LogRoutes
+    queues: QueueRoutes
+    backup: BackupRoutes
+    stats: StatsRoutes
+    events: EventRoutes
+    schedules: ScheduleRoutes
+    health: HealthRoutes
+    rest: RestRoutes
+    page: PageRoutes
 
 
-def route_table(
-    functions: FunctionRoutes,
-    calls: CallRoutes,
-    logs: LogRoutes,
-    queues: QueueRoutes,
-    backup: BackupRoutes,
-    stats: StatsRoutes,
-    events: EventRoutes,
-    health: HealthRoutes,
-    rest: RestRoutes,
-    fn: FnRoutes,
-    schedules: ScheduleRoutes,
-    page: PageRoutes,
-) -> Sequence[Route]:
+def route(
+    method: str, path: str, access: Access, handler: Handler, store: Store | None = None
+) -> Route:
+    """A route. In its path {name} is one segment, {call} may have slashes, … is anything."""
+    pattern = path.replace("…", ".*").replace("{name}", "([^/]+)").replace("{call}", "(.+)")
+    cors = path.startswith(CORS_PATHS)
+    return Route(method, re.compile(pattern), access, handler, cors, store)
+
+
+def route_table(to: Handlers) -> Sequence[Route]:
     """All routes there are. The first that fits is taken."""
-    rows: Sequence[Row] = (
-        ("POST", "/async-function/…", Access.INVOKE, functions.queue),
-        ("DELETE", "/async-function/{call}", Access.INVOKE, calls.cancel_call),
-        ("*", "/async-function/…", Access.INVOKE, functions.refuse),
-        ("*", "/function/…", Access.INVOKE, functions.call),
-        ("*", "/r/{segment}/…", Access.INVOKE, fn.call),
-        ("GET", "/healthz", Access.OPEN, health.healthz),
-        ("GET", "/readyz", Access.OPEN, health.readyz),
-        *call_rows(calls, logs),
-        ("GET", "/system/queues", VIEW, queues.list_queues),
-        ("POST", "/system/queues/{segment}/(pause|resume|purge)", OPERATE, queues.change_queue),
-        ("GET", "/system/backup", OPERATE, backup.send_copy),
-        ("GET", "/system/stats", VIEW, stats.show_stats),
-        ("GET", "/system/events", VIEW, events.show_events),
-        ("GET", "/system/schedules", VIEW, schedules.list_schedules),
-        ("POST", "/system/schedules/{segment}/(run|pause|resume)", OPERATE, schedules.change),
-        ("GET", "/metrics", VIEW, queues.expose),
-        ("GET", "/", Access.OPEN, page.home),
-        ("GET", "/ui", Access.OPEN, page.home),
-        ("GET", "/ui/", VIEW, page.show),
-        ("GET", "/v1/apps/{segment}/calls", VIEW, fn.list_calls),
-        ("GET", "/v1/apps/{segment}/calls/{segment}", VIEW, fn.show_call),
-        ("GET", "/v1/apps/{segment}/calls/{segment}/log", VIEW, fn.show_log),
-        ("GET", f"/system{REST}", VIEW, rest.handle),
-        ("*", f"/system{REST}", OPERATE, rest.handle),
+    return (
+        route("POST", "/async-function/…", INVOKE, to.functions.queue, to.functions.store),
+        route("DELETE", "/async-function/{call}", INVOKE, to.calls.cancel_call),
+        route("*", "/async-function/…", INVOKE, to.functions.refuse),
+        route("*", "/function/…", INVOKE, to.functions.call),
+        route("*", "/r/{name}/…", INVOKE, to.fn.call),
+        route("GET", "/healthz", OPEN, to.health.healthz),
+        route("GET", "/readyz", OPEN, to.health.readyz),
+        route("GET", "/system/calls", VIEW, to.calls.list_calls),
+        route("POST", "/system/calls/retry", OPERATE, to.calls.retry_matching),
+        route("POST", "/system/calls/cancel", OPERATE, to.calls.cancel_matching),
+        route("GET", "/system/calls/{call}/log", VIEW, to.logs.show_log),
+        route("GET", "/system/calls/{call}/result", VIEW, to.calls.show_result),
+        route("GET", "/system/calls/{call}/request", VIEW, to.calls.show_request),
+        route("POST", "/system/calls/{call}/retry", OPERATE, to.calls.retry_call),
+        route("POST", "/system/calls/{call}/callback", OPERATE, to.calls.resend_callback),
+        route("GET", "/system/calls/{call}", VIEW, to.calls.show_call),
+        route("GET", "/system/queues", VIEW, to.queues.list_queues),
+        route("POST", "/system/queues/{name}/(pause|resume|purge)", OPERATE, to.queues.change),
+        route("GET", "/system/schedules", VIEW, to.schedules.list_schedules),
+        route("POST", "/system/schedules/{name}/(run|pause|resume)", OPERATE, to.schedules.change),
+        route("GET", "/system/backup", OPERATE, to.backup.send_copy),
+        route("GET", "/system/stats", VIEW, to.stats.show_stats),
+        route("GET", "/system/events", VIEW, to.events.show_events),
+        route("GET", "/metrics", VIEW, to.queues.expose),
+        route("GET", "/", OPEN, to.page.home),
+        route("GET", "/ui", OPEN, to.page.home),
+        route("GET", "/ui/", VIEW, to.page.show),
+        route("GET", "/v1/apps/{name}/calls", VIEW, to.fn.list_calls),
+        route("GET", "/v1/apps/{name}/calls/{name}", VIEW, to.fn.show_call),
+        route("GET", "/v1/apps/{name}/calls/{name}/log", VIEW, to.fn.show_log),
+        route("GET", f"/system{REST}", VIEW, to.rest.handle),
+        route("*", f"/system{REST}", OPERATE, to.rest.handle),
     )
-    cors = ("/function/…", "/async-function/…", "/async-function/{call}")
-    prompt = {("POST", "/async-function/…"): functions.store}
-    return [
-        Route(method, path_pattern(path), access, handler, path in cors, prompt.get((method, path)))
-        for method, path, access, handler in rows
-    ]
 
 
 def passed_sockets() -> list[socket.socket]:
@@ -20905,21 +20901,22 @@ class Daemon:
         inflight = self._consumers.inflight
         queues = QueueRoutes(settings, self._queue, directory, metrics, inflight)
         reasons = WaitReasons(settings, self._queue, self._limits, inflight)
-        routes = route_table(
-            functions,
-            CallRoutes(settings, self._queue, self._waiters, reasons),
-            LogRoutes(settings, self._queue, self._waiters, outputs, shared),
-            queues,
-            BackupRoutes(self._queue),
-            StatsRoutes(queues, self._queue, self._limits, self._warnings.lines),
-            EventRoutes(settings, self._hub),
-            HealthRoutes(self._queue, self._waiters),
-            RestRoutes(settings, provider, directory, metrics),
-            FnRoutes(functions, self._queue),
-            ScheduleRoutes(scheduler),
-            PageRoutes(),
+        handlers = Handlers(
+            functions=functions,
+            fn=FnRoutes(functions, self._queue),
+            calls=CallRoutes(settings, self._queue, self._waiters, reasons),
+            logs=LogRoutes(settings, self._queue, self._waiters, outputs, shared),
+            queues=queues,
+            backup=BackupRoutes(self._queue),
+            stats=StatsRoutes(queues, self._queue, self._limits, self._warnings.lines),
+            events=EventRoutes(settings, self._hub),
+            schedules=ScheduleRoutes(scheduler),
+            health=HealthRoutes(self._queue, self._waiters),
+            rest=RestRoutes(settings, provider, directory, metrics),
+            page=PageRoutes(),
         )
-        return Front(settings, routes, refusals), {CALLBACKS: sender, "": invoker}, chores
+        front = Front(settings, route_table(handlers), refusals)
+        return front, {CALLBACKS: sender, "": invoker}, chores
 
     def _callback_allowed(self, host: str, address: str) -> bool:
         return callback_allowed(host, address, self.config.callback)
