@@ -869,6 +869,15 @@ def uuid7(stamp_ms: int, high: int, low: int) -> str:
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+# Translators send what goes to such an address to the IPv4 address in its last 32 bits (RFC 4291
+# 2.5.5.1, RFC 2765 2.1, RFC 6052 2.1, RFC 8215).
+IPV4_IN_IPV6 = tuple(
+    map(ipaddress.IPv6Network, ("::/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48"))
+)
+
+# Where the clouds of Amazon and Google answer to IPv6 what 169.254.169.254 answers to IPv4.
+CLOUD_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254")))
+
 
 def called_host(url: yarl.URL) -> str:
     """The host of a URL as it is looked up: in a URL the % before an address's zone is %25."""
@@ -916,6 +925,23 @@ def address_in(host: str) -> Address | None:
         except (OSError, ValueError):
             return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def addresses_reached(address: Address) -> Iterator[Address]:
+    """An address, and those that what is sent there may end at.
+
+    A translator or a tunnel passes on what an IPv6 address says of an IPv4 address (RFC 3056, 4380,
+    6052), and who connects to the unspecified address is connected to the own machine.
+    """
+    yield address
+    if address.is_unspecified:
+        yield ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    elif isinstance(address, ipaddress.IPv6Address) and not address.is_loopback:
+        if any(address in network for network in IPV4_IN_IPV6):
+            yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if address.sixtofour:
+            yield address.sixtofour
+        yield from address.teredo or ()
 
 
 def is_network_pattern(pattern: str) -> bool:
@@ -2519,7 +2545,7 @@ def retry_after_s(value: str | None, now: float) -> float | None:
     None where it says nothing.
     """
     value = value or ""
-    if re.fullmatch(r"\s*[0-9]{1,12}\s*", value):
+    if re.fullmatch(r"\s*[0-9]+\s*", value):
         return min(float(value), MAX_RETRY_AFTER_S)
     with contextlib.suppress(ValueError, OverflowError):
         # RFC 9110 5.6.7: always in GMT.
@@ -2600,18 +2626,18 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
     place says that it never will be, because a proxy looks the name up.
 
     With `allow`, nothing else is allowed; a name passes while its address is unknown and `allow`
-    has networks, which can't be compared yet. Link-local addresses (cloud metadata) need an entry
-    of `allow` for the address itself.
+    has networks, which can't be compared yet. Link-local addresses and others of cloud metadata
+    need an entry of `allow` for the address itself.
     """
-    names = [host.lower().rstrip(".")]
+    name = host.lower().rstrip(".")
     literal = address_in(address or host)
-    if literal is not None:
-        names.append(str(literal))
-    if is_listed(names, config.deny):
+    reached = [] if literal is None else list(addresses_reached(literal))
+    addresses = list(map(str, reached))
+    if is_listed([name, *addresses], config.deny):
         return False
-    if literal is not None and literal.is_link_local:
-        return is_listed(names[1:], config.allow)
-    if not config.allow or is_listed(names, config.allow):
+    if any(one.is_link_local or one in CLOUD_METADATA for one in reached):
+        return is_listed(addresses, config.allow)
+    if not config.allow or is_listed([name, *addresses[:1]], config.allow):
         return True
     return literal is None and address is None and any(map(is_network_pattern, config.allow))
 

@@ -511,7 +511,7 @@ async def test_a_denied_address_is_denied_however_it_is_written(
     daemon: StartDaemon, function: Server, sink: Server
 ) -> None:
     """The forms that inet_aton and resolvers take for this machine: refused at once, or not connected to."""
-    deny = '["127.0.0.0/8", "0.0.0.0/8", "::1/128", "::/96"]'
+    deny = '["127.0.0.0/8", "::1"]'
     gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1\ndeny = {deny}')
     for host in LOOPBACK:
         headers = {"X-Callback-Url": f"http://{host}:{sink.port}/"}
