@@ -8353,54 +8353,27 @@ def lease_s(config: Config, queue: str) -> float:
     return config.queue(queue).ack_wait
 
 
-class NatsLane:
-    """One lane: what its consumer on the server has, and what that has sent us already."""
+class NatsPull:
+    """A request to a consumer for the messages that it has now."""
 
-    def __init__(self, queue: str, name: str, consumer: str) -> None:
-        self.queue = queue
-        self.name = name
-        self.consumer = consumer
+    def __init__(self, number: str, left: int) -> None:
+        self.number = number  # by which its end is recognized
+        self.left = left  # messages that may still arrive
+        self.over = asyncio.Event()  # none will
+
+
+class NatsInbox:
+    """What the consumer of a lane was asked for, and what it has sent us."""
+
+    def __init__(self) -> None:
         self.buffer: deque[Delivery] = deque()  # sent to us, and not claimed yet
-        # Numbers of messages, as the server said last.
-        self.pending = 0  # not sent to anybody yet
-        self.later = 0  # not due yet
-        self.aside = 0  # waiting for keys that others have
-        self.unacked = 0  # sent to somebody; that includes the buffer
+        self._parked: str | None = None  # the number of a pull that waits for one message
+        self._pull: NatsPull | None = None  # one that a claim waits for
+        self._arrived = asyncio.Event()  # a message has
+        self._awaited = False  # whether a claim waits for that
         # Sequences in the stream.
         self._newest = 0  # the last that was sent to us
         self._expected = 0  # the last that we have stored ourselves
-        self._sent = 0  # the last that was sent to anybody
-        self._released: set[int] = set()  # given back by us, and sent to nobody since
-        # Given back by us and not seen since, and when (monotonic); the oldest first.
-        self._given_back: dict[int, float] = {}
-        self._arrived = asyncio.Event()  # a message has
-        self._awaited = False  # whether a claim waits for that
-        self._is_asked = False  # whether somebody's pull waits at the server
-        self._hangs = False  # whether one waited, and got nothing of what there was
-        self._parked: str | None = None  # the number of a pull that waits for one message
-        self._pull: tuple[str, int] | None = None  # number of a pull, how many it still gets
-        self._pulled: asyncio.Future[None] | None = None  # that this pull has ended
-
-    @property
-    def waiting(self) -> int:
-        """Calls that nobody has claimed."""
-        here = len(self.buffer) + len(self._released)
-        return self.pending + self.later + self.aside + here
-
-    @property
-    def running(self) -> int:
-        """Calls that somebody has claimed, as the server said last."""
-        return max(0, self.unacked - len(self.buffer) - len(self._released))
-
-    @property
-    def promising(self) -> bool:
-        """Whether there is something to claim."""
-        return bool(self.buffer or self.pending or self._released)
-
-    @property
-    def first_seq(self) -> int:
-        """The first sequence that may be a message which nobody has."""
-        return min(self._released, default=self._sent + 1)
 
     @property
     def parked(self) -> bool:
@@ -8412,58 +8385,62 @@ class NatsLane:
         """Whether a claim waits for messages."""
         return self._awaited or self._pull is not None
 
-    def arrive(self, delivery: Delivery) -> bool:
-        """Take a message that the server has sent. Whether a claim waits for it."""
-        self.buffer.append(delivery)
-        self.pending = delivery.pending
-        self._newest = max(self._newest, delivery.seq)
-        self._released.discard(delivery.seq)
-        self._given_back.pop(delivery.seq, None)
-        self._arrived.set()
-        pulling = self.pulling
-        if self._parked is not None:  # It was asked before a pull was, and is served first.
-            self._parked = None
-        elif self._pull is not None:
-            number, left = self._pull
-            self._pull = (number, left - 1)
-            if left == 1:
-                self._end_pull()
-        return pulling
-
-    def status(self, number: str) -> None:
-        """Note that the server has no more for a pull."""
-        if number == self._parked:
-            self._parked = None
-        elif self._pull is not None and number == self._pull[0]:
-            self.pending = 0
-            self._released.clear()
-            self._end_pull()
-
-    def lost(self) -> None:
-        """Forget what was sent to us: the connection is another one."""
-        self._parked = None
-        self.buffer.clear()
-        self._end_pull()
+    @property
+    def late(self) -> bool:
+        """Whether a message that we have stored was not sent to us, perhaps to somebody else."""
+        return self._expected > self._newest
 
     def park(self, number: str) -> None:
         """Note that the next message will be sent to us."""
         self._parked = number
 
-    def pull(self, number: str, count: int) -> asyncio.Future[None]:
-        """Note that up to this many messages will arrive at once. Done when they have."""
-        self._pull = (number, count)
-        self._pulled = asyncio.get_running_loop().create_future()
-        return self._pulled
+    def unpark(self) -> None:
+        """Note that it will not, unless the server is asked again."""
+        self._parked = None
+
+    def pull(self, number: str, count: int) -> NatsPull:
+        """Note that up to this many messages will arrive at once."""
+        self._pull = NatsPull(number, count)
+        return self._pull
+
+    def arrive(self, delivery: Delivery) -> None:
+        """Take a message that the server has sent."""
+        self.buffer.append(delivery)
+        self._newest = max(self._newest, delivery.seq)
+        self._arrived.set()
+        if self.parked:  # That was asked for before a pull was, and is served first.
+            self.unpark()
+        elif self._pull is not None:
+            self._pull.left -= 1
+            if not self._pull.left:
+                self._end_pull()
+
+    def end(self, number: str) -> bool:
+        """Note that the server sends no more for a pull. Whether it is one that a claim waits for:
+        then the server had no more.
+        """
+        if number == self._parked:
+            self.unpark()
+        elif self._pull is not None and number == self._pull.number:
+            self._end_pull()
+            return True
+        return False
 
     def _end_pull(self) -> None:
-        self._pull = None
-        if self._pulled is not None and not self._pulled.done():
-            self._pulled.set_result(None)
+        if self._pull is not None:
+            self._pull.over.set()
+            self._pull = None
 
-    @property
-    def late(self) -> bool:
-        """Whether a message that we have stored was not sent to us, perhaps to somebody else."""
-        return self._expected > self._newest
+    def lose(self) -> None:
+        """Forget what was sent to us: the connection is another one."""
+        self.unpark()
+        self.buffer.clear()
+        self._end_pull()
+
+    def expect(self, seq: int) -> bool:
+        """We have stored a message: whether it still has to be sent to somebody."""
+        self._expected = max(self._expected, seq)
+        return seq > self._newest
 
     async def arrival(self) -> None:
         """Wait a moment for a message that is late."""
@@ -8476,25 +8453,110 @@ class NatsLane:
         if not self._arrived.is_set():
             self._expected = 0
 
+    def take(self, number: int) -> list[Delivery]:
+        """Up to so many messages, which are claimed now or given back."""
+        return [self.buffer.popleft() for _ in range(min(number, len(self.buffer)))]
+
+    def drop(self, own_id: str) -> None:
+        """Drop a message that is not to be claimed any more."""
+        for delivery in self.buffer:
+            if delivery.id == own_id:
+                self.buffer.remove(delivery)
+                return
+
+
+class NatsGivenBack:
+    """Messages of a lane that we have given back, by sequence, until they are seen again."""
+
+    def __init__(self) -> None:
+        self.waiting: set[int] = set()  # those that nobody has, as far as is known
+        self._since: dict[int, float] = {}  # when (monotonic), of all of them; the oldest first
+
+    def add(self, seq: int) -> None:
+        """Note one. Of very many, the first are with somebody by now."""
+        self.discard(seq)
+        self.waiting.add(seq)
+        self._since[seq] = time.monotonic()
+        if len(self._since) > MANY_GIVEN_BACK:
+            self.discard(next(iter(self._since)))
+
+    def discard(self, seq: int) -> None:
+        """Note that one was seen again, if it was given back."""
+        self.waiting.discard(seq)
+        self._since.pop(seq, None)
+
+    def clear(self) -> None:
+        """Note that somebody has them all."""
+        self.waiting.clear()
+        self._since.clear()
+
+    def pop_overdue(self) -> list[int]:
+        """Those that somebody should have been sent by now. Each is told once."""
+        before = time.monotonic() - POLL_S
+        overdue = [seq for seq, when in self._since.items() if when < before]
+        for seq in overdue:
+            self.discard(seq)
+        return overdue
+
+
+class NatsLane:
+    """One lane: what its consumer on the server has, and what that has sent us already."""
+
+    def __init__(self, queue: str, name: str, consumer: str) -> None:
+        self.queue = queue
+        self.name = name
+        self.consumer = consumer
+        self.inbox = NatsInbox()
+        self.given_back = NatsGivenBack()
+        # Numbers of messages, as the server said last.
+        self.pending = 0  # not sent to anybody yet
+        self.later = 0  # not due yet
+        self.aside = 0  # waiting for keys that others have
+        self.unacked = 0  # sent to somebody; that includes those in the inbox
+        self._sent = 0  # the last sequence that was sent to anybody
+        self._is_asked = False  # whether somebody's pull waits at the server
+        self._hangs = False  # whether one waited, and got nothing of what there was
+
+    @property
+    def waiting(self) -> int:
+        """Calls that nobody has claimed."""
+        here = len(self.inbox.buffer) + len(self.given_back.waiting)
+        return self.pending + self.later + self.aside + here
+
+    @property
+    def running(self) -> int:
+        """Calls that somebody has claimed, as the server said last."""
+        return max(0, self.unacked - len(self.inbox.buffer) - len(self.given_back.waiting))
+
+    @property
+    def promising(self) -> bool:
+        """Whether there is something to claim."""
+        return bool(self.inbox.buffer or self.pending or self.given_back.waiting)
+
+    @property
+    def first_seq(self) -> int:
+        """The first sequence that may be a message which nobody has."""
+        return min(self.given_back.waiting, default=self._sent + 1)
+
+    def arrive(self, delivery: Delivery) -> bool:
+        """Take a message that the server has sent. Whether a claim waits for it."""
+        pulling = self.inbox.pulling
+        self.inbox.arrive(delivery)
+        self.given_back.discard(delivery.seq)
+        self.pending = delivery.pending
+        return pulling
+
+    def end_pull(self, number: str) -> None:
+        """Note that the server sends no more for a pull."""
+        if self.inbox.end(number):
+            self.pending = 0
+            self.given_back.waiting.clear()
+
     def expect(self, seq: int) -> bool:
         """We have stored a message: whether it still has to be sent to somebody."""
-        self._expected = max(self._expected, seq)
-        if seq <= self._newest:
-            return False
-        self.pending += 1
-        return True
-
-    def release(self, seq: int) -> None:
-        """Note a message that was given back. Of very many, the first are with somebody by now."""
-        self._released.add(seq)
-        self._given_back.pop(seq, None)
-        self._given_back[seq] = time.monotonic()
-        if len(self._given_back) > MANY_GIVEN_BACK:
-            self._drop_given_back(next(iter(self._given_back)))
-
-    def _drop_given_back(self, seq: int) -> None:
-        del self._given_back[seq]
-        self._released.discard(seq)
+        expected = self.inbox.expect(seq)
+        self.pending += expected
+        return expected
 
     def forgotten(self) -> list[int]:
         """The sequences of messages that were given back and that the server sends to nobody,
@@ -8503,21 +8565,7 @@ class NatsLane:
         A server may forget a NAK that it has acknowledged (seen with 2.15.1, after a kill and with
         no fault at all, one in some hundred).
         """
-        if not self._is_asked or self.pending:
-            return []
-        before = time.monotonic() - POLL_S
-        told = [seq for seq, when in self._given_back.items() if when < before]
-        for seq in told:
-            self._drop_given_back(seq)
-        return told
-
-    def drop(self, own_id: str) -> Delivery | None:
-        """Take a message out of the buffer that is not to be claimed any more."""
-        for delivery in self.buffer:
-            if delivery.id == own_id:
-                self.buffer.remove(delivery)
-                return delivery
-        return None
+        return self.given_back.pop_overdue() if self._is_asked and not self.pending else []
 
     def count(self, info: Mapping[str, Any]) -> None:
         """Take over what the server has said of the lane's consumer."""
@@ -8527,12 +8575,11 @@ class NatsLane:
         self._is_asked = info["num_waiting"] > 0
         hangs = self._is_asked and self.pending > 0 and sent == self._sent
         if hangs and self._hangs:  # A consumer that was paused serves nobody but who asks anew.
-            self._parked = None
+            self.inbox.unpark()
         self._hangs = hangs
         self._sent = sent
-        if info["num_ack_pending"] <= len(self.buffer):
-            self._released.clear()
-            self._given_back.clear()
+        if self.unacked <= len(self.inbox.buffer):
+            self.given_back.clear()
 
     def count_later(self, number: int) -> None:
         """Take over how many messages are not due yet."""
@@ -8781,9 +8828,9 @@ class NatsLanes:
         while shares := turns.shares(limit - len(taken), left, held):
             await gather_all([self._fetch(lane, number) for lane, number in shares])
             for lane, number in shares:
-                found = [lane.buffer.popleft() for _ in range(min(number, len(lane.buffer)))]
-                taken += [(lane, delivery) for delivery in found]
-                left[lane.name] = left.get(lane.name, left.get("", limit)) - len(found)
+                deliveries = lane.inbox.take(number)
+                taken += [(lane, delivery) for delivery in deliveries]
+                left[lane.name] = left.get(lane.name, left.get("", limit)) - len(deliveries)
                 if lane.promising:
                     turns.ready[lane.name] = lane
         for lane in held:
@@ -8793,23 +8840,22 @@ class NatsLanes:
     async def _fetch(self, lane: NatsLane, number: int) -> None:
         """Fill a lane's buffer up to this many messages, if there are so many."""
         for _ in range(3):
-            missing = number - len(lane.buffer)
+            missing = number - len(lane.inbox.buffer)
             if missing > 0:
-                pull = self._pulls.number()
-                arrived = lane.pull(pull, missing)
+                pull = lane.inbox.pull(self._pulls.number(), missing)
+                end = functools.partial(lane.end_pull, pull.number)
                 wait_s = self._settings().nats.publish_timeout
-                loop = asyncio.get_running_loop()
-                limit = Timer(loop, wait_s, functools.partial(lane.status, pull))
+                limit = Timer(asyncio.get_running_loop(), wait_s, end)
                 try:
-                    await self._pulls.ask(lane, pull, {"batch": missing, "no_wait": True})
-                    await arrived
+                    await self._pulls.ask(lane, pull.number, {"batch": missing, "no_wait": True})
+                    await pull.over.wait()
                 finally:
                     limit.cancel()
-                    lane.status(pull)
-            if len(lane.buffer) >= number or not lane.late:
+                    end()
+            if len(lane.inbox.buffer) >= number or not lane.inbox.late:
                 break
             # A consumer knows of a message a little later than whoever has stored it.
-            await lane.arrival()
+            await lane.inbox.arrival()
 
     async def settle(self, queue: str, wanted: bool, left: Mapping[str, int]) -> None:
         """After a claim: have the next messages sent to us, or let others have them."""
@@ -8818,7 +8864,7 @@ class NatsLanes:
         for lane in list(turns.lanes.values()):
             if self._wants(turns, lane):
                 await self._park(turns, lane)
-            elif lane.buffer:
+            elif lane.inbox.buffer:
                 await self.release(lane)
 
     def _wants(self, turns: NatsTurns, lane: NatsLane) -> bool:
@@ -8827,20 +8873,20 @@ class NatsLanes:
 
     async def _park(self, turns: NatsTurns, lane: NatsLane) -> None:
         """Have the next message of a lane sent to us, if there is room for it."""
-        if not lane.parked and not lane.buffer and self._wants(turns, lane):
+        if not lane.inbox.parked and not lane.inbox.buffer and self._wants(turns, lane):
             number = self._pulls.number()
-            lane.park(number)
+            lane.inbox.park(number)
             await self._pulls.ask(lane, number, {"batch": 1, "expires": round(PARKED_S * 1e9)})
 
     async def release(self, lane: NatsLane) -> None:
         """Give back what was sent to us and is not claimed."""
-        while lane.buffer:
-            delivery = lane.buffer.popleft()
+        while lane.inbox.buffer:
+            delivery = lane.inbox.buffer.popleft()
             await self.give_back(lane, delivery)
 
     async def give_back(self, lane: NatsLane, delivery: Delivery) -> None:
         """Have a message delivered again, to us or another daemon, before all that wait."""
-        lane.release(delivery.seq)
+        lane.given_back.add(delivery.seq)
         self.queues[lane.queue].ready[lane.name] = lane
         await self._replies.give_back(delivery)
 
@@ -8849,7 +8895,7 @@ class NatsLanes:
         if not message.reply:
             consumer, number = message.subject.decode().split(".")[-2:]
             if lane := self.by_consumer.get(consumer):
-                lane.status(number)
+                lane.end_pull(number)
             return message.status != "408"
         consumer, delivery = read_delivery(message)
         arrived = self.by_consumer.get(consumer)
@@ -8875,13 +8921,13 @@ class NatsLanes:
                     await self._park(turns, lane)
             elif self._wants(turns, lane):  # now, though not when it came
                 self._wake(lane.queue)
-            elif not lane.pulling:
+            elif not lane.inbox.pulling:
                 await self.release(lane)
 
     def reconnected(self) -> None:
         """Forget what was sent on the old connection: it may be sent again, to others."""
         for lane in self.by_consumer.values():
-            lane.lost()
+            lane.inbox.lose()
             self.queues[lane.queue].ready[lane.name] = lane
             self._wake(lane.queue)
 
@@ -9084,7 +9130,7 @@ class NatsConsumers:
     async def _make_again(self, root: str, queue: str, name: str, consumer: str) -> None:
         log.warning("NATS: consumer %s is gone, and made again", consumer)
         if lane := self._lanes.by_consumer.get(consumer):
-            lane.lost()
+            lane.inbox.lose()
         await self._make(root, queue, name, consumer)
 
     async def _count(self, root: str, queue: str, name: str, info: Mapping[str, Any]) -> None:
@@ -9796,7 +9842,7 @@ class NatsWaiting:
 
     async def head(self, lane: NatsLane) -> float:
         """When the first waiting call of a lane was due."""
-        found = [delivery.data for delivery in list(lane.buffer)[:1]]
+        found = [delivery.data for delivery in list(lane.inbox.buffer)[:1]]
         places = [("work", lane.name, lane.first_seq), ("later", lane.name, 1)]
         if lane.aside:
             places.append(("later", lane.name + ASIDE, 1))
@@ -10205,7 +10251,7 @@ class NatsMessages:
         turns = self._lanes.queues[queue]
         lane = turns.lanes[name]
         if verb == b"-NAK":
-            lane.release(seq)
+            lane.given_back.add(seq)
             turns.ready[name] = lane
         place = f"{self._lanes.stream}.{lane.consumer}"
         await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
@@ -10219,7 +10265,7 @@ class NatsMessages:
     def forget(self, queue: str, name: str, own_id: str) -> None:
         """Drop a message that was sent to us and is not to be claimed any more."""
         if lane := self._lanes.queues[queue].lanes.get(name):
-            lane.drop(own_id)
+            lane.inbox.drop(own_id)
 
     def put_off(self, delivery: Delivery, delay_s: float) -> None:
         """Have a message delivered again after a while."""
@@ -12115,7 +12161,7 @@ async def renew_leases(
     for held in list(holdings.held.values()):
         replies.extend(held.delivery)
     for lane in list(lanes.by_consumer.values()):
-        for delivery in list(lane.buffer):  # sent to us, and not claimed yet
+        for delivery in list(lane.inbox.buffer):  # sent to us, and not claimed yet
             replies.extend(delivery)
     with contextlib.suppress(StoreError):
         await slots.renew()

@@ -244,7 +244,7 @@ def test_what_others_have_by_now_is_not_remembered_for_ever() -> None:
     """Of what is given back while much more waits, nothing tells who gets it."""
     lane = NatsLane(REQUESTS, "figlet", "consumer")
     for seq in range(3 * MANY_GIVEN_BACK):
-        lane.release(seq)
-        lane.release(seq)
+        lane.given_back.add(seq)
+        lane.given_back.add(seq)
     assert lane.waiting == MANY_GIVEN_BACK
     assert lane.first_seq == 2 * MANY_GIVEN_BACK
