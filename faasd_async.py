@@ -8706,6 +8706,10 @@ class NatsPulls:
         self._link.send(subject, json.dumps(body).encode(), reply)
 
 
+ACK = b"+ACK"  # the work is done: its message is deleted
+NAK = b"-NAK"  # the message is to be delivered again, before all that wait
+
+
 class NatsReplies:
     """Tells a consumer about messages that it has sent: the work is done, goes on, or is to be
     delivered again. NatsRecovery repairs what is lost with a connection.
@@ -8717,7 +8721,7 @@ class NatsReplies:
     def ack(self, delivery: Delivery) -> None:
         """Say that the work is done: its message is deleted."""
         with contextlib.suppress(StoreError):
-            self._link.send(delivery.reply, b"+ACK")
+            self._link.send(delivery.reply, ACK)
 
     def extend(self, delivery: Delivery) -> None:
         """Say that the work goes on: nobody else is to have it."""
@@ -8727,12 +8731,12 @@ class NatsReplies:
     async def give_back(self, delivery: Delivery) -> None:
         """Have a message delivered again, to us or another daemon, before all that wait."""
         with contextlib.suppress(StoreError):
-            await self._link.request(delivery.reply, b"-NAK")
+            await self._link.request(delivery.reply, NAK)
 
     def put_off(self, delivery: Delivery, delay_s: float) -> None:
         """Have a message delivered again after a while."""
         with contextlib.suppress(StoreError):
-            self._link.send(delivery.reply, b'-NAK {"delay": %d}' % round(delay_s * 1e9))
+            self._link.send(delivery.reply, b'%b {"delay": %d}' % (NAK, round(delay_s * 1e9)))
 
 
 # --- NATS turns -----------------------------------------------------------------------------------
@@ -9816,6 +9820,14 @@ async def nats_result(calls: NatsCalls, call_id: str) -> StoredAnswer:
     return StoredAnswer(call.http_status, unpack_headers(parts.answer_headers), parts.output)
 
 
+class WorkMessage(NamedTuple):
+    """A work message as the stream has it."""
+
+    subject: str
+    seq: int
+    data: bytes
+
+
 class NatsWaiting:
     """Reads work messages that wait."""
 
@@ -9824,9 +9836,9 @@ class NatsWaiting:
         self._subjects = subjects
         self._stream = stream
 
-    async def between(self, pattern: str, first: int, last: int) -> list[tuple[int, bytes, str]]:
+    async def between(self, pattern: str, first: int, last: int) -> list[WorkMessage]:
         """The messages of a subject with wildcards from one sequence to another."""
-        found: list[tuple[int, bytes, str]] = []
+        found: list[WorkMessage] = []
         while first <= last:
             body = json.dumps({"next_by_subj": pattern, "seq": first, "batch": BATCH}).encode()
             for message in await self._link.gather(f"$JS.API.DIRECT.GET.{self._stream}", body):
@@ -9834,7 +9846,7 @@ class NatsWaiting:
                 seq = int(headers["Nats-Sequence"])
                 if seq > last:
                     return found
-                found.append((seq, message.data, headers["Nats-Subject"]))
+                found.append(WorkMessage(headers["Nats-Subject"], seq, message.data))
                 first = seq + 1
             if len(found) % BATCH or not found:
                 break
@@ -10250,17 +10262,18 @@ class NatsMessages:
         """
         turns = self._lanes.queues[queue]
         lane = turns.lanes[name]
-        if verb == b"-NAK":
+        if verb == NAK:
             lane.given_back.add(seq)
             turns.ready[name] = lane
         place = f"{self._lanes.stream}.{lane.consumer}"
         await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
 
-    async def store_again(self, queue: str, name: str, subject: str, data: bytes, seq: int) -> None:
+    async def store_again(self, queue: str, name: str, message: WorkMessage) -> None:
         """Store a message once more, behind those that wait, unless it has changed."""
         with contextlib.suppress(NatsRefused):
-            again = await self._link.publish(subject, data, Nats_Expected_Last_Subject_Sequence=seq)
-            self._lanes.expect(queue, name, again)
+            subject, seq, data = message
+            if again := await store_over(self._link, subject, data, seq):
+                self._lanes.expect(queue, name, again)
 
     def forget(self, queue: str, name: str, own_id: str) -> None:
         """Drop a message that was sent to us and is not to be claimed any more."""
@@ -10278,9 +10291,9 @@ class NatsMessages:
 
     async def answer(self, lane: NatsLane, delivery: Delivery, verb: bytes | None) -> None:
         """Ack a message, or have it delivered again: at once, or without a verb after a moment."""
-        if verb == b"-NAK":
+        if verb == NAK:
             await self._lanes.give_back(lane, delivery)
-        elif verb == b"+ACK":
+        elif verb == ACK:
             self.ack(delivery)
         else:
             self.put_off(delivery, CLAIM_AGAIN_S)
@@ -10683,13 +10696,13 @@ class NatsEnds:
         call = record.call._replace(owner=None)
         if call.callback_attempts < self._settings().callback.attempts:
             await self._calls.write(call, record.parts, record.seq)
-            return b"-NAK"
+            return NAK
         call = call._replace(
             callback_status="failed",
             callback_error="interrupted: the daemon died while it was sent",
         )
         await self._calls.write(call, record.parts, record.seq, self._keep_s(call))
-        return b"+ACK"
+        return ACK
 
     async def expire(self, stored: Stored) -> bool:
         """End a call that has not started before its deadline."""
@@ -11114,7 +11127,7 @@ class NatsClaims:
             return call  # We claimed it, and the answer got lost: it was never sent.
         if call.owner is not None:
             if await self._owners.has_lost(call, delivery):
-                await self._messages.answer(lane, delivery, await self.interrupted(record, None))
+                await self._messages.answer(lane, delivery, await self.callback_interrupted(record))
             return None
         return call._replace(
             callback_attempts=call.callback_attempts + 1, owner=self.holdings.owner
@@ -11133,36 +11146,43 @@ class NatsClaims:
             return None
         return self.starts.running(call)
 
-    async def interrupted(self, record: Stored, request: Parts | None) -> bytes | None:
-        """Queue again what a dead daemon had claimed; how to answer its message.
+    async def callback_interrupted(self, record: Stored) -> bytes | None:
+        """Queue a callback again that a dead daemon had claimed; how to answer its message.
 
-        `request`: that of a call; None: it was a callback. A call may be what the daemon died of:
-        it goes behind those that wait, or ends. The answer is None if somebody else was first.
+        None: somebody else was first.
         """
-        call = record.call
         try:
-            if request is None:
-                return await self._ends.callback_interrupted(record)
-            call = call._replace(
-                status="queued",
-                interrupted=call.interrupted + 1,
-                deadline_at=None,
-                due_at=self._calls.now(),
-                owner=None,
-            )
-            parts = with_request(record.parts, request)
+            return await self._ends.callback_interrupted(record)
+        except NatsChanged:
+            return None
+
+    async def interrupted(self, record: Stored, request: Parts) -> bytes | None:
+        """Queue a call again that a dead daemon had claimed; how to answer its message.
+
+        It may be what the daemon died of: it goes behind those that wait, or ends. None: somebody
+        else was first.
+        """
+        call = record.call._replace(
+            status="queued",
+            interrupted=record.call.interrupted + 1,
+            deadline_at=None,
+            due_at=self._calls.now(),
+            owner=None,
+        )
+        parts = with_request(record.parts, request)
+        try:
             if call.interrupted >= self._settings().max_interruptions(call.function):
                 error = f"interrupted {call.interrupted} times: the daemon died each time"
                 again = Stored(record.seq, call, parts)
                 ended = await self._ends.give_up(again, "error", f"{error} while it ran")
-                return b"+ACK" if ended else None
+                return ACK if ended else None
             seq = await self._calls.write(call, record.parts, record.seq)
         except NatsChanged:
             return None
         again = Stored(seq, call, parts)
         await self._messages.store("work", again, call.queue, call.lane, f"{call.id}-{seq}")
         await self.keys.release(call)
-        return b"+ACK"
+        return ACK
 
     async def complete(self, claim: Claim, outcome: Outcome, status: str) -> bool:
         """See WorkQueue."""
@@ -11922,21 +11942,19 @@ class NatsRecovery:
         for name, info in consumers.items():
             root, queue, lane = name.split("+")
             if root == "work" and info["delivered"]["stream_seq"]:
-                await self._recover(nats_name(queue), nats_name(lane), info, restarted)
+                await self._recover_lane(nats_name(queue), nats_name(lane), info, restarted)
 
     async def store_forgotten(self, lanes: Iterable[NatsLane]) -> None:
         """Store messages again that were given back and that the server has forgotten."""
         for lane in lanes:
             place = self._subjects.lane("work", lane.queue, lane.name)
-            for given_back in lane.forgotten():
-                found = await self._waiting.between(place, given_back, given_back)
-                for seq, data, subject in found:
-                    if await self._how_to_answer(lane.queue, data, False) == b"-NAK":
-                        names = (lane.queue, lane.name)
-                        await self._messages.store_again(*names, subject, data, seq)
+            for seq in lane.forgotten():
+                for message in await self._waiting.between(place, seq, seq):
+                    if await self._verb(lane.queue, message, False) == NAK:
+                        await self._messages.store_again(lane.queue, lane.name, message)
 
-    async def _recover(
-        self, queue: str, lane: str, info: Mapping[str, Any], restarted: bool
+    async def _recover_lane(
+        self, queue: str, name: str, info: Mapping[str, Any], restarted: bool
     ) -> None:
         """Look through the messages of a lane that were delivered and are still there.
 
@@ -11944,41 +11962,43 @@ class NatsRecovery:
         them again; or it may wait for acks of messages that are gone (seen with 2.15). If there is
         a sign of either, all are stored again.
         """
-        place = self._subjects.lane("work", queue, lane)
+        place = self._subjects.lane("work", queue, name)
         delivered, floor = info["delivered"], info["ack_floor"]["stream_seq"]
-        found = await self._waiting.between(place, 1, delivered["stream_seq"])
-        unacked = [seq for seq, _, _ in found if seq > floor]
-        differs = restarted or len(unacked) != info["num_ack_pending"]
-        for seq, data, subject in found:
-            stray = differs or seq <= floor
-            verb = await self._how_to_answer(queue, data, stray)
-            if verb == b"-NAK" and stray:
-                await self._messages.store_again(queue, lane, subject, data, seq)
+        messages = await self._waiting.between(place, 1, delivered["stream_seq"])
+        unacked = sum(message.seq > floor for message in messages)
+        differs = restarted or unacked != info["num_ack_pending"]
+        for message in messages:
+            forgotten = differs or message.seq <= floor
+            verb = await self._verb(queue, message, forgotten)
+            if verb == NAK and forgotten:
+                await self._messages.store_again(queue, name, message)
             elif verb is not None:
                 count = delivered["consumer_seq"]
-                await self._messages.answer_unacked(queue, lane, seq, count, verb)
+                await self._messages.answer_unacked(queue, name, message.seq, count, verb)
 
-    async def _how_to_answer(self, queue: str, data: bytes, stray: bool) -> bytes | None:
+    async def _verb(self, queue: str, message: WorkMessage, forgotten: bool) -> bytes | None:
         """How to answer a message that was delivered before; None: its owner lives, and has it.
 
-        `stray`: the server may have forgotten that it was delivered. Then our own are delivered
-        once more, to have a lease again.
+        `forgotten`: the server may not know that it was delivered. Then what we have claimed is
+        delivered once more, to have a lease again.
         """
         if queue == DEADLINES:
-            return b"-NAK"
+            return NAK
         try:
-            message = unpack_call(data)
+            stored = unpack_call(message.data)
         except ValueError:
-            return b"-NAK"  # Whoever gets it tells what is wrong.
-        record = await self._calls.record_of(message.call)
+            return NAK  # Whoever gets it tells what is wrong.
+        record = await self._calls.record_of(stored.call)
         if record is None or record.call.owner is None:
-            return b"-NAK"
-        if record.call.owner == self._claims.holdings.owner:
-            held = record.call.id in self._claims.holdings
-            return b"-NAK" if stray or not held else None
-        if not has_died(record.call.owner, self._claims.holdings.owner):
+            return NAK
+        holdings = self._claims.holdings
+        if record.call.owner == holdings.owner:
+            return NAK if forgotten or record.call.id not in holdings else None
+        if not has_died(record.call.owner, holdings.owner):
             return None  # Its lease decides.
-        return await self._claims.interrupted(record, None if queue == CALLBACKS else message.parts)
+        if queue == CALLBACKS:
+            return await self._claims.callback_interrupted(record)
+        return await self._claims.interrupted(record, stored.parts)
 
 
 # --- NATS room ------------------------------------------------------------------------------------
