@@ -16357,13 +16357,6 @@ MAX_PIPELINED = 16  # requests that wait behind the one that is being answered
 MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # a target of the greatest length, written in ASCII
 MAX_SPLITS = 2_000  # of one piece of data, to find targets that are not ASCII
 MAX_STRANGERS = 8  # unknown heads in a row, after which no head of the connection is looked up
-DISCARD_BODY_S = 10.0  # in which the rest of a body that nobody wants may come in
-BACKLOG = 1024  # connections that wait to be accepted
-ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
-MAKE_WAY_S = 1.0  # idle for so long, clients make way for those who wait
-CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
-CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
-INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores it: RFC 9110 15.2.
 TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
 OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
 # aiohttp's parser refuses a target with bytes above 127. It gets such a target escaped, behind this
@@ -16472,7 +16465,230 @@ class WholeBody:
 
 Content = StreamReader | WholeBody
 
+# -- targets
+
+
+# A request's first line whose target has bytes above 127, and what may become one.
+HIGH_LINE = re.compile(rb"([A-Z-]+ )([^\x00- ]*[\x80-\xff][^\x00- ]*)( HTTP/1\.[01]\r?\n)")
+BEGINNING = re.compile(rb"[A-Z-]{1,20}( [^\x00- ]*( [HTP/1.0]{0,8}\r?)?)?")
+
+
+def ascii_line(line: bytes) -> bytes:
+    """A request's first line in characters that the parser takes; see `sent_target`."""
+    found = HIGH_LINE.fullmatch(line)
+    if found is None:
+        return line
+    target = re.sub(rb"[%\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], found[2])
+    return found[1] + ESCAPED.encode() + target + found[3]
+
+
+def may_have_high_line(data: bytes) -> bool:
+    """Whether data may have a first line with bytes above 127, or end with the beginning of one."""
+    return not data.isascii() or BEGINNING.fullmatch(data, data.rfind(b"\n") + 1) is not None
+
+
+class AsciiTargets:
+    """Has the parser take requests whose targets have bytes above 127: it gets these escaped.
+
+    To find them, what comes in is cut where requests may end.
+    """
+
+    def __init__(self) -> None:
+        self._line = b""  # the beginning of a request's first line
+        self._last = b""  # what was parsed last: the end of a head may come in two pieces
+
+    def pieces(self, data: bytes, body_left: Callable[[], int | None]) -> Iterator[bytes]:
+        """What came in, in pieces, each to be parsed before the next one is asked for.
+
+        `body_left` tells how many bytes of a request's body are still to come, if that is known.
+        """
+        if self._line or b"\n" not in data or may_have_high_line(data):
+            pieces = self._cut(self._line + data, body_left)
+        else:
+            pieces = iter((data,))
+        for piece in pieces:
+            self._last = (self._last + piece[-3:])[-3:]
+            yield piece
+
+    def _cut(self, data: bytes, body_left: Callable[[], int | None]) -> Iterator[bytes]:
+        self._line = b""
+        for _ in range(MAX_SPLITS):
+            left = body_left()
+            if left:
+                yield data[:left]
+                data = data[left:]
+                continue
+            if left == 0 and data:
+                line, newline, rest = data.partition(b"\n")
+                if not newline and BEGINNING.fullmatch(line):
+                    data = self._keep(line)
+                    break
+                data = ascii_line(line + newline) + rest
+            # Neither a head nor a body in chunks ends before this.
+            found = (self._last + data).find(HEAD_END)
+            end = found + len(HEAD_END) - len(self._last)
+            if found < 0 or not may_have_high_line(data[end:]):
+                break
+            yield data[:end]
+            data = data[end:]
+        yield data
+
+    def _keep(self, line: bytes) -> bytes:
+        """Keep the beginning of a first line until all of it has come; what to parse now."""
+        if len(line) > MAX_HEADER_BYTES:
+            return b"GET /" + b"x" * MAX_LINE_BYTES  # The parser says: too long.
+        self._line = line
+        return b""
+
+
 # -- requests
+
+Arrival = tuple[RequestHead | HttpProcessingError, Content]
+
+
+class RequestReader:
+    """Finds the requests in what a client sends. What is not HTTP is the last of them.
+
+    They wait in `arrived`. While many of them do, the parser keeps what follows.
+    """
+
+    def __init__(self, flow: Flow, known: KnownHeads) -> None:
+        self._known = known
+        self._parser = HttpRequestParser(
+            cast(Any, flow),  # It only hands it on to its streams.
+            asyncio.get_running_loop(),
+            READ_BYTES,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            auto_decompress=False,
+            max_msg_queue_size=MAX_PIPELINED,
+        )
+        self._targets = AsciiTargets()
+        self.arrived: deque[Arrival] = deque()
+        self.stalled = False  # whether the parser, or `_kept`, has something to be parsed
+        self._unanswered = 0  # requests
+        self._ended = False  # by something that is not HTTP
+        self._strangers = 0  # heads in a row that were not known
+        self._at_start = True  # whether nothing of the next request has come
+        self._newest: RequestHead | None = None  # of the last request that has come
+        self._body: StreamReader = EMPTY_PAYLOAD  # its body
+        self._kept: bytes | None = None  # data behind a request that asks for another protocol
+
+    def feed(self, data: bytes) -> None:
+        """Take what came in."""
+        if self._ended:
+            return
+        if self._kept is not None:
+            self._kept += data
+        elif self._strangers >= MAX_STRANGERS:
+            self._parse(data)
+        elif not self._at_start:
+            left = self._body_left()
+            self._parse(data)
+            # Of longer data the parser may keep a part back.
+            ends_body = left == len(data) <= READ_BYTES
+            self._at_start = ends_body and self.whole and not self.stalled
+        elif not self._take_known(data):
+            arrived = len(self.arrived)
+            self._parse(data)
+            self._at_start = len(self.arrived) == arrived + 1 and self._learn(data)
+
+    def _take_known(self, data: bytes) -> bool:
+        """Take data that is exactly one request whose head is known. False: it is not."""
+        end = data.find(HEAD_END) + len(HEAD_END)
+        head = self._known.find(data[:end])
+        if head is None or len(data) != end + (head.content_length or 0):
+            return False
+        self._strangers = 0
+        self._newest = head
+        self._body = EMPTY_PAYLOAD
+        self._unanswered += 1
+        self.stalled = self._unanswered >= MAX_PIPELINED
+        self.arrived.append((head, WholeBody(data[end:]) if len(data) > end else EMPTY_PAYLOAD))
+        return True
+
+    def _learn(self, data: bytes) -> bool:
+        """Remember the head of data that was exactly one request. False: it was not.
+
+        Lines are counted because the parser takes other line ends, too, and may have seen the head
+        end sooner.
+        """
+        head = self._newest
+        if head is None or not self.whole or self.stalled or len(data) > READ_BYTES:
+            return False
+        end = data.find(HEAD_END) + len(HEAD_END)
+        lines = len(head.raw_headers) + 2
+        if len(data) != end + (head.content_length or 0) or data.count(b"\n", 0, end) != lines:
+            return False
+        self._strangers += 1
+        if head.keep_alive:
+            self._known.add(data[:end], head)
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the newest request has come."""
+        return self._newest is not None and self._body.is_eof()
+
+    @property
+    def full(self) -> bool:
+        """Whether there is more than should be read for now."""
+        return self._unanswered >= MAX_PIPELINED or len(self._kept or b"") >= READ_BYTES
+
+    def answered(self) -> None:
+        """Note that a request is answered: there is room for another one."""
+        self._unanswered -= 1
+        self._parser.message_consumed()
+
+    def go_on(self) -> None:
+        """Parse what was kept: all that had arrived is answered."""
+        kept = self._kept
+        self._kept = None
+        self.stalled = False
+        if kept is not None:
+            self._parser.set_upgraded(False)  # We know no other protocol.
+        self.feed(kept or b"")
+
+    def fail(self, exc: Exception) -> None:
+        """Have no more of a body come."""
+        if not self._body.is_eof() and self._body.exception() is None:
+            self._body.set_exception(exc)
+
+    def _body_left(self) -> int | None:
+        """How many bytes of a request's body are still to come. None: only the parser can tell."""
+        if self._newest is None or self._body.is_eof():
+            return 0
+        length = self._newest.content_length
+        return length - self._body.total_bytes if length else None
+
+    def _parse(self, data: bytes) -> None:
+        for piece in self._targets.pieces(data, self._body_left):
+            if not self._ended:
+                self._parse_piece(piece)
+
+    def _parse_piece(self, data: bytes) -> None:
+        try:
+            messages, leaves, rest = self._parser.feed_data(data)
+        except HttpProcessingError as exc:
+            # The traceback refers to `data`, and is part of a cycle: that memory would stay in use.
+            exc.__traceback__ = None
+            self._ended = True
+            self.fail(exc)
+            self.arrived.append((exc, EMPTY_PAYLOAD))
+            return
+        for message, body in messages:
+            self._newest = RequestHead(message)
+            self._body = body
+            self._unanswered += 1
+            self.arrived.append((self._newest, body))
+        if leaves:
+            self._kept = rest
+        self.stalled = self.full or leaves
+
+
+# --- HTTP exchanges -------------------------------------------------------------------------------
+
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores it: RFC 9110 15.2.
 
 
 class Exchange:
@@ -16609,196 +16825,11 @@ class Exchange:
         self.transport.write(data)
 
 
-# A request's first line whose target has bytes above 127, and what may become one.
-HIGH_LINE = re.compile(rb"([A-Z-]+ )([^\x00- ]*[\x80-\xff][^\x00- ]*)( HTTP/1\.[01]\r?\n)")
-BEGINNING = re.compile(rb"[A-Z-]{1,20}( [^\x00- ]*( [HTP/1.0]{0,8}\r?)?)?")
-
-
-def ascii_line(line: bytes) -> bytes:
-    """A request's first line in characters that the parser takes; see `sent_target`."""
-    found = HIGH_LINE.fullmatch(line)
-    if found is None:
-        return line
-    target = re.sub(rb"[%\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], found[2])
-    return found[1] + ESCAPED.encode() + target + found[3]
-
-
-def may_have_high_line(data: bytes) -> bool:
-    """Whether data may have a first line with bytes above 127, or end with the beginning of one."""
-    return not data.isascii() or BEGINNING.fullmatch(data, data.rfind(b"\n") + 1) is not None
-
-
-Arrival = tuple[RequestHead | HttpProcessingError, Content]
-
-
-class RequestReader:
-    """Finds the requests in what a client sends. What is not HTTP is the last of them.
-
-    They wait in `arrived`. While many of them do, the parser keeps what follows.
-    """
-
-    def __init__(self, flow: Flow, known: KnownHeads) -> None:
-        self._known = known
-        self._parser = HttpRequestParser(
-            cast(Any, flow),  # It only hands it on to its streams.
-            asyncio.get_running_loop(),
-            READ_BYTES,
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-            auto_decompress=False,
-            max_msg_queue_size=MAX_PIPELINED,
-        )
-        self.arrived: deque[Arrival] = deque()
-        self.stalled = False  # whether the parser, or `_kept`, has something to be parsed
-        self._unanswered = 0  # requests
-        self._ended = False  # by something that is not HTTP
-        self._strangers = 0  # heads in a row that were not known
-        self._fresh = True  # whether nothing of the next request has come
-        self._newest: RequestHead | None = None  # of the last request that has come
-        self._body: StreamReader = EMPTY_PAYLOAD  # its body
-        self._line = b""  # the beginning of a request's first line
-        self._last = b""  # what was parsed last: the end of a head may come in two pieces
-        self._kept: bytes | None = None  # data behind a request that asks for another protocol
-
-    def feed(self, data: bytes) -> None:
-        """Parse what came in."""
-        if self._ended:
-            return
-        if self._kept is not None:
-            self._kept += data
-            return
-        watched = self._strangers < MAX_STRANGERS
-        if watched and self._fresh and self._feed_known(data):
-            return
-        arrived = len(self.arrived)
-        left = self._body_left()
-        if self._line or b"\n" not in data or may_have_high_line(data):
-            self._parse(self._receive_lines(self._line + data))
-        else:
-            self._parse(data)
-        if watched and self._fresh:
-            self._fresh = len(self.arrived) == arrived + 1 and self._learn(data)
-        elif watched:
-            self._fresh = bool(left == len(data) <= READ_BYTES and self.whole and not self.stalled)
-
-    def _feed_known(self, data: bytes) -> bool:
-        """Take data that is exactly one request whose head is known. False: it is not."""
-        end = data.find(HEAD_END) + len(HEAD_END)
-        head = self._known.find(data[:end])
-        if head is None or len(data) != end + (head.content_length or 0):
-            return False
-        self._strangers = 0
-        self._newest = head
-        self._body = EMPTY_PAYLOAD
-        self._unanswered += 1
-        self.stalled = self._unanswered >= MAX_PIPELINED
-        self.arrived.append((head, WholeBody(data[end:]) if len(data) > end else EMPTY_PAYLOAD))
-        return True
-
-    def _learn(self, data: bytes) -> bool:
-        """Remember the head of data that was exactly one request. False: it was not.
-
-        Of longer data the parser may keep a part back. Lines are counted because the parser takes
-        other line ends, too, and may have seen the head end sooner.
-        """
-        head = self._newest
-        if head is None or not self.whole or self.stalled or len(data) > READ_BYTES:
-            return False
-        end = data.find(HEAD_END) + len(HEAD_END)
-        lines = len(head.raw_headers) + 2
-        if len(data) != end + (head.content_length or 0) or data.count(b"\n", 0, end) != lines:
-            return False
-        self._strangers += 1
-        if head.keep_alive:
-            self._known.add(data[:end], head)
-        return True
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of the newest request has come."""
-        return self._newest is not None and self._body.is_eof()
-
-    @property
-    def full(self) -> bool:
-        """Whether there is more than should be read for now."""
-        return self._unanswered >= MAX_PIPELINED or len(self._kept or b"") >= READ_BYTES
-
-    def answered(self) -> None:
-        """Note that a request is answered: there is room for another one."""
-        self._unanswered -= 1
-        self._parser.message_consumed()
-
-    def go_on(self) -> None:
-        """Parse what was kept: all that had arrived is answered."""
-        kept = self._kept
-        self._kept = None
-        self.stalled = False
-        if kept is not None:
-            self._parser.set_upgraded(False)  # We know no other protocol.
-        self.feed(kept or b"")
-
-    def fail(self, exc: Exception) -> None:
-        """Have no more of a body come."""
-        if not self._body.is_eof() and self._body.exception() is None:
-            self._body.set_exception(exc)
-
-    def _body_left(self) -> int | None:
-        """How many bytes of a request's body are still to come. None: only the parser can tell."""
-        if self._newest is None or self._body.is_eof():
-            return 0
-        length = self._newest.content_length
-        return length - self._body.total_bytes if length else None
-
-    def _receive_lines(self, data: bytes) -> bytes:
-        """Look for targets with bytes above 127, request by request; what is left to be parsed."""
-        self._line = b""
-        for _ in range(MAX_SPLITS):
-            left = self._body_left()
-            if left:
-                self._parse(data[:left])
-                data = data[left:]
-                continue
-            if left == 0 and data:
-                line, newline, rest = data.partition(b"\n")
-                if not newline and BEGINNING.fullmatch(line):
-                    if len(line) <= MAX_HEADER_BYTES:
-                        self._line = line
-                        return b""
-                    return b"GET /" + b"x" * MAX_LINE_BYTES  # The parser says: too long.
-                data = ascii_line(line + newline) + rest
-            # Neither a head nor a body in chunks ends before this.
-            found = (self._last + data).find(HEAD_END)
-            end = found + len(HEAD_END) - len(self._last)
-            if found < 0 or not may_have_high_line(data[end:]):
-                break
-            self._parse(data[:end])
-            data = data[end:]
-        return data
-
-    def _parse(self, data: bytes) -> None:
-        self._last = (self._last + data[-3:])[-3:]
-        try:
-            messages, leaves, rest = self._parser.feed_data(data)
-        except HttpProcessingError as exc:
-            # The traceback refers to `data`, and is part of a cycle: that memory would stay in use.
-            exc.__traceback__ = None
-            self._ended = True
-            self.fail(exc)
-            self.arrived.append((exc, EMPTY_PAYLOAD))
-            return
-        for message, body in messages:
-            self._newest = RequestHead(message)
-            self._body = body
-            self._unanswered += 1
-            self.arrived.append((self._newest, body))
-        if leaves:
-            self._kept = rest
-        self.stalled = self.full or leaves
-
-
 # --- HTTP conversations ---------------------------------------------------------------------------
 # A client's connection, and how what it asks is answered there: by a task, or without one.
 
+DISCARD_BODY_S = 10.0  # in which the rest of a body that nobody wants may come in
+MAKE_WAY_S = 1.0  # idle for so long, clients make way for those who wait
 INTERNAL_ERROR = "internal error: see the log of faasd-async"
 
 
@@ -17172,6 +17203,11 @@ class Connection(asyncio.Protocol):
 
 
 # --- HTTP server ----------------------------------------------------------------------------------
+
+BACKLOG = 1024  # connections that wait to be accepted
+ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
+CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
+CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
 
 
 def descriptors_left(sock: socket.socket) -> bool:

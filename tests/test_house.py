@@ -36,10 +36,10 @@ SECTIONS = (
     "NATS upkeep", "NATS figures", "NATS queue",
     "HTTP failures", "HTTP parsing", "HTTP connections", "HTTP over TLS", "HTTP pool", "HTTP messages", "HTTP client",
     "Commands", "Function limits", "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP answers",
-    "HTTP requests", "HTTP conversations", "HTTP server", "HTTP front", "Function routes", "Operator routes",
-    "Live view", "OpenFaaS routes", "Page style", "Page script", "Page views", "Page actions", "Operator's page",
-    "Schedule steps", "Schedules", "Routes and sockets", "Daemon", "Client", "Client commands", "Operator commands",
-    "Schedule commands", "Service commands", "Move command", "Manual page", "Command line",
+    "HTTP requests", "HTTP exchanges", "HTTP conversations", "HTTP server", "HTTP front", "Function routes",
+    "Operator routes", "Live view", "OpenFaaS routes", "Page style", "Page script", "Page views", "Page actions",
+    "Operator's page", "Schedule steps", "Schedules", "Routes and sockets", "Daemon", "Client", "Client commands",
+    "Operator commands", "Schedule commands", "Service commands", "Move command", "Manual page", "Command line",
 )  # fmt: skip
 # What they read can be anything, so they may return Any.
 PARSERS = ("Values", "Cron expressions", "Configuration", "Configuration file")
