@@ -133,16 +133,20 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-@functools.cache
-def fork_server() -> ForkServer:
-    """The one of this process."""
-    return ForkServer()
+fork_servers: dict[str, ForkServer] = {}  # of this process, by the library that is preloaded
+
+
+def fork_server(library: str = "") -> ForkServer:
+    """The one that starts programs with this library preloaded, or with none."""
+    if library not in fork_servers:
+        fork_servers[library] = ForkServer(library)
+    return fork_servers[library]
 
 
 def pytest_sessionfinish() -> None:
-    """End the fork server, before what it covers is counted."""
-    if fork_server.cache_info().currsize:
-        fork_server().close()
+    """End the fork servers, before what they cover is counted."""
+    for server in fork_servers.values():
+        server.close()
 
 
 async def start_program(
@@ -166,8 +170,10 @@ async def start_program(
     words = [str(argument) for argument in arguments]
     streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
     common = {"env": env or os.environ, "cwd": cwd or Path.cwd(), "limit": LONGEST_LINE, **streams}
-    if FORK and fork and not prefix and not pass_fds and fork_server().can_start(common["env"]):
-        return await fork_server().start(*words, before=before, **common)
+    if FORK and fork and not prefix and not pass_fds:
+        server = fork_server(common["env"].get("LD_PRELOAD", ""))
+        if server.can_start(common["env"]):
+            return await server.start(*words, before=before, **common)
     if before:
         script = f"import sys, faasd_async\n{before}\nsys.exit(faasd_async.main(sys.argv[1:]))"
         program: tuple[str, ...] = (sys.executable, "-c", script)
@@ -466,31 +472,50 @@ def namespaces(*kinds: str) -> tuple[str, ...]:
     return prefix
 
 
-async def preloaded(source: str, folder: Path) -> Path:
-    """A library from a C file, for LD_PRELOAD: it stands between the daemon and the kernel."""
-    library = folder / Path(source).with_suffix(".so")
-    built = await run(
-        *(
-            "gcc",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-shared",
-            "-fPIC",
-            "-o",
-            library,
-            Path(__file__).with_name(source),
-        )
-    )
-    assert built.code == 0, built.err
-    return library
+Preloaded = Callable[[str], str]
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Preloaded:
+    """Make a library from a C file, for LD_PRELOAD: it stands between a daemon and the kernel."""
+    folder = tmp_path_factory.mktemp("preloaded")
+
+    @functools.cache  # one library, one fork server
+    def build(source: str) -> str:
+        library = folder / Path(source).with_suffix(".so")
+        options = ("-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+        subprocess.run(["gcc", *options, "-o", library, Path(__file__).with_name(source)], check=True)
+        return str(library)
+
+    return build
+
+
+class WallClock:
+    """The wall clock of daemons that were started with this `env`; their monotonic clock stays real."""
+
+    def __init__(self, library: str, control: Path) -> None:
+        self.env = {"LD_PRELOAD": library, "WALL_CLOCK": str(control)}
+        self._control = control
+        self.set(0)
+
+    def set(self, offset_s: int, *, sure: bool = True) -> None:
+        """So far from the true time; `sure`: somebody vouches for it."""
+        new = self._control.with_suffix(".new")
+        new.write_text(f"{offset_s:+d}{'' if sure else '?'}\n")
+        new.replace(self._control)
+
+
+@pytest.fixture
+def clock(tmp_path: Path, preloaded: Preloaded) -> WallClock:
+    """A clock that is right until the test sets it."""
+    return WallClock(preloaded("wall_clock.c"), tmp_path / "clock")
 
 
 class Faults:
     """What is wrong with the disk of a daemon that was started with this `env`."""
 
-    def __init__(self, library: Path, control: Path) -> None:
-        self.env = {"LD_PRELOAD": str(library), "DISK_FAULT": str(control)}
+    def __init__(self, library: str, control: Path) -> None:
+        self.env = {"LD_PRELOAD": library, "DISK_FAULT": str(control)}
         self._control = control
 
     @contextlib.contextmanager
@@ -504,9 +529,9 @@ class Faults:
 
 
 @pytest.fixture
-async def faults(tmp_path: Path) -> Faults:
+def faults(tmp_path: Path, preloaded: Preloaded) -> Faults:
     """A disk that does as it is told."""
-    return Faults(await preloaded("faulty_disk.c", tmp_path), tmp_path / "fault")
+    return Faults(preloaded("faulty_disk.c"), tmp_path / "fault")
 
 
 # ---- systemd -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ and exit handlers are waited for, and who asked for it gets its exit code, as wi
 Two things are the server's and not the child's: the seed of `hash()`, and what is read from the
 environment while Python starts and modules are imported. `READ_AT_IMPORT` names the latter; who
 sets one of these differently needs an interpreter of its own, and so does who looks at the
-command line in /proc.
+command line in /proc. Only for LD_PRELOAD there is a server for each library.
 """
 
 import asyncio
@@ -129,16 +129,20 @@ class Forked:
 
 
 class ForkServer:
-    """A running fork server. When this is closed or we end, so do it and all it started."""
+    """A running fork server. When this is closed or we end, so do it and all it started.
 
-    def __init__(self) -> None:
-        self._environment = dict(os.environ)
+    What it starts has this library preloaded, if there is one.
+    """
+
+    def __init__(self, library: str = "") -> None:
+        self._environment = {**os.environ, **({"LD_PRELOAD": library} if library else {})}
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=DEVNULL,
+                env=self._environment,
             )
 
     def close(self) -> None:

@@ -4,22 +4,17 @@ A preloaded library gives the daemon, and nobody else, another wall clock; its m
 """
 
 import asyncio
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, Daemon, Gate, Server, StartDaemon, answer, ask, preloaded
+from conftest import Daemon, Gate, Server, StartDaemon, WallClock, answer, ask
 
 HOUR = 3600
 YEAR = 365 * 24 * HOUR
 
-# Runs the daemon in this process (the rest of the command line is the command that would do it). It cleans up all the
-# time, and says so.
-TIDY = f"""
+# What comes before the daemon's start: it cleans up all the time, and says so.
+TIDY = """
 import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import faasd_async
 faasd_async.HOUSEKEEPING_S = 0.05
 prune = faasd_async.SqliteQueue.prune
 async def told(self):
@@ -27,35 +22,13 @@ async def told(self):
     print("pruned", number, file=sys.stderr, flush=True)
     return number
 faasd_async.SqliteQueue.prune = told
-sys.exit(faasd_async.main(sys.argv[4:]))
 """
 
 
-class WallClock:
-    """The wall clock of a daemon that was started with this `env`."""
-
-    def __init__(self, library: Path, control: Path) -> None:
-        self.env = {"LD_PRELOAD": str(library), "WALL_CLOCK": str(control)}
-        self._control = control
-        self.set(0)
-
-    def set(self, offset_s: int, *, sure: bool = True) -> None:
-        """So far from the true time; `sure`: somebody vouches for it."""
-        new = self._control.with_suffix(".new")
-        new.write_text(f"{offset_s:+d}{'' if sure else '?'}\n")
-        new.replace(self._control)
-
-
 async def tidied(gateway: Daemon) -> None:
-    """Wait until a daemon that runs in TIDY has cleaned up once more, from beginning to end."""
+    """Wait until a daemon that began with TIDY has cleaned up once more, from beginning to end."""
     for _ in range(2):  # the first may have begun before
         await gateway.wait_for_log("pruned", len(gateway.lines))
-
-
-@pytest.fixture
-async def clock(tmp_path: Path) -> WallClock:
-    """A clock that is right until the test sets it."""
-    return WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
 
 
 def settings(function: Server, more: str = "") -> str:
@@ -176,9 +149,7 @@ async def test_a_clock_that_is_set_forward_forgets_nothing(
 ) -> None:
     """Minutes after a start without a battery: no record goes, no key, and no time to start that somebody gave."""
     clock.set(-YEAR)
-    gateway = await daemon(
-        settings(function, '[calls]\nkeep = "30m"'), env=clock.env, prefix=(sys.executable, "-c", TIDY)
-    )
+    gateway = await daemon(settings(function, '[calls]\nkeep = "30m"'), env=clock.env, before=TIDY)
     done = await gateway.submit("it", b"body", Idempotency_Key="key")
     before = await gateway.final(done)
     function.behaviour = gate = Gate()
@@ -206,9 +177,7 @@ async def test_a_clock_that_is_set_back_and_forth_forgets_nothing(
     daemon: StartDaemon, function: Server, clock: WallClock
 ) -> None:
     """What ended by the clock that was wrong is as young as it is."""
-    gateway = await daemon(
-        settings(function, '[calls]\nkeep = "30m"'), env=clock.env, prefix=(sys.executable, "-c", TIDY)
-    )
+    gateway = await daemon(settings(function, '[calls]\nkeep = "30m"'), env=clock.env, before=TIDY)
     calls = []
     for offset in (0, -HOUR, 0, -2 * HOUR, HOUR):
         clock.set(offset)
@@ -224,7 +193,7 @@ async def test_a_clock_that_is_set_forward_takes_nothing_from_a_deadline_that_ha
     daemon: StartDaemon, function: Server, clock: WallClock
 ) -> None:
     """Of 100 s some have passed, and then the clock is set forward by more than is left, and less than there was."""
-    gateway = await daemon(settings(function), env=clock.env, prefix=(sys.executable, "-c", TIDY))
+    gateway = await daemon(settings(function), env=clock.env, before=TIDY)
     function.behaviour = gate = Gate()
     await gateway.submit("it")
     await function.wait_for(1)

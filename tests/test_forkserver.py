@@ -18,12 +18,13 @@ from conftest import (
     SCRIPT,
     Server,
     StartDaemon,
+    WallClock,
     faasd,
     fork_server,
     run,
     start_program,
 )
-from forkserver import READ_AT_IMPORT, ForkServer
+from forkserver import READ_AT_IMPORT, Forked, ForkServer
 
 TESTS = Path(__file__).parent
 ALL_THREADS = "\t3"  # the event loop, the log, the writer
@@ -134,6 +135,20 @@ def test_who_sets_what_is_read_at_import_gets_an_interpreter(name: str) -> None:
     server = fork_server()
     assert server.can_start({**os.environ, "NOTIFY_SOCKET": "/run/notify"})
     assert not server.can_start({**os.environ, name: "another value"})
+
+
+def libraries(pid: int) -> set[str]:
+    """What a process has mapped, by path."""
+    return {line.split()[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
+
+
+async def test_a_library_that_is_preloaded_is_there_in_a_fork(daemon: StartDaemon, clock: WallClock) -> None:
+    """In that of the library's own server; others have none of it."""
+    for env, preloaded in ((clock.env, True), ({}, False)):
+        gateway = await daemon("", env=env)
+        assert isinstance(gateway.process, Forked)
+        assert (clock.env["LD_PRELOAD"] in libraries(gateway.pid)) == preloaded
+        await gateway.terminate()
 
 
 STARTS_A_DAEMON = """

@@ -25,10 +25,10 @@ from conftest import (
     Gate,
     Request,
     Server,
+    WallClock,
     ask,
     assert_refused,
     ok,
-    preloaded,
 )
 from jetstream import (
     RESERVES,
@@ -738,17 +738,16 @@ async def test_a_frozen_host_takes_nothing_with_it(hosts: StartHost, function: S
 
 @pytest.mark.parametrize("offset_s", [300, -300], ids=["ahead", "behind"])
 async def test_a_host_whose_clock_is_wrong_keeps_the_times_that_callers_asked_for(
-    hosts: StartHost, function: Server, tmp_path: Path, offset_s: int
+    hosts: StartHost, function: Server, clock: WallClock, offset_s: int
 ) -> None:
     """Five minutes off, from the start or from now on: a short delay is not long, and a deadline has not passed."""
-    library, control = await preloaded("wall_clock.c", tmp_path), tmp_path / "clock"
-    control.write_text(f"{offset_s:+d}\n")
-    wrong = await hosts(one_function(function), env={"LD_PRELOAD": str(library), "WALL_CLOCK": str(control)})
+    clock.set(offset_s)
+    wrong = await hosts(one_function(function), env=clock.env)
     right = await hosts(one_function(function))
     pair = (wrong, right)
     delayed = await submit_all(10, *pair, X_Delay="300ms")
     limited = await submit_all(10, *pair, X_Deadline="1m")
-    control.write_text(f"{-offset_s:+d}\n")  # It is set.
+    clock.set(-offset_s)
     delayed += await submit_all(10, wrong, X_Delay="300ms")
     limited += await submit_all(10, wrong, X_Deadline="1m")
     assert await ended(right, delayed + limited) == {"success": 40}

@@ -20,18 +20,17 @@ from conftest import (
     Gate,
     Server,
     StartDaemon,
+    WallClock,
     answer,
     ask,
     assert_refused,
     faasd,
     merge,
     never,
-    preloaded,
     to_toml,
 )
 from jetstream import NatsServer, StartHost, eventually, get, post
 from provider import credential_files, running_provider
-from test_clock import WallClock
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))
 # A clock that is set, and room in a queue, are noticed at once; nothing outside of the test vouches for the clock.
@@ -156,9 +155,8 @@ class Host:
 
 
 @pytest.fixture
-async def host(tmp_path: Path, daemon: StartDaemon, function: Server) -> Host:
+def host(clock: WallClock, daemon: StartDaemon, tmp_path: Path, function: Server) -> Host:
     """A machine whose clock is right until the test sets it."""
-    clock = WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
     return Host(clock, daemon, tmp_path, function)
 
 
@@ -489,11 +487,10 @@ async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
 
 @pytest.mark.parametrize("jitter", ["0s", "3s"])
 async def test_daemons_on_one_nats_fire_each_instant_once(
-    hosts: StartHost, server: NatsServer, function: Server, tmp_path: Path, jitter: str
+    hosts: StartHost, server: NatsServer, function: Server, clock: WallClock, jitter: str
 ) -> None:
     """Whichever of them comes first, also while one is dead, or all are and the server too; what is paused at one rests
     at all."""
-    clock = WallClock(await preloaded("wall_clock.c", tmp_path), tmp_path / "clock")
     begun = unix("2026-03-01T12:00:30")
     one = {"function": "it", "cron": "* * * * *", "overlap": "queue", "catch_up": "all", "jitter": jitter}
     both = {"one": one, "other": {**one, "cron": "9 * * * *"}}

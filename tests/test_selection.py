@@ -8,7 +8,6 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -23,12 +22,12 @@ from conftest import (
     Request,
     Server,
     StartDaemon,
+    WallClock,
     ask,
     assert_refused,
     connection,
     faasd,
     parse,
-    preloaded,
 )
 
 
@@ -544,17 +543,13 @@ DAY = 86_400
 
 
 async def test_since_and_until_take_times_and_ages(
-    daemon: StartDaemon, function: Server, functions: Functions, tmp_path: Path
+    daemon: StartDaemon, function: Server, functions: Functions, clock: WallClock
 ) -> None:
     """An RFC 3339 time, Unix seconds, or how long ago: they mean when a call came."""
-    clock = tmp_path / "clock"
-    clock.write_text("+0\n")
-    env = {"LD_PRELOAD": str(await preloaded("wall_clock.c", tmp_path)), "WALL_CLOCK": str(clock)}
-    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n[calls]\nkeep = "720h"', env=env)
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n[calls]\nkeep = "720h"', env=clock.env)
     calls = []
     for days in (0, 2, 8):
-        clock.with_suffix(".new").write_text(f"+{days * DAY}\n")
-        clock.with_suffix(".new").replace(clock)
+        clock.set(days * DAY)
         calls.append(await submit(gateway, "it"))
         await gateway.final(calls[-1])
     first, second, third = calls
