@@ -1019,7 +1019,25 @@ def is_own_address(address: Address | None) -> bool:
 
 
 # --- Secrets --------------------------------------------------------------------------------------
-# Passwords, keys, certificates and headers, which stand in files of their own, and tables of texts.
+# Passwords, keys, certificates and headers, which stand in files of their own, tables of texts, and
+# documents that hold them.
+
+
+@expects("JSON")
+def parse_json(value: bytes) -> object:
+    """What JSON says. What is nested deeper than it can be read counts as none."""
+    try:
+        return json.loads(value)
+    except RecursionError:
+        raise ValueError from None
+
+
+def toml_tables(value: str) -> dict[str, Any]:
+    """What TOML says. Raises TOMLDecodeError, also for what is too deep to be read."""
+    try:
+        return tomllib.loads(value)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("it is nested too deeply") from None
 
 
 def whole_file(path: Any) -> bytes:
@@ -1098,7 +1116,7 @@ def headers_by_host(path: Any) -> tuple[tuple[str, Pairs], ...]:
     It is TOML with a table for each of them. Raises ValueError, whose text repeats no value.
     """
     try:
-        tables = tomllib.loads(secret(path).decode())
+        tables = toml_tables(secret(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         place = re.search(r"\(at .*\)", str(exc))
         raise ValueError(f"{path}: not valid TOML {place[0] if place else ''}".rstrip()) from None
@@ -1119,13 +1137,16 @@ def headers_by_host(path: Any) -> tuple[tuple[str, Pairs], ...]:
     return tuple(hosts)
 
 
-def flat_tables(tables: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def flat_tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tables that hold values, each with its dotted name: [a.b] means what ["a.b"] does."""
-    inner = {key: value for key, value in tables.items() if isinstance(value, dict)}
-    if values := {key: value for key, value in tables.items() if key not in inner}:
-        yield name, values
-    for key, value in inner.items():
-        yield from flat_tables(value, f"{name}.{key}".lstrip("."))
+    waiting = [("", tables)]
+    while waiting:
+        name, outer = waiting.pop()
+        inner = {key: value for key, value in outer.items() if isinstance(value, dict)}
+        if values := {key: value for key, value in outer.items() if key not in inner}:
+            yield name, values
+        deeper = [(f"{name}.{key}".lstrip("."), value) for key, value in inner.items()]
+        waiting += reversed(deeper)
 
 
 def signing_secret(path: Any) -> bytes:
@@ -2002,7 +2023,7 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
     if path is None:
         return parse_config({})
     try:
-        raw = tomllib.loads(Path(path).read_text("utf-8-sig"))
+        raw = toml_tables(Path(path).read_text("utf-8-sig"))
         return parse_config(
             {name: keys for name, keys in raw.items() if tables is None or name in tables}
         )
@@ -15033,6 +15054,21 @@ def provider_failure(exc: RequestFailed) -> Exception:
     return exc
 
 
+@expects("a list")
+def a_list(value: Any) -> list[Any]:
+    """A list of anything."""
+    require(isinstance(value, list))
+    return list(value)
+
+
+@expects("a list of functions")
+def function_list(value: Any) -> Sequence[dict[str, Any]]:
+    """A provider's functions: tables with a name and a namespace. Go's empty list may be null."""
+    listed = a_list([] if value is None else value)
+    require(all(text(item["name"]) and text(item["namespace"]) for item in listed))
+    return listed
+
+
 class Fetched(NamedTuple):
     """An answer that was read to its end."""
 
@@ -15092,7 +15128,7 @@ class Provider:
         if answer.status != 200:
             raise ProviderAway(f"the provider answered {answer.status} to a look-up of {key}")
         try:
-            document = table(json.loads(answer.body))
+            document = table(parse_json(answer.body))
             labels = string_table(document.get("labels") or {})
             annotations = string_table(document.get("annotations") or {})
         except ValueError:
@@ -15122,11 +15158,9 @@ class Provider:
         answer = await self.ask("GET", target)
         try:
             require(answer.status == 200)
-            listed = json.loads(answer.body)
-            require(isinstance(listed, list))
+            return a_list(parse_json(answer.body))
         except ValueError:
             raise ProviderAway(f"the provider answered {answer.status} to {target}") from None
-        return list(listed)
 
     async def scale_up(self, function: Function) -> None:
         """Ask for one replica. Raises ProviderAway; HttpError(503) with the provider's reason."""
@@ -16293,7 +16327,8 @@ def reply(content: object, status: int = 200, headers: Mapping[str, str] | None 
     else:
         text, content_type = json.dumps(content, ensure_ascii=False), "application/json"
         content_type += "; charset=utf-8"
-    answer = respond(status, headers, f"{text}\n".encode())
+    # A lone surrogate, which JSON may have and UTF-8 has not, is an escape as it came.
+    answer = respond(status, headers, f"{text}\n".encode("utf-8", "backslashreplace"))
     answer.headers["Content-Type"] = content_type
     return answer
 
@@ -18767,7 +18802,7 @@ class RestRoutes:
             answer = await self._ask(request, "GET", b"")
             if answer.status != 200:
                 return passed(answer, answer.status)
-            documents[resource] = parse_provided(answer, request.target)
+            documents[resource] = parse_provided(answer, request.target, resource)
         elif resource == "logs":
             return respond(200, {"Content-Type": "application/x-ndjson"})
         elif resource == "namespace" and name in documents["namespaces"]:
@@ -18823,12 +18858,13 @@ class RestRoutes:
                 yield document | {"invocationCount": self.metrics.functions.started[key]}
 
 
-def parse_provided(answer: Fetched, target: str) -> object:
-    """What the provider says of itself or its functions. ProviderAway: it is no JSON."""
+def parse_provided(answer: Fetched, target: str, resource: str) -> object:
+    """What the provider says of itself or its functions. ProviderAway: it says something else."""
     try:
-        return json.loads(answer.body)
-    except ValueError:
-        raise ProviderAway(f"what the provider answered to {target} is no JSON") from None
+        document = parse_json(answer.body)
+        return function_list(document) if resource == "functions" else document
+    except ValueError as exc:
+        raise ProviderAway(f"the provider's answer to {target}: {exc}") from None
 
 
 def passed(answer: Fetched, status: int) -> Response:
@@ -21257,9 +21293,9 @@ class Client:
     def parsed(self, answer: bytes, *members: str) -> dict[str, Any]:
         """An answer as the JSON document that it has to be."""
         try:
-            document: dict[str, Any] = json.loads(answer)
+            document = dict(table(parse_json(answer)))
             require(document.keys() >= set(members))
-        except (ValueError, AttributeError):  # such as the page of another program
+        except ValueError:  # such as the page of another program
             raise HttpError(0, f"what answers at {self._url} is no faasd-async") from None
         return document
 
@@ -21405,8 +21441,9 @@ class Client:
 
     def function_names(self) -> list[str]:
         """The names of functions; none if the daemon does not tell."""
-        with contextlib.suppress(HttpError, ValueError, LookupError, TypeError):
-            return [str(item["name"]) for item in json.loads(self.ask("GET /system/functions"))]
+        with contextlib.suppress(HttpError, ValueError):
+            answer = self.ask("GET /system/functions")
+            return [item["name"] for item in function_list(parse_json(answer))]
         return []
 
 

@@ -282,6 +282,7 @@ PATTERNS = {
 # Lines of callback.headers_file, and what is said of it.
 HEADERS_FILES = {
     "[ha.local": "not valid TOML (at ",
+    "[h]\na = " + "[" * 5000 + "]" * 5000: "not valid TOML",
     "Authorization = 's3cret'": "above all tables: expected",
     "[ha.local]\nAuthorization = 1": "ha.local: expected",
     "['ha.local:8123']\nno-good: = 's3cret'": "not valid TOML (at line 2, column 8)",
@@ -339,6 +340,13 @@ def test_headers_of_callbacks_go_to_a_host_or_to_one_of_its_ports() -> None:
     assert callback.headers("ha.local", 80) == {"A": "1", "B": "2"}
     assert callback.headers("ha.local", 8123) == {"A": "1", "B": "3"}
     assert callback.headers("local", 8123) == callback.headers("x.ha.local", 80) == {}
+
+
+def test_headers_of_callbacks_may_be_for_a_name_of_very_many_parts() -> None:
+    """It is of no use, and does no harm."""
+    name = "a" + ".a" * 5000
+    Path("headers.toml").write_text(f"[{name}]\nA = '1'\n")
+    assert load("[callback]\nheaders_file = 'headers.toml'").callback.headers(name, 80) == {"A": "1"}
 
 
 def test_an_unknown_key_is_answered_with_the_closest_one() -> None:
@@ -415,6 +423,13 @@ def test_a_file_that_is_not_text_is_refused() -> None:
     Path("config.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"^config\.toml: not valid TOML"):
         load_config("config.toml")
+
+
+@pytest.mark.parametrize("value", ["[" * 5000 + "]" * 5000, "{a = " * 5000 + "1" + "}" * 5000])
+def test_a_file_that_is_nested_too_deeply_is_refused(value: str) -> None:
+    """Python's parser gives it up: that is one line, and no traceback."""
+    with pytest.raises(ConfigError, match=r"^config\.toml: not valid TOML: it is nested too deeply$"):
+        load(f"[gateway]\nhosts = {value}")
 
 
 def test_a_missing_file_is_one_line() -> None:

@@ -334,7 +334,50 @@ async def test_a_provider_that_is_none_is_told(
     cli = FaasCli(session, gateway.url)
     for path in ("/system/functions", "/system/info"):
         refused = await cli.send("GET", path)
-        assert (refused.status, refused.body) == (503, f"what the provider answered to {path} is no JSON\n".encode())
+        assert (refused.status, refused.body) == (503, f"the provider's answer to {path}: expected JSON\n".encode())
+
+
+@pytest.mark.parametrize("said", [b"[" * 100_000, b'{"a":' * 100_000, b'"x"', b"[1]", b'{"a": 1}', b'[{"name": "x"}]'])
+async def test_a_list_that_is_none_of_functions_is_told(
+    session: aiohttp.ClientSession, daemon: StartDaemon, function: Server, said: bytes
+) -> None:
+    """JSON, but not what a provider says, or nested so deeply that nobody can read it: no failure of ours."""
+    function.behaviour = answer(body=said)
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"')
+    cli = FaasCli(session, gateway.url)
+    refused = await cli.send("GET", "/system/functions")
+    assert (refused.status, refused.body.split(b":")[0]) == (503, b"the provider's answer to /system/functions")
+    assert "in this program itself" not in gateway.log
+
+
+@pytest.mark.parametrize("route", ["function", "async-function"])
+async def test_a_description_that_is_nested_too_deeply_is_none(
+    session: aiohttp.ClientSession, daemon: StartDaemon, function: Server, route: str
+) -> None:
+    """The caller hears that it is the provider's doing, on either route."""
+    function.behaviour = answer(body=b'{"a":' * 100_000)
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"')
+    refused = await FaasCli(session, gateway.url).send("POST", f"/{route}/some")
+    assert (refused.status, b"describes no function" in refused.body) == (503, True)
+
+
+async def test_a_list_of_functions_that_go_writes_as_null_is_empty(
+    session: aiohttp.ClientSession, daemon: StartDaemon, function: Server
+) -> None:
+    """A provider in Go says so of a list that it has never begun."""
+    function.behaviour = answer(body=b"null")
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"')
+    assert (await FaasCli(session, gateway.url).send("GET", "/system/functions")).document == []
+
+
+async def test_a_lone_surrogate_of_the_provider_passes_as_an_escape(
+    session: aiohttp.ClientSession, daemon: StartDaemon, function: Server
+) -> None:
+    """JSON may have one; UTF-8 has no bytes for it."""
+    function.behaviour = answer(body=b'[{"name": "half\\ud83d", "namespace": "openfaas-fn"}]')
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"')
+    listed = await FaasCli(session, gateway.url).send("GET", "/system/functions")
+    assert [function["name"] for function in listed.document] == ["half\ud83d"]
 
 
 async def test_version_without_a_provider(alone: FaasCli) -> None:
