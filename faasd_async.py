@@ -294,6 +294,7 @@ CONTROL_HEADERS = (
     "X-Concurrency-Key",
 )
 HOPS = "X-Callback-Hops"  # how many callbacks led to this call
+OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
 MAX_FORWARDED = 32  # hosts that a request may have come through, as `callback.max_hops` for calls
 STEERING = frozenset(
     b"host expect authorization cookie content-length via origin sec-fetch-site".split()
@@ -2661,6 +2662,13 @@ def callback_allowed(host: str, address: str | None, config: CallbackConfig) -> 
     if not config.allow or is_listed([name, *addresses[:1]], config.allow):
         return True
     return literal is None and address is None and any(map(is_network_pattern, config.allow))
+
+
+def calls_function(url: yarl.URL) -> bool:
+    """Whether a URL of this daemon is one of a function. Callbacks lead to no other of its routes:
+    whoever may call functions may perhaps reach nothing else of it.
+    """
+    return url.raw_path.startswith(OF_FUNCTIONS)
 
 
 def from_elsewhere(site: str | None, origin: str | None, host: str, trusted: Sequence[str]) -> bool:
@@ -13062,7 +13070,8 @@ class TimeLimit:
             limit = "in time"
             if self._limit.key:
                 limit = f"within {self._limit.key} ({self._limit.seconds:g}s)"
-            raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}") from None
+            more = "".join(getattr(exc, "__notes__", ()))  # such as who stood between
+            raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}{more}") from None
 
 
 # --- HTTP parsing ---------------------------------------------------------------------------------
@@ -13966,7 +13975,7 @@ class Message(NamedTuple):
     start: bytes  # its head, and its body unless that is streamed
     body: bytes | AsyncIterator[bytes]
     on_status: Tell[int] | None  # see HttpClient.request
-    proxied: bool = False  # whether a proxy gets it to pass it on
+    proxy: yarl.URL | None = None  # that gets it to pass it on
 
 
 # -- answers
@@ -14092,6 +14101,17 @@ async def send_body(wire: Wire, body: AsyncIterator[bytes], chunked: bool) -> No
         wire.fail(exc)
 
 
+def through_proxy(proxy: yarl.URL) -> str:
+    """The end of a reason that has to do with a proxy."""
+    return f" through the proxy {proxy.raw_host}:{proxy.port}"
+
+
+def name_proxy(exc: BaseException, proxy: yarl.URL | None) -> None:
+    """Have the reason of a wait that is cut short name the proxy if there is one: TimeLimit."""
+    if proxy is not None and isinstance(exc, asyncio.CancelledError):
+        exc.add_note(through_proxy(proxy))
+
+
 async def exchange(wire: Wire, request: Message) -> HttpResponse:
     """Send a request and wait for the head of its answer. Raises RequestFailed, HttpError."""
     answer = wire.begin(request.method, request.start, request.on_status)
@@ -14102,11 +14122,12 @@ async def exchange(wire: Wire, request: Message) -> HttpResponse:
         sending = asyncio.create_task(send_body(wire, body, chunked), name="body of a request")
     try:
         head = await answer
-        if request.proxied and head[0].code == 407:  # No peer says that (RFC 9110 15.5.8).
+        if request.proxy and head[0].code == 407:  # No peer says that (RFC 9110 15.5.8).
             reason = "can't be reached: the proxy answered 407"
             raise RequestFailed(FailureKind.UNREACHABLE, reason)
         return HttpResponse(head, wire, sending)
-    except BaseException:
+    except BaseException as exc:
+        name_proxy(exc, request.proxy)
         wire.abort()
         if answer.done() and not answer.cancelled():
             answer.exception()  # Taken note of, or asyncio would log it where we were cancelled.
@@ -14433,8 +14454,7 @@ class HttpClient:
         destination = find(url, tls)
         origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)
-        proxied = origin.proxy is not None
-        request = Message(method, message, body, on_status, proxied)
+        request = Message(method, message, body, on_status, origin.proxy)
         release = functools.partial(self._pool.put, origin) if keepalive else Wire.abort
         # A streamed body can't be sent again, so it gets a new connection.
         wire = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
@@ -14474,14 +14494,14 @@ class HttpClient:
                 return (await loop.create_connection(make, sock=sock))[1]
             return await secured(sock, origin.tls, origin.host)
         except BaseException as exc:
+            name_proxy(exc, origin.proxy)
             if sock is not None:
                 sock.close()
             if not isinstance(exc, OSError):
                 raise
             if sock is None and origin.proxy is not None:
                 host = origin.proxy.raw_host or ""
-                through = f" through the proxy {host}:{origin.proxy.port}"
-                raise unreachable(exc, host, through) from exc
+                raise unreachable(exc, host, through_proxy(origin.proxy)) from exc
             raise unreachable(exc, origin.host) from exc
 
     async def _open(self, origin: Origin) -> socket.socket:
@@ -15797,6 +15817,8 @@ class CallbackJob:
         headers = self._headers(claim, url)
         host = host_of(url)
         if host in config.callback.gateway_hosts:
+            if not calls_function(url):
+                raise RequestFailed(FailureKind.FORBIDDEN, "to this daemon are for functions only")
             own = self.own_url
             url = url.with_scheme("http").with_host(own.host or "").with_port(own.port)
             if claim.hops >= config.callback.max_hops:
@@ -16237,7 +16259,10 @@ class Intake:
     def _callback_url(self, value: str) -> str:
         host = callback_host(value)
         config = self.settings().callback
-        if host not in config.gateway_hosts and not callback_allowed(host, None, config):
+        if host in config.gateway_hosts:
+            if not calls_function(http_url(value)):
+                raise ValueError("callbacks to this daemon are for functions: /async-function/NAME")
+        elif not callback_allowed(host, None, config):
             raise ValueError("callbacks to this host are not allowed by [callback] allow and deny")
         return value
 
@@ -16298,6 +16323,7 @@ class Intake:
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SERVER_LINE = f"Server: {SERVER}\r\n"
 WITHOUT_BODY = (204, 304)  # answers that have none (RFC 9110 15.3.5, 15.4.5)
+PLAIN_ID = re.compile(r"[A-Za-z0-9_.~-]*")  # RFC 3986 2.3
 
 
 class Response(NamedTuple):
@@ -16331,6 +16357,12 @@ def reply(content: object, status: int = 200, headers: Mapping[str, str] | None 
     answer = respond(status, headers, f"{text}\n".encode("utf-8", "backslashreplace"))
     answer.headers["Content-Type"] = content_type
     return answer
+
+
+def call_path(call_id: str) -> str:
+    """Where a call's record is."""
+    shown = call_id if PLAIN_ID.fullmatch(call_id) else quote(call_id, safe="")
+    return "/system/calls/" + shown
 
 
 def no_route(allowed: Sequence[str]) -> HttpError:
@@ -16393,11 +16425,11 @@ MAX_LINE_BYTES = 4 * MAX_HEADER_BYTES  # a target of the greatest length, writte
 MAX_SPLITS = 2_000  # of one piece of data, to find targets that are not ASCII
 MAX_STRANGERS = 8  # unknown heads in a row, after which no head of the connection is looked up
 TARGET_TOO_LONG = f"the request's target is longer than {MAX_HEADER_BYTES} bytes"
-OF_FUNCTIONS = ("/function/", "/async-function/", "/r/")  # what follows is the function's
 # aiohttp's parser refuses a target with bytes above 127. It gets such a target escaped, behind this
 # prefix, which nobody can guess: no target that was sent is taken for an escaped one.
 ESCAPED = f"/%{os.urandom(8).hex()}%"
 HEAD_END = b"\r\n\r\n"
+SPOKEN = ((1, 1), (1, 0))  # versions of HTTP
 
 # -- heads
 
@@ -16852,7 +16884,7 @@ class Exchange:
             framing += "Connection: close\r\n"
         elif self.keep_alive and self.version < (1, 1):
             framing += "Connection: keep-alive\r\n"
-        return response_head(answer, min(self.version[1], 1), framing)
+        return response_head(answer, int(self.version != (1, 0)), framing)
 
     def _send(self, data: bytes) -> None:
         self.begun = True
@@ -17404,7 +17436,6 @@ class Server:
 # Headers of an answer that scripts of other sites may read (Fetch standard 3.2.3).
 EXPOSED = "X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
 PREFLIGHT_MAX_AGE_S = 600
-PLAIN_ID = re.compile(r"[A-Za-z0-9_.~-]*")  # RFC 3986 2.3
 
 
 class Request(NamedTuple):
@@ -17466,12 +17497,6 @@ def accepted_lines(call_id: str, start_time: int) -> bytes:
         f"X-Call-Id: {call_id}\r\nLocation: {call_path(call_id)}\r\nX-Start-Time: {start_time}\r\n"
     )
     return lines.encode()
-
-
-def call_path(call_id: str) -> str:
-    """Where a call's record is."""
-    shown = call_id if PLAIN_ID.fullmatch(call_id) else quote(call_id, safe="")
-    return "/system/calls/" + shown
 
 
 def allow_origin(headers: CIMultiDict[str], origin: str | None) -> None:
@@ -17807,8 +17832,10 @@ def decoded(groups: Sequence[str]) -> Sequence[str]:
 
 
 def require_valid(http: Exchange) -> None:
-    """Refuse what can't be meant for a function. Raises HttpError: 400, 414, 501, 508."""
+    """Refuse what can't be meant for a function. Raises HttpError: 400, 414, 501, 505, 508."""
     target = http.head.target
+    if http.version not in SPOKEN:
+        raise HttpError(505, "HTTP/1.1 and HTTP/1.0 are spoken here", HANG_UP)
     if len(target) > MAX_HEADER_BYTES:
         raise HttpError(414, TARGET_TOO_LONG, HANG_UP)
     headers = http.headers
@@ -18764,6 +18791,11 @@ class EventRoutes:
 # -- OpenFaaS's REST API
 
 
+# The resources, and how they may be used where the TOML file is all there is.
+READABLE = ("functions", "function", "info", "namespaces", "namespace", "secrets", "logs")
+WITHOUT_PROVIDER = dict.fromkeys(READABLE, "GET") | {"scale-function": ""}
+
+
 @dataclass(frozen=True)
 class RestRoutes:
     """OpenFaaS's REST API. The functions of the file can be read; all else is the provider's."""
@@ -18783,14 +18815,14 @@ class RestRoutes:
         if resource == "alert":
             reason = "this gateway does not scale on alerts"
             raise HttpError(501, f"{reason}: it scales functions up when they are called")
-        if request.http.method in ("GET", "HEAD"):
-            if resource == "function" and name in own:
-                return reply(self._document(own[name]))
-            return await self._read(request, resource, name, own)
+        reads = request.http.method in ("GET", "HEAD")
         if self.provider.url is None:
-            reason = "functions are defined in the TOML file: change that and reload"
-            raise HttpError(405, reason, {"Allow": "GET"})
-        return await self._write(request, resource)
+            require_readable(resource, reads)
+        if not reads:
+            return await self._write(request, resource)
+        if resource == "function" and name in own:
+            return reply(self._document(own[name]))
+        return await self._read(request, resource, name, own)
 
     async def _read(
         self, request: Request, resource: str, name: str, own: Mapping[str, Function]
@@ -18809,8 +18841,6 @@ class RestRoutes:
             return reply({"name": name, "labels": {}, "annotations": {}})
         elif resource in ("function", "namespace"):
             raise HttpError(404, f"no such {resource}: it is not in the configuration")
-        elif resource not in documents:
-            raise HttpError(404, "no such route below /system")
         if resource == "info":
             arch = os.uname().machine
             return reply({"provider": documents["info"], "version": OWN_VERSION, "arch": arch})
@@ -18858,6 +18888,16 @@ class RestRoutes:
                 yield document | {"invocationCount": self.metrics.functions.started[key]}
 
 
+def require_readable(resource: str, reads: bool) -> None:
+    """Refuse what the TOML file can't do for a provider. Raises HttpError: 404, 405."""
+    allowed = WITHOUT_PROVIDER.get(resource)
+    if allowed is None:
+        raise HttpError(404, "no such route below /system")
+    if not (reads and allowed):
+        reason = "functions are defined in the TOML file: change that and reload"
+        raise HttpError(405, reason, {"Allow": allowed})
+
+
 def parse_provided(answer: Fetched, target: str, resource: str) -> object:
     """What the provider says of itself or its functions. ProviderAway: it says something else."""
     try:
@@ -18893,11 +18933,18 @@ class FnRoutes:
 
     async def list_calls(self, request: Request) -> Response:
         """The newest calls of an app; with `path`, of one function."""
-        path = request.query.get("path", "").lstrip("/")
-        function = split_target(path)[0] or None
-        page = await self.records.list_records(CallFilter(app=request.parts[0], function=function))
-        calls = [fn_document(record) for record in page.records]
-        return reply({"message": "Successfully listed calls", "calls": calls})
+        query = request.query
+        path = query.get("path", "").lstrip("/")
+        filters = CallFilter(app=request.parts[0], function=split_target(path)[0] or None)
+        limit = parse_one(query, "per_page", page_size) or parse_one(query, "limit", page_size)
+        cursor = parse_one(query, "cursor", page_cursor) if query.get("cursor") else None
+        page = await self.records.list_records(filters, limit or 100, cursor)
+        listed = {
+            "message": "Successfully listed calls",
+            "next_cursor": page.next_cursor or "",
+            "calls": [fn_document(record) for record in page.records],
+        }
+        return reply(listed)
 
     async def show_call(self, request: Request) -> Response:
         """One call."""
@@ -21604,13 +21651,30 @@ def watch_calls(client: Client, filters: Mapping[str, str], limit: int, args: Ar
 
 
 def show_call(args: Arguments) -> None:
-    """Print the record and what the function wrote; with --json the record alone."""
+    """Print the record and what the function wrote; with --json the record alone.
+
+    With --wait as soon as the call has ended. Raises HttpError, at the end, if it did not do well.
+    """
     client = Client(args)
     call_id = client.full_id(args.id)
     record = client.record(call_id, args.wait)
     if args.json:
         write_json(record)
-        return
+    else:
+        write_record(client, record)
+    if args.wait:
+        require_success(record)
+
+
+def require_success(record: Mapping[str, Any]) -> None:
+    """Raise HttpError for a call that has ended in any other way."""
+    if record["status"] != "success":
+        end = f"call {record['call_id']} ended in {record['status']}"
+        raise HttpError(500, ": ".join(filter(None, (end, record["error"]))))
+
+
+def write_record(client: Client, record: Mapping[str, Any]) -> None:
+    """Write a record for people, and the last lines of what the function wrote."""
     for name, value in describe(record):
         write(f"{name:10}  {value}\n")
     output = client.ask(f"GET {call_path(record['id'])}/log")
@@ -21810,9 +21874,7 @@ def invoke(args: Arguments) -> None:
         return
     record = client.record(call_id, wait=True)
     write_outcome(client, record, args.json)
-    if record["status"] != "success":
-        reason = f"call {call_id} ended in {record['status']}: {record['error']}"
-        raise HttpError(500, reason)
+    require_success(record)
 
 
 # --- Operator commands ----------------------------------------------------------------------------

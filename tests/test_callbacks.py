@@ -21,6 +21,7 @@ from conftest import (
     Server,
     StartDaemon,
     answer,
+    ask,
     never,
     run,
     to_toml,
@@ -376,6 +377,41 @@ async def test_a_callback_to_this_daemon_needs_no_leave(
     gateway = await daemon(f"{functions}[callback]\nattempts = 1\n{lists}")
     record = await gateway.final(await gateway.submit("first", X_Callback_Url="http://gateway:8080/function/second"))
     assert (record["callback"]["status"], record["callback"]["error"]) == ("delivered", None)
+
+
+OTHER_ROUTES = (
+    *("", "/", "/system/queues/faas-request/pause", "/function", "/metrics", "/ui/"),
+    *("/%66unction/second", "//function/second", "/system/functions?/function/second"),
+)
+
+
+async def test_a_callback_to_this_daemon_is_for_functions_only(daemon: StartDaemon, function: Server) -> None:
+    """Who may call functions, through a proxy that passes on nothing else perhaps, operates nothing by a callback."""
+    gateway = await daemon(f'[functions.first]\nurl = "{function.url}"')
+    for path in OTHER_ROUTES:
+        headers = (f"X-Callback-Url: http://gateway:8080{path}",)
+        reply = await ask(gateway.url, "/async-function/first", *headers, method="POST")
+        assert (reply.status, reply.body.startswith(b"X-Callback-Url:")) == (400, True), path
+    dots = "http://gateway/function/../system/queues/faas-request/pause"
+    record = await gateway.final(await gateway.submit("first", X_Callback_Url=dots))
+    assert record["callback"]["http_status"] == 404  # from the function of that name
+    assert (await ask(gateway.url, "/readyz")).body == b"ok\n"
+
+
+async def test_a_host_that_begins_to_mean_this_daemon_is_for_functions_only(
+    daemon: StartDaemon, function: Server
+) -> None:
+    """The rule counts for calls, too, that were accepted when the host was another."""
+    functions = f'[functions.first]\nurl = "{function.url}"\n'
+    gateway = await daemon(functions)
+    url = "http://edge.example/system/queues/faas-request/pause"
+    call_id = await gateway.submit("first", X_Callback_Url=url, X_Delay="2s")
+    gateway.configure(f'{functions}[callback]\ngateway_hosts = ["edge.example"]')
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
+    callback = (await gateway.final(call_id))["callback"]
+    assert (callback["status"], callback["error"]) == ("failed", "callbacks to this daemon are for functions only")
+    assert (await ask(gateway.url, "/readyz")).body == b"ok\n"
 
 
 async def test_the_gateways_names_can_be_set(daemon: StartDaemon, function: Server, sink: Server) -> None:

@@ -99,6 +99,21 @@ async def test_invoke_wait_gives_the_output_and_a_code_for_scripts(cli: Cli, fun
     assert "answered 500" in result.err
 
 
+async def test_show_waits_for_the_end_and_has_a_code_for_scripts(cli: Cli, function: Server) -> None:
+    """With --wait 1 for a call that did not do well, with its record all the same; without, 0 for any record."""
+    function.behaviour = answer(500, b"what it wrote")
+    failed = await cli.out("invoke", "it", "--async", "--data", "")
+    for options in ((), ("--json",)):
+        result = await cli("calls", "show", failed, "--wait", *options, code=1)
+        assert failed in result.out
+        assert result.err == f"faasd-async: call {failed} ended in error: function it answered 500\n"
+        assert failed in await cli.out("calls", "show", failed, *options)
+    cancelled = await cli.out("invoke", "it", "--async", "--data", "", "-H", "X-Delay: 1h")
+    await cli("calls", "cancel", cancelled)
+    result = await cli("calls", "show", cancelled, "--wait", code=1)
+    assert result.err == f"faasd-async: call {cancelled} ended in cancelled\n"
+
+
 async def test_what_a_program_writes_comes_out_where_it_wrote_it(cli: Cli) -> None:
     """Its answer on standard output, its stderr on ours, and both in the document; a part is no success."""
     script = "cat; echo trouble >&2; printf more >&2"

@@ -1594,6 +1594,22 @@ def test_a_proxy_that_cannot_be_reached_is_told(run: Scenario) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_hangs_is_named(run: Scenario, scheme: str) -> None:
+    """Nobody can tell whether the peer hangs behind it, but where to look first."""
+
+    async def scenario() -> None:
+        async with Peer() as proxy:
+            proxy.client = HttpClient(environment={"all_proxy": f"http://us:pw@127.0.0.1:{proxy.port}"})
+            proxy.url = yarl.URL(f"{scheme}://far.example/")
+            with pytest.raises(RequestFailed) as caught, TimeLimit(Limit(0.2, "callback.timeout")):
+                await proxy.ask()
+            reason = f"did not answer within callback.timeout (0.2s) through the proxy 127.0.0.1:{proxy.port}"
+            assert (caught.value.kind, caught.value.text) == (FailureKind.TIMEOUT, reason)
+
+    run(scenario())
+
+
 def test_a_proxy_that_is_no_url_is_ignored() -> None:
     """The environment is not the daemon's own."""
     assert proxies_of({"http_proxy": "http://", "https_proxy": "", "ALL_PROXY": "proxy:3128"}) == {

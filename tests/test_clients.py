@@ -255,6 +255,8 @@ NOT_HERE = {
     ),
     "an unknown method": (POST.replace(b"POST", b"BREW") + b"Content-Length: 0\r\n\r\n", 501),
     "a tunnel": (POST.replace(b"POST", b"CONNECT") + b"Content-Length: 0\r\n\r\n", 501),
+    "another version": (POST.replace(b"1.1", b"2.0") + b"Content-Length: 0\r\n\r\n", 505),
+    "a version before headers": (POST.replace(b"1.1", b"0.9") + b"Content-Length: 0\r\n\r\n", 505),
 }
 
 
@@ -266,6 +268,7 @@ async def test_what_gateways_do_not_do_is_refused(gateway: Daemon, function: Ser
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
         assert parse(head).status == status, name
         assert parse(head).headers["Connection"] == "close", name
+        assert head.startswith(b"HTTP/1.0" if b"HTTP/1.0" in request else b"HTTP/1.1"), name
     assert function.requests == []
 
 

@@ -133,6 +133,19 @@ async def test_the_calls_of_an_app_are_listed(gateway: Daemon) -> None:
     assert [found["id"] for found in (await get(gateway, "/v1/apps/otherapp/calls"))["calls"]] == [other]
 
 
+async def test_the_calls_of_an_app_come_in_pages(gateway: Daemon) -> None:
+    """As Fn has them: `per_page`, and the cursor of the next page, which is empty at the end."""
+    calls = [await call(gateway) for _ in range(3)]
+    await call(gateway, "otherapp")
+    first = await get(gateway, "/v1/apps/myapp/calls?per_page=2&cursor=")
+    second = await get(gateway, f"/v1/apps/myapp/calls?per_page=2&cursor={first['next_cursor']}")
+    assert [found["id"] for found in (*first["calls"], *second["calls"])] == calls[::-1]
+    assert (len(first["calls"]), second["next_cursor"]) == (2, "")
+    assert len((await get(gateway, "/v1/apps/myapp/calls?limit=1"))["calls"]) == 1
+    for query in ("per_page=many", "limit=0", "cursor=x"):
+        assert_error(await ask(gateway.url, f"/v1/apps/myapp/calls?{query}"), 400)
+
+
 async def test_the_log_of_a_call_can_be_got(gateway: Daemon, function: Server) -> None:
     """What the function answered; what is not UTF-8 of it does not stand in the way of the rest."""
     for body, shown in ((b"Hello Johnny!\n", "Hello Johnny!\n"), (b"<\xff\x00>", "<\ufffd\x00>")):

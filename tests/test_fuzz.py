@@ -54,7 +54,7 @@ def exchange(gateway: Daemon, data: bytes, wait: float = PATIENCE) -> bytes:
 
 
 # What may be answered: no 500 (that would be ours), and of the others only those that are documented.
-STATUSES = {200, 202, 302, 400, 401, 403, 404, 405, 408, 409, 410, 413, 421, 422, 429, 501, 502, 503, 504, 508}
+STATUSES = {200, 202, 302, 400, 401, 403, 404, 405, 408, 409, 410, 413, 421, 422, 429, 501, 502, 503, 504, 505, 508}
 HEAD = re.compile(rb"HTTP/1\.[01] (\d{3}) [ -~]*\r\n((?:[!-9;-~]+: [\t -~\x80-\xff]*\r\n)*)\r\n")
 
 

@@ -1555,6 +1555,20 @@ async def test_without_a_provider_nothing_can_be_changed(alone: Daemon) -> None:
     assert (await ask(alone.url, "/function/echo")).status == 200
 
 
+async def test_without_a_provider_a_refusal_tells_what_is_allowed(alone: Daemon) -> None:
+    """What can't be read either allows nothing (RFC 9110 10.2.1), and what does not exist is no 405."""
+    for method, path, status, allowed in (
+        ("POST", "functions", 405, "GET"),
+        ("POST", "scale-function/echo", 405, ""),
+        ("GET", "scale-function/echo", 405, ""),
+        ("GET", "scale-function/nosuch", 405, ""),
+        ("POST", "nosuch", 404, None),
+        ("GET", "nosuch", 404, None),
+    ):
+        reply = await ask(alone.url, f"/system/{path}", method=method)
+        assert (reply.status, reply.headers.get("Allow")) == (status, allowed), (method, path)
+
+
 async def test_without_a_provider_the_rest_api_wants_credentials_too(
     daemon: StartDaemon, tmp_path: Path, provider: Provider
 ) -> None:
