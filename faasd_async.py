@@ -389,7 +389,7 @@ class ProviderAway(NotNow):
 
 
 class Shortage(NotNow):
-    """This machine has no descriptors, processes or memory left."""
+    """This machine has no descriptors, ports, processes or memory left."""
 
     ERRORS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -1008,15 +1008,20 @@ def is_own_host(host: str, own_names: Sequence[str]) -> bool:
     return name == "localhost" or name in own_names or is_address(name)
 
 
+def source_address(family: int, address: tuple[Any, ...]) -> str | None:
+    """The address that what is sent to another would come from. None: there is no way there."""
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)  # It sends nothing.
+        return str(sock.getsockname()[0])
+    return None
+
+
 def is_own_address(address: Address | None) -> bool:
     """Whether an address is one of this machine: what is sent there would come from there."""
     if address is None or address.is_loopback or address.is_unspecified:
         return address is not None
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect((str(address), 9))  # It sends nothing.
-        return bool(sock.getsockname()[0] == str(address))
-    return False
+    return source_address(family, (str(address), 9)) == str(address)
 
 
 # --- Secrets --------------------------------------------------------------------------------------
@@ -12930,7 +12935,7 @@ class NatsQueue:
 # --- HTTP failures --------------------------------------------------------------------------------
 # Why a peer has not answered, in words; and time limits.
 
-NO_DESCRIPTORS = "this machine has no descriptors or memory left for a connection"
+NO_DESCRIPTORS = "this machine has no descriptors, ports or memory left for a connection"
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
 
 
@@ -14249,6 +14254,8 @@ async def connected(info: AddressInfo) -> socket.socket:
         if code == errno.EINPROGRESS:
             await writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code == errno.EADDRNOTAVAIL and source_address(family, address) is not None:
+            code = errno.EAGAIN  # There is a way there: what was not available is a port of ours.
         if code:
             raise OSError(code, os.strerror(code))
     except BaseException:

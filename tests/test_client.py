@@ -1161,6 +1161,39 @@ def test_our_own_shortage_is_no_failure_of_the_peer(run: Scenario) -> None:
     run(scenario())
 
 
+ONE_PORT = """
+import asyncio, socket, faasd_async as f, yarl
+from pathlib import Path
+async def main():
+    client = f.HttpClient()
+    for host in ("127.0.0.1", "::1"):
+        with socket.create_server((host, 81), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            first = socket.create_connection(server.getsockname()[:2])
+            await told(client, host, 81)
+            first.close()
+    Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
+    await told(client, "::1", 81)
+    await client.close()
+async def told(client, host, port):
+    try:
+        await client.request("GET", yarl.URL.build(scheme="http", host=host, port=port), b"", b"")
+    except f.HttpError as exc:
+        print(type(exc).__name__)
+    except f.RequestFailed as exc:
+        print(exc)
+asyncio.run(main())
+"""
+
+
+def test_that_no_port_is_left_is_a_shortage_of_ours() -> None:
+    """Whoever has no address to come from is told the same by the kernel, but that does not pass."""
+    alone = "ip link set lo up && echo 50000 50000 >/proc/sys/net/ipv4/ip_local_port_range"
+    command = (*namespaces("net"), "sh", "-c", f'{alone} && exec "$@"', "sh", sys.executable, "-c", ONE_PORT)
+    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(faasd_async.__file__).parent)
+    expected = ["Shortage", "Shortage", "can't be reached: Cannot assign requested address"]
+    assert told.stdout.splitlines() == expected, told.stderr
+
+
 def test_a_unix_socket_is_called(run: Scenario, trusting: None, tmp_path: Path) -> None:
     """As often as one likes."""
 
