@@ -1167,9 +1167,11 @@ def signing_secret(path: Any) -> bytes:
 
 def signing_key(secret: bytes) -> bytes:
     """The key in a secret, as https://www.standardwebhooks.com writes it. Raises ValueError."""
-    if secret.startswith(b"whsec_"):
-        return base64.b64decode(secret.removeprefix(b"whsec_"))
-    return secret
+    if not secret.startswith(b"whsec_"):
+        return secret
+    key = base64.b64decode(secret.removeprefix(b"whsec_"), validate=True)
+    require(key)
+    return key
 
 
 def pem_file(path: Any) -> str:

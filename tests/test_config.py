@@ -252,6 +252,8 @@ PROBLEMS = {
     "auth.password_file": "[auth]\nuser_file = 'user'\npassword_file = 'empty'",
     "callback.signing_secret_file": "[callback]\nsigning_secret_file = 'newline'",
     "callback.signing_secret_file (whsec_)": "[callback]\nsigning_secret_file = 'half'",
+    "callback.signing_secret_file (whsec_, base64)": "[callback]\nsigning_secret_file = 'other letters'",
+    "callback.signing_secret_file (base64, whsec_)": "[callback]\nsigning_secret_file = 'no key'",
     "auth (view_user_file, view_password_file)": LOGIN + "view_user_file = 'user'",
     "auth (view_user_file and user_file)": LOGIN + "view_user_file = 'user'\nview_password_file = 'user'",
     "auth (view_user_file, user_file)": "[auth]\nview_user_file = 'user'\nview_password_file = 'user'",
@@ -292,10 +294,20 @@ HEADERS_FILES = {
 }
 
 
+FILES = {
+    "user": b"admin\n",
+    "empty": b"",
+    "newline": b"\n",
+    "half": b"whsec_abc",
+    "other letters": b"whsec_-_-_Zm9v",  # base64 as in URLs: the key would be "foo"
+    "no key": b"whsec_",
+}
+
+
 @pytest.mark.parametrize("key", PROBLEMS)
 def test_a_mistake_is_one_line_that_names_its_key(key: str) -> None:
     """One mistake, one line: the file, the key, what is wrong. (Words in brackets name the keys that clash.)"""
-    for name, content in (("user", b"admin\n"), ("empty", b""), ("newline", b"\n"), ("half", b"whsec_abc")):
+    for name, content in FILES.items():
         Path(name).write_bytes(content)
     where, _, named = key.partition(" (")
     (line,) = problems(PROBLEMS[key])
