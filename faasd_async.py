@@ -15923,140 +15923,29 @@ class Running(NamedTuple):
     task: asyncio.Task[None]
 
 
-class Consumer:
-    """Claims the work of one queue, and runs it. It has a free slot before it claims."""
+class Settler:
+    """Stores the outcomes of one queue's attempts, however long that takes: functions have run."""
 
-    def __init__(
-        self, name: str, queue: WorkQueue, job: Job, busy: Callable[[], int] = lambda: 1
-    ) -> None:
-        self.name = name
+    def __init__(self, queue: WorkQueue, job: Job) -> None:
         self._queue = queue
         self._job = job
-        self._busy = busy  # tells how many consumers have work
-        self._wake = asyncio.Event()
+        self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
         self._told = asyncio.Event()  # set whenever the queue tells something
         self._times_told = 0
-        self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
-        self._running: dict[Hashable, Running] = {}  # by receipt
-        self._tasks: set[asyncio.Task[None]] = set()  # of these, and of those that are being stored
-        self._claiming = False
-        self._revoked: set[Hashable] = set()  # receipts that were cancelled meanwhile
-        self._loop = asyncio.get_running_loop()
-        self._stopping: asyncio.Future[None] = self._loop.create_future()
-        self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
-        self.wake()
+        self._stopping = False
 
-    @property
-    def inflight(self) -> int:
-        """How many attempts run."""
-        return len(self._running)
-
-    def wake(self) -> None:
-        """There may be something to claim: so the queue works, perhaps again."""
-        self._wake.set()
+    def tell(self) -> None:
+        """The queue has told something: it works, perhaps again."""
         self._told.set()
         self._times_told += 1
 
-    def cancel(self, receipt: Hashable) -> None:
-        """End the attempt of a claim whose work was cancelled, if this queue has it.
-
-        The queue stores nothing of it: the claim is not valid any more.
-        """
-        if receipt in self._running:
-            # Not at once: a task that is cancelled before its first step would not run at all, nor
-            # free its slot.
-            task = self._running[receipt].task
-            self._loop.call_soon(task.cancel)
-        elif self._claiming:
-            self._revoked.add(receipt)
-
     def halt(self) -> None:
-        """Claim no more."""
-        self._stopping.set_result(None)
-        self.wake()
+        """Give up what can't be stored at the next attempt."""
+        self._stopping = True
+        self.tell()
 
-    async def stop(self, hurried: asyncio.Task[Any]) -> None:
-        """After `halt`, wait for attempts until `hurried` ends; queue the rest again uncharged."""
-        # Once it has ended, all tasks have begun: one cancelled before that would not queue its
-        # work.
-        await asyncio.wait({self.dispatcher})
-        ended = asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for running in self._running.values():
-            running.task.cancel()
-        await ended
-
-    async def _dispatch(self) -> None:
-        while not self._stopping.done():
-            await self._wake.wait()
-            await self._until_none_ends()
-            self._wake.clear()
-            limit, room = self._job.room(self.name, [item.lane for item in self._running.values()])
-            free = limit - len(self._running)
-            # Outcomes that can't be stored (disk full) hold new work back, or they would pile up.
-            storing = len(self._tasks) - len(self._running)
-            if self._stopping.done() or free <= 0 or storing > limit:
-                continue
-            self._claiming = True
-            try:
-                # Claim a share at a time: a thousand at once would keep new calls waiting.
-                share = max(1, MAX_CLAIMS // max(1, self._busy()))
-                wanted = min(free, share, limit if self._queue.IN_STEP else math.ceil(limit / 2))
-                rates = self._job.rates(self.name)
-                claims = await self._queue.claim(self.name, wanted, room, rates)
-            except StoreError as exc:
-                log.error("queue %s: no work can be claimed: %s", self.name, exc)
-                await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
-                self._wake.set()
-                continue
-            for claim in claims:
-                if claim.receipt not in self._revoked:
-                    self._start(claim)
-            self._claiming = False
-            self._revoked.clear()
-            if len(claims) >= wanted:
-                self._wake.set()
-
-    async def _until_none_ends(self) -> None:
-        """Wait until no attempt has ended for some rounds of the event loop, or for MOST_ROUNDS.
-
-        Attempts of fast functions that were claimed together end one after the other. By waiting,
-        all that they make room for is claimed at once, in the transaction that stores their
-        outcomes.
-        """
-        quiet = 0  # rounds in which none has ended
-        for _ in range(MOST_ROUNDS):
-            running = len(self._running)
-            if not running or quiet == (QUIET_ROUNDS if self._queue.IN_STEP else 1):
-                return
-            await asyncio.sleep(0)
-            quiet = quiet + 1 if len(self._running) == running else 0
-
-    def _start(self, claim: Claim) -> None:
-        task = self._loop.create_task(self._work(claim), name=f"call {claim.call_id}")
-        self._running[claim.receipt] = Running(claim.lane, task)
-        self._tasks.add(task)
-
-    async def _work(self, claim: Claim) -> None:
-        """One attempt from claim to commit."""
-        outcome: Outcome | None = None  # None, as a stop leaves it: queued again, uncharged
-        try:
-            outcome = await self._job.execute(claim)
-        except asyncio.CancelledError:
-            pass  # by `stop`; or by `cancel`, and then the queue refuses what follows
-        except Exception:
-            log.exception("attempt of call %s failed in this program itself", claim.call_id)
-            outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
-        task = self._running.pop(claim.receipt).task
-        self._wake.set()
-        try:
-            await self._settle(claim, outcome)
-        finally:
-            self._tasks.discard(task)
-            self._wake.set()
-
-    async def _settle(self, claim: Claim, outcome: Outcome | None) -> None:
-        """Store what became of an attempt, however long that takes: the function has run."""
+    async def settle(self, claim: Claim, outcome: Outcome | None) -> None:
+        """Complete or retry a call after an attempt. Without an outcome it is charged nothing."""
         decision = Decision("queued", 0.0)
         if outcome is not None:
             decision = self._job.decide(claim, outcome)
@@ -16070,7 +15959,7 @@ class Consumer:
                 text = "the outcome of call %s can't be stored yet: %s"
                 log.log(level, text, claim.call_id, exc)
                 self._stuck.add(claim.id)
-                if self._stopping.done():
+                if self._stopping:
                     log.error("stopping: call %s will run again", claim.call_id)
                     return
             await self._until_told_since(times_told)
@@ -16094,6 +15983,145 @@ class Consumer:
         if outcome is not None and decision.delay_s is None:
             return self._queue.complete(claim, outcome, decision.status)
         return self._queue.retry(claim, outcome, decision.delay_s or 0.0)
+
+
+class Consumer:
+    """Claims the work of one queue, and runs it. It has a free slot before it claims."""
+
+    def __init__(
+        self, name: str, queue: WorkQueue, job: Job, busy: Callable[[], int] = lambda: 1
+    ) -> None:
+        self.name = name
+        self._queue = queue
+        self._job = job
+        self._settler = Settler(queue, job)
+        self._busy = busy  # tells how many consumers have work
+        self._wake = asyncio.Event()
+        self._running: dict[Hashable, Running] = {}  # by receipt
+        self._tasks: set[asyncio.Task[None]] = set()  # of these, and of those that are being stored
+        self._claiming = False
+        self._revoked: set[Hashable] = set()  # receipts that were cancelled meanwhile
+        self._loop = asyncio.get_running_loop()
+        self._stopping: asyncio.Future[None] = self._loop.create_future()
+        self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
+        self.wake()
+
+    @property
+    def inflight(self) -> int:
+        """How many attempts run."""
+        return len(self._running)
+
+    def wake(self) -> None:
+        """There may be something to claim: so the queue works, perhaps again."""
+        self._wake.set()
+        self._settler.tell()
+
+    def cancel(self, receipt: Hashable) -> None:
+        """End the attempt of a claim whose work was cancelled, if this queue has it.
+
+        The queue stores nothing of it: the claim is not valid any more.
+        """
+        if receipt in self._running:
+            # Not at once: a task that is cancelled before its first step would not run at all, nor
+            # free its slot.
+            task = self._running[receipt].task
+            self._loop.call_soon(task.cancel)
+        elif self._claiming:
+            self._revoked.add(receipt)
+
+    def halt(self) -> None:
+        """Claim no more."""
+        self._stopping.set_result(None)
+        self._settler.halt()
+        self._wake.set()
+
+    async def stop(self, hurried: asyncio.Task[Any]) -> None:
+        """After `halt`, wait for attempts until `hurried` ends; queue the rest again uncharged."""
+        # Once it has ended, all tasks have begun: one cancelled before that would not queue its
+        # work.
+        await asyncio.wait({self.dispatcher})
+        ended = asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        for running in self._running.values():
+            running.task.cancel()
+        await ended
+
+    async def _dispatch(self) -> None:
+        while not self._stopping.done():
+            await self._wake.wait()
+            await self._until_quiet()
+            self._wake.clear()
+            limit, room = self._job.room(self.name, [item.lane for item in self._running.values()])
+            wanted = self._wanted(limit)
+            if self._stopping.done() or wanted <= 0:
+                continue
+            try:
+                await self._claim(wanted, room)
+            except StoreError as exc:
+                log.error("queue %s: no work can be claimed: %s", self.name, exc)
+                await asyncio.wait([self._stopping], timeout=RETRY_STORE_S)
+                self._wake.set()
+
+    async def _until_quiet(self) -> None:
+        """Wait until no attempt has ended for some rounds of the event loop, or for MOST_ROUNDS.
+
+        Attempts of fast functions that were claimed together end one after the other. By waiting,
+        all that they make room for is claimed at once, in the transaction that stores their
+        outcomes.
+        """
+        quiet = 0  # rounds in which none has ended
+        for _ in range(MOST_ROUNDS):
+            running = len(self._running)
+            if not running or quiet == (QUIET_ROUNDS if self._queue.IN_STEP else 1):
+                return
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._running) == running else 0
+
+    def _wanted(self, limit: int) -> int:
+        """How many calls to claim now, where so many may run."""
+        storing = len(self._tasks) - len(self._running)
+        if storing > limit:
+            return 0  # Outcomes that can't be stored (disk full) would pile up.
+        # A share at a time: a thousand at once would keep new calls waiting.
+        share = max(1, MAX_CLAIMS // max(1, self._busy()))
+        at_once = limit if self._queue.IN_STEP else math.ceil(limit / 2)
+        return min(limit - len(self._running), share, at_once)
+
+    async def _claim(self, wanted: int, room: Mapping[str, int]) -> None:
+        """Claim calls, and start them. Raises StoreError."""
+        self._claiming = True
+        rates = self._job.rates(self.name)
+        claims = await self._queue.claim(self.name, wanted, room, rates)
+        for claim in claims:
+            if claim.receipt not in self._revoked:
+                self._start(claim)
+        self._claiming = False
+        self._revoked.clear()
+        if len(claims) >= wanted:
+            self._wake.set()
+
+    def _start(self, claim: Claim) -> None:
+        task = self._loop.create_task(self._work(claim), name=f"call {claim.call_id}")
+        self._running[claim.receipt] = Running(claim.lane, task)
+        self._tasks.add(task)
+
+    async def _work(self, claim: Claim) -> None:
+        """One attempt from claim to commit."""
+        outcome: Outcome | None = None  # None, as a stop leaves it: queued again, uncharged
+        try:
+            outcome = await self._job.execute(claim)
+        except asyncio.CancelledError:
+            pass  # by `stop`; or by `cancel`, and then the queue refuses what follows
+        except Exception:
+            log.exception("attempt of call %s failed in this program itself", claim.call_id)
+            outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
+        task = self._running.pop(claim.receipt).task
+        self._wake.set()
+        try:
+            await self._settler.settle(claim, outcome)
+        finally:
+            self._tasks.discard(task)
+            self._wake.set()
 
 
 class Consumers:
