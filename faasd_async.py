@@ -13413,7 +13413,7 @@ def left_unread(sock: socket.socket, exc: Exception | None) -> Iterator[bytes]:
             yield data
 
 
-class Wire(asyncio.Protocol):
+class PeerConnection(asyncio.Protocol):
     """A connection to a peer, and the exchange on it. If something comes that nobody has asked for
     (a 408 to an idle client), it is not used again: the next caller would take that for its answer.
     """
@@ -13570,25 +13570,27 @@ class Wire(asyncio.Protocol):
 
 
 class Tls(asyncio.Transport, asyncio.Protocol):
-    """TLS on a connection: to its transport it is the protocol, to its wire the transport.
+    """TLS between a transport, whose protocol it is, and a connection, whose transport it is.
 
     The TLS of event loops drops what had come in when a connection breaks: the answer (413) of a
     peer that closes without having read the whole request, which resets the connection.
     """
 
-    def __init__(self, wire: Wire, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
-        self._wire = wire
+    def __init__(
+        self, connection: PeerConnection, sock: socket.socket, context: ssl.SSLContext, host: str
+    ) -> None:
+        self._connection = connection
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         name = host.partition("%")[0].rstrip(".")  # as it stands in certificates (RFC 6066 3)
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
         self._flow = Flow()  # of what is encrypted
-        self._open = False  # for the wire
+        self._open = False  # whether the handshake is done
         self._failure: Exception | None = None  # what was wrong with what came in
         self.secured: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    # What the wire does.
+    # What the connection does.
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         """Encrypt something, and send it."""
@@ -13633,7 +13635,7 @@ class Tls(asyncio.Transport, asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The transport closes itself."""
-        self._wire.eof_received()
+        self._connection.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended."""
@@ -13641,17 +13643,17 @@ class Tls(asyncio.Transport, asyncio.Protocol):
             self.data_received(data)
         self._flow.ended()
         if self._open:
-            self._wire.end(self._failure or exc)
+            self._connection.end(self._failure or exc)
         elif not self.secured.done():
             self.secured.set_exception(exc or ConnectionResetError())
 
     def pause_writing(self) -> None:
         """The peer takes too little: whoever sends has to wait."""
-        self._wire.pause_writing()
+        self._connection.pause_writing()
 
     def resume_writing(self) -> None:
         """The peer takes more again."""
-        self._wire.resume_writing()
+        self._connection.resume_writing()
 
     # What it does by itself.
 
@@ -13666,20 +13668,20 @@ class Tls(asyncio.Transport, asyncio.Protocol):
         else:
             self._send()
             self._open = True
-            self._wire.connection_made(self)
+            self._connection.connection_made(self)
             self.secured.set_result(None)
 
     def _receive(self) -> None:
         """Decrypt what has come in."""
         try:
             while data := self._tls.read(READ_BYTES):
-                self._wire.data_received(data)
+                self._connection.data_received(data)
         except ssl.SSLWantReadError:
             self._send()  # what TLS itself has to answer
         except ssl.SSLError as exc:
             self._fail(exc)
         else:  # The peer says that nothing follows.
-            self._wire.eof_received()
+            self._connection.eof_received()
             self._close()
 
     def _fail(self, exc: Exception) -> None:
@@ -13699,17 +13701,17 @@ class Tls(asyncio.Transport, asyncio.Protocol):
             self._flow.transport.close()
 
 
-async def secured(sock: socket.socket, context: ssl.SSLContext, host: str) -> Wire:
+async def secured(sock: socket.socket, context: ssl.SSLContext, host: str) -> PeerConnection:
     """A TLS connection to a peer that has shown that it is this host. Raises OSError."""
-    wire = Wire(sock)
-    tls = Tls(wire, sock, context, host)
+    connection = PeerConnection(sock)
+    tls = Tls(connection, sock, context, host)
     await asyncio.get_running_loop().create_connection(lambda: tls, sock=sock)
     try:
         await tls.secured
     except BaseException:
         tls.abort()
         raise
-    return wire
+    return connection
 
 
 # --- HTTP pool ------------------------------------------------------------------------------------
@@ -13733,12 +13735,12 @@ class Origin(NamedTuple):
     proxy: yarl.URL | None
 
 
-def idle_s(wire: Wire) -> float:
+def idle_s(connection: PeerConnection) -> float:
     """How long a connection has been idle, or was when it ended."""
-    return (wire.ended_at or time.monotonic()) - wire.idle_since
+    return (connection.ended_at or time.monotonic()) - connection.idle_since
 
 
-class Habit:
+class KeepAlive:
     """Whether a peer keeps its connections open, and for how many answers.
 
     Small servers answer in HTTP/1.1 and close all the same, without saying so: at once, a while
@@ -13752,38 +13754,38 @@ class Habit:
         self.trusted = 1  # a connection with fewer answers than these is used again at once
         self._wary_s = PROOF_S
         self._wary_until = 0.0  # monotonic; nothing is tried until then
-        self._trial: Wire | None = None  # the connection that is being tried with a request
+        self._trial: PeerConnection | None = None  # that is being tried with a request
 
-    def allows(self, wire: Wire) -> bool:
+    def allows(self, connection: PeerConnection) -> bool:
         """Whether an idle connection may be used."""
         if self._trial is not None and self._trial.closed:
             if self._trial.silent:  # It was given up: the peer had not read its last request.
                 self.doubt(self._trial)
             self._trial = None
-        if wire.answers < self.trusted:
+        if connection.answers < self.trusted:
             return True
-        lasts = idle_s(wire) >= min(self._wary_s, MAX_PROOF_S)
+        lasts = idle_s(connection) >= min(self._wary_s, MAX_PROOF_S)
         return lasts and self._trial is None and time.monotonic() >= self._wary_until
 
-    def use(self, wire: Wire) -> None:
+    def use(self, connection: PeerConnection) -> None:
         """Note that a connection is used again: it may be a trial."""
-        if wire.answers >= self.trusted:
-            self._trial = wire
+        if connection.answers >= self.trusted:
+            self._trial = connection
 
-    def answered(self, wire: Wire) -> None:
+    def answered(self, connection: PeerConnection) -> None:
         """Note that an answer has come on a connection."""
-        if wire is self._trial:
+        if connection is self._trial:
             self._trial = None
             self.trusted = sys.maxsize
 
-    def lost(self, wire: Wire) -> None:
+    def lost(self, connection: PeerConnection) -> None:
         """Note that a connection has ended while it was idle, perhaps too soon."""
-        if wire.answers < self.trusted and idle_s(wire) < HASTY_S:
-            self.doubt(wire)
+        if connection.answers < self.trusted and idle_s(connection) < HASTY_S:
+            self.doubt(connection)
 
-    def doubt(self, wire: Wire) -> None:
+    def doubt(self, connection: PeerConnection) -> None:
         """Note that the peer has closed a connection that it should have kept."""
-        self.trusted = min(self.trusted, wire.answers)
+        self.trusted = min(self.trusted, connection.answers)
         self._trial = None
         now = time.monotonic()
         if now < self._wary_until:
@@ -13795,73 +13797,73 @@ class Habit:
 
 
 class Pool:
-    """Idle connections by origin, and the habits of their peers."""
+    """Idle connections by origin, and what is known of how long their peers keep them."""
 
     def __init__(self, keepalive_s: float) -> None:
         self._keepalive_s = keepalive_s
         # At the end the one that was used last; at the beginning those that are to be tried.
-        self._idle: dict[Origin, deque[Wire]] = {}
-        self._habits: OrderedDict[Origin, Habit] = OrderedDict()
+        self._idle: dict[Origin, deque[PeerConnection]] = {}
+        self._known_peers: OrderedDict[Origin, KeepAlive] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
-    def take(self, origin: Origin) -> Wire | None:
+    def take(self, origin: Origin) -> PeerConnection | None:
         """An idle connection that may be used; None: there is none."""
-        wires = self._idle.get(origin)
-        if not wires:
+        idle = self._idle.get(origin)
+        if not idle:
             return None
-        habit = self._habit(origin)
-        while wires and habit.allows(wires[-1]):
-            wire = wires.pop()
-            if wire.renew():
-                habit.use(wire)
-                return wire
-            habit.lost(wire)
-            wire.abort()
+        keep_alive = self._keep_alive(origin)
+        while idle and keep_alive.allows(idle[-1]):
+            connection = idle.pop()
+            if connection.renew():
+                keep_alive.use(connection)
+                return connection
+            keep_alive.lost(connection)
+            connection.abort()
         return None
 
-    def put(self, origin: Origin, wire: Wire) -> None:
+    def put(self, origin: Origin, connection: PeerConnection) -> None:
         """Keep a connection whose exchange has ended, or close it."""
-        habit = self._habit(origin)
-        habit.answered(wire)
-        wires = self._idle.get(origin)
-        if wires is None:
-            wires = self._idle[origin] = deque()
-        wire.rest()
-        trusted = wire.answers < habit.trusted
-        if not wire.finished or not (trusted or len(wires) < MAX_UNPROVEN):
-            wire.abort()
+        keep_alive = self._keep_alive(origin)
+        keep_alive.answered(connection)
+        idle = self._idle.get(origin)
+        if idle is None:
+            idle = self._idle[origin] = deque()
+        connection.rest()
+        trusted = connection.answers < keep_alive.trusted
+        if not connection.finished or not (trusted or len(idle) < MAX_UNPROVEN):
+            connection.abort()
             return
         if trusted:
-            wires.append(wire)
+            idle.append(connection)
         else:
-            wires.appendleft(wire)
+            idle.appendleft(connection)
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
 
-    def doubt(self, origin: Origin, wire: Wire) -> None:
+    def doubt(self, origin: Origin, connection: PeerConnection) -> None:
         """Note that a connection that was used again has failed."""
-        self._habit(origin).doubt(wire)
+        self._keep_alive(origin).doubt(connection)
 
-    def _habit(self, origin: Origin) -> Habit:
-        habit = self._habits.get(origin)
-        if habit is None:
-            habit = self._habits[origin] = Habit()
-            if len(self._habits) > MAX_ORIGINS:
-                self._habits.popitem(last=False)
-        return habit
+    def _keep_alive(self, origin: Origin) -> KeepAlive:
+        keep_alive = self._known_peers.get(origin)
+        if keep_alive is None:
+            keep_alive = self._known_peers[origin] = KeepAlive()
+            if len(self._known_peers) > MAX_ORIGINS:
+                self._known_peers.popitem(last=False)
+        return keep_alive
 
     def _sweep(self) -> None:
         """Close what has been idle for too long."""
         self._timer = None
         oldest = time.monotonic() - self._keepalive_s
-        for origin, wires in list(self._idle.items()):
-            for wire in [wire for wire in wires if wire.closed or wire.idle_since < oldest]:
-                if wire.closed:
-                    self._habit(origin).lost(wire)
-                wires.remove(wire)
-                wire.abort()
-            if not wires:
+        for origin, idle in list(self._idle.items()):
+            for connection in [each for each in idle if each.closed or each.idle_since < oldest]:
+                if connection.closed:
+                    self._keep_alive(origin).lost(connection)
+                idle.remove(connection)
+                connection.abort()
+            if not idle:
                 del self._idle[origin]
         if self._idle:
             loop = asyncio.get_running_loop()
@@ -13872,9 +13874,9 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for wires in self._idle.values():
-            for wire in wires:
-                wire.abort()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.abort()
         self._idle.clear()
 
 
@@ -13975,7 +13977,7 @@ def url_login(url: yarl.URL) -> bytes | None:
     return b"Basic " + base64.b64encode(login)
 
 
-class Message(NamedTuple):
+class HttpRequest(NamedTuple):
     """A request, ready to be sent."""
 
     method: str
@@ -13991,9 +13993,11 @@ class Message(NamedTuple):
 class HttpResponse:
     """The head of an answer, and its body as it comes in. Closed at the end of its block."""
 
-    def __init__(self, head: Head, wire: Wire, sending: asyncio.Task[None] | None) -> None:
+    def __init__(
+        self, head: Head, connection: PeerConnection, sending: asyncio.Task[None] | None
+    ) -> None:
         message, body = head
-        self._wire = wire
+        self._connection = connection
         self._sending = sending  # the request's body, where it is streamed
         self._rest: bytes | None = None  # of a body that came with the head
         self._body: StreamReader = EMPTY_PAYLOAD
@@ -14001,7 +14005,7 @@ class HttpResponse:
             self._rest = body
         elif message.code not in BODILESS_CODES:
             self._body = body
-        self._release: Tell[Wire] = Wire.abort
+        self._release: Tell[PeerConnection] = PeerConnection.abort
         self.status = message.code
         self.reason: str = message.reason or ""
         self.headers: Headers = message.raw_headers
@@ -14012,11 +14016,11 @@ class HttpResponse:
     async def __aexit__(self, *exc: object) -> None:
         if self._sending is not None:
             if not self._sending.done():
-                self._wire.abort()
+                self._connection.abort()
             await ended(self._sending)
-        self._release(self._wire)  # for the next request, if the answer has come to its end
+        self._release(self._connection)  # for the next request, if the answer has come to its end
 
-    def keep(self, release: Tell[Wire]) -> HttpResponse:
+    def keep(self, release: Tell[PeerConnection]) -> HttpResponse:
         """Have the connection released in this way at the end of the block."""
         self._release = release
         return self
@@ -14093,19 +14097,19 @@ async def ended(task: asyncio.Task[None]) -> None:
     await asyncio.wait({task})
 
 
-async def send_body(wire: Wire, body: AsyncIterator[bytes], chunked: bool) -> None:
+async def send_body(connection: PeerConnection, body: AsyncIterator[bytes], chunked: bool) -> None:
     """Send a body as it comes, at the pace of the peer. What it raises ends the exchange."""
     try:
         async for data in body:
             if data:
-                wire.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
-                await wire.drain()
-            if wire.closed:
+                connection.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+                await connection.drain()
+            if connection.closed:
                 return
         if chunked:
-            wire.write(b"0\r\n\r\n")
+            connection.write(b"0\r\n\r\n")
     except HttpError as exc:
-        wire.fail(exc)
+        connection.fail(exc)
 
 
 def through_proxy(proxy: yarl.URL) -> str:
@@ -14119,23 +14123,25 @@ def name_proxy(exc: BaseException, proxy: yarl.URL | None) -> None:
         exc.add_note(through_proxy(proxy))
 
 
-async def exchange(wire: Wire, request: Message) -> HttpResponse:
+async def send_request(connection: PeerConnection, request: HttpRequest) -> HttpResponse:
     """Send a request and wait for the head of its answer. Raises RequestFailed, HttpError."""
-    answer = wire.begin(request.method, request.start, request.on_status)
+    answer = connection.begin(request.method, request.start, request.on_status)
     sending = None
     body = request.body
     if not isinstance(body, bytes):
         chunked = b"\r\nTransfer-Encoding: chunked\r\n" in request.start
-        sending = asyncio.create_task(send_body(wire, body, chunked), name="body of a request")
+        sending = asyncio.create_task(
+            send_body(connection, body, chunked), name="body of a request"
+        )
     try:
         head = await answer
         if request.proxy and head[0].code == 407:  # No peer says that (RFC 9110 15.5.8).
             reason = "can't be reached: the proxy answered 407"
             raise RequestFailed(FailureKind.UNREACHABLE, reason)
-        return HttpResponse(head, wire, sending)
+        return HttpResponse(head, connection, sending)
     except BaseException as exc:
         name_proxy(exc, request.proxy)
-        wire.abort()
+        connection.abort()
         if answer.done() and not answer.cancelled():
             answer.exception()  # Taken note of, or asyncio would log it where we were cancelled.
         if sending is not None:
@@ -14463,19 +14469,19 @@ class HttpClient:
         destination = find(url, tls)
         origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)
-        request = Message(method, message, body, on_status, origin.proxy)
-        release = functools.partial(self._pool.put, origin) if keepalive else Wire.abort
+        request = HttpRequest(method, message, body, on_status, origin.proxy)
+        release = functools.partial(self._pool.put, origin) if keepalive else PeerConnection.abort
         # A streamed body can't be sent again, so it gets a new connection.
-        wire = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
-        if wire is not None:
+        connection = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
+        if connection is not None:
             try:
-                return (await exchange(wire, request)).keep(release)
+                return (await send_request(connection, request)).keep(release)
             except RequestFailed:
-                self._pool.doubt(origin, wire)
-                if not wire.unseen and not (wire.silent and method in IDEMPOTENT):
+                self._pool.doubt(origin, connection)
+                if not connection.unseen and not (connection.silent and method in IDEMPOTENT):
                     raise
-        wire = await self._connect(origin)
-        return (await exchange(wire, request)).keep(release)
+        connection = await self._connect(origin)
+        return (await send_request(connection, request)).keep(release)
 
     def _find_destination(self, url: yarl.URL, tls: ssl.SSLContext | None) -> Destination:
         host = called_host(url)
@@ -14490,13 +14496,13 @@ class HttpClient:
             proxy = None
         return destination_of(url, Origin(host, port, tls if secure else None, proxy))
 
-    async def _connect(self, origin: Origin) -> Wire:
+    async def _connect(self, origin: Origin) -> PeerConnection:
         """A new connection. Raises RequestFailed."""
         loop = asyncio.get_running_loop()
         sock: socket.socket | None = None
         try:
             sock = await self._open(origin)
-            make = functools.partial(Wire, sock)
+            make = functools.partial(PeerConnection, sock)
             if sock.family == socket.AF_UNIX:
                 return (await loop.create_unix_connection(make, sock=sock))[1]
             if origin.tls is None:
@@ -17020,7 +17026,7 @@ class Clients:
         self.write_timeout_s = write_timeout_s  # for which a client may take nothing
         self.tell = tell  # An answer has ended, or a connection has.
         self.known = KnownHeads()
-        self.connections: set[Connection] = set()
+        self.connections: set[ClientConnection] = set()
 
 
 class Conversation:
@@ -17216,7 +17222,7 @@ class Conversation:
         self._clients.tell()
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """A client's connection: what the event loop and the parser's streams tell of it."""
 
     def __init__(self, clients: Clients) -> None:
@@ -17332,7 +17338,9 @@ class Acceptor:
     (libuv cuts off clients that it has no descriptor for.)
     """
 
-    def __init__(self, make: Callable[[], Connection], connections: set[Connection]) -> None:
+    def __init__(
+        self, make: Callable[[], ClientConnection], connections: set[ClientConnection]
+    ) -> None:
         self._make = make
         self._connections = connections
         self._loop = asyncio.get_running_loop()
@@ -17421,7 +17429,7 @@ class Server:
     ) -> None:
         clients = Clients(application, read_timeout_s, write_timeout_s, self._tell)
         self._connections = clients.connections
-        self._acceptor = Acceptor(lambda: Connection(clients), clients.connections)
+        self._acceptor = Acceptor(lambda: ClientConnection(clients), clients.connections)
         # An answer has ended, a connection has asked or gone; None: nobody waits for that.
         self._news: asyncio.Event | None = None
 

@@ -36,11 +36,11 @@ from faasd_async import (
     HttpError,
     HttpResponse,
     Limit,
+    PeerConnection,
     Pool,
     RequestFailed,
     Shortage,
     TimeLimit,
-    Wire,
     bypasses_proxy,
     pack_headers,
     proxies_of,
@@ -720,9 +720,9 @@ def test_a_peer_has_to_show_that_it_keeps_connections(run: Scenario) -> None:
 
 def let_time_pass(peer: Peer) -> None:
     """As if all connections that are idle had been so for long enough to be tried."""
-    (wires,) = peer.client._pool._idle.values()
-    for wire in wires:
-        wire.idle_since -= faasd_async.PROOF_S
+    (idle,) = peer.client._pool._idle.values()
+    for connection in idle:
+        connection.idle_since -= faasd_async.PROOF_S
 
 
 def test_one_connection_is_tried_at_a_time(run: Scenario) -> None:
@@ -894,11 +894,11 @@ def race(monkeypatch: pytest.MonkeyPatch, trusting: None) -> Callable[[Callable[
     todo: list[Callable[[], None]] = []
     take = Pool.take
 
-    def take_late(pool: Pool, origin: Any) -> Wire | None:
-        wire = take(pool, origin)
-        if wire is not None and todo:
+    def take_late(pool: Pool, origin: Any) -> PeerConnection | None:
+        connection = take(pool, origin)
+        if connection is not None and todo:
             todo.pop()()
-        return wire
+        return connection
 
     monkeypatch.setattr(Pool, "take", take_late)
     return todo.append
