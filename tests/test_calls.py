@@ -486,8 +486,8 @@ async def test_a_call_that_waits_says_why(daemon: StartDaemon, hosts: StartHost,
         assert (await gateway.record(second))["waits_for"] == reason
         assert "waits_for" not in await gateway.record(first)
     failed = await gateway.submit("fails")
-    await gateway.until(failed, lambda record: record["status"] == "delayed")
-    assert (await gateway.record(failed))["waits_for"] == "its next attempt"
+    delayed = await gateway.until(failed, lambda record: record["status"] == "delayed")
+    assert delayed["waits_for"] == "its next attempt"
     assert (await gateway.record(await gateway.submit("it", X_Delay="1h")))["waits_for"] == "its time"
     await ask(gateway.url, "/system/queues/wide/pause", method="POST")
     assert (await gateway.record(second))["waits_for"] == "queue wide, which is paused"

@@ -22,6 +22,7 @@ from conftest import (
     answer,
     ask,
     assert_refused,
+    entering,
     namespaces,
     ok,
     run,
@@ -91,11 +92,15 @@ async def submit_three(gateway: Daemon, function: Server) -> list[str]:
 
 
 class Disk:
-    """A small file system that only those see who `enter` it: it lives in a mount namespace of its own."""
+    """A small file system that only those see who `enter` it: it lives in a mount namespace of its own.
+
+    A command does so with that as its prefix, a daemon with `before`.
+    """
 
     def __init__(self, folder: Path, pid: int) -> None:
         users = () if os.geteuid() == 0 else ("--user", "--preserve-credentials")
         self.enter = ("nsenter", "--target", str(pid), "--mount", *users)
+        self.before = entering(pid)
         self.folder = folder
         self.settings = f'[store]\npath = "{folder}/calls.db"'
         self._ballast = Path(f"/proc/{pid}/root{folder}/ballast")
@@ -144,7 +149,7 @@ async def test_a_full_disk_refuses_calls_and_loses_none(
     daemon: StartDaemon, disk: Disk, function: Server, gate: Gate
 ) -> None:
     """503 and not ready while there is no room, everything else works; then all goes on with no restart."""
-    gateway = await daemon(settings(function, disk.settings), prefix=disk.enter)
+    gateway = await daemon(settings(function, disk.settings), before=disk.before)
     accepted = await submit_three(gateway, function)
     await disk.spoil("full")
     await assert_unable(gateway, function, "full")
@@ -159,7 +164,7 @@ async def test_a_full_disk_refuses_calls_and_loses_none(
 
 async def test_a_copy_that_would_fill_the_disk_is_not_made(daemon: StartDaemon, disk: Disk, function: Server) -> None:
     """The answer says what there is and what it takes, and calls go on."""
-    gateway = await daemon(settings(function, disk.settings), prefix=disk.enter)
+    gateway = await daemon(settings(function, disk.settings), before=disk.before)
     reply = await ask(gateway.url, "/system/backup", host="localhost")
     assert_refused(reply, 503, "it takes", "64.0 MiB of", "have to be left")
     await assert_well(gateway, [], function)
@@ -170,7 +175,7 @@ async def test_a_disk_that_takes_nothing_at_the_start_is_one_clear_line(
     daemon: StartDaemon, disk: Disk, function: Server, gate: Gate, how: str
 ) -> None:
     """The daemon exits with a reason instead of half working; the calls it has are there when the disk is well."""
-    gateway = await daemon(settings(function, disk.settings), prefix=disk.enter)
+    gateway = await daemon(settings(function, disk.settings), before=disk.before)
     accepted = await submit_three(gateway, function)
     await gateway.kill()
     gate.open()

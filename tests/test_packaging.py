@@ -9,14 +9,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import DEVNULL, PIPE, SCRIPT, Finished, run, start_program
+from conftest import DEVNULL, PIPE, SCRIPT, UNMEASURED, Finished, run, start_program
 
 from faasd_async import OLDEST_AIOHTTP
 
 ROOT = SCRIPT.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INLINE = r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$"  # the expression of PEP 723
-PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+PIP = (*UNMEASURED, sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
 def copied_by_the_dockerfile() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, SCRIPT, Daemon, Gate, Server, StartDaemon
+from conftest import PATIENCE, UNMEASURED, Daemon, Gate, Server, StartDaemon, entering
 from jetstream import NatsServer
 from nats.js.api import StreamConfig
 from power_cut import SECTOR
@@ -22,30 +22,26 @@ BURST = 50  # calls or messages
 SECTORS = 64
 
 
-def changed(pragma: str, value: str) -> tuple[str, ...]:
-    """A program that is the daemon with another value for a pragma of its store.
-
-    It takes the place of the program whose command line comes after it.
-    """
-    script = f"""
-import re, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import faasd_async
+def changed(pragma: str, value: str) -> str:
+    """For `before`: the daemon has another value for a pragma of its store."""
+    return f"""
+import re
 change = lambda text: re.sub("^{pragma} = .*", "{pragma} = {value}", text)
 faasd_async.PRAGMAS = tuple(map(change, faasd_async.PRAGMAS))
 faasd_async.REQUIRED_PRAGMAS.pop("{pragma}", None)
-sys.exit(faasd_async.main(sys.argv[4:]))
 """
-    return (sys.executable, "-c", script)
 
 
-AS_IT_IS: tuple[str, ...] = ()
+AS_IT_IS = ""
 WITHOUT_SYNCS = changed("synchronous", "NORMAL")
 WITH_CHECKPOINTS = changed("wal_autocheckpoint", "20")  # pages: one every few commits
 
 
 class Disk:
-    """One that only those see who `enter` it, in a mount namespace of its own, which ends with it."""
+    """One that only those see who `enter` it, in a mount namespace of its own, which ends with it.
+
+    A command does so with that as its prefix, a daemon with `before`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "mount"
@@ -63,6 +59,11 @@ class Disk:
         return ("nsenter", "--target", str(self._pid), "--mount", *users)
 
     @property
+    def before(self) -> str:
+        """What a daemon begins with."""
+        return entering(self._pid)
+
+    @property
     def root(self) -> Path:
         """Its folder as others see it."""
         return Path(f"/proc/{self._pid}/root{self.folder}")
@@ -78,7 +79,7 @@ class Disk:
         script = Path(__file__).with_name("power_cut.py")
         self._mounts += 1
         self._process = await asyncio.create_subprocess_exec(
-            *("unshare", "--mount", *users, sys.executable, script),
+            *("unshare", "--mount", *users, *UNMEASURED, sys.executable, script),
             *(self.folder, self._platter, str(self.early), str(self._mounts)),
             stdin=asyncio.subprocess.PIPE,  # It ends when we do.
             stdout=asyncio.subprocess.PIPE,
@@ -114,10 +115,10 @@ def settings(disk: Disk, function: Server, more: str = "") -> str:
     return f'[store]\npath = "{disk.folder}/var/lib/calls.db"\n[functions.it]\nurl = "{function.url}"\n{more}'
 
 
-async def switch_on(gateway: Daemon, disk: Disk, *program: str) -> None:
-    """Start the machine: the disk and, as the program or as `program` does it, the daemon."""
+async def switch_on(gateway: Daemon, disk: Disk, change: str = AS_IT_IS) -> None:
+    """Start the machine: the disk, and the daemon with this change."""
     await disk.connect()
-    gateway.prefix = (*disk.enter, *program)
+    gateway.before = disk.before + change
     await gateway.start()
 
 
@@ -186,18 +187,18 @@ async def test_the_disk_may_keep_any_part_of_what_was_not_synced(disk: Disk) -> 
     assert set(sectors) == {b"o" * SECTOR, b"n" * SECTOR}
 
 
-@pytest.mark.parametrize("program", [AS_IT_IS, WITHOUT_SYNCS], ids=["as it is", "without syncs"])
+@pytest.mark.parametrize("change", [AS_IT_IS, WITHOUT_SYNCS], ids=["as it is", "without syncs"])
 async def test_a_power_cut_right_after_the_202_loses_no_call(
-    disk: Disk, daemon: StartDaemon, function: Server, program: tuple[str, ...]
+    disk: Disk, daemon: StartDaemon, function: Server, change: str
 ) -> None:
     """Not even the first ones of a new file in a new folder. A daemon that does not sync its commits does lose them."""
     function.behaviour = Gate()
     gateway = await daemon(settings(disk, function), start=False)
-    await switch_on(gateway, disk, *program)
+    await switch_on(gateway, disk, change)
     calls = await submit_many(gateway, BURST)
     await cut_power(gateway, disk)
     await switch_on(gateway, disk)
-    assert bool(await lost(gateway, calls)) == (program == WITHOUT_SYNCS)
+    assert bool(await lost(gateway, calls)) == (change == WITHOUT_SYNCS)
 
 
 async def test_random_power_cuts_under_a_mixed_load_break_no_promise(
@@ -224,7 +225,7 @@ async def test_random_power_cuts_under_a_mixed_load_break_no_promise(
         await cut_power(gateway, disk)
         await asyncio.gather(*clients)
         witness.life += 1
-        await switch_on(gateway, disk, *(AS_IT_IS, WITH_CHECKPOINTS)[witness.life % 2])
+        await switch_on(gateway, disk, (AS_IT_IS, WITH_CHECKPOINTS)[witness.life % 2])
         known = await witness.records()
         assert {call_id for call_id, story in stories.items() if story.accepted} <= known.keys()
         for call_id, record in known.items():

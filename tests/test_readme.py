@@ -17,7 +17,7 @@ from asyncio.subprocess import DEVNULL, STDOUT
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, namespaces
+from conftest import SCRIPT, UNMEASURED, namespaces
 
 from faasd_async import make_parser
 
@@ -48,7 +48,8 @@ export PIP_NO_COMPILE=1 # what is imported is compiled then
 exec env -u PYTHONPATH -u CREDENTIALS_DIRECTORY bash "$1/commands"
 """
 
-LISTENING = "until curl -so /dev/null http://127.0.0.1:8080/healthz; do sleep 0.1; done"
+# What was begun last goes on in the background until it listens; if it ends, so do the commands.
+LISTENING = "until curl -so /dev/null http://127.0.0.1:8080/healthz; do kill -0 $! || exit; sleep 0.1; done"
 ROOTS_PASSWORD = 'exec "$@"'
 NOTHING = ":"
 SYSTEMD = f"""
@@ -102,7 +103,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels"
     needed = ("flit_core>=3.12", "shtab", ".")
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    pip = (*UNMEASURED, sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     with folder.with_name("wheels.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one makes them
         if not folder.exists():
@@ -136,7 +137,7 @@ async def on_a_host(folder: Path, wheels: Path, commands: str) -> str:
         pytest.skip("a host with its own /etc and /opt needs root")
     await asyncio.to_thread(prepare, folder, commands)
     host = namespaces("mount", "net", "pid", "fork", "kill-child", "mount-proc")
-    command = (*host, "bash", "-c", HOST, "host", str(folder), str(wheels))
+    command = (*UNMEASURED, *host, "bash", "-c", HOST, "host", str(folder), str(wheels))
     said = folder / "said"
     with said.open("wb") as out:
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=out, stderr=STDOUT)
@@ -189,6 +190,12 @@ async def test_it_is_installed_upgraded_backed_up_restored_moved_and_removed(tmp
     said = await on_a_host(tmp_path, wheels, "\n".join(commands))
     assert "\nconfig.example.toml: ok, 4 functions, " in said
     assert re.search(r"(?m)^nightly  .*disk", said)
+
+
+async def test_a_daemon_that_does_not_start_is_told_at_once(tmp_path: Path) -> None:
+    """By these tests: nobody waits for it to listen."""
+    with pytest.raises(AssertionError, match="No such process"):
+        await on_a_host(tmp_path, tmp_path, "false && faasd-async serve --config config.toml &\n")
 
 
 async def test_each_command_is_run() -> None:

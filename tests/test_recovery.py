@@ -428,15 +428,15 @@ def modes(folder: Path, start: str = "calls.db") -> dict[str, str]:
     return {path.name: oct(mode(path)) for path in folder.iterdir() if path.name.startswith(start)}
 
 
-UMASK = ("sh", "-c", 'umask "$0" && exec "$@"')
+UMASK = "import os; os.umask({:#o})"  # what comes before the daemon's start
 
 
-@pytest.mark.parametrize("umask", ["000", "022", "777"])
-async def test_nobody_else_reads_the_store(daemon: StartDaemon, function: Server, tmp_path: Path, umask: str) -> None:
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777], ids=oct)
+async def test_nobody_else_reads_the_store(daemon: StartDaemon, function: Server, tmp_path: Path, umask: int) -> None:
     """Its files are 0600 and the folders made for them 0700, whatever the umask; folders that were there stay."""
     there_before = mode(tmp_path)
     folder = tmp_path / "new" / "state"
-    gateway = await daemon(settings(function), prefix=(*UMASK, umask), start=False)
+    gateway = await daemon(settings(function), before=UMASK.format(umask), start=False)
     gateway.configure(settings(function, f'[store]\npath = "{folder}/calls.db"'))
     gateway.config.chmod(0o644)
     await gateway.start()
@@ -453,7 +453,7 @@ async def test_a_store_that_others_could_read_is_closed_to_them(
     daemon: StartDaemon, function: Server, left: str
 ) -> None:
     """With its WAL, and what is kept of it: set aside when it is damaged, copied before it is changed."""
-    gateway = await daemon(settings(function), prefix=(*UMASK, "000"))
+    gateway = await daemon(settings(function), before=UMASK.format(0))
     call_id = await gateway.submit("it", SECRET)
     await gateway.final(call_id)
     await (gateway.kill() if left == "by a crash" else gateway.terminate())
