@@ -425,9 +425,9 @@ class RequestFailed(Exception):
 
 
 # --- Values ---------------------------------------------------------------------------------------
-# Durations, sizes, times, names, URLs. One parser each, which the file, the control headers and the
-# query parameters share: "10m" means the same everywhere. A parser raises ValueError and nothing
-# else, and its text says which form was expected.
+# Durations, sizes, times, names, addresses. One parser each, which the file, the control headers
+# and the query parameters share: "10m" means the same everywhere. A parser raises ValueError and
+# nothing else, and its text says which form was expected.
 
 DURATION_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 DURATION = re.compile(rf"(?:(\d+)d)?((?:{DURATION_PART})*)")
@@ -447,11 +447,6 @@ NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
 MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
 UNIX_ADDRESS = re.compile(r"unix:/.+")
 TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
-# In a URL: an IPv6 address in brackets, with its zone; or a name, in IDNA and with nothing in
-# percent: a proxy might decode it, and that is another host.
-HOST_AND_PORT = re.compile(
-    r"(?:\[([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~-]+)?\]|[^][:%\x7f-\U0010ffff]+)(?::[0-9]*)?"
-)
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a token of RFC 9110 5.6.2
 HEADER_LINE = re.compile(rf"({HEADER_NAME}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
@@ -703,27 +698,6 @@ def http_codes(value: Any) -> frozenset[int]:
     return frozenset(value)
 
 
-@expects('a URL such as "http://127.0.0.1:9001"')
-def server_url(value: Any) -> yarl.URL:
-    """The URL of an HTTP server, to which path and query are added. It may carry credentials."""
-    host = re.search(r"^\w+://(?:[^/?#]*@)?([^/?#:]+)", value)
-    if host is not None:
-        value = value[: host.start(1)] + host[1].encode("idna").decode() + value[host.end(1) :]
-    url = http_url(value)
-    require("?" not in value)
-    return url
-
-
-def http_url(value: str) -> yarl.URL:
-    """An http or https URL, byte for byte. Raises ValueError, TypeError, LookupError."""
-    url = yarl.URL(value, encoded=True)
-    place = HOST_AND_PORT.fullmatch(url.raw_authority.rpartition("@")[2])
-    require(place and url.scheme in ("http", "https") and url.explicit_port != 0)
-    if place and place[1]:
-        ipaddress.IPv6Address(place[1])
-    return url
-
-
 ADDRESS_FORM = '"HOST:PORT" and "unix:/path"'
 
 
@@ -837,11 +811,6 @@ def brief_size(number: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
-def show_url(value: str | None) -> str | None:
-    """A URL without the credentials it may carry."""
-    return None if value is None else re.sub(r"^(\w+://)[^/?#]*@", r"\1", value)
-
-
 def function_key(name: str, namespace: str) -> str:
     """NAME.NAMESPACE, which no other function has; its lane in a queue and its label in metrics."""
     return f"{name}.{namespace}"
@@ -865,10 +834,17 @@ def uuid7(stamp_ms: int, high: int, low: int) -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-# --- Hosts ----------------------------------------------------------------------------------------
-# How a host is written, what it is compared with, and whether it is this machine.
+# --- URLs and hosts -------------------------------------------------------------------------------
+# How URLs and hosts are written, what a host is compared with, and whether it is this machine.
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# In a URL: an IPv6 address in brackets, with its zone; or a name, in IDNA and with nothing in
+# percent: a proxy might decode it, and that is another host.
+HOST_AND_PORT = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]+)(?:%[A-Za-z0-9_.~-]+)?\]|[^][:%\x7f-\U0010ffff]+)(?::[0-9]*)?"
+)
+ABSOLUTE_URL = re.compile(r"(\w+://)([^/?#]*@)?([^/?#]*)(.*)", re.DOTALL)
 
 # Translators send what goes to such an address to the IPv4 address in its last 32 bits (RFC 4291
 # 2.5.5.1, RFC 2765 2.1, RFC 6052 2.1, RFC 8215).
@@ -878,6 +854,54 @@ IPV4_IN_IPV6 = tuple(
 
 # Where the clouds of Amazon and Google answer to IPv6 what 169.254.169.254 answers to IPv4.
 CLOUD_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254")))
+
+
+class UrlParts(NamedTuple):
+    """An absolute URL as it is written; joined, its parts are that again."""
+
+    scheme: str  # with "://"
+    login: str  # with "@"; mostly empty
+    place: str  # host and port
+    rest: str  # path and query
+
+
+def split_url(url: str) -> UrlParts | None:
+    """The parts of an absolute URL, which need not be valid ones. None: it is not absolute."""
+    found = ABSOLUTE_URL.fullmatch(url)
+    return None if found is None else UrlParts._make(found.groups(""))
+
+
+@expects('a URL such as "http://127.0.0.1:9001"')
+def server_url(value: Any) -> yarl.URL:
+    """The URL of an HTTP server, to which path and query are added. It may carry credentials."""
+    if parts := split_url(value):
+        host, colon, port = parts.place.partition(":")
+        place = host.encode("idna").decode() + colon + port
+        value = "".join(parts._replace(place=place))
+    url = http_url(value)
+    require("?" not in value)
+    return url
+
+
+def http_url(value: str) -> yarl.URL:
+    """An http or https URL, byte for byte. Raises ValueError, TypeError, LookupError."""
+    url = yarl.URL(value, encoded=True)
+    place = HOST_AND_PORT.fullmatch(url.raw_authority.rpartition("@")[2])
+    require(place and url.scheme in ("http", "https") and url.explicit_port != 0)
+    if place and place[1]:
+        ipaddress.IPv6Address(place[1])
+    return url
+
+
+def show_url(value: str | None) -> str | None:
+    """A URL without the credentials it may carry."""
+    parts = split_url(value or "")
+    return value if parts is None else "".join(parts._replace(login=""))
+
+
+def show_urls(urls: Iterable[str]) -> str:
+    """URLs without the credentials they may carry."""
+    return " ".join(show_url(url) or "" for url in urls)
 
 
 def called_host(url: yarl.URL) -> str:
@@ -2624,8 +2648,8 @@ def callback_lane(target: str) -> str:
 
     Never raises: a call whose URL is none has to end, too.
     """
-    _, _, rest = target.partition("://")
-    return re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    parts = split_url(target)
+    return "" if parts is None else parts.place
 
 
 class Learned(NamedTuple):
@@ -2775,11 +2799,11 @@ def asked_headers(target: str, headers: CIMultiDictProxy[str]) -> CIMultiDictPro
     """A request's headers. The host of a target in absolute form stands in place of what Host says
     (RFC 9112 3.2.2).
     """
-    absolute = re.match(r"\w+://(?:[^/?#]*@)?([^/?#]+)", target)
-    if absolute is None:
+    parts = split_url(target)
+    if parts is None or not parts.place:
         return headers
     asked = CIMultiDict(headers)
-    asked["Host"] = absolute[1]
+    asked["Host"] = parts.place
     return CIMultiDictProxy(asked)
 
 
@@ -7811,7 +7835,7 @@ class NatsTrouble:
 
     def why(self) -> str:
         """Why no connection could be made."""
-        servers = show_url(" ".join(self._config.servers))
+        servers = show_urls(self._config.servers)
         if self._refused:
             return f"NATS: {self.reason}"
         return f"NATS at {servers} can't be reached: {self.text}"
@@ -12697,7 +12721,7 @@ class NatsFigures:
         """What the stream takes. Servers don't tell what is left."""
         answered = await self._ask(self._measure)
         age_s = 0.0 if answered else time.monotonic() - self._asked_at
-        servers = show_url(" ".join(self._settings().nats.servers)) or ""
+        servers = show_urls(self._settings().nats.servers)
         return StoreFigures(servers, self._used_bytes, None, round(age_s, 3))
 
     async def _measure(self) -> None:
@@ -16488,7 +16512,8 @@ def sent_target(path: str) -> str:
         raw = re.sub(rb"%(25|[89A-F].)", lambda escape: bytes.fromhex(escape[1].decode()), raw)
         path = raw.decode("utf-8", "surrogateescape")
     if not path.startswith("/"):  # absolute form, as sent to a proxy
-        path = "/" + path.partition("://")[2].partition("/")[2]
+        parts = split_url(path)
+        path = "/" + (parts.rest if parts else "").removeprefix("/")
     if path.isascii() or path.startswith(OF_FUNCTIONS):
         return path
     return in_percent(path)
@@ -21285,7 +21310,7 @@ def introduction(config: Config, path: str | None) -> Sequence[tuple[int, str]]:
 def store_line(config: Config) -> str:
     """Where calls are kept, and what that promises."""
     if config.store.backend != "sqlite":
-        servers = show_url(" ".join(config.nats.servers))
+        servers = show_urls(config.nats.servers)
         return f"store {servers}: the stream {config.nats.stream}"
     store = store_path(config)
     state = "a new one"
@@ -21321,9 +21346,9 @@ PREFIX_SLACK_S = 2.0  # between the time in an id and that of its record
 
 def canonical_url(address: str) -> str:
     """Where a client finds the daemon, in whatever form people write it. Raises HttpError."""
-    if re.match("https?://", address):
-        scheme, _, rest = address.partition("//")
-        return f"{scheme}//{rest.partition('/')[0]}"  # a page's address, as a browser shows it
+    parts = split_url(address)
+    if parts and parts.scheme in ("http://", "https://"):
+        return "".join(parts._replace(rest=""))  # of a page's address, as a browser shows it
     if re.fullmatch(r"[\w.-]+", address) and not address.isdigit():  # a host
         address += ":8080"
     try:
@@ -21352,11 +21377,12 @@ def find_daemon(args: Arguments) -> tuple[str, str | None]:
         config = load_config(path, ("gateway", "auth"))
         auth = config.auth
     url = canonical_url(address or config.gateway.listen[0])
-    scheme, _, rest = url.partition("://")
-    userinfo, _, server = rest.rpartition("@")
-    user, _, password = unquote(userinfo).partition(":")
+    parts = split_url(url)
+    if parts is None:  # a Unix socket
+        return url, auth.login
+    user, _, password = unquote(parts.login.removesuffix("@")).partition(":")
     login = basic_auth(user.encode(), password.encode()) or auth.login
-    return (f"{scheme}://{server}" if server else url), login
+    return "".join(parts._replace(login="")), login
 
 
 class Client:

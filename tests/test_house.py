@@ -24,7 +24,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
-    "Constants", "Errors", "Values", "Hosts", "Secrets", "Cron expressions", "Configuration",
+    "Constants", "Errors", "Values", "URLs and hosts", "Secrets", "Cron expressions", "Configuration",
     "Configuration file", "Domain data", "Rules", "Schedule rules", "Logging, sd_notify", "Metrics", "Threads",
     "Timers", "Queue seam",
     "SQLite index", "SQLite file", "SQLite limits", "SQLite statements", "SQLite work", "SQLite records",

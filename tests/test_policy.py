@@ -51,10 +51,12 @@ from faasd_async import (
     rate,
     retry_after_s,
     rfc3339,
+    sent_target,
     shorten,
     show_url,
     split_target,
     starts_now,
+    store_line,
     trace_context,
     unpack_headers,
     webhook_signature,
@@ -499,6 +501,28 @@ def test_where_a_callback_may_go(config: CallbackConfig, host: str, address: str
 def test_credentials_in_a_url_are_not_shown(url: str | None, shown: str | None) -> None:
     """They are used and never shown."""
     assert show_url(url) == shown
+
+
+def test_credentials_of_each_server_are_not_shown() -> None:
+    """A cluster's servers are shown in one line."""
+    servers = ["nats://user:secret@one:4222", "tls://token@two:4222", "nats://three:4222"]
+    config = parse_config({"store": {"backend": "nats"}, "nats": {"servers": servers}})
+    assert store_line(config).startswith("store nats://one:4222 tls://two:4222 nats://three:4222:")
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("http://gateway.example/function/near?q=http://x", "/function/near?q=http://x"),
+        ("http://user@gateway.example:8080/", "/"),
+        ("http://gateway.example", "/"),
+        ("http://gateway.example?q=1", "/?q=1"),
+        ("*", "/"),
+    ],
+)
+def test_a_target_in_absolute_form_is_a_path_with_its_query(target: str, path: str) -> None:
+    """As it is sent to a proxy (RFC 9112 3.2.2), where the path may be empty."""
+    assert sent_target(target) == path
 
 
 # ---- times -----------------------------------------------------------------------------------------------------
