@@ -6830,6 +6830,7 @@ WATCHED_S = 5 * POLL_S  # how long other daemons are told of changes after they 
 TELL_ENDED_S = 0.005  # for which calls that have ended are collected before others are told
 MANY_ENDED = 100  # calls that have ended, in one message
 TELL_S = 0.05  # for which changes are collected before they are told
+KNOWN_CHANGES = 4 * CHANGES_PER_SECOND  # calls of which it is known what was told last
 DEADLINES = "@deadlines"  # the queue of deadlines that pass
 MANY_NATS_REQUESTS = 64  # under way at once for an operator
 # Consumers that a stream may have: for each function in a queue one for its work and one for what
@@ -9550,10 +9551,19 @@ def tell_daemons(link: NatsLink, subjects: NatsSubjects, **news: object) -> None
         link.send(subjects.news, encode_json(news).encode())
 
 
+class Change(NamedTuple):
+    """A record that was written, and its sequence; 0: the call was accepted."""
+
+    seq: int
+    call: NatsCall
+
+
 class NatsChanges:
     """Tells whoever watches, here or at another daemon, of each record that is written.
 
     A daemon at which somebody watches says so every few seconds; otherwise it is told nothing.
+    Daemons write in turns and are heard one after the other, so what is told of a call after
+    something newer of it is left out: nobody is shown a state that is over.
     """
 
     def __init__(self, link: NatsLink, subjects: NatsSubjects) -> None:
@@ -9562,8 +9572,9 @@ class NatsChanges:
         self._watcher: Tell[Changes] | None = None
         self._watched_until = 0.0  # monotonic: until then, by another daemon
         self._budget = Budget(CHANGES_PER_SECOND)
-        self._calls: list[NatsCall] = []  # that have changed since the last were told
+        self._changes: list[Change] = []  # since the last were told
         self._missed = 0
+        self._latest: OrderedDict[str, int] = OrderedDict()  # sequences told, by call
         self._ended: list[Ended] = []  # that others are to be told of
         self._some = asyncio.Event()  # there are some, or a watcher
 
@@ -9572,12 +9583,12 @@ class NatsChanges:
         self._watcher = tell
         self._some.set()
 
-    def note(self, call: NatsCall) -> None:
-        """Have a change of a call told, if somebody watches."""
+    def note(self, call: NatsCall, seq: int = 0) -> None:
+        """Have a change of a call told, if somebody watches; `seq`: see Change."""
         if self._watcher is None and time.monotonic() > self._watched_until:
             return
         if self._budget.take(1):
-            self._calls.append(call._replace(history=(), failures=()))
+            self._changes.append(Change(seq, call._replace(history=(), failures=())))
         else:
             self._missed += 1
         self._some.set()
@@ -9604,12 +9615,30 @@ class NatsChanges:
         """Tell another daemon of changes for a while, as it wants."""
         self._watched_until = time.monotonic() + WATCHED_S
 
-    def heard(self, calls: Sequence[Mapping[str, Any]], missed: int) -> None:
-        """Tell whoever watches here of changes that another daemon has told."""
+    def heard(
+        self, told: Sequence[Mapping[str, Any]], seqs: Sequence[int] | None, missed: int
+    ) -> None:
+        """Tell whoever watches here of changes that another daemon has told.
+
+        `seqs`: see Change. None: that daemon is of an older version.
+        """
         if self._watcher is not None:
-            now = self._link.clock.now()
-            known = [unpack_fields(call) for call in calls]
-            self._watcher(Changes([nats_record(call, now) for call in known], missed))
+            calls = [unpack_fields(fields) for fields in told]
+            known = seqs or [self._latest.get(call.id, 0) for call in calls]
+            self._tell(self._watcher, list(map(Change, known, calls)), missed)
+
+    def _tell(self, watcher: Tell[Changes], changes: Iterable[Change], missed: int) -> None:
+        """Tell of changes in the order in which they were written."""
+        now = self._link.clock.now()
+        records = []
+        for seq, call in sorted(changes, key=operator.attrgetter("seq")):
+            if seq >= self._latest.get(call.id, 0):
+                self._latest[call.id] = seq
+                self._latest.move_to_end(call.id)
+                records.append(nats_record(call, now))
+        while len(self._latest) > KNOWN_CHANGES:
+            self._latest.popitem(last=False)
+        watcher(Changes(records, missed))
 
     def announce(self) -> None:
         """Have other daemons tell us, if somebody watches here."""
@@ -9623,16 +9652,16 @@ class NatsChanges:
             self._some.clear()
             self.announce()
             await asyncio.sleep(TELL_S)
-            calls, missed = self._calls, self._missed
-            self._calls, self._missed = [], 0
-            if not calls and not missed:
+            changes, missed = self._changes, self._missed
+            self._changes, self._missed = [], 0
+            if not changes and not missed:
                 continue
-            now = self._link.clock.now()
             if self._watcher is not None:
-                self._watcher(Changes([nats_record(call, now) for call in calls], missed))
+                self._tell(self._watcher, changes, missed)
             if time.monotonic() < self._watched_until:
-                changes = list(map(pack_fields, calls))
-                tell_daemons(self._link, self._subjects, changes=changes, missed=missed)
+                told = [pack_fields(change.call) for change in changes]
+                seqs = [change.seq for change in changes]
+                tell_daemons(self._link, self._subjects, changes=told, seqs=seqs, missed=missed)
 
 
 def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
@@ -9788,7 +9817,7 @@ class NatsCalls:
 
     async def _written(self, call: NatsCall, stored: Awaitable[int]) -> int:
         seq = await stored
-        self.changes.note(call)
+        self.changes.note(call, seq)
         return seq
 
     def fit(self, call: NatsCall, parts: Parts, had: int | None = None) -> tuple[NatsCall, Parts]:
@@ -12323,7 +12352,7 @@ class NatsPeers:
             self._link.room.measure(news.get("most", math.inf))
             self._link.room.spend(bool(news.get("spent")) or self._link.room.spent)
         if "changes" in news:
-            self._news.changes.heard(news["changes"], news["missed"])
+            self._news.changes.heard(news["changes"], news.get("seqs"), news["missed"])
 
     async def _asked(self, message: nats.aio.msg.Msg) -> None:
         """Answer another daemon whether we hold a claim."""

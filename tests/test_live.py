@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask
+from jetstream import StartHost, one_function, submit_all
 from queues import OK, Bench, NatsStore, Settings
 
 SETTINGS = """
@@ -559,3 +560,40 @@ async def test_a_stream_tells_what_other_hosts_do(tmp_path: Path) -> None:
     await one.until(lambda: [item for item in one.told() if item[0] == "a"] == expected)
     await one.queue.close()
     await two.queue.close()
+
+
+async def test_the_last_state_that_is_told_is_the_last(hosts: StartHost, function: Server, sink: Server) -> None:
+    """Hosts are heard one after the other: what one tells late is not shown after something newer."""
+    one, two = [await hosts(one_function(function, "max_inflight = 1")) for _ in range(2)]
+    last: dict[str, tuple[str, str]] = {}
+    heard = asyncio.Event()
+
+    async def listen(stream: Events) -> None:
+        while True:
+            kind, record = await stream.next()
+            if kind == "call":
+                last[record["id"]] = record["status"], record["callback"]["status"]
+                heard.set()
+
+    async with events(one) as stream:
+        listening = asyncio.create_task(listen(stream))
+        while not last:  # It takes a moment until the other one knows that somebody watches.
+            await two.submit("it", X_Delay="1h")
+            await asyncio.sleep(0.1)
+        calls = []
+        for _ in range(5):
+            calls += await submit_all(10, one, two, X_Callback_Url=sink.url)
+            given_up = await submit_all(6, one)
+            for call_id in given_up:
+                await ask(two.url, f"/async-function/{call_id}", method="DELETE")
+            calls += given_up
+        records = [await one.final(call_id) for call_id in calls]
+        # Each host tells of these after all else.
+        signs = [await host.submit("it", X_Delay="1h") for host in (one, two)]
+        async with asyncio.timeout(PATIENCE):
+            while not last.keys() >= set(signs):
+                heard.clear()
+                await heard.wait()
+        listening.cancel()
+    states = {record["id"]: (record["status"], record["callback"]["status"]) for record in records}
+    assert {call_id: state for call_id, state in last.items() if call_id in states} == states
