@@ -3305,7 +3305,8 @@ class Activity:
     def __init__(self) -> None:
         self.begun_at = time.time()
         self.hour = LastHour()
-        self.ends: Counter[tuple[str, str]] = Counter()  # calls by lane and final status
+        # Calls by lane and final status, and the callbacks that were sent from here.
+        self.ends: Counter[tuple[str, str]] = Counter()
         self._commits: deque[float] = deque(maxlen=self.COMMITS)
 
     def observe_commit(self, seconds: float) -> None:
@@ -15957,6 +15958,7 @@ class CallbackJob:
             message = f"callback {decision.status}"
             self.failing.discard(claim.lane)
             self.metrics.callbacks.count(decision.status)
+            self.metrics.activity.ends[CALLBACKS, decision.status] += 1
         if not log.isEnabledFor(level):
             return
         log_with(

@@ -71,6 +71,18 @@ async def test_stats_tell_what_became_of_all_calls(daemon: StartDaemon, function
     assert shown["callbacks"] == {"pending": 0, "delivered": 1, "failed": 0}
 
 
+async def test_stats_of_a_shared_queue_tell_what_was_called_back(
+    hosts: StartHost, function: Server, sink: Server
+) -> None:
+    """Since the start of this host, and by it, as they say of what has ended."""
+    gateway = await hosts(one_function(function))
+    await gateway.final(await gateway.submit("it", X_Callback_Url=sink.url))
+    sink.behaviour = answer(404)
+    await gateway.final(await gateway.submit("it", X_Callback_Url=sink.url))
+    await gateway.wait_for_log("callback failed")
+    assert (await stats(gateway))["callbacks"] == {"pending": 0, "delivered": 1, "failed": 1}
+
+
 async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server) -> None:
     """What is stored, what is left, what commits take, what is wrong."""
     gateway = await daemon(SETTINGS.format(url=function.url))
