@@ -786,9 +786,9 @@ def rfc3339(at: float | None) -> str | None:
     return moment.isoformat(timespec="microseconds") + "Z"
 
 
-def count_of(number: int, what: str) -> str:
+def count_of(number: int, noun: str) -> str:
     """A number with its noun: 1 queue, 2 queues."""
-    return f"{number} {what}" + "s" * (number != 1)
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def brief(seconds: float | None) -> str:
@@ -1778,12 +1778,12 @@ class Schedule:
                 yield f"set {needed}"
         if self.body is not None and self.body_file is not None:
             yield "set either body or body_file"
-        given = {name.title(): value for name, value in self.headers.items()}
-        for name in given.keys() & NOT_SCHEDULED.keys():
+        headers = {name.title(): value for name, value in self.headers.items()}
+        for name in headers.keys() & NOT_SCHEDULED.keys():
             yield f"headers: {name} is not for a schedule: {NOT_SCHEDULED[name]}"
-        for name in given.keys() & SCHEDULED.keys():
+        for name in headers.keys() & SCHEDULED.keys():
             try:
-                SCHEDULED[name](given[name])
+                SCHEDULED[name](headers[name])
             except ValueError as exc:
                 yield f"headers: {name}: {exc}"
 
@@ -2628,12 +2628,12 @@ def decide(
     if not passing or attempt >= max_attempts:
         late = outcome.status == 504 and not outcome.answered
         return Decision("timeout" if late else "error")
-    asked = None
+    retry_after = None
     if outcome.status in (429, 503):
-        asked = retry_after_s(outcome.header(b"retry-after"), now)
-    if asked is None:
+        retry_after = retry_after_s(outcome.header(b"retry-after"), now)
+    if retry_after is None:
         return Decision("queued", backoff_s(policy, attempt, rng))
-    return Decision("queued", max(asked, policy.min_wait))
+    return Decision("queued", max(retry_after, policy.min_wait))
 
 
 def callback_target(status: str, callback_url: str | None, failure_url: str | None) -> str | None:
@@ -2768,9 +2768,9 @@ def trace_context(headers: Iterable[Header]) -> tuple[str | None, str | None]:
     return parent, ",".join(state.decode("latin-1") for state in states) or None
 
 
-def require_login(given: str, login: str, view_login: str | None) -> bool:
+def require_login(authorization: str, login: str, view_login: str | None) -> bool:
     """Whether these credentials may act, or only look. In constant time. HttpError(401)."""
-    kind, _, credentials = given.partition(" ")
+    kind, _, credentials = authorization.partition(" ")
     presented = f"{kind.title()} {credentials.strip()}".encode(errors="replace")
     may_act = hmac.compare_digest(presented, login.encode())
     may_look = hmac.compare_digest(presented, (view_login or login).encode())
@@ -2795,16 +2795,16 @@ def in_percent(target: str) -> str:
     return quote(target.encode("utf-8", "surrogateescape"), safe=string.punctuation)
 
 
-def asked_headers(target: str, headers: CIMultiDictProxy[str]) -> CIMultiDictProxy[str]:
+def headers_for_target(target: str, headers: CIMultiDictProxy[str]) -> CIMultiDictProxy[str]:
     """A request's headers. The host of a target in absolute form stands in place of what Host says
     (RFC 9112 3.2.2).
     """
     parts = split_url(target)
     if parts is None or not parts.place:
         return headers
-    asked = CIMultiDict(headers)
-    asked["Host"] = parts.place
-    return CIMultiDictProxy(asked)
+    replaced = CIMultiDict(headers)
+    replaced["Host"] = parts.place
+    return CIMultiDictProxy(replaced)
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -3091,16 +3091,16 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback where there is one."""
-        given: dict[str, Any] = getattr(record, "fields", {})
+        fields: dict[str, Any] = getattr(record, "fields", {})
         priority = f"<{PRIORITIES[record.levelname]}>" if self._journal else ""
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
         if self._json:
             head = {"time": rfc3339(record.created), "level": record.levelname.lower()}
-            document = {**head, "message": message, **given}
+            document = {**head, "message": message, **fields}
             return priority + json.dumps(document, ensure_ascii=False, default=str)
-        shown = [f"{name}={self._quoted(value)}" for name, value in given.items()]
+        shown = [f"{name}={self._quoted(value)}" for name, value in fields.items()]
         line = " ".join([record.levelname, message, *shown])
         return f"{priority}{line}" if priority else f"{rfc3339(record.created)} {line}"
 
@@ -3172,8 +3172,8 @@ def setup_logging(config: LogConfig) -> None:
 def log_with(level: int, message: str, **fields: object) -> None:
     """A log line with fields; those that are None are left out."""
     if log.isEnabledFor(level):
-        given = {name: value for name, value in fields.items() if value is not None}
-        log.log(level, message, extra={"fields": given})
+        present = {name: value for name, value in fields.items() if value is not None}
+        log.log(level, message, extra={"fields": present})
 
 
 class RecurringWarning:
@@ -3566,23 +3566,23 @@ def in_thread(
     aborts the process when it can't start them.
     """
     loop = asyncio.get_running_loop()
-    told: asyncio.Future[T] = loop.create_future()
+    result: asyncio.Future[T] = loop.create_future()
 
     def tell(give: Callable[[], None]) -> None:
-        if not told.done():
+        if not result.done():
             give()
 
     def run() -> None:
         try:
-            give = functools.partial(told.set_result, work(*arguments))
+            give = functools.partial(result.set_result, work(*arguments))
         except Exception as exc:
-            give = functools.partial(told.set_exception, exc)
+            give = functools.partial(result.set_exception, exc)
         with contextlib.suppress(RuntimeError):  # The loop has ended.
             loop.call_soon_threadsafe(tell, give)
 
     if not begin_thread(name, run):
         raise Shortage("this machine may have no more threads")
-    return told
+    return result
 
 
 # --- Timers ---------------------------------------------------------------------------------------
@@ -5804,9 +5804,11 @@ def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Queue again, as if new, those of these rows that are final and have their request."""
     now = time.time()
     where = {"seqs": json.dumps(seqs), "now": now}
-    for lane, was, told, number in file.db.execute(SELECT_REDRIVEN, (where["seqs"],)).fetchall():
-        file.tally.move(lane, was, "queued", number)
-        file.tally.move(CALLBACKS, told, None, number)
+    for lane, status, callback_status, number in file.db.execute(
+        SELECT_REDRIVEN, (where["seqs"],)
+    ).fetchall():
+        file.tally.move(lane, status, "queued", number)
+        file.tally.move(CALLBACKS, callback_status, None, number)
     rows = file.db.execute(REDRIVE_CALLS, where).fetchall()
     drop_rows(file, DROP_OUTPUTS, [row[0] for row in rows])
     file.news.changed.extend([row[0] for row in rows])
@@ -5839,20 +5841,20 @@ def step_redrive(file: SqliteFile, call_id: str) -> None:
 def step_resend(file: SqliteFile, call_id: str) -> None:
     """Have the outcome of a call delivered once more. HttpError: 404, 409, 410."""
     seq = find_seq(file, call_id)
-    status, work, callback_url, failure_url, told, size, kept, headed = file.db.execute(
+    status, work, callback_url, failure_url, callback_status, size, kept, headed = file.db.execute(
         SELECT_ANSWER, (seq,)
     ).fetchone()
     target = callback_target(status, callback_url, failure_url)
     if work is not None:
         raise HttpError(409, NOT_FINISHED)
-    if not target or told == "none":
+    if not target or callback_status == "none":
         raise HttpError(409, NO_CALLBACK)
     if size and (kept != size or not headed):
         raise HttpError(410, NOT_WHOLE)
     now = time.time()
     lane = callback_lane(target)
     file.db.execute(RESEND_CALLBACK, (lane, now, seq))
-    file.tally.move(CALLBACKS, told, "pending")
+    file.tally.move(CALLBACKS, callback_status, "pending")
     file.news.changed.append(seq)
     file.index.add(CALLBACKS, lane, now)
 
@@ -5938,9 +5940,9 @@ def step_prune(file: SqliteFile) -> int:
     ):
         where = (now - kept_s, BATCH - len(gone))
         gone += file.db.execute(statement, where).fetchall()
-    for _, lane, status, told in gone:
+    for _, lane, status, callback_status in gone:
         file.tally.move(lane, status, None)
-        file.tally.move(CALLBACKS, told, None)
+        file.tally.move(CALLBACKS, callback_status, None)
     seqs = [row[0] for row in gone]
     drop_rows(file, DROP_REQUESTS, seqs)
     drop_rows(file, DROP_OUTPUTS, seqs)
@@ -6197,15 +6199,15 @@ def calls_to_tell(file: SqliteFile, after: int, limit: int) -> Sequence[Moving]:
     names = [column[0] for column in cursor.description]
     first = names.index("request_headers")
     for row in cursor.fetchall():
-        told = dict(zip(names, row, strict=True))
-        seq, digest = told.pop("seq"), told.pop("digest")
-        parts = [told.pop(name) or b"" for name in names[first : first + BYTES_OF_ENDED]]
-        told["target"] = decoded_target(told["target"])
-        told["history"] = [read_past(past) for past in json.loads(told["history"] or "[]")]
-        told["failures"] = json.loads(told["failures"] or "[]")
-        lane = function_key(told["function"], told["namespace"])
-        call = EndedCall(told, parts, digest)
-        moving.append(Moving(seq, told["call_id"], lane, told["status"], call))
+        values = dict(zip(names, row, strict=True))
+        seq, digest = values.pop("seq"), values.pop("digest")
+        parts = [values.pop(name) or b"" for name in names[first : first + BYTES_OF_ENDED]]
+        values["target"] = decoded_target(values["target"])
+        values["history"] = [read_past(past) for past in json.loads(values["history"] or "[]")]
+        values["failures"] = json.loads(values["failures"] or "[]")
+        lane = function_key(values["function"], values["namespace"])
+        call = EndedCall(values, parts, digest)
+        moving.append(Moving(seq, values["call_id"], lane, values["status"], call))
     return moving
 
 
@@ -7079,8 +7081,8 @@ def pack_call(call: NatsCall, parts: Parts, seq: int = 0, accepted: str = "") ->
     """
     accepted = accepted or accepted_json(call)
     lengths = ",".join(map(str, map(len, parts)))
-    told = f"{accepted[:-1]}{fate_json(call)}}}"
-    head = f'{{"record":{seq},"parts":[{lengths}],"call":{told}}}'.encode()
+    current = f"{accepted[:-1]}{fate_json(call)}}}"
+    head = f'{{"record":{seq},"parts":[{lengths}],"call":{current}}}'.encode()
     return b"".join((len(head).to_bytes(4, "big"), head, *parts))
 
 
@@ -7172,9 +7174,9 @@ def nats_claim(held: Held) -> Claim:
         headers, body = parts.answer_headers, parts.output
     who = (NatsReceipt(call.id, seq), call.id, call.call_id, call.function, held.queue, held.lane)
     runs = (attempt, call.attempts, call.max_attempts, call.start_time)
-    told = (call.callback_url, call.failure_url, call.http_status, call.duration_s)
+    outcome = (call.callback_url, call.failure_url, call.http_status, call.duration_s)
     trace = (call.hops, call.traceparent, call.tracestate, call.method, call.concurrency_key)
-    return Claim._make((*who, *runs, *told, target, headers, body, len(call.history), *trace))
+    return Claim._make((*who, *runs, *outcome, target, headers, body, len(call.history), *trace))
 
 
 def started_call(call: NatsCall, owner: str, now: float) -> NatsCall:
@@ -8281,18 +8283,18 @@ def required(value: object) -> str:
 
 def stream_difference(config: NatsConfig, name: str, has: object, wants: object) -> str:
     """What the server has, what is wanted, and how to make them agree."""
-    told = f"stream {config.stream} on the server has {name} = {json.dumps(has)}"
+    finding = f"stream {config.stream} on the server has {name} = {json.dumps(has)}"
     wanted = required(wants)
     if name not in STREAM_FLAGS:
         how = "name another stream, as no server changes that"
-        return f"nats.stream: {told}, the queue needs {wanted}: {how}"
+        return f"nats.stream: {finding}, the queue needs {wanted}: {how}"
     value = ",".join(wants) if isinstance(wants, list) else str(wants or -1)
     edit = f"nats stream edit {config.stream} {STREAM_FLAGS[name]}"
     edit += "" if wants is None or isinstance(wants, bool) else f"={value}"
     if name == "num_replicas":
         how = f"set nats.replicas = {has}, or change the stream: {edit}"
-        return f"nats.replicas: {told}, the configuration says {wanted}: {how}"
-    return f"nats.stream: {told}, the queue needs {wanted}: name another, or change it: {edit}"
+        return f"nats.replicas: {finding}, the configuration says {wanted}: {how}"
+    return f"nats.stream: {finding}, the queue needs {wanted}: name another, or change it: {edit}"
 
 
 async def make_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
@@ -9045,10 +9047,10 @@ def consumer_differences(
     """
     wants = {**wants, **dict.fromkeys(CONSUMER_UNSET), "ack_wait": has.get("ack_wait")}
     name = wants["durable_name"]
-    told = f"nats.stream: consumer {name} of stream {stream} on the server has"
+    finding = f"nats.stream: consumer {name} of stream {stream} on the server has"
     how = f"have it made anew, nothing is lost: nats consumer rm {stream} {name}"
     return [
-        f"{told} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
+        f"{finding} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
         for key in differing(has, wants)
     ]
 
@@ -9504,9 +9506,9 @@ async def delete_message(link: NatsLink, stream: str, seq: int) -> None:
         await link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
 
 
-def tell_set_aside(metrics: Metrics, subject: str, why: object, what: str = "none of ours") -> None:
+def tell_set_aside(metrics: Metrics, subject: str, why: object, kind: str = "none of ours") -> None:
     """Log and count a message that nobody can do anything with."""
-    log.error("NATS: a message on %s is %s: set aside: %s", subject, what, why)
+    log.error("NATS: a message on %s is %s: set aside: %s", subject, kind, why)
     metrics.set_aside.inc()
 
 
@@ -10539,20 +10541,20 @@ class NatsKeys:
             headers = message.headers
             if "Status" in headers:
                 return None
-            told = (headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data)
-            if note := await self._calls.strays.note(*told, PLACE_IN_LINE):
+            place_in_line = (headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data)
+            if note := await self._calls.strays.note(*place_in_line, PLACE_IN_LINE):
                 return note
 
     async def _hand_out(self, key: str, place: Note) -> bool:
         """Have a call that waited for a key claimed. False: it does not wait any more."""
-        told = place.document
-        aside = self._subjects.later(told["queue"], told["id"])
+        document = place.document
+        aside = self._subjects.later(document["queue"], document["id"])
         stored = await self._calls.read(aside)
         if stored is not None:
-            dedup = f"{told['id']}-{place.seq}"
-            await self._messages.store("work", stored, told["queue"], told["lane"], dedup)
+            dedup = f"{document['id']}-{place.seq}"
+            await self._messages.store("work", stored, document["queue"], document["lane"], dedup)
             await self._calls.purge(aside)
-        await self._calls.purge(self._subjects.key_line(key, told["id"]))
+        await self._calls.purge(self._subjects.key_line(key, document["id"]))
         return stored is not None
 
 
@@ -10694,8 +10696,8 @@ class NatsEnds:
         now = self._calls.now()
         call = ended_call(held.stored.call, outcome, status, now)
         headers = describing_headers(outcome.headers) if outcome.size <= keep else b""
-        told = (headers, shorten(outcome.body, keep), shorten(outcome.stderr, keep))
-        parts = Parts(*held.stored.parts[:2], *told)
+        output = (headers, shorten(outcome.body, keep), shorten(outcome.stderr, keep))
+        parts = Parts(*held.stored.parts[:2], *output)
         if call.callback_target:  # which needs the whole answer
             call = call._replace(callback_status="pending", due_at=now)
             headers = pack_headers(outcome.headers)
@@ -10752,10 +10754,10 @@ class NatsEnds:
             call = retried_call(call, outcome, self._calls.now())
             keep = self._calls.keep_output
             if outcome is not None:
-                told = (b"", shorten(outcome.body, keep), shorten(outcome.stderr, keep))
-                if not self._calls.fit(call, Parts(*parts[:2], *told))[1].has_request:
-                    told = (b"", b"", b"")
-                parts = Parts(*parts[:2], *told)
+                output = (b"", shorten(outcome.body, keep), shorten(outcome.stderr, keep))
+                if not self._calls.fit(call, Parts(*parts[:2], *output))[1].has_request:
+                    output = (b"", b"", b"")
+                parts = Parts(*parts[:2], *output)
         is_call = held.queue != CALLBACKS
         kept = with_request(parts, Parts()) if is_call else parts
         seq = await self._write(held, call, kept)
@@ -10843,10 +10845,10 @@ def process_start(pid: int) -> str:
         return ""
 
 
-def has_died(owner: str, own: str) -> bool:
+def has_died(owner: str, us: str) -> bool:
     """Whether the process of this name was on our machine, and is not there any more."""
     machine, pid, start, _ = f"{owner}---".split("-", 3)
-    if machine != own.partition("-")[0]:
+    if machine != us.partition("-")[0]:
         return False
     former = int(pid) == os.getpid()  # A queue of this process that is not open any more.
     return former or process_start(int(pid)) != start
@@ -11400,17 +11402,17 @@ class NatsTaker:
 
     async def _claim(self, taking: Taking, limit: int) -> None:
         queue, left, _, made = taking
-        asked = 0
+        tried = 0
         while len(made) < limit:
-            if asked - len(made) > MANY_NATS_REQUESTS:  # Most wait for keys: others first.
+            if tried - len(made) > MANY_NATS_REQUESTS:  # Most wait for keys: others first.
                 self._lanes.wake(queue)
                 break
             taken = await self._lanes.take(queue, limit - len(made), left)
-            asked += len(taken)
+            tried += len(taken)
             if not taken:
                 break
-            begun = await self._begin_all(taken)
-            for (lane, delivery), claim in zip(taken, begun, strict=True):
+            claims = await self._begin_all(taken)
+            for (lane, delivery), claim in zip(taken, claims, strict=True):
                 if isinstance(claim, StoreError):
                     log.debug("queue %s: a call could not be claimed: %s", queue, claim)
                     self._replies.put_off(delivery, CLAIM_AGAIN_S)
@@ -11433,18 +11435,18 @@ class NatsTaker:
         Most are calls that nobody has had before. Their claims are written without a task for each.
         """
         attempts = [self._attempt(*item) for item in taken]
-        begun = [await self._conclude(one) for one in attempts]
+        claims = [await self._conclude(one) for one in attempts]
         rest = [
             number
-            for number, claim in enumerate(begun)
+            for number, claim in enumerate(claims)
             if claim is None or isinstance(claim, NatsChanged)
         ]
         if rest:
-            again = [self._claims.begin(*taken[number], begun[number] is None) for number in rest]
+            again = [self._claims.begin(*taken[number], claims[number] is None) for number in rest]
             results = await asyncio.gather(*again, return_exceptions=True)
             for number, result in zip(rest, results, strict=True):
-                begun[number] = result
-        return begun
+                claims[number] = result
+        return claims
 
     def _attempt(self, lane: NatsLane, delivery: Delivery) -> Attempt | StoreError | None:
         try:
@@ -11631,9 +11633,9 @@ class NatsOperator:
 
     async def cancel_all(self, call_id: str) -> int:
         """See CallRecords."""
-        own = await self._calls.current(call_id)
-        if own is not None:
-            if not await self.cancel(own):
+        record = await self._calls.current(call_id)
+        if record is not None:
+            if not await self.cancel(record):
                 raise HttpError(409, HAS_FINISHED)
             return 1
         return cancelled_number(await change_all(self._calls.sharing(call_id), self.cancel))
@@ -11771,11 +11773,11 @@ def openfaas_call(data: bytes, config: Config) -> Invocation:
         require(NAME.fullmatch(name))
     with or_told("its Header has what is no header"):
         headers = openfaas_headers(message)
-    given = {key.lower(): value.decode("latin-1") for key, value in headers}
+    by_name = {key.lower(): value.decode("latin-1") for key, value in headers}
     own_id = new_id()
     with or_told("its X-Call-Id or X-Start-Time is none"):
-        call_id = visible(given.get(b"x-call-id", own_id))
-        start_time = int(given.get(b"x-start-time", time.time_ns()))
+        call_id = visible(by_name.get(b"x-call-id", own_id))
+        start_time = int(by_name.get(b"x-start-time", time.time_ns()))
     with or_told("its CallbackUrl is no http URL"):
         callback_url = go_url(message.get("CallbackUrl"))
     with or_told("its Path or QueryString is none"):
@@ -11924,8 +11926,8 @@ class NatsIntake:
             record = await self._calls.record_of(call)
             if record is None:
                 raise
-            told = record.call.callback_attempts != call.callback_attempts
-            if told or record.call.callback_status != "pending":
+            was_sent = record.call.callback_attempts != call.callback_attempts
+            if was_sent or record.call.callback_status != "pending":
                 return  # It has been here before.
             seq = record.seq
         await self._note_ended(call, digest)
@@ -12575,7 +12577,7 @@ class NatsKeeper:
 
     async def _keep_looking(self) -> None:
         """Count what waits, and notice lanes and consumers that have come or gone."""
-        told: Sequence[str] = ()
+        logged: Sequence[str] = ()
         heard = -1  # the number of messages at the last look, if all was well then
         left_out = 0
         while True:
@@ -12590,11 +12592,11 @@ class NatsKeeper:
             left_out, heard = 0, -1
             try:
                 await self._look_at_all(fresh)
-                told, heard = (), self._link.messages
+                logged, heard = (), self._link.messages
             except ConfigError as exc:
-                if exc.problems != told:
+                if exc.problems != logged:
                     log.error("%s", exc)
-                told = exc.problems
+                logged = exc.problems
             except StoreError as exc:
                 log.debug("%s", exc)
                 if fresh:
@@ -13265,8 +13267,8 @@ def with_one_length(data: bytes) -> bytes | None:
     last = HEAD_ENDS.search(data, start - 1)
     end = last.start() + 1 if last else len(data)
     lines = data[start:end].split(b"\n")
-    told = [line for line in lines if line.lower().startswith(b"content-length:")]
-    lengths = b",".join(line.partition(b":")[2] for line in told).split(b",")
+    length_lines = [line for line in lines if line.lower().startswith(b"content-length:")]
+    lengths = b",".join(line.partition(b":")[2] for line in length_lines).split(b",")
     if len(lengths) == 1:
         return data
     if last is None:
@@ -13275,7 +13277,9 @@ def with_one_length(data: bytes) -> bytes | None:
         return data
     one = b"Content-Length: " + lengths[0].strip() + b"\r"
     return (
-        data[:start] + b"\n".join([one, *(line for line in lines if line not in told)]) + data[end:]
+        data[:start]
+        + b"\n".join([one, *(line for line in lines if line not in length_lines)])
+        + data[end:]
     )
 
 
@@ -14006,9 +14010,9 @@ def request_message(
         fields.replace(b"\n", b"\r\n"),
     ]
     if not isinstance(body, bytes):
-        told = TOLD_LENGTH.search(b"\n" + headers)
+        length = TOLD_LENGTH.search(b"\n" + headers)
         framing = b"Transfer-Encoding: chunked\r\n"
-        lines.append(framing if told is None else b"Content-Length: %b\r\n" % told[1])
+        lines.append(framing if length is None else b"Content-Length: %b\r\n" % length[1])
     elif body or method not in BODILESS:
         lines.append(b"Content-Length: %d\r\n" % len(body))
     lines.append(b"\r\n" if keepalive else b"Connection: close\r\n\r\n")
@@ -14264,18 +14268,20 @@ class CheckedResolver:
         until, infos = self._known.get((host, port), (0.0, ()))
         if until > time.monotonic():
             return infos
-        asked = self._asked.get((host, port))
-        if asked is None:
-            asked = self._asked[host, port] = in_thread("name", addresses_of, host, port)
-            asked.add_done_callback(functools.partial(self._remember, host, port))
-        return await asyncio.shield(asked)
+        looking_up = self._asked.get((host, port))
+        if looking_up is None:
+            looking_up = self._asked[host, port] = in_thread("name", addresses_of, host, port)
+            looking_up.add_done_callback(functools.partial(self._remember, host, port))
+        return await asyncio.shield(looking_up)
 
-    def _remember(self, host: str, port: int, asked: asyncio.Future[Sequence[AddressInfo]]) -> None:
+    def _remember(
+        self, host: str, port: int, looked_up: asyncio.Future[Sequence[AddressInfo]]
+    ) -> None:
         del self._asked[host, port]
-        if self._keep_s and not asked.cancelled() and asked.exception() is None:
+        if self._keep_s and not looked_up.cancelled() and looked_up.exception() is None:
             if len(self._known) >= MAX_ORIGINS:
                 self._known.clear()
-            self._known[host, port] = (time.monotonic() + self._keep_s, asked.result())
+            self._known[host, port] = (time.monotonic() + self._keep_s, looked_up.result())
 
 
 def addresses_of(host: str, port: int) -> Sequence[AddressInfo]:
@@ -14445,19 +14451,19 @@ async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
     head = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n".encode() + login + b"\r\n"
     await loop.sock_sendall(sock, head)
     answer = b""
-    said = "did not answer"
+    reason = "did not answer"
     while len(answer) <= MAX_HEADER_BYTES and (data := await loop.sock_recv(sock, 4 * KIB)):
         answer += data
         line = STATUS_LINE.search(answer)
         if line is not None and line[1][:1] != b"2":
-            said = f"answered {line[1].decode()}"  # Its reason may follow, and is not read.
+            reason = f"answered {line[1].decode()}"  # Its reason may follow, and is not read.
             break
         if line is not None and HEAD_ENDS.search(answer, line.end() - 1):
             return  # In TLS the other end says nothing first.
         if not answer.startswith(b"HTTP/1."[: len(answer)]):
-            said = "did not answer in valid HTTP"
+            reason = "did not answer in valid HTTP"
             break
-    raise RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: the proxy {said}")
+    raise RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: the proxy {reason}")
 
 
 class HttpClient:
@@ -14943,8 +14949,8 @@ def command_outcome(
     if code != 0:
         body = body or stderr
         how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-        said = last_line(stderr)
-        error = f"function {function.name}: {how}" + (f": {said}" if said else "")
+        last = last_line(stderr)
+        error = f"function {function.name}: {how}" + (f": {last}" if last else "")
     content_type = looks_like(body) if error else command_content_type(function, request, body)
     headers = ((b"Content-Type", content_type),)
     status = 500 if error else 200
@@ -14954,8 +14960,8 @@ def command_outcome(
 def last_line(written: bytes) -> str:
     """The last line that is not blank, for people: cut, and without control characters."""
     lines = [line for line in written.splitlines() if line.strip()]
-    said = lines[-1].decode(errors="replace") if lines else ""
-    return "".join(char if char.isprintable() else " " for char in said).strip()[:LAST_LINE]
+    last = lines[-1].decode(errors="replace") if lines else ""
+    return "".join(char if char.isprintable() else " " for char in last).strip()[:LAST_LINE]
 
 
 def start_failure(function: Function, exc: Exception) -> Exception:
@@ -14978,8 +14984,8 @@ def start_failure(function: Function, exc: Exception) -> Exception:
 
 def tell_left_alone(function: str, pid: int) -> None:
     """Log that a program goes on without us."""
-    told = {"function": function, "pid": pid}
-    log_with(logging.WARNING, "a program can't be killed, and is left alone", **told)
+    fields = {"function": function, "pid": pid}
+    log_with(logging.WARNING, "a program can't be killed, and is left alone", **fields)
 
 
 def discard(function: str, process: subprocess.Popen[bytes]) -> None:
@@ -15258,9 +15264,9 @@ class Provider:
         body = json.dumps(document).encode()
         answer = await self.ask("POST", f"/system/scale-function/{name}", body)
         if answer.status >= 300:
-            said = " ".join(answer.body[:200].decode(errors="replace").split())
+            text = " ".join(answer.body[:200].decode(errors="replace").split())
             reason = f"the provider does not start function {name}: it answered {answer.status}"
-            raise HttpError(503, f"{reason} {said}".rstrip(), LATER)
+            raise HttpError(503, f"{reason} {text}".rstrip(), LATER)
 
 
 class Seen(NamedTuple):
@@ -16292,16 +16298,16 @@ ASKING = frozenset(name.lower() for name in (*CONTROL_HEADERS, "X-Call-Id", HOPS
 NO_CONTROLS = Controls()
 
 
-def parse_one(given: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T | None:
+def parse_one(headers: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T | None:
     """A parameter or header, parsed; None if it is absent.
 
     Raises HttpError(400), which names it, its value and the expected form; also for a header that
     is repeated with another value.
     """
-    value = given.get(name)
+    value = headers.get(name)
     if value is None:
         return None
-    if isinstance(given, CIMultiDict | CIMultiDictProxy) and len(set(given.getall(name))) > 1:
+    if isinstance(headers, CIMultiDict | CIMultiDictProxy) and len(set(headers.getall(name))) > 1:
         raise HttpError(400, f"{name}: it is there more than once, and not with the same value")
     try:
         return parse(value)
@@ -16562,7 +16568,7 @@ class RequestHead:
         self.version: tuple[int, int] = message.version
         self.headers: CIMultiDictProxy[str] = message.headers
         if not message.path.startswith("/"):
-            self.headers = asked_headers(message.path, message.headers)
+            self.headers = headers_for_target(message.path, message.headers)
         self.raw_headers: Sequence[Header] = message.raw_headers
         self.keep_alive = not message.should_close
         # As most are: the head of an answer to it needs nothing special.
@@ -17690,7 +17696,7 @@ def passed_answer(answer: HttpResponse, ours: Mapping[str, str], duration_s: flo
 
 async def stream_answer(
     request: Request,
-    asked: Awaitable[HttpResponse],
+    answering: Awaitable[HttpResponse],
     ours: Mapping[str, str],
     limit: Limit,
     who: str,
@@ -17705,7 +17711,7 @@ async def stream_answer(
     passed_on: Response  # once the answer has come
     try:
         with TimeLimit(limit):
-            async with await asked as answer:
+            async with await answering as answer:
                 duration_s = time.perf_counter() - started
                 passed_on = passed_answer(answer, ours, duration_s)
                 allow_origin(passed_on.headers, request.trusted_origin)
@@ -17894,8 +17900,8 @@ class Front:
             return True
         if not operator and not (access is Access.INVOKE and auth.invoke):
             return True
-        given = http.headers.get("Authorization", "")
-        may_act = require_login(given, auth.login, auth.view_login)
+        authorization = http.headers.get("Authorization", "")
+        may_act = require_login(authorization, auth.login, auth.view_login)
         if not may_act and access is not Access.VIEW:
             raise HttpError(403, "this login may look and not act: auth.view_user_file")
         return may_act
@@ -17947,8 +17953,8 @@ def require_valid(http: Exchange) -> None:
     if coding is not None and http.version < (1, 1):  # faulty framing (ibid.)
         raise HttpError(400, "HTTP/1.0 has no Transfer-Encoding", HANG_UP)
     if "Via" in headers and via(target) in headers["Via"]:
-        own = {"X-Openfaas-Internal": "gateway"}
-        raise HttpError(508, "the provider has no replica of this function", own)
+        source = {"X-Openfaas-Internal": "gateway"}
+        raise HttpError(508, "the provider has no replica of this function", source)
 
 
 def is_preflight(http: Exchange) -> bool:
@@ -18103,18 +18109,18 @@ class FunctionRoutes:
         with self.limits.hold(function.key), self.metrics.counted(function.key) as tell_status:
             try:
                 body = await self._sync_body(request.http)
-                asked = FunctionRequest(request.http.method, target, headers, body)
+                function_request = FunctionRequest(request.http.method, target, headers, body)
                 if function.command:
-                    require_executable(function, asked)
-                response = await self._pass_on(request, function, asked, ours)
+                    require_executable(function, function_request)
+                response = await self._pass_on(request, function, function_request, ours)
             except HttpError as exc:
                 tell_status(exc.status)
                 exc.headers.update(ours)
                 raise
             tell_status(response.status)
         if log.isEnabledFor(logging.DEBUG):
-            told = {"call_id": call_id, "function": function.name, "http_status": response.status}
-            log_with(logging.DEBUG, "sync call ended", **told)
+            fields = {"call_id": call_id, "function": function.name, "http_status": response.status}
+            log_with(logging.DEBUG, "sync call ended", **fields)
         if function.url and response.status >= 500:
             log_failed_sync(call_id, f"function {function.name} answered {response.status}")
         return response
@@ -18132,17 +18138,23 @@ class FunctionRoutes:
                 raise HttpError(429, reason, later)
 
     async def _pass_on(
-        self, request: Request, function: Function, asked: FunctionRequest, ours: Mapping[str, str]
+        self,
+        request: Request,
+        function: Function,
+        function_request: FunctionRequest,
+        ours: Mapping[str, str],
     ) -> Response:
         """The function's answer, passed on. A client that goes away cancels this, and the call."""
         config = self.settings().gateway
         who = f"function {function.name}"
         limit = Limit(config.upstream_timeout, "gateway.upstream_timeout")
         if not function.command:
-            answering = self.caller.request(function, asked)
+            answering = self.caller.request(function, function_request)
             return await stream_answer(request, answering, ours, limit, who)
         try:
-            outcome = await self.caller.commands.run(function, asked, limit, MAX_RESPONSE_BYTES)
+            outcome = await self.caller.commands.run(
+                function, function_request, limit, MAX_RESPONSE_BYTES
+            )
         except RequestFailed as exc:
             error = f"{who} {exc.text}"
             log_failed_sync(ours["X-Call-Id"], error)
@@ -18223,10 +18235,10 @@ class HealthRoutes:
             async with asyncio.timeout(READY_S):
                 stats = await self.queue.stats()
                 paused = sorted(name for name, queue in stats.items() if queue.paused)
-        told = [self.queue.notice() or "ok"]
+        lines = [self.queue.notice() or "ok"]
         if paused:
-            told.append(f"paused: {', '.join(paused)}")
-        return reply("; ".join(told))
+            lines.append(f"paused: {', '.join(paused)}")
+        return reply("; ".join(lines))
 
 
 @dataclass(frozen=True)
@@ -18556,7 +18568,7 @@ class StatsRoutes:
         counts = Counter(overview.counts)
         if not overview.complete:
             counts.update(activity.ends)
-        told = ("pending", "delivered", "failed")
+        statuses = ("pending", "delivered", "failed")
         document = {
             "version": VERSION,
             "may_act": request.may_act,
@@ -18571,7 +18583,7 @@ class StatsRoutes:
             "commit_seconds": activity.commit_document(),
             "counts": {status: states_of(counts, status) for status in STATUSES},
             "counted_since": None if overview.complete else rfc3339(activity.begun_at),
-            "callbacks": {status: counts[CALLBACKS, status] for status in told},
+            "callbacks": {status: counts[CALLBACKS, status] for status in statuses},
             "queues": self.queues.documents(overview.queues),
             "functions": self._functions(counts),
         }
@@ -18912,7 +18924,7 @@ class RestRoutes:
         segments = f"{request.target.partition('?')[0]}//".split("/")
         resource, name = segments[2], segments[3]
         namespace = request.query.get("namespace") or config.gateway.namespace
-        own = config.functions if namespace == config.gateway.namespace else {}
+        configured = config.functions if namespace == config.gateway.namespace else {}
         if resource == "alert":
             reason = "this gateway does not scale on alerts"
             raise HttpError(501, f"{reason}: it scales functions up when they are called")
@@ -18921,12 +18933,12 @@ class RestRoutes:
             require_readable(resource, reads)
         if not reads:
             return await self._write(request, resource)
-        if resource == "function" and name in own:
-            return reply(self._document(own[name]))
-        return await self._read(request, resource, name, own)
+        if resource == "function" and name in configured:
+            return reply(self._document(configured[name]))
+        return await self._read(request, resource, name, configured)
 
     async def _read(
-        self, request: Request, resource: str, name: str, own: Mapping[str, Function]
+        self, request: Request, resource: str, name: str, configured: Mapping[str, Function]
     ) -> Response:
         documents = self._own_documents()
         if self.provider.url is not None:
@@ -18946,8 +18958,8 @@ class RestRoutes:
             arch = os.uname().machine
             return reply({"provider": documents["info"], "version": OWN_VERSION, "arch": arch})
         if resource == "functions":
-            listed = [self._document(function) for function in own.values()]
-            listed += self._counted(documents["functions"], own)
+            listed = [self._document(function) for function in configured.values()]
+            listed += self._counted(documents["functions"], configured)
             return reply(listed)
         return reply(documents[resource])
 
@@ -18967,8 +18979,8 @@ class RestRoutes:
     async def _pass_on(self, request: Request) -> Response:
         """What is streamed: logs, for as long as somebody follows them."""
         headers = forward_headers(request.http.head.raw_headers, COMPUTED)
-        asked = self.provider.request(request.http.method, request.target, headers)
-        return await stream_answer(request, asked, {}, Limit(None), "the provider")
+        answering = self.provider.request(request.http.method, request.target, headers)
+        return await stream_answer(request, answering, {}, Limit(None), "the provider")
 
     def _own_documents(self) -> dict[str, Any]:
         """What is answered if there is no provider, by resource."""
@@ -18980,11 +18992,11 @@ class RestRoutes:
         return function_document(function, self.metrics.functions.started[function.key])
 
     def _counted(
-        self, documents: Iterable[dict[str, Any]], own: Mapping[str, Function]
+        self, documents: Iterable[dict[str, Any]], configured: Mapping[str, Function]
     ) -> Iterator[dict[str, Any]]:
         """The provider's functions that are not hidden by ours, with our counts."""
         for document in documents:
-            if document["name"] not in own:
+            if document["name"] not in configured:
                 key = f"{document['name']}.{document['namespace']}"
                 yield document | {"invocationCount": self.metrics.functions.started[key]}
 
@@ -20519,8 +20531,8 @@ class ScheduleSteps:
             scheduled_for=at,
         )
         body = schedule.body_file or (schedule.body or "").encode()
-        told = call_headers(headers)
-        return self._intake.invocation(found, schedule.path, told, body, controls)
+        packed = call_headers(headers)
+        return self._intake.invocation(found, schedule.path, packed, body, controls)
 
 
 class ProvidedSchedules:
@@ -21081,13 +21093,13 @@ def log_ended(ended: Ended) -> None:
     level = END_LEVELS.get(ended.status, logging.WARNING)
     if not log.isEnabledFor(level):
         return
-    told = ended._asdict()
-    told["duration"] = told.pop("duration_s")
+    fields = ended._asdict()
+    fields["duration"] = fields.pop("duration_s")
     for name in ("elsewhere", "queue", "lane"):
-        del told[name]
-    if told["id"] == told["call_id"]:
-        del told["id"]
-    log_with(level, "call ended", **told)
+        del fields[name]
+    if fields["id"] == fields["call_id"]:
+        del fields["id"]
+    log_with(level, "call ended", **fields)
 
 
 def reloaded(old: Config, new: Config) -> Config:
@@ -21330,12 +21342,12 @@ def introduction(config: Config, path: str | None) -> Sequence[tuple[int, str]]:
         f"{source}: {config_counts(config)}",
         store_line(config),
     ]
-    told = [(logging.INFO, line) for line in lines]
+    leveled = [(logging.INFO, line) for line in lines]
     if not config.functions and not config.provider.url:
-        told.append((logging.WARNING, f"there is no function: {next_step(path)}"))
+        leveled.append((logging.WARNING, f"there is no function: {next_step(path)}"))
     ignored = "is ignored: it is no URL of a proxy for HTTP"
-    told += [(logging.WARNING, f"{name} {ignored}") for name in odd_proxies(os.environ)]
-    return told
+    leveled += [(logging.WARNING, f"{name} {ignored}") for name in odd_proxies(os.environ)]
+    return leveled
 
 
 def store_line(config: Config) -> str:
@@ -21562,30 +21574,30 @@ class Client:
             cursor = page["next_cursor"]
         return records, cursor
 
-    def full_id(self, given: str) -> str:
+    def full_id(self, prefix: str) -> str:
         """The id that begins like this. What can't be the beginning of one is taken as it is.
 
         An id begins with its time, so only calls of that time have to be looked at.
         """
-        if not ID_PREFIX.fullmatch(given):
-            return given
+        if not ID_PREFIX.fullmatch(prefix):
+            return prefix
         try:
-            self.record(given)  # somebody's own call id
+            self.record(prefix)  # somebody's own call id
         except HttpError as exc:
             if exc.status != 404:
                 raise
         else:
-            return given
-        digits = given.replace("-", "")[:12]
+            return prefix
+        digits = prefix.replace("-", "")[:12]
         since = int(digits.ljust(12, "0"), 16) / 1000 - PREFIX_SLACK_S
         until = int(digits.ljust(12, "f"), 16) / 1000 + PREFIX_SLACK_S
         found, _ = self.records({"since": f"{since:.3f}", "until": f"{until:.3f}"}, 10_000)
-        ids = [call["id"] for call in found if call["id"].startswith(given)]
+        ids = [call["id"] for call in found if call["id"].startswith(prefix)]
         if not ids:
-            raise HttpError(404, f"no call {given}, and none whose id begins like that")
+            raise HttpError(404, f"no call {prefix}, and none whose id begins like that")
         if len(ids) > 1:
             some = ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
-            raise HttpError(409, f"{given}: {len(ids)} calls begin like that: {some}")
+            raise HttpError(409, f"{prefix}: {len(ids)} calls begin like that: {some}")
         return str(ids[0])
 
     def function_names(self) -> list[str]:
@@ -21893,15 +21905,15 @@ def change_by_id(args: Arguments) -> None:
     client = Client(args)
     ids = sys.stdin.read().split() if args.ids == ["-"] else args.ids
     missed = 0
-    for given in dict.fromkeys(ids):
+    for prefix in dict.fromkeys(ids):
         try:
-            call_id = client.full_id(given)
+            call_id = client.full_id(prefix)
             client.ask(args.request.format(quote(call_id, safe="")))
             write(call_id + "\n")
         except HttpError as exc:
             if exc.status not in (404, 409, 410):
                 raise
-            print(f"{given}: {exc.text}", file=sys.stderr)
+            print(f"{prefix}: {exc.text}", file=sys.stderr)
             missed += 1
     if missed:
         raise HttpError(409, f"not done for {count_of(missed, 'call')}")
@@ -22132,8 +22144,8 @@ def hints_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if failed:
         yield f"{count_of(failed, 'call')} failed: faasd-async calls --status error,timeout"
     if undelivered := stats["callbacks"]["failed"]:
-        what = count_of(undelivered, "callback")
-        yield f"{what} could not be delivered: faasd-async calls --callback failed"
+        callbacks = count_of(undelivered, "callback")
+        yield f"{callbacks} could not be delivered: faasd-async calls --callback failed"
 
 
 def hints_of_schedules(schedules: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -22178,9 +22190,9 @@ def list_schedules(args: Arguments) -> None:
         if schedule["paused"]:
             following = "paused"
         last = [f"{run['status']} {brief(ago(run['scheduled_for']))}" for run in schedule["runs"]]
-        told = "; ".join([*last[:1], schedule["words"]])
+        words = "; ".join([*last[:1], schedule["words"]])
         cells = (schedule["name"], schedule["function"], following, schedule["missed"])
-        write_row(SCHEDULE_ROW, *cells, told)
+        write_row(SCHEDULE_ROW, *cells, words)
 
 
 def show_next(args: Arguments) -> None:
@@ -22325,8 +22337,8 @@ def check(args: Arguments) -> None:
     print(f"{path or 'defaults'}: ok, {config_counts(config)}")
     for name, schedule in config.schedules.items():
         following = itertools.islice(next_instants(schedule, time.time()), EXPLAINED)
-        told = [schedule_words(schedule), *(instant_words(schedule, at) for at in following)]
-        print(f"schedules.{name}: {'; '.join(told)}")
+        texts = [schedule_words(schedule), *(instant_words(schedule, at) for at in following)]
+        print(f"schedules.{name}: {'; '.join(texts)}")
 
 
 # --- Move command ---------------------------------------------------------------------------------
@@ -22369,7 +22381,7 @@ class Move:
         await self._move("callback", calls_to_tell, CALLBACKS_AT_ONCE)
 
     async def _move(
-        self, what: str, read: Callable[[SqliteFile, int, int], Sequence[Moving]], limit: int
+        self, kind: str, read: Callable[[SqliteFile, int, int], Sequence[Moving]], limit: int
     ) -> None:
         """Store what is read, and forget what is stored."""
         after = 0
@@ -22380,11 +22392,11 @@ class Move:
             moved = []
             for item, result in zip(moving, results, strict=True):
                 if isinstance(result, HttpError):
-                    self.left.setdefault((what, str(result)), []).append(item.call_id)
+                    self.left.setdefault((kind, str(result)), []).append(item.call_id)
                 elif result is None:
                     moved.append(item)
             forget_moved(self._file, moved)
-            self.moved[what] += len(moved)
+            self.moved[kind] += len(moved)
             for result in results:
                 if isinstance(result, BaseException) and not isinstance(result, HttpError):
                     raise result
@@ -22407,8 +22419,8 @@ class Move:
         for name in self._paused:
             how = f"faasd-async queues resume {name}"
             yield f"paused queue {name} on all hosts, as it is here; to have it go on: {how}"
-        for (what, reason), call_ids in self.left.items():
-            yield f"left {count_of(len(call_ids), what)}, {call_ids[0]} first: {reason}"
+        for (kind, reason), call_ids in self.left.items():
+            yield f"left {count_of(len(call_ids), kind)}, {call_ids[0]} first: {reason}"
 
 
 async def move_calls(file: SqliteFile, config: Config) -> Move:
@@ -22422,8 +22434,10 @@ async def move_calls(file: SqliteFile, config: Config) -> Move:
             raise StoreError(reason)
         await move.run()
     except StoreError as exc:
-        told = f"{count_of(move.moved['call'], 'call')} moved so far, run it again for the others"
-        raise StoreError(f"{exc}; {told}") from exc
+        progress = (
+            f"{count_of(move.moved['call'], 'call')} moved so far, run it again for the others"
+        )
+        raise StoreError(f"{exc}; {progress}") from exc
     finally:
         await queue.close()
     return move
