@@ -5563,6 +5563,7 @@ RECORD_COLUMNS = f"""
     callback_status, callback_attempts, callback_http_status, callback_error, history, failures,
     callback_url, failure_url, seq
 """
+STATUS = CallRecord._fields.index("status")  # of these columns
 # What a CallFilter asks for. Lists are JSON; an empty one, like NULL, matches everything.
 MATCHES = f"""
     (:statuses = '[]' OR iif(status = 'queued' AND due_at > :now, 'delayed', status)
@@ -5678,11 +5679,12 @@ def find_seq(file: SqliteFile, call_id: str) -> int:
 
 def read_record(row: Sequence[Any]) -> CallRecord:
     """A record from RECORD_COLUMNS."""
-    *told, history, failures, callback_url, failure_url, _ = row[23:]
-    url = callback_target(row[5], callback_url, failure_url)
+    *call, status, attempts, http_status, error, history, failures, url, failure_url, _ = row
+    target = callback_target(call[STATUS], url, failure_url)
+    callback = CallbackRecord(target, status, attempts, http_status, error)
     earlier = tuple(map(read_past, json.loads(history))) if history else ()
     failed = tuple(map(Failure._make, json.loads(failures))) if failures else ()
-    return CallRecord._make([*row[:23], CallbackRecord(url, *told), earlier, failed])
+    return CallRecord._make([*call, callback, earlier, failed])
 
 
 def read_past(past: dict[str, Any]) -> dict[str, Any]:
@@ -5804,18 +5806,18 @@ def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Queue again, as if new, those of these rows that are final and have their request."""
     now = time.time()
     where = {"seqs": json.dumps(seqs), "now": now}
-    for lane, status, callback_status, number in file.db.execute(
-        SELECT_REDRIVEN, (where["seqs"],)
-    ).fetchall():
+    finished = file.db.execute(SELECT_REDRIVEN, (where["seqs"],)).fetchall()
+    for lane, status, callback_status, number in finished:
         file.tally.move(lane, status, "queued", number)
         file.tally.move(CALLBACKS, callback_status, None, number)
     rows = file.db.execute(REDRIVE_CALLS, where).fetchall()
-    drop_rows(file, DROP_OUTPUTS, [row[0] for row in rows])
-    file.news.changed.extend([row[0] for row in rows])
-    waiting = Counter(row[1:4] for row in rows)
+    redriven = [seq for seq, *_ in rows]
+    drop_rows(file, DROP_OUTPUTS, redriven)
+    file.news.changed.extend(redriven)
+    waiting = Counter((queue, function, namespace) for _, queue, function, namespace, _ in rows)
     for (queue, function, namespace), number in waiting.items():
         file.index.add(queue, function_key(function, namespace), now, number)
-    pass_turns(file, [row[2:] for row in rows])
+    pass_turns(file, ((function, namespace, key) for _, _, function, namespace, key in rows))
     return len(rows)
 
 
@@ -7247,7 +7249,7 @@ def id_number(own_id: str) -> int:
 
 def with_request(parts: Parts, request: Parts) -> Parts:
     """Put the request of one in the place of the request of the other."""
-    return Parts(*request[:2], *parts[2:])
+    return Parts(request.headers, request.body, parts.answer_headers, parts.output, parts.stderr)
 
 
 # --- NATS subjects --------------------------------------------------------------------------------
@@ -9047,10 +9049,10 @@ def consumer_differences(
     """
     wants = {**wants, **dict.fromkeys(CONSUMER_UNSET), "ack_wait": has.get("ack_wait")}
     name = wants["durable_name"]
-    finding = f"nats.stream: consumer {name} of stream {stream} on the server has"
+    start = f"nats.stream: consumer {name} of stream {stream} on the server has"
     how = f"have it made anew, nothing is lost: nats consumer rm {stream} {name}"
     return [
-        f"{finding} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
+        f"{start} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
         for key in differing(has, wants)
     ]
 
@@ -10696,8 +10698,12 @@ class NatsEnds:
         now = self._calls.now()
         call = ended_call(held.stored.call, outcome, status, now)
         headers = describing_headers(outcome.headers) if outcome.size <= keep else b""
-        output = (headers, shorten(outcome.body, keep), shorten(outcome.stderr, keep))
-        parts = Parts(*held.stored.parts[:2], *output)
+        answer = Parts(
+            answer_headers=headers,
+            output=shorten(outcome.body, keep),
+            stderr=shorten(outcome.stderr, keep),
+        )
+        parts = with_request(answer, held.stored.parts)
         if call.callback_target:  # which needs the whole answer
             call = call._replace(callback_status="pending", due_at=now)
             headers = pack_headers(outcome.headers)
@@ -10754,10 +10760,12 @@ class NatsEnds:
             call = retried_call(call, outcome, self._calls.now())
             keep = self._calls.keep_output
             if outcome is not None:
-                output = (b"", shorten(outcome.body, keep), shorten(outcome.stderr, keep))
-                if not self._calls.fit(call, Parts(*parts[:2], *output))[1].has_request:
-                    output = (b"", b"", b"")
-                parts = Parts(*parts[:2], *output)
+                answer = Parts(
+                    output=shorten(outcome.body, keep), stderr=shorten(outcome.stderr, keep)
+                )
+                if not self._calls.fit(call, with_request(answer, parts))[1].has_request:
+                    answer = Parts()
+                parts = with_request(answer, parts)
         is_call = held.queue != CALLBACKS
         kept = with_request(parts, Parts()) if is_call else parts
         seq = await self._write(held, call, kept)
@@ -11093,9 +11101,9 @@ class NatsStarts:
 
     async def conclude(self, attempt: Attempt) -> Claim:
         """Hold a call once its record is written. Raises NatsChanged, StoreError."""
-        lane, delivery, stored, written = attempt
+        lane, delivery, (_, call, parts, accepted), written = attempt
         try:
-            return self.hold(lane, delivery, Stored(await written, *stored[1:]))
+            return self.hold(lane, delivery, Stored(await written, call, parts, accepted))
         finally:
             self._holdings.beginning.discard(delivery.id)
 
