@@ -273,7 +273,6 @@ async def test_ready_is_not_said_too_early(daemon: StartDaemon, systemd: Service
     assert (await ask(f"http://{address}", "/healthz")).status == 200
 
 
-@own_interpreter
 async def test_the_watchdog_is_fed(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """More than once per WATCHDOG_USEC, for as long as it is well."""
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
@@ -281,7 +280,6 @@ async def test_the_watchdog_is_fed(daemon: StartDaemon, systemd: ServiceManager)
     assert await gateway.terminate() == 0
 
 
-@own_interpreter
 async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """A process that is stopped (as one in an endless loop would be) sends nothing, and goes on later."""
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
@@ -307,7 +305,6 @@ faasd_async.HOUSEKEEPING_S = 0.1
 """
 
 
-@own_interpreter
 async def test_side_jobs_outlive_a_want_of_descriptors(daemon: StartDaemon, systemd: ServiceManager) -> None:
     """From their first step on: what they can't do is told, and done when there are some again."""
     minutely = '[functions.it]\ncommand = ["true"]\n[schedules.it]\nfunction = "it"\ncron = "* * * * *"\n'
@@ -340,7 +337,6 @@ async def test_a_start_that_is_short_of_something_ends_with_one_line(limit: str,
     assert (words in finished.err, finished.err.count("\n")) == (True, 1), finished.err
 
 
-@own_interpreter
 async def test_an_abstract_notify_socket_works_too(daemon: StartDaemon) -> None:
     """A name that starts with @ is in the abstract namespace."""
     name = f"faasd-async-test-{os.getpid()}"

@@ -424,7 +424,7 @@ async def test_env_comes_on_top_of_our_own_environment(start: StartDaemon) -> No
 
 async def test_a_daemon_without_path_finds_programs(start: StartDaemon) -> None:
     """Where a shell without PATH does; and so does a shell that is one."""
-    gateway = await start(program("sh", "-c", "cat"), prefix=("env", "-u", "PATH"))
+    gateway = await start(program("sh", "-c", "cat"), before='import os; del os.environ["PATH"]')
     reply = await ask(gateway.url, "/function/it", method="POST", body=b"hello")
     assert (reply.status, reply.body) == (200, b"hello"), reply
 
@@ -962,6 +962,7 @@ async def test_where_children_are_ignored_an_exit_status_is_what_it_is(start: St
 # ---- too large for exec ----------------------------------------------------------------------------------------
 
 LONG_LINE = 30_000  # bytes, which the HTTP front takes in a header
+LITTLE_STACK = f"import resource; resource.setrlimit(resource.RLIMIT_STACK, ({MIB}, {MIB}))"  # of the programs
 LONGEST_STRING = 32 * 4096  # MAX_ARG_STRLEN (execve(2)), of which name, `=` and a zero are a part
 
 
@@ -1006,8 +1007,7 @@ async def test_a_header_that_no_program_can_be_given_is_refused(start: StartDaem
 @pytest.mark.parametrize("path", ["/function/it", "/async-function/it"])
 async def test_headers_that_no_program_can_be_given_are_refused(start: StartDaemon, path: str) -> None:
     """Many that are too much together: with a stack of 1 MiB, a quarter of that is for all strings."""
-    limit = ("prlimit", f"--stack={MIB}:{MIB}")
-    gateway = await start(program("true", more=ONCE), prefix=limit)
+    gateway = await start(program("true", more=ONCE), before=LITTLE_STACK)
     names = [f"X-Number-{number}" for number in range(16)]
     await largest(lambda size: accepted(gateway, names, size, path), 3 * LONG_LINE, 9 * LONG_LINE)
     await assert_no_call_failed(gateway)
@@ -1015,9 +1015,8 @@ async def test_headers_that_no_program_can_be_given_are_refused(start: StartDaem
 
 async def test_an_environment_of_the_file_counts_too(start: StartDaemon) -> None:
     """What `env` and the command's own words take is not there for headers."""
-    limit = ("prlimit", f"--stack={MIB}:{MIB}")
     settings = program("true", "w" * LONG_LINE, env={"LONG": "v" * LONG_LINE}, more=ONCE)
-    gateway = await start(settings, prefix=limit)
+    gateway = await start(settings, before=LITTLE_STACK)
     names = [f"X-Number-{number}" for number in range(16)]
     await largest(lambda size: accepted(gateway, names, size), 1, 7 * LONG_LINE)
 
