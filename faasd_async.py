@@ -11736,97 +11736,6 @@ def nats_call(call: Invocation, offset_s: float) -> NatsCall:
     )
 
 
-# What is not escaped in a path. Go has decoded it, so a ? or # in it was escaped when it came.
-IN_A_PATH = string.punctuation.translate({ord("?"): None, ord("#"): None})
-
-
-def openfaas_target(message: Mapping[str, Any]) -> str:
-    """The target of a QueueRequest: Go has decoded the path, and left the query as it came.
-
-    Raises FOREIGN.
-    """
-    path = quote(message.get("Path") or "", safe=IN_A_PATH)
-    query = quote(message.get("QueryString") or "", safe=string.punctuation)
-    return f"{path}?{query}" if query else path
-
-
-def openfaas_headers(message: Mapping[str, Any]) -> list[Header]:
-    """The headers of a QueueRequest. Raises FOREIGN, also for one with a line break."""
-    lines = [
-        header_line(f"{name}: {value}")
-        for name, values in (message.get("Header") or {}).items()
-        for value in values
-    ]
-    return [(name.encode(), value.encode()) for name, value in lines]
-
-
-@contextlib.contextmanager
-def or_told(reason: str) -> Iterator[None]:
-    """Raise ValueError with this reason if a block can't read a part of somebody else's message."""
-    try:
-        yield
-    except FOREIGN:
-        raise ValueError(reason) from None
-
-
-def openfaas_call(data: bytes, config: Config) -> Invocation:
-    """The call in a message of OpenFaaS's gateway: its QueueRequest in Go's JSON.
-
-    Raises ValueError, which says why it is none.
-    """
-    with or_told("it is not JSON as OpenFaaS's gateway writes it"):
-        message = dict(json.loads(data))
-    with or_told("its Function is no name of one"):
-        name, _, namespace = message["Function"].partition(".")
-        require(NAME.fullmatch(name))
-    with or_told("its Header has what is no header"):
-        headers = openfaas_headers(message)
-    by_name = {key.lower(): value.decode("latin-1") for key, value in headers}
-    own_id = new_id()
-    with or_told("its X-Call-Id or X-Start-Time is none"):
-        call_id = visible(by_name.get(b"x-call-id", own_id))
-        start_time = int(by_name.get(b"x-start-time", time.time_ns()))
-    with or_told("its CallbackUrl is no http URL"):
-        callback_url = go_url(message.get("CallbackUrl"))
-    with or_told("its Path or QueryString is none"):
-        target = openfaas_target(message)
-    with or_told("its Body is not base64"):
-        body = base64.b64decode(message.get("Body") or "", validate=True)
-    function = config.functions.get(name)
-    traceparent, tracestate = trace_context(headers)
-    return Invocation(
-        id=own_id,
-        call_id=call_id,
-        function=name,
-        namespace=namespace or config.gateway.namespace,
-        queue=function.queue if function else DEFAULT_QUEUE,
-        start_time=start_time,
-        due_at=time.time(),
-        deadline_at=None,
-        max_attempts=(function.retry if function else config.retry).attempts,
-        callback_url=callback_url,
-        failure_url=None,
-        idempotency_key=None,
-        app=None,
-        target=target,
-        headers=pack_headers(forward_headers(headers, COMPUTED)) + call_lines(call_id, start_time),
-        body=body,
-        traceparent=traceparent,
-        tracestate=tracestate,
-    )
-
-
-def go_url(parts: Mapping[str, str] | None) -> str | None:
-    """A URL from the JSON of Go's url.URL. Raises ValueError."""
-    if not parts:
-        return None
-    query = parts.get("RawQuery")
-    path = parts.get("RawPath") or quote(parts.get("Path") or "")
-    url = f"{parts['Scheme']}://{parts['Host']}{path}" + (f"?{query}" if query else "")
-    callback_host(url)
-    return url
-
-
 def body_digest(parts: Parts) -> str:
     """A digest by which bodies are told apart."""
     return hashlib.blake2b(parts.body, digest_size=16).hexdigest()
@@ -12012,6 +11921,145 @@ class NatsSchedules:
         return await store_over(self._link, place, pack_schedule(state).encode(), state.revision)
 
 
+# --- NATS takeover --------------------------------------------------------------------------------
+# What OpenFaaS's own gateway publishes becomes calls of ours.
+
+# What is not escaped in a path. Go has decoded it, so a ? or # in it was escaped when it came.
+IN_A_PATH = string.punctuation.translate({ord("?"): None, ord("#"): None})
+
+
+def openfaas_target(message: Mapping[str, Any]) -> str:
+    """The target of a QueueRequest: Go has decoded the path, and left the query as it came.
+
+    Raises FOREIGN.
+    """
+    path = quote(message.get("Path") or "", safe=IN_A_PATH)
+    query = quote(message.get("QueryString") or "", safe=string.punctuation)
+    return f"{path}?{query}" if query else path
+
+
+def openfaas_headers(message: Mapping[str, Any]) -> list[Header]:
+    """The headers of a QueueRequest. Raises FOREIGN, also for one with a line break."""
+    lines = [
+        header_line(f"{name}: {value}")
+        for name, values in (message.get("Header") or {}).items()
+        for value in values
+    ]
+    return [(name.encode(), value.encode()) for name, value in lines]
+
+
+@contextlib.contextmanager
+def or_raise(reason: str) -> Iterator[None]:
+    """Raise ValueError with this reason if a block can't read a part of somebody else's message."""
+    try:
+        yield
+    except FOREIGN:
+        raise ValueError(reason) from None
+
+
+def openfaas_call(data: bytes, config: Config) -> Invocation:
+    """The call in a message of OpenFaaS's gateway: its QueueRequest in Go's JSON.
+
+    Raises ValueError, which says why it is none.
+    """
+    with or_raise("it is not JSON as OpenFaaS's gateway writes it"):
+        message = dict(json.loads(data))
+    with or_raise("its Function is no name of one"):
+        name, _, namespace = message["Function"].partition(".")
+        require(NAME.fullmatch(name))
+    with or_raise("its Header has what is no header"):
+        headers = openfaas_headers(message)
+    by_name = {key.lower(): value.decode("latin-1") for key, value in headers}
+    own_id = new_id()
+    with or_raise("its X-Call-Id or X-Start-Time is none"):
+        call_id = visible(by_name.get(b"x-call-id", own_id))
+        start_time = int(by_name.get(b"x-start-time", time.time_ns()))
+    with or_raise("its CallbackUrl is no http URL"):
+        callback_url = go_url(message.get("CallbackUrl"))
+    with or_raise("its Path or QueryString is none"):
+        target = openfaas_target(message)
+    with or_raise("its Body is not base64"):
+        body = base64.b64decode(message.get("Body") or "", validate=True)
+    function = config.functions.get(name)
+    traceparent, tracestate = trace_context(headers)
+    return Invocation(
+        id=own_id,
+        call_id=call_id,
+        function=name,
+        namespace=namespace or config.gateway.namespace,
+        queue=function.queue if function else DEFAULT_QUEUE,
+        start_time=start_time,
+        due_at=time.time(),
+        deadline_at=None,
+        max_attempts=(function.retry if function else config.retry).attempts,
+        callback_url=callback_url,
+        failure_url=None,
+        idempotency_key=None,
+        app=None,
+        target=target,
+        headers=pack_headers(forward_headers(headers, COMPUTED)) + call_lines(call_id, start_time),
+        body=body,
+        traceparent=traceparent,
+        tracestate=tracestate,
+    )
+
+
+def go_url(parts: Mapping[str, str] | None) -> str | None:
+    """A URL from the JSON of Go's url.URL. Raises ValueError."""
+    if not parts:
+        return None
+    query = parts.get("RawQuery")
+    path = parts.get("RawPath") or quote(parts.get("Path") or "")
+    url = f"{parts['Scheme']}://{parts['Host']}{path}" + (f"?{query}" if query else "")
+    callback_host(url)
+    return url
+
+
+class NatsTakeover:
+    """Takes over what OpenFaaS's own gateway publishes for its queue-worker.
+
+    Once the call is stored, the gateway gets the answer that a stream would give it.
+    """
+
+    def __init__(
+        self,
+        link: NatsLink,
+        subjects: NatsSubjects,
+        settings: Settings,
+        intake: NatsIntake,
+        metrics: Metrics,
+    ) -> None:
+        self._link = link
+        self._subjects = subjects
+        self._settings = settings
+        self._intake = intake
+        self._metrics = metrics
+        self._taken = 0
+
+    async def listen(self) -> None:
+        """Subscribe. Each message goes to one daemon."""
+        await self._link.subscribe(self._subjects.taken_over, self._heard, "faasd-async")
+
+    async def _heard(self, message: nats.aio.msg.Msg) -> None:
+        place = self._subjects.taken_over
+        try:
+            await self._intake.enqueue(openfaas_call(message.data, self._settings()))
+        except FOREIGN as exc:
+            tell_set_aside(self._metrics, place, foreign_reason(exc), "no call")
+        except (StoreError, HttpError) as exc:
+            log.error("NATS: a message on %s can't be taken over: %s", place, exc)
+            return
+        if message.reply:
+            self._taken += 1
+            answer = {"stream": self._settings().nats.stream, "seq": self._taken}
+            with contextlib.suppress(StoreError):
+                self._link.send(message.reply, json.dumps(answer).encode())
+
+
+# --- NATS recovery --------------------------------------------------------------------------------
+# What a daemon or a server that was killed has left behind.
+
+
 class NatsRecovery:
     """Finds work that was sent to a daemon which does not have it any more, or never got it: at a
     start, and whenever there is a connection again.
@@ -12099,6 +12147,55 @@ class NatsRecovery:
         if queue == CALLBACKS:
             return await self._claims.callback_interrupted(record)
         return await self._claims.interrupted(record, stored.parts)
+
+
+# A server that was killed may bring back messages that it had deleted (seen with 2.15, once in some
+# hundred kills). Work messages among them are delivered, and their records say that nothing is left
+# to be done. The others are deleted again:
+
+
+async def sweep_records(link: NatsLink, blocks: NatsBlocks, calls: NatsCalls) -> None:
+    """Delete older records of calls that have a newer one.
+
+    They would be taken for the call's record once the newer one has gone. There are none unless the
+    stream has more messages than subjects.
+    """
+    state = (await link.api(f"STREAM.INFO.{blocks.stream}"))["state"]
+    if state["messages"] <= state.get("num_subjects", 0):
+        return
+    async for subject, number in blocks.names("call"):
+        if number > 1:
+            await calls.read(subject)  # A stray on top of a record is set aside.
+            await link.api(f"STREAM.PURGE.{blocks.stream}", {"filter": subject, "keep": 1})
+
+
+async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks) -> None:
+    """Delete messages that wait for their time though their calls have ended since.
+
+    No server publishes them any more, but once the record has gone, they would be shown as calls
+    that wait.
+    """
+    places: dict[str, str] = {}  # of a batch: subjects, by the subject of the call's record
+    gone: list[tuple[str, int]] = []  # subject, and the sequence of the record, which came later
+
+    async def look() -> None:
+        for message in await blocks.gather(multi_last=list(places)):
+            headers = message.headers
+            with contextlib.suppress(ValueError):  # Whoever reads it by itself sets it aside.
+                if unpack_call(message.data).call.status in FINAL:
+                    gone.append((places[headers["Nats-Subject"]], int(headers["Nats-Sequence"])))
+        places.clear()
+
+    async for subject, _ in blocks.names("later"):
+        _, queue, lane, own_id = subjects.split(subject)
+        if queue[0] != "@" and is_own_id(own_id):
+            places[subjects.record_at(queue, lane, own_id)] = subject
+        if len(places) == NAMED_SUBJECTS:
+            await look()
+    if places:
+        await look()
+    for subject, seq in gone:
+        await link.api(f"STREAM.PURGE.{blocks.stream}", {"filter": subject, "seq": seq})
 
 
 # --- NATS room ------------------------------------------------------------------------------------
@@ -12370,96 +12467,6 @@ class NatsPeers:
         held = message.data.decode(errors="replace") in self._holdings
         with contextlib.suppress(StoreError):
             self._link.send(message.reply, b"1" if held else b"0")
-
-
-class NatsTakeover:
-    """Takes over what OpenFaaS's own gateway publishes for its queue-worker.
-
-    Once the call is stored, the gateway gets the answer that a stream would give it.
-    """
-
-    def __init__(
-        self,
-        link: NatsLink,
-        subjects: NatsSubjects,
-        settings: Settings,
-        intake: NatsIntake,
-        metrics: Metrics,
-    ) -> None:
-        self._link = link
-        self._subjects = subjects
-        self._settings = settings
-        self._intake = intake
-        self._metrics = metrics
-        self._taken = 0
-
-    async def listen(self) -> None:
-        """Subscribe. Each message goes to one daemon."""
-        await self._link.subscribe(self._subjects.taken_over, self._heard, "faasd-async")
-
-    async def _heard(self, message: nats.aio.msg.Msg) -> None:
-        place = self._subjects.taken_over
-        try:
-            await self._intake.enqueue(openfaas_call(message.data, self._settings()))
-        except FOREIGN as exc:
-            tell_set_aside(self._metrics, place, foreign_reason(exc), "no call")
-        except (StoreError, HttpError) as exc:
-            log.error("NATS: a message on %s can't be taken over: %s", place, exc)
-            return
-        if message.reply:
-            self._taken += 1
-            answer = {"stream": self._settings().nats.stream, "seq": self._taken}
-            with contextlib.suppress(StoreError):
-                self._link.send(message.reply, json.dumps(answer).encode())
-
-
-# A server that was killed may bring back messages that it had deleted (seen with 2.15, once in some
-# hundred kills). Work messages among them are delivered, and their records say that nothing is left
-# to be done. The others are deleted again:
-
-
-async def sweep_records(link: NatsLink, blocks: NatsBlocks, calls: NatsCalls) -> None:
-    """Delete older records of calls that have a newer one.
-
-    They would be taken for the call's record once the newer one has gone. There are none unless the
-    stream has more messages than subjects.
-    """
-    state = (await link.api(f"STREAM.INFO.{blocks.stream}"))["state"]
-    if state["messages"] <= state.get("num_subjects", 0):
-        return
-    async for subject, number in blocks.names("call"):
-        if number > 1:
-            await calls.read(subject)  # A stray on top of a record is set aside.
-            await link.api(f"STREAM.PURGE.{blocks.stream}", {"filter": subject, "keep": 1})
-
-
-async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks) -> None:
-    """Delete messages that wait for their time though their calls have ended since.
-
-    No server publishes them any more, but once the record has gone, they would be shown as calls
-    that wait.
-    """
-    places: dict[str, str] = {}  # of a batch: subjects, by the subject of the call's record
-    gone: list[tuple[str, int]] = []  # subject, and the sequence of the record, which came later
-
-    async def look() -> None:
-        for message in await blocks.gather(multi_last=list(places)):
-            headers = message.headers
-            with contextlib.suppress(ValueError):  # Whoever reads it by itself sets it aside.
-                if unpack_call(message.data).call.status in FINAL:
-                    gone.append((places[headers["Nats-Subject"]], int(headers["Nats-Sequence"])))
-        places.clear()
-
-    async for subject, _ in blocks.names("later"):
-        _, queue, lane, own_id = subjects.split(subject)
-        if queue[0] != "@" and is_own_id(own_id):
-            places[subjects.record_at(queue, lane, own_id)] = subject
-        if len(places) == NAMED_SUBJECTS:
-            await look()
-    if places:
-        await look()
-    for subject, seq in gone:
-        await link.api(f"STREAM.PURGE.{blocks.stream}", {"filter": subject, "seq": seq})
 
 
 class NatsStream:

@@ -32,8 +32,8 @@ SECTIONS = (
     "NATS messages", "NATS subjects", "NATS wire", "NATS connection", "NATS stream", "NATS lanes", "NATS turns",
     "NATS names", "NATS documents", "NATS records", "NATS lists",
     "NATS work", "NATS limits", "NATS outcomes",
-    "NATS owners", "NATS claims", "NATS taker", "NATS operators", "NATS intake", "NATS room",
-    "NATS upkeep", "NATS figures", "NATS queue",
+    "NATS owners", "NATS claims", "NATS taker", "NATS operators", "NATS intake", "NATS takeover",
+    "NATS recovery", "NATS room", "NATS upkeep", "NATS figures", "NATS queue",
     "HTTP failures", "HTTP parsing", "HTTP connections", "HTTP over TLS", "HTTP pool", "HTTP messages", "HTTP client",
     "Commands", "Function limits", "Functions", "Live output", "Jobs", "Consumer", "Intake", "HTTP answers",
     "HTTP requests", "HTTP exchanges", "HTTP conversations", "HTTP server", "HTTP front", "Function routes",
@@ -587,6 +587,13 @@ def test_a_file_beyond_the_tripwire_has_a_list_of_what_could_go() -> None:
     """Crossing 5,500 lines needs it in writing."""
     long = PROGRAM.read_text("utf-8").count("\n") > 5500
     assert not long or "\n## What could go\n" in CONTRIBUTING.read_text("utf-8")
+
+
+def test_the_map_has_all_sections_in_their_order() -> None:
+    """What a newcomer reads first says where everything is."""
+    sections = [name for name, _, _ in Source(PROGRAM.read_text("utf-8")).sections]
+    parts = CONTRIBUTING.read_text("utf-8").partition("\n## ")[0]
+    assert re.findall(r"\*\*(.+?)\*\*", parts) == sections
 
 
 def test_there_is_no_second_module_and_no_package() -> None:
