@@ -1057,12 +1057,15 @@ async def test_messages_that_are_no_calls_are_set_aside_told_and_counted(
         await client.jetstream(timeout=PATIENCE).publish("faas.work.faas-request.it=2Eopenfaas-fn.x", b"no call")
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
 
-    async def counted() -> bool:
-        return b"\nfaasd_async_messages_set_aside_total 4.0\n" in (await ask(gateway.url, "/metrics")).body
+    def reasons() -> list[str]:
+        return re.findall(r"(?:is no call|is none of ours): set aside: (.*)", gateway.log)
 
-    await eventually(counted)
-    reasons = re.findall(r"(?:is no call|is none of ours): set aside: (.*)", gateway.log)
-    assert sorted(reasons) == [
+    async def told() -> bool:
+        metrics = (await ask(gateway.url, "/metrics")).body
+        return b"\nfaasd_async_messages_set_aside_total 4.0\n" in metrics and len(reasons()) == 4
+
+    await eventually(told)
+    assert sorted(reasons()) == [
         "it is not JSON",
         "it is not JSON as OpenFaaS's gateway writes it",
         "its Body is not base64",
