@@ -21592,8 +21592,11 @@ class Client:
     def full_id(self, prefix: str) -> str:
         """The id that begins like this. What can't be the beginning of one is taken as it is.
 
-        An id begins with its time, so only calls of that time have to be looked at.
+        An id begins with its time, so only calls of that time have to be looked at. Raises
+        UsageError for an empty one, which a variable that is not set leaves behind.
         """
+        if not prefix:
+            raise UsageError("the call id is empty")
         if not ID_PREFIX.fullmatch(prefix):
             return prefix
         try:
@@ -22346,7 +22349,7 @@ EXPLAINED = 3  # instants
 def check(args: Arguments) -> None:
     """Check a configuration file, and say what its schedules mean."""
     path = args.file or args.config or default_config()
-    config = load_config(path)
+    config = load_config("/dev/stdin" if path == "-" else path)
     for line in itertools.chain(config_warnings(config), script_warnings(config)):
         print(f"{path or 'defaults'}: {line}", file=sys.stderr)
     print(f"{path or 'defaults'}: ok, {config_counts(config)}")

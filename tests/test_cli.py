@@ -114,6 +114,15 @@ async def test_show_waits_for_the_end_and_has_a_code_for_scripts(cli: Cli, funct
     assert result.err == f"faasd-async: call {cancelled} ended in cancelled\n"
 
 
+@pytest.mark.parametrize("command", ["show", "log", "result", "request", "cancel", "retry", "resend"])
+async def test_an_empty_id_is_a_mistake_and_no_call(cli: Cli, command: str) -> None:
+    """A script's variable that is not set: one line, and nothing is done for the only call that there is."""
+    waiting = await cli.out("invoke", "upper", "--async", "--data", "", "-H", "X-Delay: 1h")
+    result = await cli("calls", command, "", code=2)
+    assert (result.out, result.err) == ("", "faasd-async: the call id is empty\n")
+    assert (await cli.gateway.record(waiting))["status"] == "delayed"
+
+
 async def test_what_a_program_writes_comes_out_where_it_wrote_it(cli: Cli) -> None:
     """Its answer on standard output, its stderr on ours, and both in the document; a part is no success."""
     script = "cat; echo trouble >&2; printf more >&2"

@@ -576,6 +576,16 @@ async def test_check_takes_the_file_as_it_is_named(tmp_path: Path) -> None:
     assert (await faasd("check", file)).out == f"{file}: ok, 0 functions, 2 queues\n"
 
 
+async def test_check_reads_a_pipe() -> None:
+    """As other commands do, where - stands for a file."""
+    for content, code, said in (
+        (b"[queues.slow]\n", 0, "ok, 0 functions, 2 queues"),
+        (b"[queue.slow]\n", 78, "unknown table"),
+    ):
+        result = await faasd("check", "-", stdin=content)
+        assert (result.code, said in result.out + result.err) == (code, True)
+
+
 async def test_check_names_the_problem(tmp_path: Path) -> None:
     """Exit 78 (EX_CONFIG) and one line with the file, the key, and what is wrong with it."""
     folders = [tmp_path / str(number) for number in range(len(PROBLEMS))]
