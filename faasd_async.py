@@ -12429,7 +12429,7 @@ class NatsPeers:
         self._news.tell(pause=(name, paused))
 
     async def restore_pauses(self) -> None:
-        """Store pauses again after somebody has deleted the stream. Raises StoreError."""
+        """Store pauses again, if somebody has deleted or purged the stream. Raises StoreError."""
         for name in self._lanes.paused:
             # Unless it is there, or the queue was resumed since.
             place, note = self._subjects.pause(name), pause_note(name, True)
@@ -12638,7 +12638,7 @@ class NatsKeeper:
             consumers = await self._consumers.poll()
             if await self._chores.stream.is_edited() or self._link.room.unfit:
                 await self._chores.stream.begin()
-                await self._chores.peers.restore_pauses()
+            await self._chores.peers.restore_pauses()
             server = self._link.info["server_id"]  # A server has another one after each start.
             if fresh:
                 await self._chores.recovery.recover(consumers, server != self._swept)

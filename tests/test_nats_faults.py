@@ -348,15 +348,15 @@ async def test_what_an_administrator_deletes_is_made_again(
         assert (await gateway.final(call_id))["status"] == "success"
 
 
+@pytest.mark.parametrize("what", ["stream", "messages"])
 async def test_a_pause_outlives_the_stream_that_it_is_stored_in(
-    hosts: StartHost, server: NatsServer, function: Server
+    hosts: StartHost, server: NatsServer, function: Server, what: str
 ) -> None:
-    """An administrator has deleted it: hosts that come later hold the queue too, and say so at their start."""
+    """An administrator has deleted or purged it, twice: hosts that come later hold the queue too, and say so."""
     one = await hosts(one_function(function))
     await works_again(one)
     await post(one, "/system/queues/faas-request/pause")
     async with server.jetstream() as jetstream:
-        await jetstream.delete_stream(STREAM)
 
         async def stored() -> bool:
             try:
@@ -365,7 +365,9 @@ async def test_a_pause_outlives_the_stream_that_it_is_stored_in(
                 return False
             return True
 
-        await eventually(stored)
+        for _ in range(2):
+            await (jetstream.delete_stream(STREAM) if what == "stream" else jetstream.purge_stream(STREAM))
+            await eventually(stored)
     other = await hosts(one_function(function))
     await other.wait_for_log("WARNING queue faas-request is paused, and its calls wait: faasd-async queues resume")
     call_id = await other.submit("it")
