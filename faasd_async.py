@@ -6824,6 +6824,9 @@ PROBE_BYTES = 64 * KIB  # stored to see whether there is room
 # Beside two leases: how long a record stays after its time, unseen. A server that is killed may
 # bring back what it had deleted within the last two minutes (seen with 2.15).
 FENCE_S = 150.0
+# Servers count nanoseconds in 64 bits: to the year 2262, and in TTLs 292 years. What is later for
+# them has passed long ago.
+FAR_S = 9e9
 SETTLED_S = 3.0  # of our connection: by then all daemons that live have connected again, too
 CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
 RESEND_S = 2.0  # in which a record is written, once that has been prepared
@@ -9814,7 +9817,7 @@ class NatsCalls:
         headers: dict[str, object] = {"Nats_Expected_Last_Subject_Sequence": seq}
         if keep_s is not None:
             fence_s = 2 * self._settings().queue(call.queue).ack_wait + FENCE_S
-            headers["Nats_TTL"] = f"{round(keep_s + fence_s)}s"
+            headers["Nats_TTL"] = f"{round(min(keep_s, FAR_S) + fence_s)}s"
         payload = pack_call(call, parts, accepted=accepted)
         return self._written(
             call, self._link.publish(self._subjects.record(call), payload, **headers)
@@ -10223,7 +10226,8 @@ class NatsNews:
 
 def nats_schedule(at: float, target: str) -> dict[str, str]:
     """The headers of a message that the server publishes to `target` at this time."""
-    return {"Nats_Schedule": f"@at {rfc3339(at)}", "Nats_Schedule_Target": target}
+    when = rfc3339(min(at, FAR_S))
+    return {"Nats_Schedule": f"@at {when}", "Nats_Schedule_Target": target}
 
 
 def cut_answer(parts: Parts, keep: int) -> Parts:

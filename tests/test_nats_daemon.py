@@ -244,6 +244,22 @@ async def test_a_pause_is_for_all_hosts_and_survives_them(
     assert await ended(one, calls) == {"success": 6}
 
 
+async def test_a_time_that_is_very_far_away_is_no_past(hosts: StartHost, function: Server) -> None:
+    """Servers count in nanoseconds, which end in 2262: a call that is due later waits, and can be cancelled."""
+    gateway = await hosts(one_function(function))
+    far = "9999-12-31T23:59:59Z"
+    late = await gateway.submit("it/late", X_Not_Before=far)
+    await gateway.final(await gateway.submit("it/soon", X_Delay="1s"))
+    assert (await gateway.record(late))["status"] == "delayed"
+    assert [request.target for request in function.requests] == ["/soon"]
+    assert (await ask(gateway.url, f"/async-function/{late}", method="DELETE")).status == 202
+    assert (await gateway.record(late))["status"] == "cancelled"
+    await post(gateway, "/system/queues/faas-request/pause")
+    patient = await gateway.submit("it", X_Deadline=far)
+    assert (await gateway.final(await gateway.submit("it", X_Deadline="1s")))["status"] == "timeout"
+    assert (await gateway.record(patient))["status"] == "queued"
+
+
 async def test_a_deadline_passes_in_a_paused_queue(hosts: StartHost, function: Server) -> None:
     """It ends in timeout and does not run."""
     gateway = await hosts(one_function(function))
