@@ -11311,9 +11311,14 @@ class Taking(NamedTuple):
     """A claim that is being made."""
 
     queue: str
+    turns: NatsTurns  # its lanes
     left: dict[str, int]  # the room that lanes still have
     rates: Mapping[str, Rate]
     made: list[Claim]  # so far
+
+    def left_of(self, lane: str, otherwise: int) -> int:
+        """The room that a lane has; `otherwise`, if nothing is said of it."""
+        return self.left.get(lane, self.left.get("", otherwise))
 
 
 class NatsTaker:
@@ -11340,7 +11345,7 @@ class NatsTaker:
         self, queue: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
     ) -> list[Claim]:
         """See WorkQueue. Nothing is due while the servers are away; a reconnect wakes the queue."""
-        taking = Taking(queue, dict(room), rates, [])
+        taking = Taking(queue, self._lanes.queues[queue], dict(room), rates, [])
         async with self._locks[queue]:
             limit = self._claims.most(queue, limit)
             try:
@@ -11358,32 +11363,34 @@ class NatsTaker:
 
     async def _claim_with_slots(self, taking: Taking, limit: int) -> None:
         """Claim no more than there are slots for."""
-        queue, left, _, made = taking
-        if not self._lanes.queues[queue].ready:
-            await self._lanes.settle(queue, True, left)
+        queue = taking.queue
+        if not taking.turns.ready:
+            await self._lanes.settle(queue, True, taking.left)
             return
         numbers = await self._slots.take(queue, limit)
         try:
             if numbers:
                 await self._claim_at_rates(taking, len(numbers))
             else:
-                await self._lanes.settle(queue, False, left)
+                await self._lanes.settle(queue, False, taking.left)
         finally:
-            for claim in made:
+            for claim in taking.made:
                 self._slots.use(queue, numbers.pop(), claim.id)
             for number in numbers:
                 await self._slots.give_back(queue, number)
 
     async def _claim_at_rates(self, taking: Taking, limit: int) -> None:
         """Claim no more than may start now; have the queue woken when more may."""
-        queue, left, rates, made = taking
-        names = {name: rates[name] for name in rates.keys() & self._lanes.queues[queue].lanes}
-        if rate := rates.get(""):
-            names[queue] = rate
+        queue = taking.queue
+        left = taking.left
+        made = taking.made
+        rates = {name: taking.rates[name] for name in taking.rates.keys() & taking.turns.lanes}
+        if rate := taking.rates.get(""):
+            rates[queue] = rate
         booked: dict[str, int] = {}
-        free = {name: left.get(name, left.get("", 1)) for name in names}
+        free = {name: taking.left_of(name, 1) for name in rates}
         try:
-            for name, rate in names.items():
+            for name, rate in rates.items():
                 booked[name] = await self._book(taking, name, rate, limit)
             most = booked.get(queue, limit)
             left.update((name, number) for name, number in booked.items() if name != queue)
@@ -11392,10 +11399,10 @@ class NatsTaker:
             started = Counter([claim.lane for claim in made])
             started[queue] = len(made)
             for name, number in booked.items():
-                await self._rates.take_back(name, names[name], number - started[name])
-        waits = {name: self._rates.wait_s(name, rate) for name, rate in names.items()}
+                await self._rates.take_back(name, rates[name], number - started[name])
+        waits = {name: self._rates.wait_s(name, rate) for name, rate in rates.items()}
         # One more message of a lane may be sent to us, so that we know that there is one.
-        for name in names.keys() - {queue}:
+        for name in rates.keys() - {queue}:
             left[name] = min(int(waits[name] <= 0), free[name] - started[name])
         wanted = len(made) < limit and waits.get(queue, 0.0) <= 0
         await self._lanes.settle(queue, wanted, left)
@@ -11404,16 +11411,19 @@ class NatsTaker:
 
     async def _book(self, taking: Taking, name: str, rate: Rate, limit: int) -> int:
         """Count calls of a lane, or of the queue, as started before they are claimed; how many."""
-        turns = self._lanes.queues[taking.queue]
+        turns = taking.turns
         if name == taking.queue:
             return await self._rates.start(name, rate, limit if turns.ready else 0)
-        most = min(limit, taking.left.get(name, taking.left.get("", limit)))
         if name not in turns.ready:
             return 0
+        most = min(limit, taking.left_of(name, limit))
         return await self._rates.start(name, rate, min(most, max(1, turns.lanes[name].waiting)))
 
     async def _claim(self, taking: Taking, limit: int) -> None:
-        queue, left, _, made = taking
+        """Claim up to so many calls, lane by lane."""
+        queue = taking.queue
+        left = taking.left
+        made = taking.made
         tried = 0
         while len(made) < limit:
             if tried - len(made) > MANY_NATS_REQUESTS:  # Most wait for keys: others first.
@@ -11423,21 +11433,26 @@ class NatsTaker:
             tried += len(taken)
             if not taken:
                 break
-            claims = await self._begin_all(taken)
-            for (lane, delivery), claim in zip(taken, claims, strict=True):
-                if isinstance(claim, StoreError):
-                    log.debug("queue %s: a call could not be claimed: %s", queue, claim)
-                    self._replies.put_off(delivery, CLAIM_AGAIN_S)
-                elif isinstance(claim, Exception):  # The others of this claim are ours by now.
-                    log.error("queue %s: %s can't be claimed", queue, delivery.id, exc_info=claim)
-                    self._replies.put_off(delivery, PARKED_S)
-                elif isinstance(claim, BaseException):
-                    raise claim
-                elif claim is not None:
-                    made.append(claim)
+            results = await self._begin_all(taken)
+            for (lane, delivery), result in zip(taken, results, strict=True):
+                if isinstance(result, Claim):
+                    made.append(result)
                     continue
                 if lane.name in left:
                     left[lane.name] += 1
+                if result is not None:
+                    self._put_off(delivery, queue, result)
+
+    def _put_off(self, delivery: Delivery, queue: str, failure: BaseException) -> None:
+        """Have a message delivered again whose claim has failed: the others are ours by now."""
+        if isinstance(failure, StoreError):
+            log.debug("queue %s: a call could not be claimed: %s", queue, failure)
+            self._replies.put_off(delivery, CLAIM_AGAIN_S)
+        elif isinstance(failure, Exception):
+            log.error("queue %s: %s can't be claimed", queue, delivery.id, exc_info=failure)
+            self._replies.put_off(delivery, PARKED_S)
+        else:
+            raise failure
 
     async def _begin_all(
         self, taken: Sequence[tuple[NatsLane, Delivery]]
@@ -11447,18 +11462,18 @@ class NatsTaker:
         Most are calls that nobody has had before. Their claims are written without a task for each.
         """
         attempts = [self._attempt(*item) for item in taken]
-        claims = [await self._conclude(one) for one in attempts]
+        results = [await self._conclude(attempt) for attempt in attempts]
         rest = [
             number
-            for number, claim in enumerate(claims)
-            if claim is None or isinstance(claim, NatsChanged)
+            for number, result in enumerate(results)
+            if result is None or isinstance(result, NatsChanged)
         ]
         if rest:
-            again = [self._claims.begin(*taken[number], claims[number] is None) for number in rest]
-            results = await asyncio.gather(*again, return_exceptions=True)
-            for number, result in zip(rest, results, strict=True):
-                claims[number] = result
-        return claims
+            again = [self._claims.begin(*taken[number], results[number] is None) for number in rest]
+            begun = await asyncio.gather(*again, return_exceptions=True)
+            for number, result in zip(rest, begun, strict=True):
+                results[number] = result
+        return results
 
     def _attempt(self, lane: NatsLane, delivery: Delivery) -> Attempt | StoreError | None:
         try:
