@@ -2643,6 +2643,7 @@ def callback_target(status: str, callback_url: str | None, failure_url: str | No
     return callback_url
 
 
+@functools.lru_cache(1_000)
 def callback_lane(target: str) -> str:
     """The lane of a callback: its host and port, so that a dead one doesn't hold up others.
 
@@ -3596,12 +3597,29 @@ def uptime_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Timer:
-    """Calls back when a time is over.
+class Expiring(Protocol):
+    """What a sweep tells that its time is over."""
 
-    One that fires late was held up with everything else, as on a machine that slept. What it limits
-    may have arrived meanwhile, and gets as much time again (MAX_GRACE_S at most) to be read.
+    def expire(self, late_s: float) -> None:
+        """The time has been over for `late_s`."""
+
+
+def call_in_time(
+    loop: asyncio.AbstractEventLoop, late_s: float, callback: Callable[[], None]
+) -> asyncio.TimerHandle | None:
+    """Call back for a time that is over, now or later.
+
+    A timer that fires late was held up with everything else, as on a machine that slept. What it
+    limits may have arrived meanwhile, and gets as much time again (MAX_GRACE_S at most) to be read.
     """
+    if late_s > LATE_S:
+        return loop.call_later(min(late_s, MAX_GRACE_S), callback)
+    callback()
+    return None
+
+
+class Timer:
+    """Calls back when a time is over; see `call_in_time`."""
 
     __slots__ = ("_callback", "_grace", "_loop", "_sweep")
 
@@ -3621,11 +3639,8 @@ class Timer:
             self._grace.cancel()
 
     def expire(self, late_s: float) -> None:
-        """The time has been over for `late_s`."""
-        if late_s > LATE_S:
-            self._grace = self._loop.call_later(min(late_s, MAX_GRACE_S), self._callback)
-        else:
-            self._callback()
+        """See Expiring."""
+        self._grace = call_in_time(self._loop, late_s, self._callback)
 
 
 class Sweep:
@@ -3637,10 +3652,10 @@ class Sweep:
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self._loop = loop
         self._seconds = seconds
-        self._until: dict[Timer, float] = {}  # the first to be over first
+        self._until: dict[Expiring, float] = {}  # the first to be over first
         self._set = False  # whether the loop's timer is set
 
-    def add(self, timer: Timer) -> None:
+    def add(self, timer: Expiring) -> None:
         """Set a timer."""
         until = self._loop.time() + self._seconds
         self._until[timer] = until
@@ -3648,7 +3663,7 @@ class Sweep:
             self._set = True
             self._loop.call_at(until, self._look)
 
-    def remove(self, timer: Timer) -> None:
+    def remove(self, timer: Expiring) -> None:
         """Forget a timer: it is cancelled, or has expired."""
         self._until.pop(timer, None)
 
@@ -5384,18 +5399,14 @@ def end_poisoned(file: SqliteFile, row: WorkRow) -> None:
 class Completion(NamedTuple):
     """A claim whose work is done."""
 
+    receipt: Receipt
     claim: Claim
     outcome: Outcome
     status: str
 
-    @property
-    def receipt(self) -> Receipt:
-        """Which claim it was."""
-        return cast(Receipt, self.claim.receipt)
-
     def end(self) -> End:
         """The call's end."""
-        claim, outcome, status = self
+        receipt, claim, outcome, status = self
         ended = Ended(
             claim.id,
             claim.call_id,
@@ -5409,7 +5420,7 @@ class Completion(NamedTuple):
             lane=claim.lane,
         )
         target = callback_target(status, claim.callback_url, claim.failure_url)
-        return End(self.receipt, ended, outcome.size, target)
+        return End(receipt, ended, outcome.size, target)
 
 
 def complete_calls(file: SqliteFile, completions: Sequence[Completion]) -> list[bool]:
@@ -5420,13 +5431,13 @@ def complete_calls(file: SqliteFile, completions: Sequence[Completion]) -> list[
     outputs: dict[int, KeptOutput | None] = {}
     done_with: list[int] = []  # requests that are too long to be kept
     for completion, end, done in zip(completions, ends, valid, strict=True):
-        claim, outcome, status = completion
+        receipt, claim, outcome, status = completion
         pass_turn_of(file, claim)
         if not done:
             continue
-        outputs[end.receipt.seq] = kept_output(outcome, keep, whole=end.target is not None)
+        outputs[receipt.seq] = kept_output(outcome, keep, whole=end.target is not None)
         if status == "success" and len(claim.body) > keep:
-            done_with.append(end.receipt.seq)
+            done_with.append(receipt.seq)
     save_outputs(file, outputs)
     drop_rows(file, DROP_REQUESTS, done_with)
     return valid
@@ -6692,7 +6703,7 @@ class SqliteQueue:
         return self._steps.submit(step_start, lane, rate)
 
     def complete(self, claim: Claim, outcome: Outcome, status: str) -> Awaitable[bool]:
-        completion = Completion(claim, outcome, status)
+        completion = Completion(cast(Receipt, claim.receipt), claim, outcome, status)
         if claim.queue == CALLBACKS:
             return self._steps.share(deliver_callbacks, completion)
         completed = self._steps.share(complete_calls, completion)
@@ -13132,16 +13143,17 @@ class Limit(NamedTuple):
 class TimeLimit:
     """Cancels what a `with` block waits for, and raises RequestFailed, if it takes longer.
 
-    For what comes late see Timer.
+    For what comes late see `call_in_time`.
     """
 
-    __slots__ = ("_cancelling", "_expired", "_limit", "_task", "_timer")
+    __slots__ = ("_cancelling", "_expired", "_grace", "_limit", "_sweep", "_task")
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit
         self._task: asyncio.Task[Any] | None = None  # that runs the block, until it ends
         self._cancelling = 0  # how often that is being cancelled by others
-        self._timer: Timer | None = None
+        self._sweep: Sweep | None = None
+        self._grace: asyncio.TimerHandle | None = None
         self._expired = False
 
     def __enter__(self) -> None:
@@ -13151,12 +13163,16 @@ class TimeLimit:
         self._task = task
         self._cancelling = task.cancelling()
         if self._limit.seconds is not None:
-            self._timer = Timer(loop, self._limit.seconds, self._expire)
+            self._sweep = sweep(loop, self._limit.seconds)
+            self._sweep.add(self)
+
+    def expire(self, late_s: float) -> None:
+        """See Expiring."""
+        self._grace = call_in_time(asyncio.get_running_loop(), late_s, self._expire)
 
     def _expire(self) -> None:
         """Cancel in the next round of the event loop: what has come in this one is read first."""
-        assert self._task is not None
-        self._task.get_loop().call_soon(self._cancel)
+        asyncio.get_running_loop().call_soon(self._cancel)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -13171,8 +13187,10 @@ class TimeLimit:
     ) -> None:
         """As in asyncio.Timeout, a task that others have cancelled as well stays cancelled."""
         task, self._task = self._task, None
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._sweep is not None:
+            self._sweep.remove(self)
+        if self._grace is not None:
+            self._grace.cancel()
         if task is None or not self._expired:
             return
         if task.uncancel() <= self._cancelling and isinstance(exc, asyncio.CancelledError):
@@ -15852,10 +15870,14 @@ def passed_on(headers: bytes, drop: frozenset[bytes]) -> bytes:
 
 
 @functools.lru_cache(1_000)
-def callback_url(target: str) -> yarl.URL:
-    """A callback's URL, as it was sent. RequestFailed for what another program took for one."""
+def callback_url(target: str) -> tuple[yarl.URL, str]:
+    """A callback's URL, as it was sent, and its host; see `host_of`.
+
+    RequestFailed for what another program took for a URL.
+    """
     try:
-        return http_url(target)
+        url = http_url(target)
+        return url, host_of(url)
     except (ValueError, LookupError):
         reason = "can't be reached: it is no valid URL"
         raise RequestFailed(FailureKind.UNREACHABLE, reason) from None
@@ -15942,9 +15964,8 @@ class CallbackJob:
     async def _send(self, claim: Claim, on_status: Tell[int]) -> HttpResponse:
         """Send the POST; to this daemon itself, if the host is one of its names."""
         config = self.settings()
-        url = callback_url(claim.target)
+        url, host = callback_url(claim.target)
         headers = self._headers(claim, url)
-        host = host_of(url)
         if host in config.callback.gateway_hosts:
             if not calls_function(url):
                 raise RequestFailed(FailureKind.FORBIDDEN, "to this daemon are for functions only")
@@ -16044,6 +16065,9 @@ class Running(NamedTuple):
     task: asyncio.Task[None]
 
 
+RETURNED = Decision("queued", 0.0)  # as if the attempt had never been
+
+
 class Settler:
     """Stores the outcomes of one queue's attempts, however long that takes: functions have run."""
 
@@ -16067,9 +16091,7 @@ class Settler:
 
     async def settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Complete or retry a call after an attempt. Without an outcome it is charged nothing."""
-        decision = Decision("queued", 0.0)
-        if outcome is not None:
-            decision = self._job.decide(claim, outcome)
+        decision = RETURNED if outcome is None else self._job.decide(claim, outcome)
         while True:
             times_told = self._times_told
             try:

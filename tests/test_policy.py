@@ -370,7 +370,7 @@ def test_a_callback_url_that_is_taken_can_be_called(url: str) -> None:
     """What is no URL of a host is refused with one kind of error; all else can be made a request of."""
     with contextlib.suppress(ValueError):
         host = callback_host(url)
-        called = callback_url(url)
+        called, _ = callback_url(url)
         assert host == host_of(called)
         destination_of(called, Origin(called_host(called), called.port or 80, None, None))
         assert callback_lane(url).lower().startswith(("[", host[:1]))
