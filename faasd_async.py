@@ -13926,88 +13926,103 @@ class KeepAlive:
         self._wary_until = now + self._wary_s
 
 
-class Pool:
-    """Idle connections by origin, and what is known of how long their peers keep them."""
+class Peer:
+    """Idle connections to one peer, and what is known of how long it keeps them."""
 
-    def __init__(self, keepalive_s: float) -> None:
-        self._keepalive_s = keepalive_s
+    def __init__(self, filled: Callable[[], None]) -> None:
+        self._filled = filled  # told when there is a connection that may have to be closed
         # At the end the one that was used last; at the beginning those that are to be tried.
-        self._idle: dict[Origin, deque[PeerConnection]] = {}
-        self._known_peers: OrderedDict[Origin, KeepAlive] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
+        self.idle: deque[PeerConnection] = deque()
+        self._keep_alive = KeepAlive()
+        self._forgotten = False
 
-    def take(self, origin: Origin) -> PeerConnection | None:
+    def take(self) -> PeerConnection | None:
         """An idle connection that may be used; None: there is none."""
-        idle = self._idle.get(origin)
-        if not idle:
-            return None
-        keep_alive = self._keep_alive(origin)
-        while idle and keep_alive.allows(idle[-1]):
-            connection = idle.pop()
+        while self.idle and self._keep_alive.allows(self.idle[-1]):
+            connection = self.idle.pop()
             if connection.renew():
-                keep_alive.use(connection)
+                self._keep_alive.use(connection)
                 return connection
-            keep_alive.lost(connection)
+            self._keep_alive.lost(connection)
             connection.abort()
         return None
 
-    def put(self, origin: Origin, connection: PeerConnection) -> None:
+    def put(self, connection: PeerConnection) -> None:
         """Keep a connection whose exchange has ended, or close it."""
-        keep_alive = self._keep_alive(origin)
-        keep_alive.answered(connection)
-        idle = self._idle.get(origin)
-        if idle is None:
-            idle = self._idle[origin] = deque()
+        self._keep_alive.answered(connection)
         connection.rest()
-        trusted = connection.answers < keep_alive.trusted
-        if not connection.finished or not (trusted or len(idle) < MAX_UNPROVEN):
+        trusted = connection.answers < self._keep_alive.trusted
+        room = trusted or len(self.idle) < MAX_UNPROVEN
+        if not (connection.finished and room) or self._forgotten:
             connection.abort()
             return
         if trusted:
-            idle.append(connection)
+            self.idle.append(connection)
         else:
-            idle.appendleft(connection)
+            self.idle.appendleft(connection)
+        self._filled()
+
+    def doubt(self, connection: PeerConnection) -> None:
+        """Note that a connection that was used again has failed."""
+        self._keep_alive.doubt(connection)
+
+    def sweep(self, oldest: float) -> None:
+        """Close what has been idle since before this time (monotonic)."""
+        for connection in [one for one in self.idle if one.closed or one.idle_since < oldest]:
+            if connection.closed:
+                self._keep_alive.lost(connection)
+            self.idle.remove(connection)
+            connection.abort()
+
+    def hang_up(self) -> None:
+        """Close the connections that are idle."""
+        for connection in self.idle:
+            connection.abort()
+        self.idle.clear()
+
+    def forget(self) -> None:
+        """Close all connections, those in use when their exchanges have ended."""
+        self._forgotten = True
+        self.hang_up()
+
+
+class Pool:
+    """Peers by origin; of many, those that were met last."""
+
+    def __init__(self, keepalive_s: float) -> None:
+        self._keepalive_s = keepalive_s
+        self._peers: OrderedDict[Origin, Peer] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def peer(self, origin: Origin) -> Peer:
+        """Who is there."""
+        peer = self._peers.get(origin)
+        if peer is None:
+            peer = self._peers[origin] = Peer(self._filled)
+            if len(self._peers) > MAX_ORIGINS:
+                self._peers.popitem(last=False)[1].forget()
+        return peer
+
+    def _filled(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
 
-    def doubt(self, origin: Origin, connection: PeerConnection) -> None:
-        """Note that a connection that was used again has failed."""
-        self._keep_alive(origin).doubt(connection)
-
-    def _keep_alive(self, origin: Origin) -> KeepAlive:
-        keep_alive = self._known_peers.get(origin)
-        if keep_alive is None:
-            keep_alive = self._known_peers[origin] = KeepAlive()
-            if len(self._known_peers) > MAX_ORIGINS:
-                self._known_peers.popitem(last=False)
-        return keep_alive
-
     def _sweep(self) -> None:
         """Close what has been idle for too long."""
         self._timer = None
-        oldest = time.monotonic() - self._keepalive_s
-        for origin, idle in list(self._idle.items()):
-            for connection in [each for each in idle if each.closed or each.idle_since < oldest]:
-                if connection.closed:
-                    self._keep_alive(origin).lost(connection)
-                idle.remove(connection)
-                connection.abort()
-            if not idle:
-                del self._idle[origin]
-        if self._idle:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
+        for peer in self._peers.values():
+            peer.sweep(time.monotonic() - self._keepalive_s)
+        if any(peer.idle for peer in self._peers.values()):
+            self._filled()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all idle connections."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for idle in self._idle.values():
-            for connection in idle:
-                connection.abort()
-        self._idle.clear()
+        for peer in self._peers.values():
+            peer.hang_up()
 
 
 # --- HTTP messages --------------------------------------------------------------------------------
@@ -14602,14 +14617,15 @@ class HttpClient:
         origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)
         request = HttpRequest(method, message, body, on_status, origin.proxy)
-        release = functools.partial(self._pool.put, origin) if keepalive else PeerConnection.abort
+        peer = self._pool.peer(origin)
+        release = peer.put if keepalive else PeerConnection.abort
         # A streamed body can't be sent again, so it gets a new connection.
-        connection = self._pool.take(origin) if keepalive and isinstance(body, bytes) else None
+        connection = peer.take() if keepalive and isinstance(body, bytes) else None
         if connection is not None:
             try:
                 return (await send_request(connection, request)).keep(release)
             except RequestFailed:
-                self._pool.doubt(origin, connection)
+                peer.doubt(connection)
                 if not connection.unseen and not (connection.silent and method in IDEMPOTENT):
                     raise
         connection = await self._connect(origin)

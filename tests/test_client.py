@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,6 @@ from faasd_async import (
     HttpResponse,
     Limit,
     PeerConnection,
-    Pool,
     RequestFailed,
     Shortage,
     TimeLimit,
@@ -720,8 +720,8 @@ def test_a_peer_has_to_show_that_it_keeps_connections(run: Scenario) -> None:
 
 def let_time_pass(peer: Peer) -> None:
     """As if all connections that are idle had been so for long enough to be tried."""
-    (idle,) = peer.client._pool._idle.values()
-    for connection in idle:
+    (met,) = peer.client._pool._peers.values()
+    for connection in met.idle:
         connection.idle_since -= faasd_async.PROOF_S
 
 
@@ -853,7 +853,7 @@ def test_an_idle_connection_is_closed_in_time(run: Scenario, trusting: None) -> 
     async def scenario() -> None:
         async with Peer(keepalive_s=0.1) as peer:
             await (await first(peer)).ended()
-            assert peer.client._pool._idle == {}
+            assert [met.idle for met in peer.client._pool._peers.values()] == [deque()]
 
     run(scenario())
 
@@ -892,15 +892,15 @@ def test_a_connection_that_the_peer_has_just_closed_is_not_used(run: Scenario, t
 def race(monkeypatch: pytest.MonkeyPatch, trusting: None) -> Callable[[Callable[[], None]], None]:
     """Has something happen once, after the client has looked at an idle connection and before it uses that."""
     todo: list[Callable[[], None]] = []
-    take = Pool.take
+    take = faasd_async.Peer.take
 
-    def take_late(pool: Pool, origin: Any) -> PeerConnection | None:
-        connection = take(pool, origin)
+    def take_late(idle_at: faasd_async.Peer) -> PeerConnection | None:
+        connection = take(idle_at)
         if connection is not None and todo:
             todo.pop()()
         return connection
 
-    monkeypatch.setattr(Pool, "take", take_late)
+    monkeypatch.setattr(faasd_async.Peer, "take", take_late)
     return todo.append
 
 
