@@ -6876,6 +6876,7 @@ OTHER_CONSUMER = 10148  # one of this name is there, with other settings
 NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
 FULL = (10002, 10023, 10047)  # the account, or the server, has no room
 TOO_MANY = 413  # a status: more messages match than one request may ask for
+NO_MORE = ("204", "404")  # statuses: these were all, or none matches
 
 
 @functools.lru_cache(MAX_SEEN)
@@ -8124,11 +8125,12 @@ class NatsLink:
         return answer
 
     async def gather(self, subject: str, payload: bytes) -> list[NatsMessage]:
-        """Publish, and wait for all answers up to one with a status. NatsRefused: TOO_MANY."""
+        """Publish, and wait for all answers. NatsRefused: TOO_MANY, or nobody answers."""
         many: list[NatsMessage] = []
         end = await self.request(subject, payload, many=many)
-        if end.status == str(TOO_MANY):
-            raise NatsRefused(TOO_MANY, "too many messages match")
+        if end.status not in NO_MORE:
+            reason = end.headers.get("Description") or "nobody answers for the stream"
+            raise NatsRefused(int(end.status), f"messages can't be read: {reason}")
         return many
 
     async def api(self, verb: str, body: object = None) -> dict[str, Any]:

@@ -83,6 +83,21 @@ async def test_what_loses_a_cancellation_is_cancelled_again() -> None:
     assert tasks[0].cancelled()
 
 
+async def test_that_nobody_answers_is_not_taken_for_no_messages(server: NatsServer) -> None:
+    """As while a stream has no leader. What a list shows would be missing without a word."""
+    link = NatsLink(faasd_async.NatsConfig(servers=(server.url,), publish_timeout=PATIENCE))
+
+    async def never() -> None:
+        """There is no other connection."""
+
+    await link.open(never)
+    try:
+        with pytest.raises(faasd_async.NatsRefused, match="nobody answers"):
+            await link.gather("$JS.API.DIRECT.GET.nothing", b'{"multi_last": ["a"]}')
+    finally:
+        await link.close()
+
+
 async def test_a_message_over_which_we_fail_does_not_hold_up_the_others(server: NatsServer) -> None:
     """What comes after it is told, and the connection stays."""
     link = NatsLink(faasd_async.NatsConfig(servers=(server.url,), publish_timeout=PATIENCE))
