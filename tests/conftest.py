@@ -135,14 +135,14 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-fork_servers: dict[str, ForkServer] = {}  # of this process, by the library that is preloaded
+fork_servers: dict[tuple[str, tuple[str, ...]], ForkServer] = {}  # of this process, by what they are made with
 
 
-def fork_server(library: str = "") -> ForkServer:
-    """The one that starts programs with this library preloaded, or with none."""
-    if library not in fork_servers:
-        fork_servers[library] = ForkServer(library)
-    return fork_servers[library]
+def fork_server(library: str = "", prefix: tuple[str, ...] = ()) -> ForkServer:
+    """The one that starts programs with this library preloaded, and was itself started by this prefix."""
+    if (library, prefix) not in fork_servers:
+        fork_servers[library, prefix] = ForkServer(library, prefix)
+    return fork_servers[library, prefix]
 
 
 def pytest_sessionfinish() -> None:
@@ -156,6 +156,7 @@ async def start_program(
     before: str = "",
     fork: bool = True,
     prefix: Sequence[str] = (),
+    server_prefix: tuple[str, ...] = (),
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
@@ -167,13 +168,14 @@ async def start_program(
 
     `before` is Python that comes first, with the program imported as `faasd_async`. It is forked
     where that makes no difference. It gets an interpreter of its own if something execs it, if its
-    environment is another one from the start, or if `fork` is false.
+    environment is another one from the start, or if `fork` is false. `server_prefix` may as well
+    exec the fork server: what it does is the same for all that come from there.
     """
     words = [str(argument) for argument in arguments]
     streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
     common = {"env": env or os.environ, "cwd": cwd or Path.cwd(), "limit": LONGEST_LINE, **streams}
     if FORK and fork and not prefix and not pass_fds:
-        server = fork_server(common["env"].get("LD_PRELOAD", ""))
+        server = fork_server(common["env"].get("LD_PRELOAD", ""), server_prefix)
         if server.can_start(common["env"]):
             return await server.start(*words, before=before, **common)
     if before:
@@ -181,7 +183,7 @@ async def start_program(
         program: tuple[str, ...] = (sys.executable, "-c", script)
     else:
         program = PROGRAM
-    return await asyncio.create_subprocess_exec(*prefix, *program, *words, pass_fds=pass_fds, **common)
+    return await asyncio.create_subprocess_exec(*server_prefix, *prefix, *program, *words, pass_fds=pass_fds, **common)
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ class Daemon:
         self.store = folder / "calls.db"
         self.env = dict(env or {})  # what the process gets beside our own environment
         self.prefix = prefix  # a command that execs it, e.g. a shell that sets something up first
+        self.server_prefix: tuple[str, ...] = ()  # one that may as well exec the server from which it is forked
         self.arguments: list[str] = []  # more of them for `serve`
         self.before = ""  # Python that comes first, with `faasd_async` imported
         self.fork = True  # False: it gets an interpreter of its own
@@ -296,6 +299,7 @@ class Daemon:
             before=self.before,
             fork=self.fork,
             prefix=self.prefix,
+            server_prefix=self.server_prefix,
             env=env,
             cwd=self.folder,
             pass_fds=self.pass_fds,

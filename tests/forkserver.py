@@ -131,15 +131,16 @@ class Forked:
 class ForkServer:
     """A running fork server. When this is closed or we end, so do it and all it started.
 
-    What it starts has this library preloaded, if there is one.
+    What it starts has this library preloaded, if there is one, and whatever else `prefix`, a
+    command that execs the server, leaves to it.
     """
 
-    def __init__(self, library: str = "") -> None:
+    def __init__(self, library: str = "", prefix: Sequence[str] = ()) -> None:
         self._environment = {**os.environ, **({"LD_PRELOAD": library} if library else {})}
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [*prefix, sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=DEVNULL,
                 env=self._environment,

@@ -184,7 +184,10 @@ class User:
         """A daemon as this user."""
         caps = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
         ids = (f"--reuid={self.id}", f"--regid={self.id}", "--clear-groups")
-        return await self._daemon(settings, prefix=("setpriv", *ids, *caps), before=f"{self._loop}\n{before}")
+        gateway = await self._daemon(settings, before=f"{self._loop}\n{before}", start=False)
+        gateway.server_prefix = ("setpriv", *ids, *caps)
+        await gateway.start()
+        return gateway
 
 
 @pytest.fixture(params=LOOPS)
