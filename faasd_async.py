@@ -4080,6 +4080,20 @@ class Lanes:
             self.ready[lane] = None
         return self.ready.popitem(last=False)[0] if self.ready else None
 
+    def turns(self, wanted: int, now: float, fair: bool) -> dict[str, int]:
+        """Take lanes whose turn it is out of the line, and share `wanted` calls out among them.
+
+        Without `fair` it is one lane's turn.
+        """
+        lane = self.next(now, fair)
+        share = max(1, wanted // (len(self.ready) + 1))
+        turns: dict[str, int] = {}
+        while lane is not None:
+            turns[lane] = share
+            enough = not fair or len(turns) * share >= wanted
+            lane = None if enough else self.next(now, fair)
+        return turns
+
     def next_at(self) -> float:
         """When the first of the lanes in `later` becomes due, or earlier."""
         return self.later[0][0] if self.later else float("inf")
@@ -5277,26 +5291,25 @@ def claim_in_turn(
     claims: list[Claim] = []
     held: list[str] = []
     left = dict(room)
-    while len(claims) < limit and (lane := lanes.next(now, fair)) is not None:
-        wanted = limit - len(claims)
-        share = max(1, wanted // (len(lanes.ready) + 1))
+    while len(claims) < limit and (turns := lanes.turns(limit - len(claims), now, fair)):
         until = now if fair else min(now, lanes.next_at())  # then it is another lane's turn
-        names = [lane]
-        while fair and len(names) * share < wanted and (more := lanes.next(now, fair)) is not None:
-            names.append(more)
-        room_of = [left.setdefault(name, room.get("", limit + 1)) for name in names]
-        turns = {name: min(share, free) for name, free in zip(names, room_of, strict=True)}
-        rows = due_rows(file, queue, turns, until)
+        most = {
+            lane: min(share, left.setdefault(lane, room.get("", limit + 1)))
+            for lane, share in turns.items()
+        }
+        rows = due_rows(file, queue, most, until)
         taken = Counter([row[ROW_LANE] for row in rows])
         claims += charge(file, queue, rows, taken, now)
-        for lane in names:
+        for lane, share in turns.items():
             left[lane] -= taken[lane]
             if lanes.remove(lane, taken[lane]) <= 0:
                 continue
             if left[lane] <= 0:
                 held.append(lane)
+            elif fair and taken[lane] == share:  # More of it may be due.
+                lanes.put(lane, now)
             else:
-                lanes.put(lane, now if fair and taken[lane] == share else file.head(queue, lane))
+                lanes.put(lane, file.head(queue, lane))
     return claims, held
 
 
