@@ -641,13 +641,6 @@ async def ended(gateway: Daemon, calls: list[str]) -> collections.Counter[str]:
     return states
 
 
-async def get(gateway: Daemon, path: str) -> Any:
-    """A JSON document."""
-    reply = await ask(gateway.url, path)
-    assert reply.status == 200, reply
-    return json.loads(reply.body)
-
-
 async def post(gateway: Daemon, path: str, *headers: str, body: bytes = b"") -> Reply:
     """POST, whatever the answer is."""
     return await ask(gateway.url, path, *headers, method="POST", body=body)

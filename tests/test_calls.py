@@ -35,6 +35,7 @@ from conftest import (
     parse,
 )
 from jetstream import StartHost
+from operating import cancel, get, log_of, run_again
 
 KIB = 1024
 
@@ -55,14 +56,6 @@ async def gateway(daemon: StartDaemon, function: Server) -> Daemon:
     return await daemon(settings(function, "[retry]\nattempts = 1"))
 
 
-async def get(gateway: Daemon, target: str) -> Any:
-    """The JSON document at a path."""
-    reply = await ask(gateway.url, target)
-    assert reply.status == 200, (target, reply)
-    assert reply.headers["Content-Type"].startswith("application/json")
-    return json.loads(reply.body)
-
-
 async def listed(gateway: Daemon, query: str = "") -> list[str]:
     """The ids of all calls that a query lists, page by page."""
     found: list[str] = []
@@ -72,23 +65,6 @@ async def listed(gateway: Daemon, query: str = "") -> list[str]:
         if page["next_cursor"] is None:
             return found
         page = await get(gateway, f"/system/calls?{query}&cursor={quote(page['next_cursor'])}")
-
-
-async def stop(gateway: Daemon, call_id: str) -> int:
-    """DELETE a call; the status of the answer."""
-    return (await ask(gateway.url, f"/async-function/{quote(call_id, safe='')}", method="DELETE")).status
-
-
-async def again(gateway: Daemon, call_id: str) -> Reply:
-    """Ask for a finished call to be run once more."""
-    return await ask(gateway.url, f"/system/calls/{quote(call_id, safe='')}/retry", method="POST")
-
-
-async def written(gateway: Daemon, call_id: str) -> bytes:
-    """The log of a call."""
-    reply = await ask(gateway.url, f"/system/calls/{quote(call_id, safe='')}/log")
-    assert reply.status == 200, reply
-    return reply.body
 
 
 # ---- the list --------------------------------------------------------------------------------------------------
@@ -128,7 +104,7 @@ async def variety(daemon: StartDaemon, function: Server) -> AsyncIterator[tuple[
         "cancelled": await gateway.submit("it", X_Delay="1h"),
         "delayed": await gateway.submit("it", X_Delay="1h"),
     }
-    assert await stop(gateway, calls["cancelled"]) == 202
+    assert await cancel(gateway, calls["cancelled"]) == 202
     for status in ("success", "error", "timeout", "cancelled"):
         assert (await gateway.final(calls[status]))["status"] == status
     calls["running"] = await gateway.submit("other/wait")
@@ -229,10 +205,10 @@ async def test_an_id_of_odd_characters_works_everywhere(gateway: Daemon) -> None
         location = reply.headers["Location"]
         assert (await get(gateway, location))["call_id"] == call_id
         assert await listed(gateway, f"call_id={quote(call_id, safe='')}") == [call_id]
-        assert await written(gateway, call_id) == b""
-        assert await stop(gateway, call_id) == 202
+        assert await log_of(gateway, call_id) == b""
+        assert await cancel(gateway, call_id) == 202
         assert (await get(gateway, location))["status"] == "cancelled"
-        assert (await again(gateway, call_id)).status == 202
+        assert (await run_again(gateway, call_id)).status == 202
 
 
 # ---- waiting for the end ---------------------------------------------------------------------------------------
@@ -294,7 +270,7 @@ async def test_everybody_who_waits_is_told(gateway: Daemon, function: Server) ->
     await function.wait_for(1)
     async with contextlib.AsyncExitStack() as stack:
         answers = [await stack.enter_async_context(waiting(gateway, call_id)) for _ in range(10)]
-        assert await stop(gateway, call_id) == 202
+        assert await cancel(gateway, call_id) == 202
         statuses = [json.loads((await answered).body)["status"] for answered in answers]
     assert statuses == ["cancelled"] * 10
 
@@ -336,7 +312,7 @@ async def test_an_unknown_call_is_not_found(gateway: Daemon) -> None:
     """404 for whatever is asked about it; with `wait`, at once."""
     for target in ("nosuch", "nosuch?wait=1h", "nosuch/log"):
         assert_refused(await ask(gateway.url, f"/system/calls/{target}"), 404)
-    assert_refused(await again(gateway, "nosuch"), 404)
+    assert_refused(await run_again(gateway, "nosuch"), 404)
     assert_refused(await ask(gateway.url, "/async-function/nosuch", method="DELETE"), 404)
 
 
@@ -358,7 +334,7 @@ async def test_the_log_is_what_the_function_answered(gateway: Daemon, function: 
         function.behaviour = answer(status, bytes(range(256)))
         call_id = await gateway.submit("it")
         await gateway.final(call_id)
-        assert await written(gateway, call_id) == bytes(range(256)), status
+        assert await log_of(gateway, call_id) == bytes(range(256)), status
 
 
 async def test_the_log_of_a_command_has_its_stderr_too(daemon: StartDaemon) -> None:
@@ -370,7 +346,7 @@ async def test_the_log_of_a_command_has_its_stderr_too(daemon: StartDaemon) -> N
     for body, status in ((b"", "success"), (b"1", "error")):
         call_id = await gateway.submit("it", body)
         assert (await gateway.final(call_id))["status"] == status
-        assert sorted((await written(gateway, call_id)).splitlines()) == [b"err", b"out"]
+        assert sorted((await log_of(gateway, call_id)).splitlines()) == [b"err", b"out"]
 
 
 async def test_the_log_shows_the_last_attempt(daemon: StartDaemon, function: Server) -> None:
@@ -379,7 +355,7 @@ async def test_the_log_shows_the_last_attempt(daemon: StartDaemon, function: Ser
     gateway = await daemon(settings(function, '[retry]\nmin_wait = "1h"\nmax_wait = "1h"'))
     call_id = await gateway.submit("it")
     await gateway.until(call_id, lambda record: record["attempts"] == 1 and record["status"] == "delayed")
-    assert await written(gateway, call_id) == b"not yet"
+    assert await log_of(gateway, call_id) == b"not yet"
 
 
 def assert_shortened(kept: bytes, whole: bytes) -> None:
@@ -401,7 +377,7 @@ async def test_of_a_long_answer_beginning_and_end_are_kept(daemon: StartDaemon, 
         function.behaviour = answer(body=body)
         record = await gateway.final(await gateway.submit("it"))
         assert record["response_bytes"] == size
-        assert_shortened(await written(gateway, record["call_id"]), body)
+        assert_shortened(await log_of(gateway, record["call_id"]), body)
 
 
 async def test_of_a_long_stderr_beginning_and_end_are_kept(daemon: StartDaemon) -> None:
@@ -410,7 +386,7 @@ async def test_of_a_long_stderr_beginning_and_end_are_kept(daemon: StartDaemon) 
     gateway = await daemon(command(code, '[calls]\nkeep_output = "1KiB"'))
     call_id = await gateway.submit("it")
     await gateway.final(call_id)
-    out, err = (await written(gateway, call_id)).split(b"o\ne")
+    out, err = (await log_of(gateway, call_id)).split(b"o\ne")
     assert_shortened(out + b"o", b"o" * 5000)
     assert_shortened(b"e" + err, b"e" * 5000)
 
@@ -423,7 +399,7 @@ async def test_a_callback_gets_all_of_what_is_kept_in_part(daemon: StartDaemon, 
     call_id = await gateway.submit("it", X_Callback_Url=sink.url)
     assert (await gateway.final(call_id))["callback"]["status"] == "delivered"
     assert sink.requests[0].body == body
-    assert_shortened(await written(gateway, call_id), body)
+    assert_shortened(await log_of(gateway, call_id), body)
 
 
 async def test_the_answer_for_a_callback_that_was_cancelled_is_cut(
@@ -435,8 +411,8 @@ async def test_the_answer_for_a_callback_that_was_cancelled_is_cut(
     gateway = await daemon(settings(function, '[calls]\nkeep_output = "1KiB"'))
     call_id = await gateway.submit("it", X_Callback_Url=refused)
     await gateway.until(call_id, lambda record: record["callback"]["status"] == "pending")
-    assert await stop(gateway, call_id) == 202
-    assert_shortened(await written(gateway, call_id), body)
+    assert await cancel(gateway, call_id) == 202
+    assert_shortened(await log_of(gateway, call_id), body)
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------
@@ -502,7 +478,7 @@ async def test_a_queued_call_can_be_cancelled(gateway: Daemon, function: Server)
     function.behaviour = gate = Gate()
     first, second, third = [await gateway.submit("it") for _ in range(3)]
     await function.wait_for(1)
-    assert await stop(gateway, second) == 202
+    assert await cancel(gateway, second) == 202
     record = await gateway.record(second)
     assert (record["status"], record["attempts"], record["started_at"]) == ("cancelled", 0, None)
     assert record["completed_at"] is not None
@@ -514,7 +490,7 @@ async def test_a_queued_call_can_be_cancelled(gateway: Daemon, function: Server)
 async def test_a_delayed_call_can_be_cancelled(gateway: Daemon, function: Server) -> None:
     """Its time comes, and nothing happens."""
     cancelled = await gateway.submit("it", X_Delay="700ms")
-    assert await stop(gateway, cancelled) == 202
+    assert await cancel(gateway, cancelled) == 202
     assert (await gateway.record(cancelled))["status"] == "cancelled"
     later = await gateway.submit("it", X_Delay="700ms")  # due after the first one would have been
     assert (await gateway.final(later))["status"] == "success"
@@ -527,7 +503,7 @@ async def test_a_call_that_waits_for_its_next_attempt_can_be_cancelled(daemon: S
     gateway = await daemon(settings(function, '[retry]\nmin_wait = "700ms"\nmax_wait = "700ms"'))
     call_id = await gateway.submit("it")
     await gateway.until(call_id, lambda record: record["attempts"] == 1 and record["status"] == "delayed")
-    assert await stop(gateway, call_id) == 202
+    assert await cancel(gateway, call_id) == 202
     record = await gateway.record(call_id)
     assert (record["status"], record["attempts"]) == ("cancelled", 1)
     later = await gateway.submit("it", X_Delay="700ms")
@@ -541,7 +517,7 @@ async def test_a_running_call_can_be_cancelled(gateway: Daemon, function: Server
     call_id = await gateway.submit("it")
     await function.wait_for(1)
     function.behaviour = answer()
-    assert await stop(gateway, call_id) == 202
+    assert await cancel(gateway, call_id) == 202
     await function.until(lambda: function.cancelled == 1, "the closed connection")
     record = await gateway.record(call_id)
     assert (record["status"], record["attempts"]) == ("cancelled", 1)
@@ -565,7 +541,7 @@ async def test_a_running_command_is_killed_with_its_children(daemon: StartDaemon
         assert await asyncio.wait_for(held.readline(), PATIENCE) == b"started\n"
     finally:
         os.close(ours)
-    assert await stop(gateway, call_id) == 202
+    assert await cancel(gateway, call_id) == 202
     # Its end comes when the last process that holds the other side open is dead.
     assert await asyncio.wait_for(held.read(), PATIENCE) == b""
     transport.close()
@@ -583,7 +559,7 @@ async def test_a_pending_callback_can_be_cancelled(patient: Daemon, sink: Server
     sink.behaviour = answer(503)
     cancelled = await patient.submit("it", X_Callback_Url=sink.url)
     await patient.until(cancelled, lambda record: record["callback"]["attempts"] >= 1)
-    assert await stop(patient, cancelled) == 202
+    assert await cancel(patient, cancelled) == 202
     record = await patient.record(cancelled)
     assert (record["status"], record["callback"]["status"]) == ("success", "failed")
     seen = len(sink.requests)
@@ -598,7 +574,7 @@ async def test_a_callback_that_is_being_sent_can_be_cancelled(patient: Daemon, s
     sink.behaviour = never
     call_id = await patient.submit("it", X_Callback_Url=sink.url)
     await sink.wait_for(1)
-    assert await stop(patient, call_id) == 202
+    assert await cancel(patient, call_id) == 202
     await sink.until(lambda: sink.cancelled == 1, "the closed connection")
     record = await patient.record(call_id)
     assert (record["status"], record["callback"]["status"]) == ("success", "failed")
@@ -610,7 +586,7 @@ async def test_a_cancelled_call_stays_so_after_a_restart(gateway: Daemon, functi
     running = await gateway.submit("it")
     await function.wait_for(1)
     queued, delayed = await gateway.submit("it"), await gateway.submit("it", X_Delay="200ms")
-    assert [await stop(gateway, call_id) for call_id in (delayed, queued, running)] == [202] * 3
+    assert [await cancel(gateway, call_id) for call_id in (delayed, queued, running)] == [202] * 3
     await gateway.kill()
     function.behaviour = answer()
     await gateway.start()
@@ -624,7 +600,7 @@ async def test_a_finished_call_cannot_be_cancelled(gateway: Daemon, function: Se
     """409, and the record is what it was, however the call ended."""
     calls = [await gateway.submit("it"), await gateway.submit("it", X_Delay="1h")]
     await gateway.final(calls[0])
-    assert await stop(gateway, calls[1]) == 202
+    assert await cancel(gateway, calls[1]) == 202
     function.behaviour = answer(500)
     calls.append(await gateway.submit("it"))
     before = [await gateway.final(call_id) for call_id in calls]
@@ -644,18 +620,18 @@ async def test_all_calls_that_share_an_id_are_cancelled_together(gateway: Daemon
     await gateway.submit("it", X_Call_Id="batch")
     await gateway.submit("it", X_Call_Id="batch", X_Delay="1h")
     other = await gateway.submit("it", X_Delay="1h")
-    assert await stop(gateway, "batch") == 202
+    assert await cancel(gateway, "batch") == 202
     page = await get(gateway, "/system/calls?call_id=batch")
     assert [record["status"] for record in page["calls"]] == ["cancelled"] * 3 + ["success"]
     assert (await gateway.record(other))["status"] == "delayed"
     await function.until(lambda: function.cancelled == 1, "the closed connection")
-    assert await stop(gateway, "batch") == 409
+    assert await cancel(gateway, "batch") == 409
 
 
 async def test_of_many_cancellations_one_wins(gateway: Daemon) -> None:
     """The others find that the call has finished."""
     call_id = await gateway.submit("it", X_Delay="1h")
-    statuses = await asyncio.gather(*(stop(gateway, call_id) for _ in range(10)))
+    statuses = await asyncio.gather(*(cancel(gateway, call_id) for _ in range(10)))
     assert sorted(statuses) == [202] + [409] * 9
 
 
@@ -702,7 +678,7 @@ async def test_a_failed_call_is_run_again_with_its_own_request(gateway: Daemon, 
     call_id = (await ask(gateway.url, target, *headers, method="POST", body=body)).headers["X-Call-Id"]
     assert (await gateway.final(call_id))["status"] == "error"
     function.behaviour = answer()
-    assert (await again(gateway, call_id)).status == 202
+    assert (await run_again(gateway, call_id)).status == 202
     assert (await gateway.final(call_id))["status"] == "success"
     first, second = function.requests
     assert (second.method, second.target, second.body) == ("POST", "/a%2Fb//../c?x=%20&y&x=", body)
@@ -718,7 +694,7 @@ async def test_running_again_is_accepted_like_a_call(gateway: Daemon, function: 
     call_id = await gateway.submit("it")
     await gateway.final(call_id)
     function.behaviour = gate = Gate()
-    reply = await again(gateway, call_id)
+    reply = await run_again(gateway, call_id)
     assert (reply.status, reply.headers["Location"]) == (202, f"/system/calls/{call_id}")
     await function.wait_for(2)
     record = await get(gateway, reply.headers["Location"])
@@ -738,7 +714,7 @@ async def test_a_call_that_is_run_again_has_all_its_attempts(daemon: StartDaemon
         return web.Response(status=500 if len(function.requests) == 3 else 200)
 
     function.behaviour = behaviour
-    assert (await again(gateway, call_id)).status == 202
+    assert (await run_again(gateway, call_id)).status == 202
     record = await gateway.final(call_id)
     assert (record["status"], record["max_attempts"], len(function.requests)) == ("success", 2, 4)
 
@@ -750,11 +726,11 @@ async def test_every_finished_call_can_be_run_again(gateway: Daemon, function: S
         "timeout": await gateway.missed("it", b"2", queue="line"),
         "cancelled": await gateway.submit("it", b"3", X_Delay="1h"),
     }
-    await stop(gateway, calls["cancelled"])
+    await cancel(gateway, calls["cancelled"])
     for status, call_id in calls.items():
         assert (await gateway.final(call_id))["status"] == status
     for status, call_id in calls.items():
-        assert (await again(gateway, call_id)).status == 202, status
+        assert (await run_again(gateway, call_id)).status == 202, status
         assert (await gateway.final(call_id))["status"] == "success", status
     assert [request.body for request in function.requests] == [b"1", b"1", b"2", b"3"]
 
@@ -767,7 +743,7 @@ async def test_the_outcome_of_a_call_that_is_run_again_is_told_again(
     call_id = await gateway.submit("it", X_Callback_Url=sink.url)
     await gateway.final(call_id)
     function.behaviour = answer(200, b"repaired")
-    assert (await again(gateway, call_id)).status == 202
+    assert (await run_again(gateway, call_id)).status == 202
     record = await gateway.final(call_id)
     assert (record["callback"]["status"], record["callback"]["attempts"]) == ("delivered", 1)
     told = [(request.call_id, request.headers["X-Function-Status"], request.body) for request in sink.requests]
@@ -783,7 +759,7 @@ async def test_a_failed_call_keeps_its_request_across_a_restart(gateway: Daemon,
     await gateway.kill()
     function.behaviour = answer()
     await gateway.start()
-    assert (await again(gateway, call_id)).status == 202
+    assert (await run_again(gateway, call_id)).status == 202
     assert (await gateway.final(call_id))["status"] == "success"
     assert [request.body == body for request in function.requests] == [True, True]
 
@@ -794,7 +770,7 @@ async def test_a_run_again_that_was_accepted_survives_kill_9(gateway: Daemon, fu
     call_id = await gateway.submit("it")
     await gateway.final(call_id)
     function.behaviour = never
-    assert (await again(gateway, call_id)).status == 202
+    assert (await run_again(gateway, call_id)).status == 202
     await gateway.kill()
     function.behaviour = answer()
     await gateway.start()
@@ -808,7 +784,7 @@ async def test_a_call_that_has_not_finished_cannot_be_run_again(gateway: Daemon,
     await function.wait_for(1)
     calls = [running, await gateway.submit("it"), await gateway.submit("it", X_Delay="300ms")]
     for call_id in calls:
-        assert_refused(await again(gateway, call_id), 409)
+        assert_refused(await run_again(gateway, call_id), 409)
     gate.open()
     for call_id in calls:
         assert (await gateway.final(call_id))["status"] == "success"
@@ -821,7 +797,7 @@ async def test_a_call_is_run_again_once_however_many_ask(gateway: Daemon, functi
     call_id = await gateway.submit("it")
     await gateway.final(call_id)
     function.behaviour = gate = Gate()
-    replies = await asyncio.gather(*(again(gateway, call_id) for _ in range(10)))
+    replies = await asyncio.gather(*(run_again(gateway, call_id) for _ in range(10)))
     assert sorted(reply.status for reply in replies) == [202] + [409] * 9
     gate.open()
     await gateway.final(call_id)
@@ -832,7 +808,7 @@ async def test_a_large_request_is_not_kept_after_success(gateway: Daemon, functi
     """410: there is nothing left to send."""
     call_id = await gateway.submit("it", SECRET * 10_000)
     assert (await gateway.final(call_id))["status"] == "success"
-    assert_refused(await again(gateway, call_id), 410)
+    assert_refused(await run_again(gateway, call_id), 410)
     assert len(function.requests) == 1
 
 
@@ -1001,5 +977,5 @@ async def test_a_final_record_is_forgotten_after_its_time(daemon: StartDaemon, f
     await gateway.forgotten(old)
     assert await listed(gateway) == [delayed, queued, pending]
     assert_refused(await ask(gateway.url, f"/system/calls/{old}/log"), 404)
-    assert_refused(await again(gateway, old), 404)
-    assert await stop(gateway, old) == 404
+    assert_refused(await run_again(gateway, old), 404)
+    assert await cancel(gateway, old) == 404

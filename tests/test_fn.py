@@ -5,10 +5,10 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import SECRET, Daemon, Gate, Reply, Server, StartDaemon, answer, ask, never, run
+from operating import get
 
 
 @pytest.fixture
@@ -28,14 +28,6 @@ async def call(gateway: Daemon, app: str = "myapp", body: bytes = b"") -> str:
     ((name, call_id),) = json.loads(reply.body).items()
     assert name == "call_id"
     return str(call_id)
-
-
-async def get(gateway: Daemon, target: str) -> Any:
-    """The JSON document at a path."""
-    reply = await ask(gateway.url, target)
-    assert reply.status == 200, reply
-    assert reply.headers["Content-Type"].startswith("application/json")
-    return json.loads(reply.body)
 
 
 def assert_error(reply: Reply, status: int) -> str:

@@ -6,7 +6,8 @@ from subprocess import PIPE
 
 import pytest
 from conftest import Daemon, Finished, Gate, Server, StartDaemon, answer, faasd, finish, ok, start_program
-from jetstream import STREAM, NatsServer, StartHost, StartServer, ended, get, one_function, post, submit_all
+from jetstream import STREAM, NatsServer, StartHost, StartServer, ended, one_function, post, submit_all
+from operating import get
 
 RETRY = '[retry]\nattempts = 3\nmin_wait = "1h"\nmax_wait = "1h"\n'
 SCHEDULE = '[schedules.nightly]\ncron = "0 3 * * *"\nfunction = "it"\n'

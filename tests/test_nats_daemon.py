@@ -34,7 +34,6 @@ from jetstream import (
     StartServer,
     ended,
     eventually,
-    get,
     make_certificate,
     on_nats,
     one_function,
@@ -45,6 +44,7 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats_credentials import make_credentials
+from operating import get
 
 from faasd_async import (
     NatsCall,

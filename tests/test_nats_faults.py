@@ -41,13 +41,13 @@ from jetstream import (
     StartServer,
     ended,
     eventually,
-    get,
     make_certificate,
     on_nats,
     one_function,
     post,
     submit_all,
 )
+from operating import get
 from test_crash import CANCELLED, ENDS, TOLD, Witness, is_done
 
 pytestmark = pytest.mark.no_cover  # the program runs in the daemons

@@ -29,7 +29,8 @@ from conftest import (
     never,
     to_toml,
 )
-from jetstream import NatsServer, StartHost, eventually, get, post
+from jetstream import NatsServer, StartHost, eventually, post
+from operating import get
 from provider import credential_files, running_provider
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))

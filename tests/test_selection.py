@@ -29,6 +29,7 @@ from conftest import (
     faasd,
     parse,
 )
+from operating import cancel, log_of, run_again
 
 
 class Functions:
@@ -100,23 +101,6 @@ async def until_listed(gateway: Daemon, query: str, number: int) -> list[dict[st
             if sum(record["completed_at"] is not None for record in found) >= number:
                 return found
             await asyncio.sleep(0.01)
-
-
-async def cancel(gateway: Daemon, call: str) -> int:
-    """DELETE a call; the status of the answer."""
-    return (await ask(gateway.url, f"/async-function/{quote(call, safe='')}", method="DELETE")).status
-
-
-async def run_again(gateway: Daemon, call: str) -> Reply:
-    """Ask for a finished call to be run once more."""
-    return await ask(gateway.url, f"/system/calls/{quote(call, safe='')}/retry", method="POST")
-
-
-async def log_of(gateway: Daemon, call: str) -> bytes:
-    """What a call's function wrote."""
-    reply = await ask(gateway.url, f"/system/calls/{quote(call, safe='')}/log")
-    assert reply.status == 200, reply
-    return reply.body
 
 
 async def change(gateway: Daemon, action: str, query: str) -> tuple[int, int]:

@@ -3,14 +3,13 @@
 import asyncio
 import calendar
 import itertools
-import json
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 import pytest
 from aiohttp import web
 from conftest import PATIENCE, SECRET, Daemon, Gate, Request, Server, StartDaemon, answer, ask, assert_refused
+from operating import get
 
 # Where the passing of time is itself the thing, it is this much: long enough to tell from a busy machine's delays.
 UNIT = 0.5
@@ -36,13 +35,6 @@ def unix(value: str) -> float:
 def rfc3339(at: float) -> str:
     """A Unix time as a client would write it."""
     return datetime.fromtimestamp(at, UTC).isoformat()
-
-
-async def get(gateway: Daemon, target: str) -> Any:
-    """The JSON document at a path."""
-    reply = await ask(gateway.url, target)
-    assert reply.status == 200, reply
-    return json.loads(reply.body)
 
 
 # ---- not before ------------------------------------------------------------------------------------------------
