@@ -15329,6 +15329,8 @@ class Provider:
             document = table(parse_json(answer.body))
             labels = string_table(document.get("labels") or {})
             annotations = string_table(document.get("annotations") or {})
+            replicas = document.get("availableReplicas") or 0
+            require(type(replicas) is int)
         except ValueError:
             reason = f"what the provider answered to a look-up of {key} describes no function"
             raise ProviderAway(reason) from None
@@ -15337,7 +15339,7 @@ class Provider:
             # The credentials are for the provider, not for functions.
             url=yarl.URL(str(self.url)).with_user(None).joinpath("function", key),
             labels=labels,
-            replicas=document.get("availableReplicas", 0),
+            replicas=replicas,
         )
 
     async def annotations(self) -> Mapping[str, Mapping[str, str]]:

@@ -361,6 +361,18 @@ async def test_a_description_that_is_nested_too_deeply_is_none(
     assert (refused.status, b"describes no function" in refused.body) == (503, True)
 
 
+@pytest.mark.parametrize(("said", "told"), [("null", "has no replicas"), ('"1"', "describes no function")])
+async def test_replicas_that_are_no_number_are_none(
+    session: aiohttp.ClientSession, daemon: StartDaemon, function: Server, said: str, told: str
+) -> None:
+    """Such a function isn't called; in JSON, null is what is not there."""
+    function.behaviour = answer(body=b'{"name": "some", "replicas": 1, "availableReplicas": %b}' % said.encode())
+    gateway = await daemon(f'[provider]\nurl = "{function.url}"\nscale_timeout = "1s"')
+    refused = await FaasCli(session, gateway.url).send("POST", "/function/some")
+    assert (refused.status, told in refused.body.decode()) == (503, True), refused.body
+    assert not any(request.target.startswith("/function/") for request in function.requests)
+
+
 async def test_a_list_of_functions_that_go_writes_as_null_is_empty(
     session: aiohttp.ClientSession, daemon: StartDaemon, function: Server
 ) -> None:
