@@ -13340,10 +13340,11 @@ def whole_heads(parser: HttpResponseParser, data: bytes) -> Iterator[Head]:
 
 
 def with_one_length(data: bytes) -> bytes | None:
-    """An answer that says the same length of its body again, as if it had said it once. None: the
-    rest of its head has to come first.
+    """An answer that tells the length of its body in several ways, as if in one. None: the rest of
+    its head has to come first.
 
-    Some servers behind others do (RFC 9110 8.6); the parser refuses it.
+    Some servers behind others do, and the parser refuses it. The same length may be told again
+    (RFC 9110 8.6), and beside chunks none counts (RFC 9112 6.3).
     """
     first = STATUS_LINE.search(data)
     if first is None:
@@ -13353,19 +13354,18 @@ def with_one_length(data: bytes) -> bytes | None:
     end = last.start() + 1 if last else len(data)
     lines = data[start:end].split(b"\n")
     length_lines = [line for line in lines if line.lower().startswith(b"content-length:")]
+    codings = [line for line in lines if line.lower().startswith(b"transfer-encoding:")]
     lengths = b",".join(line.partition(b":")[2] for line in length_lines).split(b",")
-    if len(lengths) == 1:
+    if len(lengths) == 1 and not (length_lines and codings):
         return data
     if last is None:
         return None
-    if len({length.strip() for length in lengths}) > 1:
+    kept = [line for line in lines if line not in length_lines]
+    if not codings and len({length.strip() for length in lengths}) == 1:
+        kept.insert(0, b"Content-Length: " + lengths[0].strip() + b"\r")
+    elif not codings or not codings[-1].rstrip().lower().endswith(b"chunked"):
         return data
-    one = b"Content-Length: " + lengths[0].strip() + b"\r"
-    return (
-        data[:start]
-        + b"\n".join([one, *(line for line in lines if line not in length_lines)])
-        + data[end:]
-    )
+    return data[:start] + b"\n".join(kept) + data[end:]
 
 
 class WholeAnswers:

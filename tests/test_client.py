@@ -394,6 +394,17 @@ LAST_ANSWERS: dict[str, tuple[bytes, int, bytes]] = {  # after these the connect
         b"ok",
     ),
     "with its length in a list": (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok", 200, b"ok"),
+    "with a length before chunks": (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        200,
+        b"ok",
+    ),
+    "with lengths around chunks": (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: Chunked\r\nContent-Length: 3\r\n\r\n"
+        b"2\r\nok\r\n0\r\n\r\n",
+        200,
+        b"ok",
+    ),
 }
 
 
@@ -438,11 +449,18 @@ def test_an_answer_that_ends_with_its_connection_is_understood(run: Scenario, na
 
 @pytest.mark.parametrize("first", ["", "HTTP/1.1 103 E\r\nLink: x\r\n\r\n"], ids=["at once", "after an interim one"])
 @pytest.mark.parametrize(
-    "lengths", ["content-length:2\r\nX: y\r\nContent-Length: 2", "Content-Length: 2, 2"], ids=["again", "in a list"]
+    ("lengths", "body"),
+    [
+        ("content-length:2\r\nX: y\r\nContent-Length: 2", "ok"),
+        ("Content-Length: 2, 2", "ok"),
+        ("Content-Length: 2\r\nTransfer-Encoding: chunked", "2\r\nok\r\n0\r\n\r\n"),
+        ("Transfer-Encoding: chunked\r\nContent-Length: 2", "2\r\nok\r\n0\r\n\r\n"),
+    ],
+    ids=["again", "in a list", "before chunks", "after chunks"],
 )
-def test_a_length_may_be_told_twice_in_any_pieces(run: Scenario, first: str, lengths: str) -> None:
-    """Wherever the first of two ends, and byte by byte (RFC 9110 8.6)."""
-    data = f"{first}HTTP/1.1 200 OK\r\n{lengths}\r\nZ: z\r\n\r\nok".encode()
+def test_a_length_may_be_told_twice_in_any_pieces(run: Scenario, first: str, lengths: str, body: str) -> None:
+    """Wherever the first of two ends, and byte by byte (RFC 9110 8.6, RFC 9112 6.3)."""
+    data = f"{first}HTTP/1.1 200 OK\r\n{lengths}\r\nZ: z\r\n\r\n{body}".encode()
     cuts = [[data[:end], data[end:]] for end in range(1, len(data), 5)]
 
     async def scenario() -> None:
