@@ -13212,7 +13212,7 @@ class TimeLimit:
             limit = "in time"
             if self._limit.key:
                 limit = f"within {self._limit.key} ({self._limit.seconds:g}s)"
-            more = "".join(getattr(exc, "__notes__", ()))  # such as who stood between
+            more = "".join(getattr(exc, "__notes__", ()))  # such as what had yet to come
             raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}{more}") from None
 
 
@@ -14434,6 +14434,16 @@ async def connected(info: AddressInfo) -> socket.socket:
     return sock
 
 
+@contextlib.contextmanager
+def missing(what: str) -> Iterator[None]:
+    """Have the reason of a wait that is cut short in a `with` block say what had yet to come."""
+    try:
+        yield
+    except asyncio.CancelledError as exc:
+        exc.add_note(f": {what}")  # See TimeLimit.
+        raise
+
+
 async def first_connected(infos: Sequence[AddressInfo]) -> socket.socket:
     """A connection to the first of some addresses that takes it. Raises OSError.
 
@@ -14670,7 +14680,8 @@ class HttpClient:
                 return (await loop.create_unix_connection(make, sock=sock))[1]
             if origin.tls is None:
                 return (await loop.create_connection(make, sock=sock))[1]
-            return await secured(sock, origin.tls, origin.host)
+            with missing("the TLS handshake did not end"):
+                return await secured(sock, origin.tls, origin.host)
         except BaseException as exc:
             name_proxy(exc, origin.proxy)
             if sock is not None:
@@ -14681,6 +14692,13 @@ class HttpClient:
                 host = origin.proxy.raw_host or ""
                 raise unreachable(exc, host, through_proxy(origin.proxy)) from exc
             raise unreachable(exc, origin.host) from exc
+
+    async def _reach(self, resolver: CheckedResolver, host: str, port: int) -> socket.socket:
+        """A socket that is connected to a host. Raises RequestFailed, Shortage, OSError."""
+        with missing("no name server answered"):
+            infos = await resolver.resolve(host, port)
+        with missing("no connection was made"):
+            return await first_connected(infos)
 
     async def _open(self, origin: Origin) -> socket.socket:
         """A socket that leads there. Raises RequestFailed, Shortage, OSError."""
@@ -14695,10 +14713,10 @@ class HttpClient:
                 raise
             return sock
         if origin.proxy is None:
-            return await first_connected(await self._resolver.resolve(origin.host, origin.port))
+            return await self._reach(self._resolver, origin.host, origin.port)
         self._resolver.check(origin.host)
         host, port = called_host(origin.proxy), origin.proxy.port or 80
-        sock = await first_connected(await self._proxy_resolver.resolve(host, port))
+        sock = await self._reach(self._proxy_resolver, host, port)
         try:
             if origin.tls is not None:
                 await open_tunnel(sock, origin)

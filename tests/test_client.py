@@ -1751,6 +1751,44 @@ def test_a_limit_is_named(run: Scenario) -> None:
     run(scenario())
 
 
+class Deaf(CheckedResolver):
+    """It never knows an address."""
+
+    async def resolve(self, host: str, port: int) -> list[AddressInfo]:
+        return await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize(
+    ("url", "resolver", "missing"),
+    [
+        ("http://far.example", Deaf(lambda host, address: True), "no name server answered"),
+        ("http://127.0.0.1:{full}", None, "no connection was made"),
+        ("https://127.0.0.1:{open}", None, "the TLS handshake did not end"),
+    ],
+)
+def test_what_had_yet_to_come_is_told(run: Scenario, url: str, resolver: CheckedResolver | None, missing: str) -> None:
+    """The peer may not have seen anything of the request: its own log will not say why it took so long."""
+
+    async def scenario() -> None:
+        with contextlib.ExitStack() as stack:
+            full, still_open = (stack.enter_context(socket.socket()) for _ in range(2))
+            for sock in (full, still_open):
+                sock.bind(("127.0.0.1", 0))
+                sock.listen(0)
+            for _ in range(2):
+                client = stack.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(full.getsockname())
+            ports = {"full": full.getsockname()[1], "open": still_open.getsockname()[1]}
+            http = HttpClient(resolver=resolver)
+            with pytest.raises(RequestFailed) as caught, TimeLimit(Limit(0.1, "callback.timeout")):
+                await fetch(http, "POST", yarl.URL(url.format(**ports)), b"x")
+            assert caught.value.text == f"did not answer within callback.timeout (0.1s): {missing}"
+            await http.close()
+
+    run(scenario())
+
+
 def test_input_that_is_there_wins_over_a_timer_that_was_late(run: Scenario) -> None:
     """A machine that slept wakes up with the answer and the end of the time limit both there."""
 
