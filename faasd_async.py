@@ -243,6 +243,7 @@ PROVIDER_S = 10.0  # what a look-up at the provider may take
 COMMAND_GRACE_S = 0.5  # what a command has left behind gets to end by itself
 KILL_S = 1.0  # after which a command that was killed and is still there can't be killed
 SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
+POOL_AGE_S = 60.0  # after which a connection is not kept: its name may lead elsewhere by now
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
 HALF_CLOSED_S = 1.0  # between looks whether a client that sends no more has gone for good
@@ -13572,6 +13573,7 @@ class PeerConnection(asyncio.Protocol):
         self._before = b""  # raw_tcp_info at the time when it was used again
         self._farewell = False  # whether the peer has closed it in good order
         self.answers = 0  # that have come
+        self.opened_at = time.monotonic()
         self.idle_since = 0.0
         self.ended_at: float | None = None  # monotonic
         self.silent = True  # whether nothing of an answer has come
@@ -13968,7 +13970,8 @@ class Peer:
         connection.rest()
         trusted = connection.answers < self._keep_alive.trusted
         room = trusted or len(self.idle) < MAX_UNPROVEN
-        if not (connection.finished and room) or self._forgotten:
+        aged = connection.idle_since - connection.opened_at > POOL_AGE_S
+        if not (connection.finished and room) or aged or self._forgotten:
             connection.abort()
             return
         if trusted:

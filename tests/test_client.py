@@ -1069,6 +1069,27 @@ def addresses(*ports: tuple[str, int]) -> CheckedResolver:
     return cast(CheckedResolver, Resolver())
 
 
+def test_a_name_that_has_moved_is_noticed_however_often_it_is_called(run: Scenario, trusting: None) -> None:
+    """A connection that is never idle would be kept for as long as the old server lives."""
+
+    async def scenario() -> None:
+        async with Peer() as old, Peer() as new:
+            old.client = HttpClient(resolver=addresses(("127.0.0.1", old.port)))
+            old.url = yarl.URL("http://moved.example")
+            connection = await first(old)
+            await again(old, connection)
+            old.client._resolver = addresses(("127.0.0.1", new.port))
+            (met,) = old.client._pool._peers.values()
+            met.idle[0].opened_at -= faasd_async.POOL_AGE_S
+            await again(old, connection)
+            await connection.ended()
+            asking = old.ask()
+            await (await new.accept()).answer(OK)
+            assert await asking == (200, b"ok")
+
+    run(scenario())
+
+
 def test_a_refusal_is_told(run: Scenario, refused: str) -> None:
     """In the system's words."""
 
