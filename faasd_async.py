@@ -1237,6 +1237,23 @@ def tls_context(table: TlsFiles) -> ssl.SSLContext | None:
     return context
 
 
+def for_http(context: ssl.SSLContext) -> ssl.SSLContext:
+    """A context as a client of HTTP has it.
+
+    Some servers break off with who names no protocol (ALPN, RFC 7301); some ask for a client's
+    certificate when they have read the path, for which it has to agree (RFC 8446 4.6.2).
+    """
+    context.set_alpn_protocols(["http/1.1"])
+    context.post_handshake_auth = True
+    return context
+
+
+def http_tls_context(table: TlsFiles) -> ssl.SSLContext | None:
+    """TLS for HTTP by a table's files; see `tls_context`. Raises OSError."""
+    context = tls_context(table)
+    return None if context is None else for_http(context)
+
+
 def tls_conflicts(table: TlsFiles) -> Iterator[str]:
     """A line for each thing that is wrong with a table's files.
 
@@ -1503,8 +1520,8 @@ class ProviderConfig:
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """See `tls_context`."""
-        return tls_context(self)
+        """See `http_tls_context`."""
+        return http_tls_context(self)
 
     @property
     def login(self) -> str | None:
@@ -1613,8 +1630,8 @@ class CallbackConfig:
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """See `tls_context`."""
-        return tls_context(self)
+        """See `http_tls_context`."""
+        return http_tls_context(self)
 
     def headers(self, host: str, port: int | None) -> Mapping[str, str]:
         """The headers that a receiver gets beside those of the function's answer."""
@@ -1694,8 +1711,8 @@ class Function:
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """See `tls_context`."""
-        return tls_context(self)
+        """See `http_tls_context`."""
+        return http_tls_context(self)
 
     @functools.cached_property
     def key(self) -> str:
@@ -13108,7 +13125,7 @@ def system_context() -> ssl.SSLContext:
     """
     if out_of_descriptors():
         raise Shortage(NO_DESCRIPTORS)
-    return ssl.create_default_context()
+    return for_http(ssl.create_default_context())
 
 
 def tls_reason(exc: ssl.SSLError) -> str:

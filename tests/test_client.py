@@ -43,6 +43,7 @@ from faasd_async import (
     TimeLimit,
     bypasses_proxy,
     pack_headers,
+    parse_config,
     proxies_of,
 )
 
@@ -1295,8 +1296,10 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 
 
 @contextlib.contextmanager
-def tls_server(context: ssl.SSLContext) -> Iterator[yarl.URL]:
-    """A server, in threads, that answers OK to every request on a connection."""
+def tls_server(
+    context: ssl.SSLContext, first: Callable[[ssl.SSLSocket], object] = lambda sock: None
+) -> Iterator[yarl.URL]:
+    """A server, in threads, that does something `first`, then answers OK, for every request on a connection."""
 
     def serve(sock: socket.socket) -> None:
         wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
@@ -1310,6 +1313,7 @@ def tls_server(context: ssl.SSLContext) -> Iterator[yarl.URL]:
             while data := wrapped.recv(2**16):
                 received += data
                 if received.endswith(b"\r\n\r\nx"):
+                    first(wrapped)
                     wrapped.sendall(OK)
 
     def accept() -> None:
@@ -1776,7 +1780,8 @@ class Deaf(CheckedResolver):
     """It never knows an address."""
 
     async def resolve(self, host: str, port: int) -> list[AddressInfo]:
-        return await asyncio.get_running_loop().create_future()
+        never: asyncio.Future[list[AddressInfo]] = asyncio.get_running_loop().create_future()
+        return await never
 
 
 @pytest.mark.parametrize(
@@ -2034,6 +2039,60 @@ async def test_the_credentials_in_a_functions_url_are_used_and_not_shown(
     reply = await ask(gateway.url, "/function/lost")
     record = await gateway.final(await gateway.submit("lost"))
     assert "s3cret" not in reply.body.decode() + str(record) + gateway.log
+
+
+def http_tls(pki: Pki, **files: str) -> ssl.SSLContext:
+    """How a function is called whose table has these files."""
+    function = {"url": "https://localhost", "tls_ca_file": str(pki.folder / "ca.pem"), **files}
+    context = parse_config({"functions": {"f": function}}).functions["f"].tls
+    assert context
+    return context
+
+
+def test_the_protocol_is_named_in_tls(run: Scenario, pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some servers break off with clients that don't (ALPN), with the system's CAs and with others."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(pki.folder / "ca.pem"))
+    named: list[str | None] = []
+    context = pki.server("good")
+    context.set_alpn_protocols(["h2", "http/1.1"])
+
+    async def scenario() -> None:
+        with tls_server(context, lambda sock: named.append(sock.selected_alpn_protocol())) as url:
+            for tls in (None, http_tls(pki)):
+                client = HttpClient()
+                assert await fetch(client, "POST", url, b"x", tls=tls) == (200, b"ok")
+                await client.close()
+        assert named == ["http/1.1", "http/1.1"]
+
+    run(scenario())
+
+
+def test_a_server_may_ask_for_a_certificate_when_it_has_the_request(run: Scenario, pki: Pki) -> None:
+    """As Apache does where only some paths need one (RFC 8446 4.6.2)."""
+    context = pki.server("good", wants_client=True)
+    context.post_handshake_auth = True
+    shown: list[object] = []
+
+    def ask_for_certificate(sock: ssl.SSLSocket) -> None:
+        shown.append(sock.getpeercert())
+        sock.verify_client_post_handshake()
+        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        sock.settimeout(0.05)
+        while not sock.getpeercert():
+            with contextlib.suppress(TimeoutError):
+                sock.recv(1)
+        sock.settimeout(None)
+        shown.append(sock.getpeercert())
+
+    async def scenario() -> None:
+        client = HttpClient()
+        tls = http_tls(pki, tls_cert_file=str(pki.folder / "other.pem"), tls_key_file=pki.key)
+        with tls_server(context, ask_for_certificate) as url:
+            assert await fetch(client, "POST", url, b"x", tls=tls) == (200, b"ok")
+            await client.close()
+        assert [bool(certificate) for certificate in shown] == [False, True]
+
+    run(scenario())
 
 
 def test_the_systems_cas_are_not_taken_for_none_in_a_shortage(
