@@ -246,6 +246,7 @@ SCALE_POLL_S = 0.1  # between looks whether the provider has started a function
 POOL_AGE_S = 60.0  # after which a connection is not kept: its name may lead elsewhere by now
 POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle connection
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
+SILENCE_S = 15  # between the kernel's looks whether a silent connection's other end is there; Go's
 HALF_CLOSED_S = 1.0  # between looks whether a client that sends no more has gone for good
 PROBED = tuple(2**n for n in range(7))  # the looks since a last write that write to find out
 LINGER_S = 1.0  # in which a client that has connected before a stop may still ask
@@ -13549,6 +13550,20 @@ def tcp_info(sock: socket.socket) -> TcpInfo:
     return parse_tcp_info(raw_tcp_info(sock))
 
 
+def watch_silence(sock: socket.socket) -> None:
+    """Have the kernel look now and then whether the other end of a silent connection is there.
+
+    A host that has lost its power says nothing; and routers forget connections on which nothing is
+    said for minutes, over which the answer of a function that takes longer would not arrive.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":  # It would look for the first time after two hours.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S)
+
+
 def was_unseen(raw_before: bytes, sock: socket.socket, farewell: bool) -> bool:
     """Whether the peer can't have seen anything of the request on a connection used again.
 
@@ -14440,6 +14455,7 @@ async def connected(info: AddressInfo) -> socket.socket:
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)
+        watch_silence(sock)
         code = sock.connect_ex(address)
         if code == errno.EINPROGRESS:
             await writable(sock)
@@ -17645,8 +17661,7 @@ class Server:
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on a socket."""
-        if sock.family != socket.AF_UNIX:  # Accepted ones inherit it.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        watch_silence(sock)  # Accepted ones inherit it.
         self._acceptor.listen(sock)
 
     def _tell(self) -> None:

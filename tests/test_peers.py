@@ -59,6 +59,7 @@ TOO_LONG_A_HEAD = "answered with headers longer than 131072 bytes"
 LONG_HEADER = "answered with a header longer than 32768 bytes"
 BROKEN, NO_HTTP = "broke off the connection", "did not answer in valid HTTP"
 LATE = "did not answer within "  # and then the key that said for how long
+UNCONNECTED, UNKNOWN = "no connection was made", "no name server answered"
 QUEUE_LATE, CALLBACK_LATE = f"{LATE}queues.faas-request.timeout (2s)", f"{LATE}callback.timeout (2s)"
 
 # What a peer does after it has read a request; the status that a sync caller sees (None: a 200 that does not look
@@ -233,6 +234,42 @@ async def test_an_answer_without_content_has_no_length(daemon: StartDaemon) -> N
     assert (reply.status, reply.body, "Content-Length" in reply.headers) == (204, b"", False)
 
 
+def looked_after(*ports: str) -> bool:
+    """Whether the kernel will soon look after the connections from these ports or to them.
+
+    /proc/net/tcp has local and remote address, then the timer that runs (02: of keep-alive) and its ticks.
+    """
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    open_ones = [line for line in lines if line[3] == "01"]
+    timers = [
+        [line[5] for line in open_ones if line[place].endswith(f":{int(port):04X}")]
+        for port, place in zip(ports, (1, 2), strict=True)
+    ]
+    ticks = 20 * os.sysconf("SC_CLK_TCK")
+    return all(found and all(t[:2] == "02" and int(t[3:], 16) < ticks for t in found) for found in timers)
+
+
+async def test_silent_connections_are_looked_after(daemon: StartDaemon) -> None:
+    """The client's and the function's while it thinks: hosts lose their power, and routers their memory."""
+    thought = asyncio.Event()
+
+    async def think(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await thought.wait()
+        writer.write(OK + EMPTY)
+        await writer.drain()
+
+    async with peer(think) as url:
+        gateway = await daemon(f'[functions.thinks]\nurl = "{url}"')
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(b"GET /function/thinks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            async with asyncio.timeout(PATIENCE):
+                while not looked_after(gateway.url.rpartition(":")[2], url.rpartition(":")[2]):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            thought.set()
+            assert parse(await asyncio.wait_for(reader.read(), PATIENCE)).status == 200
+
+
 @contextlib.contextmanager
 def deaf() -> Iterator[str]:
     """A URL whose kernel does not even take connections: its backlog is full."""
@@ -253,9 +290,9 @@ async def test_a_connection_that_is_never_made_is_not_waited_for(daemon: StartDa
         gateway = await daemon(f'{LIMITS}[functions.deaf]\nurl = "{url}"\n[functions.well]\nurl = "{function.url}"')
         assert (await ask(gateway.url, "/function/deaf")).status == 504
         record = await gateway.final(await gateway.submit("deaf"))
-        assert (record["status"], record["error"]) == ("timeout", f"function deaf {QUEUE_LATE}")
+        assert (record["status"], record["error"]) == ("timeout", f"function deaf {QUEUE_LATE}: {UNCONNECTED}")
         told = (await gateway.final(await gateway.submit("well", X_Callback_Url=url)))["callback"]
-        assert (told["status"], told["error"]) == ("failed", f"the callback URL {CALLBACK_LATE}")
+        assert (told["status"], told["error"]) == ("failed", f"the callback URL {CALLBACK_LATE}: {UNCONNECTED}")
 
 
 async def test_names_that_nobody_answers_for_hold_up_nothing_else(
@@ -280,9 +317,11 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
             record = await gateway.final(await gateway.submit(name, X_Callback_Url=url))
             assert (record["status"], record["callback"]["status"]) == ("success", "delivered")
     assert (await lost_sync).status == 504
-    assert (await gateway.final(lost_async))["error"] == f"function lost {QUEUE_LATE}"
+    assert (await gateway.final(lost_async))["error"] == f"function lost {QUEUE_LATE}: {UNKNOWN}"
     told = [(await gateway.final(call_id))["callback"] for call_id in lost]
-    assert {(one["status"], one["error"]) for one in told} == {("failed", f"the callback URL {CALLBACK_LATE}")}
+    assert {(one["status"], one["error"]) for one in told} == {
+        ("failed", f"the callback URL {CALLBACK_LATE}: {UNKNOWN}")
+    }
     assert await gateway.terminate() == 0  # It waits for none of them.
 
 
