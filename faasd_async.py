@@ -431,13 +431,13 @@ class RequestFailed(Exception):
 # and the query parameters share: "10m" means the same everywhere. A parser raises ValueError and
 # nothing else, and its text says which form was expected.
 
-DURATION_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
-DURATION = re.compile(rf"(?:(\d+)d)?((?:{DURATION_PART})*)")
+DURATION_PART = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|ms|s|m|h)"
+DURATION = re.compile(rf"(?:([0-9]+)d)?((?:{DURATION_PART})*)")
 UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 DAY_S = 86_400.0
 TEN_YEARS_S = 3650 * DAY_S
 
-SIZE = re.compile(r"(\d{1,15}) ?([KMG]i?B|B|)")
+SIZE = re.compile(r"([0-9]{1,15}) ?([KMG]i?B|B|)")
 UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
     "KiB": KIB,
     "MiB": MIB,
@@ -448,7 +448,7 @@ NAME = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
 NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
 MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
 UNIX_ADDRESS = re.compile(r"unix:/.+")
-TCP_ADDRESS = re.compile(r"[^/]*:(\d{1,5})")
+TCP_ADDRESS = re.compile(r"[^/]*:([0-9]{1,5})")
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a token of RFC 9110 5.6.2
 HEADER_LINE = re.compile(rf"({HEADER_NAME}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(?::\d{1,5})?|https?://\[[0-9a-f:.]+\](?::\d{1,5})?")
@@ -14596,7 +14596,9 @@ async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
     host = f"[{host}]" if ":" in host else host
     where = f"{host}:{origin.port}"
     login = b"".join(b"%b: %b\r\n" % header for header in proxy_login(origin.proxy))
-    head = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n".encode() + login + b"\r\n"
+    # Some proxies let nobody through who does not say who he is, or close after a 200.
+    own = f"User-Agent: {USER_AGENT}\r\nProxy-Connection: keep-alive\r\n".encode()
+    head = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n".encode() + own + login + b"\r\n"
     await loop.sock_sendall(sock, head)
     answer = b""
     reason = "did not answer"

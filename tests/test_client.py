@@ -1550,7 +1550,12 @@ def test_a_tunnel_is_asked_for_what_is_secret(run: Scenario, pki: Pki) -> None:
             proxy.url = yarl.URL("https://other.example:444/")
             asking = proxy.ask(tls=trusted)
             connection = await proxy.accept()
-            assert (await connection.request()).startswith(b"CONNECT other.example:444 HTTP/1.1\r\n")
+            first, *headers = (await connection.request()).split(b"\r\n")
+            assert first == b"CONNECT other.example:444 HTTP/1.1"
+            # Without the second, some proxies refuse; without the third, some close after a 200.
+            assert headers[0] == b"Host: other.example:444"
+            assert headers[1].startswith(b"User-Agent: faasd-async/")
+            assert headers[2] == b"Proxy-Connection: keep-alive"
             await connection.send(b"HTTP/1.1 200 Connected\r\n\r\n")
             with socket.create_connection(("127.0.0.1", url.port or 0)) as behind:
                 behind.setblocking(False)

@@ -503,7 +503,8 @@ def test_a_value_that_can_never_work_is_refused(line: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["10", "5 m", "1.5d", "1h7d", "-5s", "s", "", "1h-5m", "1e3s", "100000000h", 10, 1.5, True, None]
+    "value",
+    ["10", "5 m", "\u0661s", "1.5d", "1h7d", "-5s", "s", "", "1h-5m", "1e3s", "100000000h", 10, 1.5, True, None],
 )
 def test_a_bad_duration_is_refused(value: Any) -> None:
     """A number without a unit could mean anything; nothing lasts less than no time or more than ten years."""
@@ -511,7 +512,7 @@ def test_a_bad_duration_is_refused(value: Any) -> None:
         duration(value)
 
 
-@pytest.mark.parametrize("value", ["1KK", "KiB", "-1", "1.5MiB", "", "1 TB", -1, 1.5, True, None])
+@pytest.mark.parametrize("value", ["1KK", "\u0661KiB", "KiB", "-1", "1.5MiB", "", "1 TB", -1, 1.5, True, None])
 def test_a_bad_size_is_refused(value: Any) -> None:
     """A size is a whole number of bytes, or of a unit that is known."""
     with pytest.raises(ValueError, match="expected a size"):
