@@ -8704,7 +8704,9 @@ class NatsLane:
             self.inbox.unpark()
         self._hangs = hangs
         self._sent = sent
-        if self.unacked <= len(self.inbox.buffer):
+        # What has come since the server said this is not among them.
+        here = sum(delivery.seq <= sent for delivery in self.inbox.buffer)
+        if self.unacked <= here:
             self.given_back.clear()
 
     def count_later(self, number: int) -> None:

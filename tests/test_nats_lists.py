@@ -15,6 +15,7 @@ import faasd_async
 from faasd_async import (
     MANY_GIVEN_BACK,
     CallFilter,
+    Delivery,
     NatsCall,
     NatsLane,
     NatsQueue,
@@ -248,3 +249,15 @@ def test_what_others_have_by_now_is_not_remembered_for_ever() -> None:
         lane.given_back.add(seq)
     assert lane.waiting == MANY_GIVEN_BACK
     assert lane.first_seq == 2 * MANY_GIVEN_BACK
+
+
+def test_what_comes_after_the_server_has_counted_is_not_among_the_counted() -> None:
+    """Or a message that was given back would seem to be with somebody, and its loss would not be noticed."""
+    lane = NatsLane(REQUESTS, "figlet", "consumer")
+    lane.given_back.add(1)
+    lane.arrive(Delivery(subject="work.2", reply="", data=b"", seq=2, again=False, pending=0))
+    counted = {"num_pending": 1, "num_ack_pending": 1, "num_waiting": 1, "delivered": {"stream_seq": 1}}
+    lane.count(counted)
+    assert lane.given_back.waiting == {1}
+    lane.count(counted | {"delivered": {"stream_seq": 2}})  # One is not acked, and that is here.
+    assert lane.given_back.waiting == set()
