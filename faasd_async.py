@@ -4421,8 +4421,10 @@ def make_private(path: Path) -> None:
 
     What SQLite puts beside it gets the same mode. A folder that exists stays as it is. New folders
     are synced, which SQLite does for its files only: a power cut could take all of it. Raises
-    OSError.
+    OSError, and StoreError for what is no file: root would take /dev/null from everybody else.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise StoreError(f"{path} is a device, a pipe or a socket, and no file")
     missing = [folder for folder in path.parents if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)

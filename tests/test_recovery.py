@@ -448,6 +448,19 @@ async def test_nobody_else_reads_the_store(daemon: StartDaemon, function: Server
         assert mode(path) == expected, path
 
 
+async def test_what_is_no_file_is_not_taken_for_the_store(daemon: StartDaemon, tmp_path: Path) -> None:
+    """Of /dev/null, root would make something that nobody else can use."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    pipe.chmod(0o666)
+    gateway = await daemon("", start=False)
+    gateway.configure(f'[store]\npath = "{pipe}"')
+    await gateway.spawn()
+    assert await gateway.ended() == 1
+    assert f"{pipe} is a device, a pipe or a socket, and no file" in gateway.log
+    assert mode(pipe) == 0o666
+
+
 @pytest.mark.parametrize("left", ["by a clean stop", "by a crash", "damaged", "by an older version"])
 async def test_a_store_that_others_could_read_is_closed_to_them(
     daemon: StartDaemon, function: Server, left: str
