@@ -601,6 +601,20 @@ def open_files(pid: int) -> set[int]:
 
 
 @contextlib.contextmanager
+def deaf() -> Iterator[int]:
+    """A port of this machine whose kernel does not even take connections: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(2):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
 def with_descriptors(daemon: Daemon, most: int) -> Iterator[None]:
     """Meanwhile the daemon may have only so many."""
     before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)

@@ -25,7 +25,7 @@ import yarl
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from conftest import PATIENCE, Server, StartDaemon, ask, namespaces, with_descriptors
+from conftest import PATIENCE, Server, StartDaemon, ask, deaf, namespaces, with_descriptors
 
 import faasd_async
 from faasd_async import (
@@ -1123,15 +1123,9 @@ def test_all_addresses_of_a_name_are_tried(run: Scenario, refused: str) -> None:
     port = yarl.URL(refused).port or 0
 
     async def scenario() -> None:
-        with socket.socket() as deaf, contextlib.ExitStack() as stack:
-            deaf.bind(("127.0.0.1", 0))
-            deaf.listen(0)
-            for _ in range(2):
-                client = stack.enter_context(socket.socket())
-                client.setblocking(False)
-                client.connect_ex(deaf.getsockname())
+        with deaf() as unheard:
             async with Peer() as peer:
-                known = [("127.0.0.1", port), deaf.getsockname(), ("127.0.0.1", peer.port)]
+                known = [("127.0.0.1", number) for number in (port, unheard, peer.port)]
                 peer.client = HttpClient(resolver=addresses(*known))
                 peer.url = yarl.URL("http://three.example")
                 await first(peer)
@@ -1801,16 +1795,8 @@ def test_what_had_yet_to_come_is_told(run: Scenario, url: str, resolver: Checked
     """The peer may not have seen anything of the request: its own log will not say why it took so long."""
 
     async def scenario() -> None:
-        with contextlib.ExitStack() as stack:
-            full, still_open = (stack.enter_context(socket.socket()) for _ in range(2))
-            for sock in (full, still_open):
-                sock.bind(("127.0.0.1", 0))
-                sock.listen(0)
-            for _ in range(2):
-                client = stack.enter_context(socket.socket())
-                client.setblocking(False)
-                client.connect_ex(full.getsockname())
-            ports = {"full": full.getsockname()[1], "open": still_open.getsockname()[1]}
+        with deaf() as full, socket.create_server(("127.0.0.1", 0)) as still_open:
+            ports = {"full": full, "open": still_open.getsockname()[1]}
             http = HttpClient(resolver=resolver)
             with pytest.raises(RequestFailed) as caught, TimeLimit(Limit(0.1, "callback.timeout")):
                 await fetch(http, "POST", yarl.URL(url.format(**ports)), b"x")

@@ -5,13 +5,12 @@ import asyncio
 import contextlib
 import os
 import re
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Daemon, Names, Server, StartDaemon, ask, connection, parse
+from conftest import PATIENCE, Daemon, Names, Server, StartDaemon, ask, connection, deaf, parse
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
 MIB = 2**20
@@ -270,23 +269,10 @@ async def test_silent_connections_are_looked_after(daemon: StartDaemon) -> None:
             assert parse(await asyncio.wait_for(reader.read(), PATIENCE)).status == 200
 
 
-@contextlib.contextmanager
-def deaf() -> Iterator[str]:
-    """A URL whose kernel does not even take connections: its backlog is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(2):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
 async def test_a_connection_that_is_never_made_is_not_waited_for(daemon: StartDaemon, function: Server) -> None:
     """A host behind a firewall that drops everything: the time limits hold from the first packet on."""
-    with deaf() as url:
+    with deaf() as port:
+        url = f"http://127.0.0.1:{port}"
         gateway = await daemon(f'{LIMITS}[functions.deaf]\nurl = "{url}"\n[functions.well]\nurl = "{function.url}"')
         assert (await ask(gateway.url, "/function/deaf")).status == 504
         record = await gateway.final(await gateway.submit("deaf"))
