@@ -70,6 +70,7 @@ Who owns which task or thread
                        `close` awaits it
     Acceptor           one for each client until its connection is there; `settle` awaits them
     CheckedResolver    a thread for each name that is being looked up; a stop waits for none
+    end_abandoned      at the start a thread, which it waits for as long as that is worth it
     first_connected    one for each address that is tried; it awaits them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it.
                        While it makes a copy, one that has the copy's pieces written to disk
@@ -121,6 +122,7 @@ import platform
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -14768,6 +14770,87 @@ class HttpClient:
         return sock
 
 
+# --- Abandoned programs ---------------------------------------------------------------------------
+# A daemon that is killed leaves its programs running, while their calls are queued again.
+
+DAEMON_VARIABLE = "FAASD_ASYNC_DAEMON"  # of a program: the name of the daemon that started it
+
+
+def daemon_name(config: Config) -> str:
+    """A unique name of this process, which begins with the queue that it works on."""
+    if config.store.backend == "nats":
+        queue = f"{config.nats.stream} at {show_urls(config.nats.servers)}"
+    else:
+        queue = str(store_path(config).resolve())
+    return f"{queue} {process_id()}"
+
+
+async def end_abandoned(config: Config) -> None:
+    """Kill programs of a daemon that has died and had our queue: their calls will run again.
+
+    One that can't be killed or looked at, because a disk hangs, is waited for no longer than
+    KILL_S.
+    """
+    with contextlib.suppress(TimeoutError, Shortage):
+        killing = in_thread("abandoned", kill_abandoned, daemon_name(config))
+        await asyncio.wait_for(killing, KILL_S)
+
+
+def kill_abandoned(us: str) -> None:
+    """Kill programs that are abandoned, and wait until they are gone. Blocks."""
+    groups = {}
+    ends = []
+    for pidfd, group, call_id in abandoned_processes(us):
+        ends.append(pidfd)
+        groups[group] = call_id
+    for group, call_id in groups.items():
+        fields = {"pid": group, "call_id": call_id}
+        log_with(logging.WARNING, "killing a program of a daemon that has died", **fields)
+        kill_group(group)
+    for pidfd in ends:
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a command and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def abandoned_processes(us: str) -> Iterator[tuple[int, int, str]]:
+    """A pidfd, the group and the call id of each process that is abandoned.
+
+    What has no pipe has made itself independent, and goes on.
+    """
+    for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()):
+        with contextlib.suppress(OSError, ValueError):  # It has ended, or is somebody else's.
+            variables = variables_of(pid)
+            group = os.getpgid(pid)
+            daemon = variables.get(DAEMON_VARIABLE, "")
+            if is_dead_namesake(daemon, us) and group != os.getpgrp() and has_pipe(pid):
+                yield os.pidfd_open(pid), group, variables.get("Http_X_Call_Id", "")
+
+
+def is_dead_namesake(daemon: str, us: str) -> bool:
+    """Whether a daemon had our queue on this machine, and has died."""
+    queue, _, process = daemon.rpartition(" ")
+    our_queue, _, our_process = us.rpartition(" ")
+    return queue == our_queue and has_died(process, our_process)
+
+
+def variables_of(pid: int) -> Mapping[str, str]:
+    """The environment that a process was started with. Raises OSError."""
+    entries = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def has_pipe(pid: int) -> bool:
+    """Whether one of the standard streams of a process is a pipe without a name. Raises OSError."""
+    streams = [Path(f"/proc/{pid}/fd/{number}") for number in range(3)]
+    return any(str(link.readlink()).startswith("pipe:") for link in streams if link.is_fifo())
+
+
 # --- Commands -------------------------------------------------------------------------------------
 # -- what a program is given, and what its answer is
 
@@ -14982,7 +15065,8 @@ class Program:
 class CommandRunner:
     """Runs commands like the classic watchdog: a process for each request."""
 
-    def __init__(self) -> None:
+    def __init__(self, us: str) -> None:
+        self._us = us  # what programs have in DAEMON_VARIABLE
         self._pids: set[int] = set()  # of programs that run
         self._starting = 0
 
@@ -15022,7 +15106,7 @@ class CommandRunner:
 
     async def _start(self, function: Function, request: FunctionRequest) -> subprocess.Popen[bytes]:
         """A new process. Raises RequestFailed, Shortage."""
-        environment = command_environment(function, request)
+        environment = {**command_environment(function, request), DAEMON_VARIABLE: self._us}
         self._starting += 1
         try:
             # Each start gets a thread: execve(2) hangs when the disk does, and nobody else should
@@ -15174,12 +15258,6 @@ def reap(function: str, process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         tell_left_alone(function, process.pid)
         process.wait()
-
-
-def kill_group(pid: int) -> None:
-    """Kill a command and all that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 # --- Function limits ------------------------------------------------------------------------------
@@ -21337,6 +21415,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
             stack.push_async_callback(self._queue.close)
+            await end_abandoned(self.config)
             sockets = passed_sockets()
             if not sockets:
                 sockets = new_sockets(self.config.gateway)
@@ -21375,7 +21454,7 @@ class Daemon:
 
         provider = Provider(settings, provided_http)
         directory = FunctionDirectory(settings, provider, self._limits)
-        commands = CommandRunner()
+        commands = CommandRunner(daemon_name(self.config))
         commands.watch_orphans()
         caller = FunctionCaller(http, provided_http, commands, directory)
         refusals = Refusals()

@@ -142,6 +142,13 @@ JOIN = 'exec 3>"$NEWS" 4<"$LEASH"; '  # of a shell that is one of the kin
 STAY = f"{JOIN} echo up >&3; read -r _ <&4; exit 0"
 
 
+def is_alive(pid: str) -> bool:
+    """Whether a process is there, and no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started or inherited, zombies among them."""
     found = []
@@ -513,6 +520,39 @@ async def test_what_a_program_leaves_behind_does_not_keep_it(start: StartDaemon,
     if session == "its own":  # which is how a program starts a daemon, and nobody's to kill
         kin.let_go()
     await kin.dead()
+
+
+async def test_a_program_of_a_killed_daemon_does_not_run_beside_its_next_attempt(
+    start: StartDaemon, kin: Kin, tmp_path: Path
+) -> None:
+    """Nor does what it has started, whichever of its streams it has closed, and whoever waited for it."""
+    script = f"{JOIN} trap '' TERM HUP; exec >/dev/null; sleep 1000 & echo $$ $! >>pids; echo up >&3; wait"
+    at_once = {"gateway": {"drain_timeout": "0s"}}
+    gateway = await start(program("sh", "-c", script, more=at_once, env=kin.env, cwd=str(tmp_path)))
+    call_id = await gateway.submit("it")
+    sync = asyncio.create_task(ask(gateway.url, "/function/it", method="POST"))
+    await kin.says("up", "up")
+    await gateway.kill()
+    await asyncio.gather(sync, return_exceptions=True)
+    left = (tmp_path / "pids").read_text().split()
+    assert len(left) == 4 and all(map(is_alive, left))
+    await gateway.start()
+    await kin.says("up")
+    assert not any(map(is_alive, left))
+    assert gateway.log.count("killing a program of a daemon that has died") == 2
+    assert f"call_id={call_id}" in gateway.log
+
+
+async def test_what_a_program_has_made_independent_outlives_a_killed_daemon(start: StartDaemon, kin: Kin) -> None:
+    """A session and streams of its own: that is how a program starts a daemon."""
+    script = f"exec </dev/null >/dev/null 2>&1; {JOIN} echo up >&3; read -r _ <&4; echo end >&3"
+    gateway = await start(program("sh", "-c", 'setsid sh -c "$0" & exit 0', script, env=kin.env))
+    await gateway.final(await gateway.submit("it"))
+    await kin.says("up")
+    await gateway.kill()
+    await gateway.start()
+    kin.let_go()
+    await kin.says("end")
 
 
 async def test_a_program_that_fails_and_leaves_something_behind_has_failed(start: StartDaemon, kin: Kin) -> None:
@@ -925,7 +965,7 @@ async def test_a_call_that_is_cancelled_as_its_program_starts_leaves_nothing_beh
     monkeypatch.setattr(loop, "call_soon_threadsafe", then_cancel)
     request = FunctionRequest("POST", "/", b"", b"")
     before = {*children(os.getpid())}
-    call = asyncio.create_task(CommandRunner().run(function, request, Limit(PATIENCE), KIB))
+    call = asyncio.create_task(CommandRunner("us").run(function, request, Limit(PATIENCE), KIB))
     await asyncio.wait({call})
     assert call.cancelled()
     await until(lambda: before.issuperset(children(os.getpid())), "the end of the program")
