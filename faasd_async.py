@@ -16313,8 +16313,8 @@ class Consumer:
         self._wake = asyncio.Event()
         self._running: dict[Hashable, Running] = {}  # by receipt
         self._tasks: set[asyncio.Task[None]] = set()  # of these, and of those that are being stored
-        self._claiming = False
-        self._revoked: set[Hashable] = set()  # receipts that were cancelled meanwhile
+        # Receipts that were cancelled since a claim began; None: none is under way.
+        self._revoked: set[Hashable] | None = None
         self._loop = asyncio.get_running_loop()
         self._stopping: asyncio.Future[None] = self._loop.create_future()
         self.dispatcher = asyncio.create_task(self._dispatch(), name=f"dispatcher of {name}")
@@ -16340,7 +16340,7 @@ class Consumer:
             # free its slot.
             task = self._running[receipt].task
             self._loop.call_soon(task.cancel)
-        elif self._claiming:
+        elif self._revoked is not None:
             self._revoked.add(receipt)
 
     def halt(self) -> None:
@@ -16403,14 +16403,16 @@ class Consumer:
 
     async def _claim(self, wanted: int, room: Mapping[str, int]) -> None:
         """Claim calls, and start them. Raises StoreError."""
-        self._claiming = True
         rates = self._job.rates(self.name)
-        claims = await self._queue.claim(self.name, wanted, room, rates)
+        revoked: set[Hashable] = set()
+        self._revoked = revoked
+        try:
+            claims = await self._queue.claim(self.name, wanted, room, rates)
+        finally:
+            self._revoked = None
         for claim in claims:
-            if claim.receipt not in self._revoked:
+            if claim.receipt not in revoked:
                 self._start(claim)
-        self._claiming = False
-        self._revoked.clear()
         if len(claims) >= wanted:
             self._wake.set()
 
