@@ -5988,6 +5988,7 @@ def step_overview(file: SqliteFile) -> Overview:
 def step_probe(file: SqliteFile) -> None:
     """Store something, and delete it again."""
     file.db.execute("CREATE TABLE room (id)")
+    file.db.execute("INSERT INTO room VALUES (1)")  # That counts as a change, a table does not.
     file.db.execute("DROP TABLE room")
 
 
@@ -6501,7 +6502,7 @@ class Writer:
         self._clock = WallClock()
         self._seen_at = 0.0  # the wall clock after the last wait
         self._expire_after = 0.0  # when calls that missed their deadline are ended at the earliest
-        self._failure: str | None = None  # why the last transaction failed; None: it did not
+        self._failure: str | None = None  # why one failed; None: one has written since then
         self._rollbacks = 0  # transactions that failed
         self._watcher: Tell[Changes] | None = None
         self._budget = Budget(CHANGES_PER_SECOND)
@@ -6528,7 +6529,7 @@ class Writer:
 
     @property
     def failure(self) -> str | None:
-        """Why the last transaction failed; None: it did not."""
+        """Why a transaction failed, until one has written something; None: none did."""
         return self._failure
 
     @property
@@ -6615,7 +6616,7 @@ class Writer:
             self._failed(batch, exc)
             return
         self._clock.accept(ahead)
-        if batch:  # else it was only time to wake a queue
+        if db.total_changes != changes:  # To read succeeds on a full disk, too.
             self._failure = None
         if db.total_changes != changes:
             self._observe_commit(time.perf_counter() - started)

@@ -162,6 +162,22 @@ async def test_a_full_disk_refuses_calls_and_loses_none(
     await assert_well(gateway, accepted, function)
 
 
+async def test_what_is_read_from_a_full_disk_makes_nothing_ready(
+    daemon: StartDaemon, disk: Disk, function: Server, gate: Gate
+) -> None:
+    """Not even for a moment: who looks on meanwhile needs no room."""
+    gateway = await daemon(settings(function, disk.settings), before=disk.before)
+    accepted = await submit_three(gateway, function)
+    await disk.spoil("full")
+    for path in ("/system/calls", "/system/queues", f"/system/calls/{accepted[0]}"):
+        assert (await submit(gateway)).status == 503
+        assert (await ask(gateway.url, path)).status == 200
+        assert (await ask(gateway.url, "/readyz")).status == 503, path
+    await disk.mend("full")
+    gate.open()
+    await assert_well(gateway, accepted, function)
+
+
 async def test_a_copy_that_would_fill_the_disk_is_not_made(daemon: StartDaemon, disk: Disk, function: Server) -> None:
     """The answer says what there is and what it takes, and calls go on."""
     gateway = await daemon(settings(function, disk.settings), before=disk.before)
