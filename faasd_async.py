@@ -2355,31 +2355,11 @@ class Page(NamedTuple):
     next_cursor: str | None
 
 
-def readable(body: bytes) -> bytes:
-    """A body for people: of one in gzip (also a cut one) or deflate, the first MiB unpacked."""
-    with contextlib.suppress(zlib.error):
-        if body.startswith(b"\x1f\x8b"):  # RFC 1952 2.3.1
-            return zlib.decompressobj(wbits=31).decompress(body, MIB)
-        if body[:1] == b"x" and int.from_bytes(body[:2]) % 31 == 0:  # RFC 1950 2.2
-            inflating = zlib.decompressobj()
-            inflated = inflating.decompress(body, MIB)
-            if inflating.eof or inflating.unconsumed_tail:  # else it may be text, such as "x^2"
-                return inflated
-    return body
-
-
 class Output(NamedTuple):
     """What a call's last attempt wrote."""
 
     body: bytes
     stderr: bytes
-
-    @property
-    def written(self) -> bytes:
-        """Both, one after the other, for people: a compressed body is unpacked."""
-        body = readable(self.body)
-        gap = b"\n" if body and self.stderr and not body.endswith(b"\n") else b""
-        return body + gap + self.stderr
 
 
 class StoredRequest(NamedTuple):
@@ -2899,6 +2879,31 @@ class Kept:
         """All that has come, or its beginning and end where that is more than `keep` bytes."""
         end = bytes(self._start[len(self._end) :] + self._end)
         return leave_middle_out(bytes(self._start), end, self.size, self._keep)
+
+
+def unpacked(body: bytes) -> bytes:
+    """A body for people: of one in gzip (also a cut one) or deflate, the first MiB unpacked."""
+    with contextlib.suppress(zlib.error):
+        if body.startswith(b"\x1f\x8b"):  # RFC 1952 2.3.1
+            return zlib.decompressobj(wbits=31).decompress(body, MIB)
+        if body[:1] == b"x" and int.from_bytes(body[:2]) % 31 == 0:  # RFC 1950 2.2
+            inflating = zlib.decompressobj()
+            inflated = inflating.decompress(body, MIB)
+            if inflating.eof or inflating.unconsumed_tail:  # else it may be text, such as "x^2"
+                return inflated
+    return body
+
+
+def readable(output: Output) -> bytes:
+    """A body and what is on stderr, one after the other, for people.
+
+    A command that fails answers with its stderr, if it has nothing else to say: that is shown once.
+    """
+    body = unpacked(output.body)
+    if output.body == output.stderr:
+        return body
+    gap = b"\n" if body and output.stderr and not body.endswith(b"\n") else b""
+    return body + gap + output.stderr
 
 
 DESCRIBING = frozenset((b"content-type", b"content-encoding", b"content-language"))
@@ -18916,7 +18921,7 @@ class LogRoutes:
         if stream or not parse_one(request.query, "follow", switch):
             output = await self.records.output(call_id)
             alone = {"stdout": output.body, "stderr": output.stderr}
-            return respond(200, headers, alone.get(stream or "", output.written))
+            return respond(200, headers, alone.get(stream or "", readable(output)))
         record = await self.records.lookup(call_id)
         head = respond(200, headers | {"X-Accel-Buffering": "no"})
         if request.http.method == "HEAD":
@@ -18952,7 +18957,7 @@ class LogRoutes:
                 async with asyncio.timeout(LOOK_S if shared else None):
                     await changed.wait()
         if record.attempts != followed and record.status in FINAL:
-            yield (await self.records.output(record.id)).written
+            yield readable(await self.records.output(record.id))
 
 
 # -- events
@@ -19318,7 +19323,7 @@ class FnRoutes:
         """What a call wrote."""
         record = await self._find(*request.parts)
         output = await self.records.output(record.id)
-        document = {"call_id": record.call_id, "log": output.written.decode("utf-8", "replace")}
+        document = {"call_id": record.call_id, "log": readable(output).decode("utf-8", "replace")}
         return reply({"message": "Successfully loaded log", "log": document})
 
     async def _find(self, app: str, call_id: str) -> CallRecord:
@@ -22215,8 +22220,9 @@ def write_outcome(client: Client, record: Mapping[str, Any], as_json: bool) -> N
             {**record, **{name: text.decode("utf-8", "replace") for name, text in texts.items()}}
         )
         return
-    write(output)
-    sys.stderr.buffer.write(stderr)
+    failed = record["status"] != "success"
+    write(b"" if failed and output == stderr else output)  # See `readable`.
+    write(stderr, sys.stderr)
     if stderr and not stderr.endswith(b"\n"):
         sys.stderr.buffer.write(b"\n")
     sys.stderr.buffer.flush()

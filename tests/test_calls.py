@@ -349,6 +349,19 @@ async def test_the_log_of_a_command_has_its_stderr_too(daemon: StartDaemon) -> N
         assert sorted((await log_of(gateway, call_id)).splitlines()) == [b"err", b"out"]
 
 
+async def test_the_stderr_that_a_command_answers_with_is_shown_once(daemon: StartDaemon) -> None:
+    """It is the answer of one that fails and writes nothing else."""
+    script = "import sys; sys.stdin.read(); print('err', file=sys.stderr); sys.exit(1)"
+    gateway = await daemon(command(script) + "[retry]\nattempts = 1")
+    call_id = await gateway.submit("it")
+    assert (await gateway.final(call_id))["status"] == "error"
+    assert await log_of(gateway, call_id) == b"err\n"
+    log = f"/system/calls/{call_id}/log"
+    assert (await ask(gateway.url, f"{log}?follow=1")).body.count(b"err") == 1
+    assert (await ask(gateway.url, f"{log}?stream=stderr")).body == b"err\n"
+    assert (await ask(gateway.url, f"/system/calls/{call_id}/result")).body == b"err\n"
+
+
 async def test_the_log_shows_the_last_attempt(daemon: StartDaemon, function: Server) -> None:
     """Also while the next one is waited for."""
     function.behaviour = answer(500, b"not yet")
