@@ -162,6 +162,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     Protocol,
+    TextIO,
     TypeVar,
     TypeVarTuple,
     Unpack,
@@ -3133,7 +3134,8 @@ class LogFormatter(logging.Formatter):
 
     def _quoted(self, value: object) -> str:
         shown = f"{value:.6f}" if isinstance(value, float) else str(value)
-        return shown if re.fullmatch(r"[^\s\"=]+", shown) else json.dumps(shown)
+        plain = shown.isprintable() and re.fullmatch(r"[^\s\"=]+", shown)
+        return shown if plain else json.dumps(shown)
 
 
 class LogWriter(logging.Handler):
@@ -21867,10 +21869,44 @@ class Client:
         return []
 
 
-def write(content: bytes | str) -> None:
-    """Write to standard output, as it is."""
-    sys.stdout.buffer.write(content.encode() if isinstance(content, str) else content)
-    sys.stdout.buffer.flush()
+CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and line ends
+
+
+def caret(control: str) -> str:
+    """A control character as `cat -v` and `less` show it: ^[ is escape."""
+    code = ord(control)
+    return f"<U+{code:04X}>" if code > 127 else f"^{chr(code ^ 64)}"
+
+
+def harmless(content: bytes | str) -> str:
+    """What a terminal can show, without what it would obey: functions write what they like."""
+    shown = content if isinstance(content, str) else content.decode(errors="replace")
+    return CONTROLS.sub(lambda found: caret(found[0]), shown.replace("\r\n", "\n"))
+
+
+def write(content: bytes | str, stream: TextIO | None = None) -> None:
+    """Write to standard output, or a stream, as it is; to a terminal what is harmless."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        content = harmless(content)
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    stream.buffer.write(content)
+    stream.buffer.flush()
+
+
+def complain(line: object) -> None:
+    """Write a line to standard error."""
+    write(f"{line}\n", sys.stderr)
+
+
+def write_pieces(pieces: Iterable[bytes]) -> None:
+    """Write to standard output what comes in pieces, which may end within a character."""
+    shown: Iterable[bytes | str] = pieces
+    if sys.stdout.isatty():
+        shown = codecs.iterdecode(pieces, "utf-8", "replace")
+    for piece in shown:
+        write(piece)
 
 
 def write_json(document: object) -> None:
@@ -22124,8 +22160,7 @@ def print_log(args: Arguments) -> None:
     """Print what a call's function wrote; with --follow also what it still writes, to its end."""
     client = Client(args)
     request = f"GET {call_path(client.full_id(args.id))}/log"
-    for piece in client.stream(request + ("?follow=1" if args.follow else "")):
-        write(piece)
+    write_pieces(client.stream(request + ("?follow=1" if args.follow else "")))
 
 
 def print_request(args: Arguments) -> None:
@@ -22172,7 +22207,7 @@ def change_by_id(args: Arguments) -> None:
         except HttpError as exc:
             if exc.status not in (404, 409, 410):
                 raise
-            print(f"{prefix}: {exc.text}", file=sys.stderr)
+            complain(f"{prefix}: {exc.text}")
             missed += 1
     if missed:
         raise HttpError(409, f"not done for {count_of(missed, 'call')}")
@@ -22224,8 +22259,7 @@ def write_outcome(client: Client, record: Mapping[str, Any], as_json: bool) -> N
     write(b"" if failed and output == stderr else output)  # See `readable`.
     write(stderr, sys.stderr)
     if stderr and not stderr.endswith(b"\n"):
-        sys.stderr.buffer.write(b"\n")
-    sys.stderr.buffer.flush()
+        write("\n", sys.stderr)
     if record["status"] == "success" and record["response_bytes"] != len(output):
         client.ask(f"{path}/result")
 
@@ -22296,8 +22330,7 @@ def save_backup(args: Arguments) -> None:
     if args.copy == "-":
         if sys.stdout.isatty():
             raise HttpError(400, "a copy is no text: name a file, or pipe it on")
-        for piece in pieces:
-            write(piece)
+        write_pieces(pieces)
         return
     target = Path(args.copy).resolve()  # What a link names is replaced, not the link.
     if target.exists() and not target.is_file():
@@ -22593,7 +22626,7 @@ def check(args: Arguments) -> None:
     path = args.file or args.config or default_config()
     config = load_config("/dev/stdin" if path == "-" else path)
     for line in itertools.chain(config_warnings(config), script_warnings(config)):
-        print(f"{path or 'defaults'}: {line}", file=sys.stderr)
+        complain(f"{path or 'defaults'}: {line}")
     print(f"{path or 'defaults'}: ok, {config_counts(config)}")
     for name, schedule in config.schedules.items():
         following = itertools.islice(next_instants(schedule, time.time()), EXPLAINED)
@@ -23094,22 +23127,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except ConfigError as exc:
-        print(exc, file=sys.stderr)
+        complain(exc)
         return exit_code(exc)
     except (StoreError, ListenError, UsageError, HttpError) as exc:
-        print(f"faasd-async: {exc}", file=sys.stderr)
+        complain(f"faasd-async: {exc}")
         return exit_code(exc)
     except (RuntimeError, MemoryError) as exc:
         if isinstance(exc, RuntimeError) and str(exc) != NO_THREAD:
             raise
         limits = "LimitNPROC=, TasksMax=, LimitAS=; ulimit -u, ulimit -v"
-        print(f"faasd-async: {exc or 'no memory is left'} ({limits})", file=sys.stderr)
+        complain(f"faasd-async: {exc or 'no memory is left'} ({limits})")
         return 75
     except BrokenPipeError:  # Whoever reads our output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as exc:  # such as a full disk behind our output
-        print(f"faasd-async: {exc.strerror or exc}", file=sys.stderr)
+        complain(f"faasd-async: {exc.strerror or exc}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 

@@ -1,6 +1,7 @@
 """The command line as a client: what a person or a script at a shell sees of a running daemon."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import (
     DEVNULL,
+    PATIENCE,
     PIPE,
     Daemon,
     Faults,
@@ -137,6 +139,46 @@ async def test_what_a_program_writes_comes_out_where_it_wrote_it(cli: Cli) -> No
     result = await cli("invoke", "program", "--wait", "-d", "x" * 5000, code=1)
     assert result.out.startswith("xxx")
     assert "the answer had 5000 bytes" in result.err
+
+
+async def at_a_terminal(*words: str) -> str:
+    """What `faasd-async` shows at a terminal, on standard output and error."""
+    ours, theirs = os.openpty()
+    process = await start_program(*words, stdin=DEVNULL, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed.
+        while piece := await asyncio.to_thread(os.read, ours, 4096):
+            shown += piece
+    os.close(ours)
+    await asyncio.wait_for(process.wait(), PATIENCE)
+    return shown.decode().replace("\r\n", "\n")
+
+
+ODD = b"\x1b]0;title\x07 \x1b[31mred\x1b[0m \xc2\x9b2J \xff tab\there, a bell\x07\r\n\xe2\x82\xac over\rwritten\n"
+SHOWN = "^[]0;title^G ^[[31mred^[[0m <U+009B>2J \ufffd tab\there, a bell^G\n\u20ac over^Mwritten\n"
+
+
+async def test_a_terminal_is_shown_what_it_would_obey(cli: Cli, function: Server) -> None:
+    """What a function answers can't set a terminal's title or colours, nor wipe it; a pipe gets the bytes."""
+    function.behaviour = answer(body=ODD)
+    call_id = await cli.out("invoke", "it", "--async")
+    await cli.gateway.final(call_id)
+    for words in (
+        ("calls", "log", call_id),
+        ("calls", "result", call_id),
+        ("invoke", "it"),
+        ("invoke", "it", "--wait"),
+    ):
+        assert await at_a_terminal(*words, "--url", cli.gateway.url) == SHOWN, words
+        process = await start_program(*words, "--url", cli.gateway.url, stdin=DEVNULL, stdout=PIPE)
+        assert (await process.communicate())[0] == ODD, words
+    shown = await at_a_terminal("calls", "show", call_id, "--url", cli.gateway.url)
+    assert "\x1b" not in shown
+    assert "^[[31mred" in shown
+    function.behaviour = answer(400, ODD)
+    shown = await at_a_terminal("invoke", "it", "--url", cli.gateway.url)
+    assert shown.startswith("faasd-async: ^[]0;title^G"), shown
 
 
 async def test_invoke_fails_when_the_function_does(cli: Cli, function: Server) -> None:
