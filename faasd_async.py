@@ -111,6 +111,7 @@ import heapq
 import hmac
 import http.client
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -128,6 +129,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import string
 import struct
 import subprocess
@@ -1075,12 +1077,47 @@ def toml_tables(value: str) -> dict[str, Any]:
         raise tomllib.TOMLDecodeError("it is nested too deeply") from None
 
 
+STREAM_BYTES = MIB  # the most that is read of what is no file: a pipe, a device
+STREAM_S = 5.0  # in which something has to come out of it
+
+
+def read_stream(file: io.FileIO) -> bytes:
+    """What comes out of a pipe, such as a shell's <(COMMAND), or a device. Raises OSError.
+
+    Nobody may write to the one, and the other may have no end.
+    """
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    content = b""
+    while len(content) <= STREAM_BYTES:
+        if not poll.poll(STREAM_S * 1000):
+            reason = f"is no file, and nothing has come out of it for {STREAM_S:.0f} s"
+            raise OSError(errno.ETIMEDOUT, reason)
+        piece = file.read(PIPE_BYTES)
+        if not piece:
+            return content
+        content += piece
+    reason = f"is no file, and more than {brief_size(STREAM_BYTES)} come out of it"
+    raise OSError(errno.EFBIG, reason)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file, or of what stands in for one; see `read_stream`. Raises OSError."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # A pipe would be waited for.
+
+    with open(path, "rb", buffering=0, opener=opener) as file:
+        is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        return file.readall() if is_file else read_stream(file)
+
+
 def whole_file(path: Any) -> bytes:
     """The bytes of a file. Variables such as $HOME in its name count. Raises ValueError."""
     name = text(path)
     place = os.path.expandvars(name)
     try:
-        return Path(place).read_bytes()
+        return read_file(place)
     except OSError as exc:
         unset = re.search(r"\$(\w+|\{\w+\})", place)
         reason = f"the variable {unset[1].strip('{}')} is not set" if unset else exc.strerror
@@ -1203,9 +1240,16 @@ def signing_key(secret: bytes) -> bytes:
     return key
 
 
+def lasting_file(path: Any) -> bytes:
+    """The bytes of a file that will be read again, so it can't be a pipe. Raises ValueError."""
+    if Path(os.path.expandvars(text(path))).is_fifo():
+        raise ValueError(f"{path} is a pipe: it has to be a file, which is read more than once")
+    return whole_file(path)
+
+
 def pem_file(path: Any) -> str:
     """The name of a readable file with certificates or a key. Raises ValueError."""
-    if b"-----BEGIN " not in whole_file(path):
+    if b"-----BEGIN " not in lasting_file(path):
         raise ValueError(f"{path} holds nothing in PEM format")
     return os.path.expandvars(str(path))
 
@@ -2090,6 +2134,12 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
     raise ConfigError([f"{path}: {problem}" for problem in problems])
 
 
+def require_lasting(path: str | None) -> None:
+    """Raise ConfigError for what can't be read again, such as a pipe: a shell's <(COMMAND)."""
+    if path and Path(path).exists() and not Path(path).is_file():
+        raise ConfigError([f"{path}: is no file, and could be read at the start only"])
+
+
 def config_counts(config: Config) -> str:
     """How many functions, queues and schedules there are, for the log."""
     counts = [count_of(len(config.functions), "function"), count_of(len(config.queues), "queue")]
@@ -2129,6 +2179,8 @@ def script_warnings(config: Config) -> Iterator[str]:
 
 def missing_interpreter(program: str) -> str | None:
     """The interpreter in a script's first line, where there is none. A carriage return counts."""
+    if not Path(program).is_file():
+        return None
     try:
         with Path(program).open("rb") as file:
             line = file.readline(256)
@@ -8249,11 +8301,11 @@ def nats_credentials(name: str) -> str:
     path = os.path.expandvars(name)
     trouble = None
     try:
-        text = Path(path).read_text()
-        if "BEGIN NATS USER JWT" not in text or "BEGIN USER NKEY SEED" not in text:
+        content = lasting_file(name)
+        if b"BEGIN NATS USER JWT" not in content or b"BEGIN USER NKEY SEED" not in content:
             trouble = f"{path} has not both a NATS USER JWT and a USER NKEY SEED"
-    except (OSError, ValueError) as exc:
-        trouble = f"{path}: {exc}"
+    except ValueError as exc:
+        trouble = str(exc)
     if importlib.util.find_spec("nkeys") is None:
         trouble = "it takes the package nkeys: pip install 'faasd-async[nats-creds]'"
     if trouble:

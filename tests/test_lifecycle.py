@@ -608,6 +608,47 @@ async def test_check_names_all_problems_at_once(tmp_path: Path) -> None:
         assert len([line for line in lines if key in line]) == 1, result.err
 
 
+# What a file may be that a configuration names, and what is said of it.
+NO_FILES = {
+    "fifo": "nothing has come out of it for 5 s",
+    "/dev/zero": "more than 1.0 MiB come out of it",
+    "loop": "Too many levels of symbolic links",
+    "/proc/self": "Is a directory",
+}
+
+
+async def test_check_does_not_wait_for_what_is_no_file(tmp_path: Path) -> None:
+    """One line says what is in the way: a pipe into which nobody writes, a device that has no end."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    keys = ("auth.password_file", "callback.headers_file", "functions.it.tls_ca_file", "schedules.it.body_file")
+    cases = [(place, words, key) for place, words in NO_FILES.items() for key in keys]
+    folders = [tmp_path / str(number) for number in range(len(cases))]
+    checks = []
+    for folder, (place, _, key) in zip(folders, cases, strict=True):
+        folder.mkdir()
+        checks.append(check(folder, f'{key} = "{tmp_path / place}"'))  # An absolute place is taken as it is.
+    for result, (place, words, key) in zip(await asyncio.gather(*checks), cases, strict=True):
+        lines = [line for line in result.err.splitlines() if f"{key}: " in line]
+        assert (result.code, len(lines)) == (78, 1), (place, key, result)
+        assert words in lines[0] or "is a pipe: it has to be a file" in lines[0], lines
+
+
+async def test_a_secret_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As from a shell's <(COMMAND), which may take its time."""
+    (tmp_path / "config.toml").write_text('[auth]\nuser_file = "user"\npassword_file = "/dev/stdin"')
+    (tmp_path / "user").write_text("admin")
+    process = await start_program(
+        "check", "--config", "config.toml", cwd=tmp_path, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"sec")
+    await process.stdin.drain()
+    await asyncio.sleep(0.5)
+    out, err = await asyncio.wait_for(process.communicate(b"ret"), PATIENCE)
+    assert (process.returncode, err) == (0, b""), out
+
+
 async def test_check_of_a_file_that_is_not_there(tmp_path: Path) -> None:
     """One line with its name."""
     result = await faasd("check", "--config", tmp_path / "nosuch.toml")
