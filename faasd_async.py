@@ -21607,6 +21607,7 @@ class Daemon:
     def _reload(self) -> None:
         """Take over all but what needs a restart."""
         try:
+            require_lasting(self._path)
             new = load_config(self._path)
         except ConfigError as exc:
             for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
