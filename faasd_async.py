@@ -6677,7 +6677,6 @@ class Writer:
         self._clock.accept(ahead)
         if db.total_changes != changes:  # To read succeeds on a full disk, too.
             self._failure = None
-        if db.total_changes != changes:
             self._observe_commit(time.perf_counter() - started)
         self._tell(answers)
 
@@ -21352,6 +21351,7 @@ def socket_url(sock: socket.socket) -> str:
 # Puts the parts together, and owns their lifecycle.
 
 Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon stops
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
@@ -21422,6 +21422,25 @@ def reloaded(old: Config, new: Config) -> Config:
     return replace(new, **kept)
 
 
+def handle_signals(terminate: Callable[[], None], reload: Callable[[], None]) -> None:
+    """Have signals handled in the event loop, and a reload that was asked for before."""
+    loop = asyncio.get_running_loop()
+    acts = {**dict.fromkeys(STOP_SIGNALS, terminate), signal.SIGHUP: reload}
+
+    def handle(number: int, frame: object) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed.
+            loop.call_soon_threadsafe(acts[signal.Signals(number)])
+
+    for number in acts:  # The loop's own handlers end with it: a signal would kill then.
+        signal.signal(number, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, acts)
+
+
+def hold_signals() -> None:
+    """Have no signal kill the process, which ends by itself now: Python takes its handlers away."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGHUP))
+
+
 def give_back_memory() -> None:
     """Give free memory back to the system, which glibc would keep.
 
@@ -21469,10 +21488,7 @@ class Daemon:
 
     async def run(self) -> int:
         """Start everything, serve until a signal, stop in order."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._terminate)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        handle_signals(self._terminate, self._reload)
         introduced = introduction(self.config, self._path)
         async with contextlib.AsyncExitStack() as stack:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
@@ -21606,6 +21622,9 @@ class Daemon:
 
     def _reload(self) -> None:
         """Take over all but what needs a restart."""
+        if self._stop.is_set():
+            log.warning("stopping: configuration not reloaded")
+            return
         try:
             require_lasting(self._path)
             new = load_config(self._path)
@@ -21683,7 +21702,9 @@ def next_step(path: str | None) -> str:
 
 async def run_daemon(config: Config, path: str | None) -> int:
     """Serve until a signal; the exit code. Raises ConfigError, StoreError."""
-    return await Daemon(config, path).run()
+    code = await Daemon(config, path).run()
+    hold_signals()
+    return code
 
 
 # --- Client ---------------------------------------------------------------------------------------
@@ -22642,8 +22663,19 @@ def collect_less() -> None:
     gc.set_threshold(10_000)
 
 
+def await_the_loop() -> None:
+    """Have signals wait for what handles them in the event loop (see Daemon.run).
+
+    A stop doesn't have to: there is nothing to stop yet.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(0))
+
+
 def serve(args: Arguments) -> int:
     """Run the daemon until a signal."""
+    await_the_loop()
     require_library()
     require_descriptors()
     collect_less()

@@ -1,6 +1,7 @@
 """Starting, stopping, reloading, and what is said meanwhile: to systemd, to the log, to the operator."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from conftest import (
     PATIENCE,
     PIPE,
     SCRIPT,
+    Daemon,
     Finished,
     Gate,
     Server,
@@ -35,6 +37,101 @@ own_interpreter = pytest.mark.own_interpreter
 def settings(function: Server, more: str = "") -> str:
     """One function, `it`."""
     return f'[functions.it]\nurl = "{function.url}"\n{more}\n'
+
+
+# ---- signals at odd moments ------------------------------------------------------------------------------------
+
+
+async def begin_reading(gateway: Daemon, secret: Path) -> int:
+    """Start it with a secret that is a pipe; as soon as that is opened, what is to be written to."""
+    os.mkfifo(secret)
+    await gateway.spawn()
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                return os.open(secret, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # Nobody reads it yet.
+                await asyncio.sleep(0.01)
+
+
+def with_secret(secret: Path, user: Path) -> str:
+    """A configuration that names it."""
+    user.write_text("admin")
+    return f'[auth]\nuser_file = "{user}"\npassword_file = "{secret}"'
+
+
+@own_interpreter
+async def test_a_reload_during_the_start_is_done_after_it(daemon: StartDaemon, tmp_path: Path) -> None:
+    """It neither ends the daemon nor is lost."""
+    secret = tmp_path / "secret"
+    gateway = await daemon(with_secret(secret, tmp_path / "user"), start=False)
+    writing = await begin_reading(gateway, secret)
+    gateway.signal(signal.SIGHUP)
+    secret.unlink()
+    secret.write_bytes(b"password")
+    os.write(writing, b"password")
+    os.close(writing)
+    await gateway.wait_for_log("configuration reloaded")
+    await gateway.wait_for_log("listening on ")
+
+
+@own_interpreter
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_during_the_start_is_a_stop(daemon: StartDaemon, tmp_path: Path, number: signal.Signals) -> None:
+    """There is nothing to wait for."""
+    secret = tmp_path / "secret"
+    gateway = await daemon(with_secret(secret, tmp_path / "user"), start=False)
+    writing = await begin_reading(gateway, secret)
+    gateway.signal(number)
+    assert await gateway.ended() == 0
+    os.close(writing)
+    assert gateway.lines == []
+
+
+@own_interpreter
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_signals_during_a_stop_do_not_spoil_it(daemon: StartDaemon, number: signal.Signals) -> None:
+    """However many come, up to the last moment."""
+    gateway = await daemon("")
+    ended = asyncio.create_task(gateway.ended())
+    pid = gateway.pid
+    os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        while not ended.done():
+            os.kill(pid, number)
+            await asyncio.sleep(0)
+    assert await ended == 0
+    assert "INFO stopped" in gateway.log
+
+
+@own_interpreter
+async def test_a_daemon_that_stops_takes_over_nothing_new(daemon: StartDaemon, function: Server) -> None:
+    """A reload then could begin to claim from new queues."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function))
+    await gateway.submit("it")
+    await function.wait_for(1)
+    gateway.signal(signal.SIGTERM)
+    await gateway.wait_for_log("stopping: waiting")
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("stopping: configuration not reloaded")
+    gate.open()
+    assert await gateway.ended() == 0
+
+
+async def test_a_configuration_that_came_through_a_pipe_stays(daemon: StartDaemon, function: Server) -> None:
+    """Nothing comes out of it a second time, and to have no functions is not what is meant."""
+    gateway = await daemon(settings(function), start=False)
+    content = gateway.config.read_text()
+    gateway.config.unlink()
+    os.mkfifo(gateway.config)
+    writing = asyncio.create_task(asyncio.to_thread(gateway.config.write_text, content))
+    await gateway.start()
+    await writing
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("is no file, and could be read at the start only")
+    await gateway.wait_for_log("configuration not reloaded: the old settings stay")
+    assert (await ask(gateway.url, "/function/it")).status == 200
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------
