@@ -693,9 +693,9 @@ def plain_name(value: Any) -> str:
 @expects('a program and its arguments, such as ["tr", "a-z", "A-Z"]')
 def program(value: Any) -> tuple[str, ...]:
     """What is executed: no shell is involved."""
-    words = list_of(text)(value)
-    require(words and "\0" not in "".join(words))
-    return words
+    require(isinstance(value, list | tuple) and all(isinstance(word, str) for word in value))
+    require(value and value[0] and "\0" not in "".join(value))
+    return tuple(value)
 
 
 @expects("a list of codes from 400 to 599")
@@ -1119,9 +1119,36 @@ def whole_file(path: Any) -> bytes:
     try:
         return read_file(place)
     except OSError as exc:
-        unset = re.search(r"\$(\w+|\{\w+\})", place)
-        reason = f"the variable {unset[1].strip('{}')} is not set" if unset else exc.strerror
-        raise ValueError(f"{name}: {reason}") from None
+        raise ValueError(f"{name}: {unset_variable(place) or exc.strerror}") from None
+
+
+def unset_variable(place: str) -> str | None:
+    """What is wrong with a name in which variables were expanded, if one is left."""
+    unset = re.search(r"\$(\w+|\{\w+\})", place)
+    return f"the variable {unset[1].strip('{}')} is not set" if unset else None
+
+
+def queue_file(value: Any) -> str:
+    """The name of the queue's file, with variables and a ~ as in a shell. Raises ValueError."""
+    name = text(value)
+    place = os.path.expandvars(name)
+    reason = unset_variable(place)
+    if "\0" in name or not Path(place).name:
+        reason = "this is no name of a file"
+    elif reason is None and not has_home(place):
+        reason = "nobody here has such a home directory"
+    if reason:
+        raise ValueError(f"{name}: {reason}")
+    return name
+
+
+def has_home(place: str) -> bool:
+    """Whether the home directory is known that a name begins with, if it does."""
+    try:
+        Path(place).expanduser()
+    except RuntimeError:
+        return False
+    return True
 
 
 def secret(path: Any) -> bytes:
@@ -1587,7 +1614,7 @@ class StoreConfig:
     """[store]: where the queue lives."""
 
     backend: str = key(one_of("sqlite", "nats"), "sqlite")
-    path: str | None = key(text)
+    path: str | None = key(queue_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2193,10 +2220,16 @@ def missing_interpreter(program: str) -> str | None:
 
 
 def store_path(config: Config) -> Path:
-    """Where the queue's file is: the key, else systemd's state directory, else the user's."""
+    """Where the queue's file is: the key, else systemd's state directory, else the user's.
+
+    Raises ConfigError: there is no home directory.
+    """
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     state = os.environ.get("STATE_DIRECTORY", "").split(":")[0] or f"{home}/faasd-async"
-    return Path(os.path.expandvars(config.store.path or f"{state}/faasd-async.db")).expanduser()
+    place = os.path.expandvars(config.store.path or f"{state}/faasd-async.db")
+    if not has_home(place):
+        raise ConfigError(["this user has no home directory for the queue's file: set store.path"])
+    return Path(place).expanduser()
 
 
 # --- Domain data ----------------------------------------------------------------------------------
@@ -4521,7 +4554,7 @@ def bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
     Raises StoreError: the file is of a newer version, or not what it says.
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
+    if not 0 <= version <= SCHEMA_VERSION:
         reason = f"written by a newer version (schema {version}): update this program"
         raise StoreError(f"{path}: {reason}")
     if version == 0 and (others := schema_parts(db)):
@@ -14949,6 +14982,8 @@ def command_environment(function: Function, request: FunctionRequest) -> dict[st
     inherited = {
         name: value for name, value in os.environ.items() if not PRIVATE_VARIABLES.fullmatch(name)
     }
+    if function.cwd:
+        inherited["PWD"] = str(Path(function.cwd).absolute())
     return {**inherited, **variables, **function.env}
 
 
@@ -15281,9 +15316,10 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     if path.startswith(("/home/", "/root/", "/run/user/")):
         hint = " (a systemd service with ProtectHome does not see it)"
     missing = number == errno.ENOENT and path != function.cwd
-    if missing and "/" in path and Path(path).exists():
+    if missing and (program := find_program(function)):
         missing = False
-        hint = " (its interpreter, in the first line, is missing)"
+        interpreter = missing_interpreter(program) or "what loads it"
+        hint = f" (its interpreter is missing: {interpreter})"
     kind = FailureKind.MISSING if missing else FailureKind.LOCAL
     return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
 

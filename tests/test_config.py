@@ -1,5 +1,6 @@
 """The configuration: every mistake is one line that names its key, every default is the documented one."""
 
+import pwd
 import re
 import time
 import tomllib
@@ -862,6 +863,28 @@ def test_the_key_may_have_variables_and_a_home_directory(folder: Path, environme
     """As in a shell."""
     environment.setenv("NAME", "calls")
     assert store_path(load("[store]\npath = '~/${NAME}.db'")) == folder / "calls.db"
+
+
+def test_a_store_that_is_nowhere_is_refused(environment: pytest.MonkeyPatch) -> None:
+    """No folder is made whose name is that of a variable, and `check` says so too."""
+    environment.delenv("NAME", raising=False)
+    for path, reason in {
+        "${NAME}/calls.db": "the variable NAME is not set",
+        "$NAME/calls.db": "the variable NAME is not set",
+        "~nobody-has-this-name/calls.db": "nobody here has such a home directory",
+        "/": "this is no name of a file",
+        "/srv\\u0000/calls.db": "this is no name of a file",
+    }.items():
+        (problem,) = problems(f'[store]\npath = "{path}"')
+        assert problem.startswith("config.toml: store.path: ") and problem.endswith(f": {reason}")
+
+
+def test_who_has_no_home_has_to_say_where_the_queue_is(environment: pytest.MonkeyPatch) -> None:
+    """A container's user of any number, for example."""
+    environment.delenv("HOME", raising=False)
+    environment.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(ConfigError, match=r"set store\.path"):
+        store_path(load(""))
 
 
 # ---- certificates ----------------------------------------------------------------------------------------------

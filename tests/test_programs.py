@@ -407,6 +407,23 @@ async def test_a_program_runs_where_cwd_says(start: StartDaemon, tmp_path: Path)
         assert (reply.status, reply.body.decode()) == (200, f"{folder}\n"), name
 
 
+@pytest.mark.parametrize("kept", [None, "/kept"])
+async def test_pwd_says_where_a_program_runs(start: StartDaemon, tmp_path: Path, kept: str | None) -> None:
+    """By the name that `cwd` has, like a shell's after `cd`; what `env` says counts."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    env = {"PWD": kept} if kept else {}
+    gateway = await start(program("printenv", "PWD", cwd="link", env=env))
+    reply = await ask(gateway.url, "/function/it")
+    assert reply.body.decode().strip() == (kept or str(gateway.folder / "link"))
+
+
+async def test_a_program_may_have_empty_arguments(start: StartDaemon) -> None:
+    """And such that a shell would not leave as they are."""
+    gateway = await start(program("printf", "[%s]", "", "a b", "*", "$HOME", "é"))
+    assert (await ask(gateway.url, "/function/it")).body.decode() == "[][a b][*][$HOME][é]"
+
+
 async def test_without_cwd_a_program_runs_where_the_daemon_does(start: StartDaemon) -> None:
     """As the classic watchdog's."""
     gateway = await start(program(*SHOW))
@@ -728,6 +745,19 @@ async def test_a_missing_program_in_a_home_tells_of_the_sandbox(daemon: StartDae
     gateway = await daemon(functions({"it": (f"{folder}/run",), "other": ("/nonexistent/run",)}))
     assert b"ProtectHome" in (await ask(gateway.url, "/function/it")).body
     assert b"ProtectHome" not in (await ask(gateway.url, "/function/other")).body
+
+
+async def test_an_interpreter_that_is_missing_is_named(start: StartDaemon, tmp_path: Path) -> None:
+    """It is not the script that is missing, wherever that is looked for. A carriage return is seen."""
+    for name, line in {"windows": "#!/bin/sh\r\n", "gone": "#!/opt/nothing/python3 -u\n"}.items():
+        (tmp_path / name).write_text(line)
+        (tmp_path / name).chmod(0o755)
+    words = {"whole": str(tmp_path / "windows"), "there": "./windows", "by-path": "gone"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    gateway = await start(functions({name: [word] for name, word in words.items()}, cwd=str(tmp_path), env=env))
+    for name, interpreter in {"whole": r"/bin/sh\r", "there": r"/bin/sh\r", "by-path": "/opt/nothing/python3"}.items():
+        said = f"its interpreter is missing: {interpreter}"
+        assert_refused(await ask(gateway.url, f"/function/{name}"), 502, words[name], said, limit=300)
 
 
 async def test_a_program_that_can_not_be_started_is_named_and_tried_again(start: StartDaemon, tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ async def test_a_file_of_an_older_version_is_migrated(sqlite: SqliteBench, tmp_p
         ("DROP INDEX calls_well", "not of schema 4, as it says: it has no calls_well. Move it away"),
         ("PRAGMA user_version = 3", "not of schema 3, as it says: duplicate column name: traceparent. Move it away"),
         ("PRAGMA user_version = 0", "a database of something else .with calls.app.: store.path has to be our own"),
+        ("PRAGMA user_version = -1", "written by a newer version .schema -1."),
     ],
 )
 async def test_a_file_that_is_not_what_its_version_says_is_refused(
