@@ -906,6 +906,12 @@ def show_url(value: str | None) -> str | None:
     return value if parts is None else "".join(parts._replace(login=""))
 
 
+def log_url(value: str | None) -> str | None:
+    """A URL for the log, which others read than the record: in a query may be a key, too."""
+    shown = show_url(value)
+    return shown and re.sub("[?#].*", "?***", shown, count=1, flags=re.DOTALL)
+
+
 def show_urls(urls: Iterable[str]) -> str:
     """URLs without the credentials they may carry."""
     return " ".join(show_url(url) or "" for url in urls)
@@ -16313,7 +16319,7 @@ class CallbackJob:
             message,
             call_id=claim.call_id,
             function=claim.function,
-            callback=show_url(claim.target),
+            callback=log_url(claim.target),
             attempts=claim.attempt,
             http_status=outcome.status,
             error=outcome.error,

@@ -549,7 +549,7 @@ async def test_the_level_can_be_raised(daemon: StartDaemon, function: Server, sy
 
 
 BODY, ANSWER = b"body-of-the-request", b"body-of-the-answer"
-SECRETS = ("token-of-the-caller", "cookie-of-the-caller", "cookie-of-the-function", "proxy-token")
+SECRETS = ("token-of-the-caller", "cookie-of-the-caller", "cookie-of-the-function", "proxy-token", "key-of-the-sink")
 
 
 async def logged(daemon: StartDaemon, function: Server, sink: Server, log: str) -> str:
@@ -563,7 +563,11 @@ async def logged(daemon: StartDaemon, function: Server, sink: Server, log: str) 
     }
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in secret.items()]
     assert (await ask(gateway.url, "/function/it", *lines, method="POST", body=BODY)).status == 200
-    await gateway.final(await gateway.submit("it", BODY, X_Callback_Url=sink.url, **secret))
+    url = sink.url.replace("://", "://user:key-of-the-sink@") + "/done?key=key-of-the-sink#key-of-the-sink"
+    await gateway.final(await gateway.submit("it", BODY, X_Callback_Url=url, **secret))
+    sink.behaviour = answer(410)
+    await gateway.final(await gateway.submit("it", BODY, X_Callback_Url=url, **secret))
+    assert sink.requests[-1].target == "/done?key=key-of-the-sink"
     function.behaviour = answer(400, ANSWER)
     await gateway.final(await gateway.submit("it", BODY, **secret))
     assert await gateway.terminate() == 0
