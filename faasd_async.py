@@ -3338,6 +3338,22 @@ def sd_notify(state: str) -> None:
         log.warning("systemd could not be notified: %s", exc)
 
 
+@contextlib.contextmanager
+def sd_reload() -> Iterator[None]:
+    """Tell systemd that a reload begins, and that it has ended, as Type=notify-reload wants it."""
+    sd_notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    yield
+    sd_notify("READY=1")
+
+
+def watchdog_limit() -> float | None:
+    """How many seconds systemd's watchdog waits for a word of this process, if it does."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    if not usec.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return int(usec) / 1e6
+
+
 # --- Metrics --------------------------------------------------------------------------------------
 # Under OpenFaaS's names.
 
@@ -21647,7 +21663,7 @@ class Daemon:
 
         But not if only a restart can help.
         """
-        while usec := int(os.environ.get("WATCHDOG_USEC", 0)):
+        while limit_s := watchdog_limit():
             with contextlib.suppress(StoreError):  # It answered.
                 stats = await self._queue.stats()
                 waiting = sum(queue.depth for queue in stats.values())
@@ -21655,13 +21671,14 @@ class Daemon:
                 sd_notify(f"STATUS={waiting} calls and callbacks waiting, {running} running")
             if self._queue.stalled() is None:
                 sd_notify("WATCHDOG=1")
-            await asyncio.sleep(usec / 2e6)
+            await asyncio.sleep(limit_s / 2)
 
     def _terminate(self) -> None:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
 
+    @sd_reload()
     def _reload(self) -> None:
         """Take over all but what needs a restart."""
         if self._stop.is_set():

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -375,6 +376,35 @@ async def test_the_watchdog_is_fed(daemon: StartDaemon, systemd: ServiceManager)
     gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "500000"})
     await systemd.wait_for("WATCHDOG=1", times=3)
     assert await gateway.terminate() == 0
+
+
+@pytest.mark.parametrize("watched", [{"WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "-1"}])
+async def test_the_watchdog_of_somebody_else_is_not_fed(
+    daemon: StartDaemon, systemd: ServiceManager, watched: dict[str, str]
+) -> None:
+    """Variables that a parent has left behind, or that mean nothing (sd_watchdog_enabled(3))."""
+    env = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "1000", **watched}
+    gateway = await daemon("", env=env)
+    await systemd.wait_for("READY=1")
+    assert (await ask(gateway.url, "/readyz")).status == 200
+    assert await gateway.terminate() == 0
+    await systemd.wait_for("STOPPING=1")
+    assert "WATCHDOG=1" not in systemd.told
+
+
+@pytest.mark.parametrize("toml", ["", "[nonsense]"])
+async def test_systemd_is_told_of_a_reload_and_its_end(daemon: StartDaemon, systemd: ServiceManager, toml: str) -> None:
+    """With the time that Type=notify-reload waits for, and also when the old settings stay."""
+    gateway = await daemon("", env={"NOTIFY_SOCKET": str(systemd.path)})
+    await systemd.wait_for("READY=1")
+    gateway.configure(toml)
+    before = time.monotonic_ns()
+    gateway.signal(signal.SIGHUP)
+    await systemd.wait_for("READY=1", times=2)
+    told = systemd.told[systemd.told.index("RELOADING=1") :]
+    assert [told[0], told[2]] == ["RELOADING=1", "READY=1"]
+    name, _, usec = told[1].partition("=")
+    assert (name, before // 1000 <= int(usec) <= time.monotonic_ns() // 1000) == ("MONOTONIC_USEC", True)
 
 
 async def test_the_watchdog_starves_when_the_daemon_hangs(daemon: StartDaemon, systemd: ServiceManager) -> None:
