@@ -3128,6 +3128,19 @@ def followed(state: ScheduleState, runs: Sequence[ScheduledRun]) -> ScheduleStat
     return state._replace(runs=all_runs[:SHOWN_RUNS], last_success_at=last_success_at)
 
 
+def gone(
+    states: Iterable[ScheduleState], names: Container[str], provided: bool
+) -> Iterator[ScheduleState]:
+    """The states of schedules that have gone. If they come back, they begin anew: nobody has
+    missed them meanwhile.
+
+    `provided`: those with a dot may be the provider's, who has not told yet.
+    """
+    for state in states:
+        if state.definition and state.name not in names and not (provided and "." in state.name):
+            yield state._replace(definition="")
+
+
 def run_of(record: CallRecord) -> ScheduledRun:
     """What a schedule keeps of a call."""
     return ScheduledRun(
@@ -20943,7 +20956,7 @@ class ProvidedSchedules:
 # --- Schedules ------------------------------------------------------------------------------------
 
 
-async def in_batches(do: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
+async def in_batches(do: Callable[[T], Awaitable[object]], items: Iterable[T]) -> None:
     """Do it for SETTLED_AT_ONCE items at a time, which share commits; others run in between."""
     rest = list(items)
     while rest:
@@ -21046,9 +21059,9 @@ class Scheduler:
         """Do what there is to do; how many seconds to wait then. None: until something changes."""
         schedules = self.schedules()
         self._plans = {name: plan for name, plan in self._plans.items() if name in schedules}
+        await self._replan(schedules)
         if not schedules:
             return None
-        await self._replan(schedules)
         await self._note_ends(schedules)
         if not self._clock.trusted:
             return UNSURE_CHECK_S
@@ -21068,7 +21081,7 @@ class Scheduler:
 
     async def _replan(self, schedules: Mapping[str, Schedule]) -> None:
         """Plan all schedules, if anything may have changed."""
-        if self._clock.has_changed():
+        if schedules and self._clock.has_changed():
             self._news.replan()
         version = self._news.version
         if version == self._planned:
@@ -21078,6 +21091,10 @@ class Scheduler:
             Plan(schedule, states.get(name, ScheduleState(name)), 0.0)
             for name, schedule in schedules.items()
         ]
+        if not self._queue.SHARED:  # Other hosts may have them.
+            provided = self._settings().provider.url is not None
+            forget = functools.partial(self._intake.accept_scheduled, calls=())
+            await in_batches(forget, gone(states.values(), schedules, provided))
         await in_batches(self._begin, plans)
         self._planned = version
 

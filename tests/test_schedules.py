@@ -373,6 +373,29 @@ async def test_a_schedule_that_is_removed_or_disabled_fires_no_more(host: Host) 
     assert (await host.document())["missed"] == 0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_schedule_that_comes_back_has_missed_nothing(host: Host, restarted: bool) -> None:
+    """Nobody expects an instant to fire that passed while it was not there, though it is not too late for it."""
+    gateway = await host.start("2026-03-01T12:00:30", cron="* * * * *")
+    host.show("2026-03-01T12:01:05")
+    await host.settled(1)
+    other = host.settings('[schedules.other]\nfunction = "it"\ncron = "@yearly"')
+    for shown, settings in (("12:01:30", other), ("12:30:30", host.settings(cron="* * * * *"))):
+        if restarted:
+            await gateway.terminate()
+            gateway.configure(settings)
+            host.show(f"2026-03-01T{shown}")
+            await gateway.start()
+        else:
+            host.show(f"2026-03-01T{shown}")
+            await host.reload(settings)
+        await host.until_schedules(lambda found: all(document["next"] for document in found.values()))
+    await host.until(lambda document: begins(document, "2026-03-01T12:31"))
+    host.show("2026-03-01T12:31:05")
+    assert await host.settled(2) == [("2026-03-01T12:31", "success"), ("2026-03-01T12:01", "success")]
+    assert (await host.document())["missed"] == 0
+
+
 # ---- clocks --------------------------------------------------------------------------------------
 
 
