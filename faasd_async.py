@@ -60,7 +60,8 @@ A call's life, by the names below
 
 Who owns which task or thread
     Daemon             its chores: housekeeping, watchdog, Scheduler, ProvidedSchedules; at a stop
-                       the last answers. A chore that fails stops the daemon, as a dispatcher does
+                       the last answers, and who gives up bodies that do not come. A chore that
+                       fails stops the daemon, as a dispatcher does
     Scheduler          one for each schedule that is due; `run` awaits them
     Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
@@ -13451,6 +13452,11 @@ class Flow:
             self._room.set_result(None)
         self._room = None
 
+    @property
+    def reading_paused(self) -> bool:
+        """Whether nothing is read for now."""
+        return self._reading_paused
+
     def pause_reading(self) -> None:
         """Read no more for now: enough waits to be taken."""
         if not self._reading_paused and not self.closed:
@@ -17124,6 +17130,7 @@ class RequestReader:
         self._at_start = True  # whether nothing of the next request has come
         self._newest: RequestHead | None = None  # of the last request that has come
         self._body: StreamReader = EMPTY_PAYLOAD  # its body
+        self._seen: tuple[StreamReader, int] | None = None  # a body, and how much of it had come
         self._kept: bytes | None = None  # data behind a request that asks for another protocol
 
     def feed(self, data: bytes) -> None:
@@ -17205,6 +17212,13 @@ class RequestReader:
         """Have no more of a body come."""
         if not self._body.is_eof() and self._body.exception() is None:
             self._body.set_exception(exc)
+
+    def fail_stuck(self, exc: Exception) -> None:
+        """As `fail`, if nothing of the body has come since this was called last."""
+        seen = (self._body, self._body.total_bytes)
+        if seen == self._seen:
+            self.fail(exc)
+        self._seen = seen
 
     def _body_left(self) -> int | None:
         """How many bytes of a request's body are still to come. None: only the parser can tell."""
@@ -17414,7 +17428,7 @@ def address_of(transport: asyncio.BaseTransport) -> str | None:
 
 async def discard_rest(content: Content) -> None:
     """Let the rest of a body come in: a client that still sends would not see its answer."""
-    with contextlib.suppress(TimeoutError, HttpProcessingError):
+    with contextlib.suppress(TimeoutError, HttpProcessingError, HttpError):
         async with asyncio.timeout(DISCARD_BODY_S):
             while not content.at_eof():
                 await content.readany()
@@ -17685,6 +17699,12 @@ class ClientConnection(asyncio.Protocol):
         self.conversation.close()
         return True
 
+    def give_up_body(self) -> None:
+        """Refuse a request of whose body nothing has come since this was called last."""
+        if not self._flow.reading_paused:
+            text = "the daemon stops, and the rest of the request's body does not come"
+            self._reader.fail_stuck(HttpError(503, text, {**HANG_UP, "Retry-After": "1"}))
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is open."""
         self._flow.opened(transport)
@@ -17759,6 +17779,7 @@ class ClientConnection(asyncio.Protocol):
 BACKLOG = 1024  # connections that wait to be accepted
 ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
 CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
+BODY_STUCK_S = 3.0  # in which, at a stop, something of a request's body has to come
 CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
 
 
@@ -17888,6 +17909,13 @@ class Server:
     def stop_listening(self) -> None:
         """Accept no more connections."""
         self._acceptor.stop()
+
+    async def give_up_bodies(self) -> None:
+        """Refuse requests whose bodies do not come, until this is cancelled."""
+        while True:
+            for peer in list(self._connections):
+                peer.give_up_body()
+            await asyncio.sleep(BODY_STUCK_S)
 
     async def drain(self) -> None:
         """Wait until all requests are answered.
@@ -21729,12 +21757,13 @@ class Daemon:
         hurried = asyncio.create_task(self._hurry.wait(), name="hurry")
         self._consumers.halt()  # first, or one more call may begin
         server.stop_listening()
+        stuck = asyncio.create_task(server.give_up_bodies(), name="bodies that do not come")
         await self._consumers.stop(hurried)
         answered = asyncio.create_task(server.drain(), name="last answers")
         await asyncio.wait({answered, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (answered, hurried):
+        for task in (answered, hurried, stuck):
             task.cancel()
-        await asyncio.gather(answered, hurried, return_exceptions=True)
+        await asyncio.gather(answered, hurried, stuck, return_exceptions=True)
 
 
 def introduction(config: Config, path: str | None) -> Sequence[tuple[int, str]]:

@@ -25,6 +25,7 @@ from conftest import (
     StartDaemon,
     answer,
     ask,
+    connection,
     faasd,
     free_address,
     run,
@@ -182,6 +183,64 @@ async def test_a_stop_waits_for_running_sync_calls(daemon: StartDaemon, function
     gate.open()
     assert (await client).body == b"ok"
     assert await gateway.ended() == 0
+
+
+PARTS = {
+    "small": b"Content-Length: 10\r\n\r\npart",
+    "large": b"Content-Length: 10000000\r\n\r\npart",
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n4\r\npart\r\n",
+    "asks": b"Content-Length: 10\r\nExpect: 100-continue\r\n\r\n",
+}
+
+
+@own_interpreter
+@pytest.mark.parametrize("target", ["/function/it", "/async-function/cat", "/function/cat", "/async-function/nosuch"])
+async def test_a_stop_does_not_wait_for_bodies_that_do_not_come(
+    daemon: StartDaemon, function: Server, target: str
+) -> None:
+    """Their clients are told, soon and in words; what ran meanwhile ends well."""
+    function.behaviour = gate = Gate()
+    more = '[gateway]\ndrain_timeout = "1h"\nmax_payload = "1GiB"\n[functions.cat]\ncommand = ["cat"]'
+    gateway = await daemon(settings(function, more))
+    running = await gateway.submit("it")
+    await function.wait_for(1)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = []
+        for part in PARTS.values():
+            reader, writer = await stack.enter_async_context(connection(gateway.url))
+            writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\n".encode() + part)
+            clients.append(reader)
+        if target != "/async-function/nosuch":
+            await asyncio.wait_for(clients[-1].readuntil(b"100 Continue\r\n\r\n"), PATIENCE)
+        gateway.signal(signal.SIGTERM)
+        answers = await asyncio.wait_for(asyncio.gather(*(reader.read() for reader in clients)), PATIENCE)
+    refused = b"404 Not Found" if "nosuch" in target else b"503 Service Unavailable"
+    for name, text in zip(PARTS, answers, strict=True):
+        assert refused in text, (name, text)
+        assert b"Connection: close" in text or "nosuch" in target, (name, text)
+    gate.open()
+    assert await gateway.ended() == 0
+    assert function.call_ids[0] == running
+    await gateway.start()
+    record = await gateway.final(running)
+    assert (record["status"], record["attempts"]) == ("success", 1)
+
+
+@own_interpreter
+async def test_a_stop_waits_for_a_body_that_comes_slowly(daemon: StartDaemon, function: Server) -> None:
+    """It takes longer as a whole than its pieces may."""
+    gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "1h"'))
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(b"POST /async-function/it HTTP/1.1\r\nHost: localhost\r\nContent-Length: 41\r\n\r\nx")
+        await asyncio.sleep(0.1)
+        gateway.signal(signal.SIGTERM)
+        for _ in range(40):
+            writer.write(b"x")
+            await asyncio.sleep(0.1)
+        assert b"202 Accepted" in await asyncio.wait_for(reader.read(), PATIENCE)
+    assert await gateway.ended() == 0
+    await gateway.start()
+    assert [request.body for request in await function.wait_for(1)] == [b"x" * 41]
 
 
 @own_interpreter
