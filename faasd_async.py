@@ -7920,11 +7920,27 @@ class NatsClock:
 
     def __init__(self) -> None:
         self._booted_at: float | None = None  # when this machine was, by the servers' clock
+        self._told_s = 0.0  # the offset that was told last
 
     def hear(self, answer: Mapping[str, Any]) -> None:
         """Set it by an answer that says the time."""
         if shown := answer.get("ts"):
             self._booted_at = datetime.fromisoformat(shown).timestamp() - uptime_s()
+            self._tell(self.offset_s)
+
+    def _tell(self, offset_s: float) -> None:
+        """Log that the clocks differ, and again when they do by other than a little more or less.
+
+        Nobody here knows which is wrong.
+        """
+        if abs(offset_s - self._told_s) < 2 * CLOCKS_DIFFER_S:
+            return
+        self._told_s = offset_s
+        if offset_s:
+            where = "behind" if offset_s > 0 else "ahead of"
+            by = timedelta(seconds=round(abs(offset_s)))
+            text = "if it is wrong, so are times that it reads, as in X-Not-Before (timedatectl)"
+            log.warning("NATS: this host's clock is %s %s the servers': %s", by, where, text)
 
     @property
     def offset_s(self) -> float:

@@ -745,17 +745,22 @@ async def test_a_host_whose_clock_is_wrong_keeps_the_times_that_callers_asked_fo
     """Five minutes off, from the start or from now on: a short delay is not long, and a deadline has not passed."""
     clock.set(offset_s)
     wrong = await hosts(one_function(function), env=clock.env)
+    where = {300: "0:05:00 ahead of", -300: "0:05:00 behind"}
+    await wrong.wait_for_log(f"this host's clock is {where[offset_s]} the servers'")
     right = await hosts(one_function(function))
     pair = (wrong, right)
     delayed = await submit_all(10, *pair, X_Delay="300ms")
     limited = await submit_all(10, *pair, X_Deadline="1m")
     clock.set(-offset_s)
+    await wrong.wait_for_log(f"this host's clock is {where[-offset_s]} the servers'")
     delayed += await submit_all(10, wrong, X_Delay="300ms")
     limited += await submit_all(10, wrong, X_Deadline="1m")
     assert await ended(right, delayed + limited) == {"success": 40}
     later = await submit_all(4, *pair, X_Delay="4m")
     assert {(await right.record(call_id))["status"] for call_id in later} == {"delayed"}
     assert set(function.call_ids) == {*delayed, *limited}
+    assert wrong.log.count("this host's clock is") == 2  # It is not repeated with each answer.
+    assert "this host's clock is" not in right.log
 
 
 # ---- the network ---------------------------------------------------------------------------------
