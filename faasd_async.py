@@ -16867,7 +16867,7 @@ def reply(content: object, status: int = 200, headers: Mapping[str, str] | None 
 
 def call_path(call_id: str) -> str:
     """Where a call's record is."""
-    shown = call_id if PLAIN_ID.fullmatch(call_id) else quote(call_id, safe="")
+    shown = call_id if PLAIN_ID.fullmatch(call_id) else quote(os.fsencode(call_id), safe="")
     return "/system/calls/" + shown
 
 
@@ -21881,6 +21881,16 @@ def find_daemon(args: Arguments) -> tuple[str, str | None]:
     return "".join(parts._replace(login="")), login
 
 
+def quoted(word: str, safe: str = "") -> str:
+    """A word of the command line as a part of a path: any bytes, as they were typed."""
+    return quote(os.fsencode(word), safe)
+
+
+def query_of(fields: Mapping[str, str]) -> str:
+    """Words of the command line as a query."""
+    return urlencode({name: os.fsencode(word) for name, word in fields.items()})
+
+
 class Client:
     """Asks the daemon.
 
@@ -21959,7 +21969,7 @@ class Client:
         if method != "GET":
             ours.append(("Content-Length", str(len(body))))
         for name, value in (*ours, *headers):
-            connection.putheader(name, value.encode())
+            connection.putheader(name, os.fsencode(value))
         connection.endheaders(body or None)
         return connection.getresponse()
 
@@ -22022,7 +22032,7 @@ class Client:
             query = {**filters, "limit": str(min(MAX_PAGE, limit - len(records)))}
             if cursor:
                 query["cursor"] = cursor
-            page = self.document(f"GET /system/calls?{urlencode(query)}", "calls", "next_cursor")
+            page = self.document(f"GET /system/calls?{query_of(query)}", "calls", "next_cursor")
             records += page["calls"]
             cursor = page["next_cursor"]
         return records, cursor
@@ -22379,7 +22389,7 @@ def change_calls(args: Arguments) -> None:
         change_by_id(args)
         return
     action, done = CHANGES[args.request]
-    request = f"POST /system/calls/{action}?{urlencode(filters)}"
+    request = f"POST /system/calls/{action}?{query_of(filters)}"
     result = Client(args).document(request, "matched", "done")
     write(f"{result['done']} of {result['matched']} matching calls {done}\n")
 
@@ -22392,12 +22402,12 @@ def change_by_id(args: Arguments) -> None:
     if not args.ids:
         raise UsageError("which calls? Give call ids (- reads them from standard input)")
     client = Client(args)
-    ids = sys.stdin.read().split() if args.ids == ["-"] else args.ids
+    ids = os.fsdecode(sys.stdin.buffer.read()).split() if args.ids == ["-"] else args.ids
     missed = 0
     for prefix in dict.fromkeys(ids):
         try:
             call_id = client.full_id(prefix)
-            client.ask(args.request.format(quote(call_id, safe="")))
+            client.ask(args.request.format(quoted(call_id)))
             write(call_id + "\n")
         except HttpError as exc:
             if exc.status not in (404, 409, 410):
@@ -22420,12 +22430,12 @@ def read_data(data: str | None) -> bytes:
             return Path(source[1:]).read_bytes()
     except OSError as exc:
         raise HttpError(400, f"--data {source}: {exc.strerror}") from None
-    return source.encode()
+    return os.fsencode(source)
 
 
 def call_function(client: Client, route: str, args: Arguments, headers: HeaderPairs) -> bytes:
     """POST to a function by one of the two routes. The error for an unknown name has close ones."""
-    path = quote(args.name, safe="/?&=%+:@!$'()*,;~[]")
+    path = quoted(args.name, safe="/?&=%+:@!$'()*,;~[]")
     try:
         return client.ask(f"POST {route}{path}", read_data(args.data), headers)
     except HttpError as exc:
@@ -22510,7 +22520,7 @@ def write_queues(queues: Iterable[Mapping[str, Any]]) -> None:
 
 def change_queue(args: Arguments) -> None:
     """Pause, resume or purge a queue."""
-    document = Client(args).document(args.request.format(quote(args.name, safe="")), "queue")
+    document = Client(args).document(args.request.format(quoted(args.name)), "queue")
     if args.json:
         write_json(document)
     elif "cancelled" in document:
@@ -22714,7 +22724,7 @@ def named_schedule(args: Arguments) -> Schedule:
 
 def change_schedule(args: Arguments) -> None:
     """Run a schedule now, and print the id of the call; or pause or resume it."""
-    request = args.request.format(quote(args.schedule, safe=""))
+    request = args.request.format(quoted(args.schedule))
     document = Client(args).document(request, "schedule")
     if args.json:
         write_json(document)

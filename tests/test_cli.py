@@ -78,6 +78,28 @@ async def test_invoke_prints_the_answer_byte_for_byte(cli: Cli, function: Server
     assert (seen.headers["X-One"], seen.headers["Content-Type"]) == ("1", "text/x")
 
 
+async def test_what_is_no_utf_8_is_sent_as_it_was_typed(cli: Cli, function: Server) -> None:
+    """A file's name in Latin-1, or a key: also from standard input. Nobody sees a traceback."""
+    word = os.fsdecode(b"caf\xe9")
+    await cli("invoke", f"it/{word}?q={word}", "-H", f"X-One: {word}", "--data", word)
+    (seen,) = function.requests
+    assert (seen.target, seen.body) == ("/caf%E9?q=caf%E9", b"caf\xe9")
+    assert dict(seen.raw_headers)[b"X-One"] == b"caf\xe9"
+    for words in (
+        ("calls", "show", word),
+        ("calls", "log", word),
+        ("calls", "cancel", word),
+        ("queues", "pause", word),
+        ("schedules", "run", word),
+        ("invoke", word, "--data", ""),
+    ):
+        result = await cli(*words, code=1)
+        assert (result.out, result.err != "") == ("", True)
+    assert (await cli("calls", "list", "--function", word)).out.startswith("no calls")
+    result = await cli("calls", "retry", "-", stdin=b"caf\xe9\n", code=1)
+    assert "no call with this id" in result.err
+
+
 async def test_invoke_async_prints_the_id_that_the_other_commands_take(cli: Cli) -> None:
     """`invoke --async` in a script, then `calls show --wait` and `calls log` with what it printed."""
     call_id = await cli.out("invoke", "upper", "--async", "--data", "hello")
