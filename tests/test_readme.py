@@ -44,7 +44,7 @@ ip link set lo up
 install -m 755 "$1"/bin/* /usr/local/bin
 cd "$1/source"
 export HOME="$1/home" PATH="/usr/local/bin:$PATH" PIP_NO_INDEX=1 PIP_FIND_LINKS="$2" PIP_DISABLE_PIP_VERSION_CHECK=1
-export PIP_NO_COMPILE=1 # what is imported is compiled then
+export PIP_NO_COMPILE=0 # for pip this means not to: what is imported is compiled then
 exec env -u PYTHONPATH -u CREDENTIALS_DIRECTORY bash "$1/commands"
 """
 
