@@ -93,6 +93,13 @@ else:  # A line instead of a traceback: nothing above or below is a syntax error
     text = f"Python 3.11 or later is needed, and {sys.executable} is Python {version}"
     sys.exit(f"faasd-async: {text}")
 
+if __name__ == "__main__" or sys.argv[0].endswith("faasd-async"):
+    # A reload may be asked for while all that follows is imported, which takes seconds on a small
+    # host, and would be the end of the program. It has to wait.
+    import signal
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
 import argparse
 import asyncio
 import base64
@@ -22958,8 +22965,10 @@ def require_queue_file(path: Path) -> None:
     To open it as a queue would make a new one, or set it aside.
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
+        head = b""
+        if not path.is_fifo():
+            with path.open("rb") as file:
+                head = file.read(16)
     except OSError as exc:
         raise StoreError(f"{path}: {exc.strerror}") from exc
     trouble: str | None = "no queue's file"
@@ -23337,6 +23346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_standard_files()
     words = sys.argv[1:] if argv is None else argv
     args = make_parser(commands_for(words)).parse_args(words)
+    if args.run is not serve:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     # Exit at once: an exception could come up where Python ignores it. (The daemon has a handler of
     # its own.)
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))

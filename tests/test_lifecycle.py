@@ -77,6 +77,44 @@ async def test_a_reload_during_the_start_is_done_after_it(daemon: StartDaemon, t
     await gateway.wait_for_log("listening on ")
 
 
+# Python runs this before all else: a signal comes while the program is imported.
+SITE = """
+import os, signal, sys
+
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "aiohttp":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+sys.meta_path.insert(0, Early())
+"""
+
+
+@pytest.mark.parametrize("how", ["module", "command"])
+async def test_a_reload_while_all_is_imported_is_done_too(tmp_path: Path, how: str) -> None:
+    """That takes seconds on a small host. It still ends a client, whose terminal has gone."""
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    (tmp_path / "config.toml").write_text(f'[gateway]\nlisten = "{free_address()}"\n[store]\npath = "calls.db"')
+    command = tmp_path / "faasd-async"
+    command.write_text("import sys\nfrom faasd_async import main\nsys.exit(main())")
+    program: list[str | Path] = [sys.executable, *(("-m", "faasd_async") if how == "module" else (command,))]
+    paths = os.pathsep.join(filter(None, (str(tmp_path), str(Path(SCRIPT).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    words = ["--config", "config.toml"]
+    daemon = await asyncio.create_subprocess_exec(*program, "serve", *words, cwd=tmp_path, env=environment, stderr=PIPE)
+    assert daemon.stderr is not None
+    async with asyncio.timeout(PATIENCE):
+        log = await daemon.stderr.readuntil(b"configuration reloaded\n")
+        if b"listening" not in log:
+            await daemon.stderr.readuntil(b"listening")
+        client = await asyncio.create_subprocess_exec(*program, "status", *words, cwd=tmp_path, env=environment)
+        assert await client.wait() == -signal.SIGHUP
+        daemon.terminate()
+        await daemon.stderr.read()
+        assert await daemon.wait() == 0
+
+
 @own_interpreter
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_stop_during_the_start_is_a_stop(daemon: StartDaemon, tmp_path: Path, number: signal.Signals) -> None:

@@ -1,5 +1,6 @@
 """What waits in a file moves to NATS: all of it, once, wherever the move is killed."""
 
+import os
 import signal
 from pathlib import Path
 from subprocess import PIPE
@@ -170,7 +171,7 @@ async def test_what_nats_does_not_take_stays_and_is_told(
 async def test_a_move_that_can_not_be_says_why_in_one_line(
     daemon: StartDaemon, hosts: StartHost, function: Server, server: NatsServer, tmp_path: Path
 ) -> None:
-    """The daemon is running, there is no such file, it is none of a queue, no server, no NATS."""
+    """The daemon is running, there is no such file, it is none of a queue or a pipe, no server, no NATS."""
     old = await daemon(one_function(function))
     host = await hosts(one_function(function), start=False)
     text = tmp_path / "text"
@@ -188,6 +189,8 @@ async def test_a_move_that_can_not_be_says_why_in_one_line(
     await old.terminate()
     assert await refusal(tmp_path / "none") == (1, f"faasd-async: {tmp_path / 'none'}: No such file or directory\n")
     assert await refusal(text) == (1, f"faasd-async: {text}: this is no queue's file\n")
+    os.mkfifo(tmp_path / "pipe")  # It is not waited for.
+    assert await refusal(tmp_path / "pipe") == (1, f"faasd-async: {tmp_path / 'pipe'}: this is no queue's file\n")
     assert (await refusal(old.store, old))[0] == 78
     await server.kill()
     code, line = await refusal(old.store)
