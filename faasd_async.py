@@ -14947,7 +14947,7 @@ async def end_abandoned(config: Config) -> None:
     One that can't be killed or looked at, because a disk hangs, is waited for no longer than
     KILL_S.
     """
-    with contextlib.suppress(TimeoutError, Shortage):
+    with contextlib.suppress(TimeoutError, Shortage, OSError):  # also where there is no /proc
         killing = in_thread("abandoned", kill_abandoned, daemon_name(config))
         await asyncio.wait_for(killing, KILL_S)
 

@@ -572,6 +572,22 @@ async def test_what_a_program_has_made_independent_outlives_a_killed_daemon(star
     await kin.says("end")
 
 
+NO_PROC = """
+iterdir = faasd_async.Path.iterdir
+def without_proc(path):
+    if str(path) == "/proc":
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    return iterdir(path)
+faasd_async.Path.iterdir = without_proc
+"""
+
+
+async def test_a_daemon_without_proc_has_programs(start: StartDaemon) -> None:
+    """In a chroot, say: nobody can tell there what runs."""
+    gateway = await start(program("cat"), before=NO_PROC)
+    assert (await ask(gateway.url, "/function/it", method="POST", body=b"x")).body == b"x"
+
+
 async def test_a_program_that_fails_and_leaves_something_behind_has_failed(start: StartDaemon, kin: Kin) -> None:
     """Its exit status counts, and what it wrote is the answer."""
     gateway = await start(leaving(kin, "its own", code=3))
