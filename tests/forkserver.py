@@ -314,8 +314,8 @@ def open_streams() -> None:
 class Covered:
     """What coverage sees in the children of a server, which stores it at its end.
 
-    Each child leaves it in a file of its own. One that coverage itself has written takes ten times as long to write,
-    and as long again when the files of all processes are combined.
+    Each child leaves it in a file. To write one of coverage's own takes several times as long, and to combine those of
+    thousands of children takes seconds at the end, when all else is done.
     """
 
     def __init__(self) -> None:

@@ -501,7 +501,7 @@ async def test_a_name_that_points_elsewhere_by_the_time_of_delivery_is_not_follo
     names.found["rebind.example"] = ["127.0.0.1"]
     sink.behaviour = rebind
     async with forbidden("127.0.0.2", sink.port) as callers:
-        gateway = await daemon(f'{GUARDED}[functions.echo]\nurl = "{function.url}"', prefix=names.prefix)
+        gateway = await daemon(f'{GUARDED}[functions.echo]\nurl = "{function.url}"', before=names.before)
         record = await gateway.final(await gateway.submit("echo", X_Callback_Url=f"http://rebind.example:{sink.port}/"))
         assert callers == []
     assert len(sink.requests) == 1
@@ -515,7 +515,7 @@ async def test_of_the_addresses_of_a_name_the_denied_ones_are_left_out(
     """In whatever order they come, and also when nobody listens at the one that is allowed."""
     names.found = {f"{one}.example": [f"127.0.0.{last}" for last in one] for one in ("12", "21", "23", "32")}
     async with forbidden("127.0.0.2", sink.port) as callers:
-        gateway = await daemon(f'{GUARDED}attempts = 1\n[functions.echo]\nurl = "{function.url}"', prefix=names.prefix)
+        gateway = await daemon(f'{GUARDED}attempts = 1\n[functions.echo]\nurl = "{function.url}"', before=names.before)
         for name in names.found:
             url = f"http://{name}:{sink.port}/"
             told = (await gateway.final(await gateway.submit("echo", X_Callback_Url=url)))["callback"]
@@ -528,7 +528,7 @@ async def test_a_name_for_a_link_local_address_is_not_followed(
     daemon: StartDaemon, function: Server, names: Names
 ) -> None:
     """Nobody has to deny the cloud's metadata, whatever name and form its address has."""
-    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"', prefix=names.prefix)
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"', before=names.before)
     for address in ("169.254.169.254", "fe80::1", "::ffff:169.254.169.254"):
         names.found["metadata.example"] = [address]
         record = await gateway.final(await gateway.submit("echo", X_Callback_Url="http://metadata.example/latest/"))

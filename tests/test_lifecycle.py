@@ -27,12 +27,13 @@ from conftest import (
     ask,
     connection,
     faasd,
+    finish,
     free_address,
     run,
     start_program,
 )
 
-# Its start and its end are the subject, so nothing of them is left out.
+# Its first or last moment is the subject, so nothing of it is left out.
 own_interpreter = pytest.mark.own_interpreter
 
 
@@ -144,7 +145,6 @@ async def test_signals_during_a_stop_do_not_spoil_it(daemon: StartDaemon, number
     assert "INFO stopped" in gateway.log
 
 
-@own_interpreter
 async def test_a_daemon_that_stops_takes_over_nothing_new(daemon: StartDaemon, function: Server) -> None:
     """A reload then could begin to claim from new queues."""
     function.behaviour = gate = Gate()
@@ -186,7 +186,6 @@ async def test_an_idle_daemon_stops_at_once(daemon: StartDaemon, number: signal.
     assert await gateway.ended() == 0
 
 
-@own_interpreter
 async def test_a_stop_waits_for_what_runs(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """The running call ends well and is known to have; no queued call is started meanwhile."""
     function.behaviour = gate = Gate()
@@ -205,7 +204,6 @@ async def test_a_stop_waits_for_what_runs(daemon: StartDaemon, function: Server,
     assert (await gateway.final(queued))["status"] == "success"
 
 
-@own_interpreter
 async def test_a_stop_waits_for_running_sync_calls(daemon: StartDaemon, function: Server) -> None:
     """The client gets its answer; new clients are refused meanwhile."""
     function.behaviour = gate = Gate()
@@ -231,7 +229,6 @@ PARTS = {
 }
 
 
-@own_interpreter
 @pytest.mark.parametrize("target", ["/function/it", "/async-function/cat", "/function/cat", "/async-function/nosuch"])
 async def test_a_stop_does_not_wait_for_bodies_that_do_not_come(
     daemon: StartDaemon, function: Server, target: str
@@ -264,7 +261,6 @@ async def test_a_stop_does_not_wait_for_bodies_that_do_not_come(
     assert (record["status"], record["attempts"]) == ("success", 1)
 
 
-@own_interpreter
 async def test_a_stop_waits_for_a_body_that_comes_slowly(daemon: StartDaemon, function: Server) -> None:
     """It takes longer as a whole than its pieces may."""
     gateway = await daemon(settings(function, '[gateway]\ndrain_timeout = "1h"'))
@@ -281,7 +277,6 @@ async def test_a_stop_waits_for_a_body_that_comes_slowly(daemon: StartDaemon, fu
     assert [request.body for request in await function.wait_for(1)] == [b"x" * 41]
 
 
-@own_interpreter
 async def test_what_runs_for_too_long_is_queued_again(daemon: StartDaemon, function: Server) -> None:
     """After `drain_timeout` the call is cancelled without charging the attempt, and runs after the restart."""
     function.behaviour = gate = Gate()
@@ -297,7 +292,6 @@ async def test_what_runs_for_too_long_is_queued_again(daemon: StartDaemon, funct
     assert [(request.call_id, request.body) for request in function.requests] == [(call_id, b"body")] * 2
 
 
-@own_interpreter
 async def test_a_drain_timeout_of_nothing_stops_at_once(daemon: StartDaemon, function: Server) -> None:
     """`0s` is no time, not endless time; neither kind of call holds up the end."""
     function.behaviour = gate = Gate()
@@ -312,7 +306,6 @@ async def test_a_drain_timeout_of_nothing_stops_at_once(daemon: StartDaemon, fun
     assert (await gateway.final(call_id))["status"] == "success"
 
 
-@own_interpreter
 async def test_a_second_signal_hurries(daemon: StartDaemon, function: Server) -> None:
     """Whoever asks twice does not want to wait for the drain; nothing is lost by it."""
     function.behaviour = gate = Gate()
@@ -328,7 +321,6 @@ async def test_a_second_signal_hurries(daemon: StartDaemon, function: Server) ->
     assert (record["status"], record["attempts"]) == ("success", 1)
 
 
-@own_interpreter
 async def test_a_stop_under_load_loses_nothing(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """Whatever was accepted before the end is run, by this process or the next."""
     gateway = await daemon(settings(function))
@@ -355,8 +347,9 @@ async def test_a_dispatcher_that_dies_stops_the_daemon(tmp_path: Path) -> None:
     """In order and with exit code 1, rather than leave its queue to nobody."""
     config = tmp_path / "config.toml"
     config.write_text(f'[gateway]\nlisten = "127.0.0.1:0"\n[store]\npath = "{tmp_path}/calls.db"')
-    program = "import sys, faasd_async as f; f.InvocationJob.room = None; sys.exit(f.main(['--config', sys.argv[1]]))"
-    result = await run("env", f"PYTHONPATH={SCRIPT.parent}", sys.executable, "-c", program, config)
+    without = "faasd_async.InvocationJob.room = None"
+    process = await start_program("--config", config, before=without, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    result = await finish(process, b"")
     assert result.code == 1
     assert "dispatcher of faas-request failed" in result.err
     assert result.err.endswith("stopped\n")

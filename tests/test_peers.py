@@ -290,7 +290,7 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
         f'[functions.lost]\nurl = "http://lost.example:{port}"\n[functions.local]\nurl = "http://localhost:{port}"\n'
         f'[functions.well]\nurl = "{function.url}"\n[callback]\nattempts = 1\ntimeout = "2s"\n'
         '[gateway]\nupstream_timeout = "2s"\n[queues.faas-request]\ntimeout = "2s"\n[retry]\nattempts = 1',
-        prefix=names.prefix,
+        before=names.before,
     )
     lost = [await gateway.submit("well", X_Callback_Url=f"http://lost{number}.example/") for number in range(12)]
     lost_sync = asyncio.create_task(ask(gateway.url, "/function/lost"))
@@ -317,7 +317,7 @@ async def test_a_name_that_does_not_exist_is_told(daemon: StartDaemon, function:
     gateway = await daemon(
         f'[functions.lost]\nurl = "http://lost.example"\n[functions.well]\nurl = "{function.url}"\n'
         "[callback]\nattempts = 1\n[retry]\nattempts = 1",
-        prefix=names.prefix,
+        before=names.before,
     )
     reply = await ask(gateway.url, "/function/lost")
     assert (reply.status, reply.body.count(b"\n")) == (502, 1)

@@ -321,7 +321,7 @@ async def test_a_folder_of_a_socket_that_is_not_there_yet_is_worth_another_try(
 async def test_a_name_that_is_known_later_is_listened_on_then(daemon: StartDaemon, names: Names) -> None:
     """A name server without an answer for it is a reason to try again, and no more."""
     address = f"later.example:{free_address().rpartition(':')[2]}"
-    gateway = await daemon(f'[gateway]\nlisten = "{address}"', prefix=names.prefix, start=False)
+    gateway = await daemon(f'[gateway]\nlisten = "{address}"', before=names.before, start=False)
     names.found["later.example"] = []
     await refuses_for_now(gateway, address)
     names.found["later.example"] = ["127.0.0.1"]
