@@ -2175,10 +2175,24 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
     raise ConfigError([f"{path}: {problem}" for problem in problems])
 
 
-def require_lasting(path: str | None) -> None:
-    """Raise ConfigError for what can't be read again, such as a pipe: a shell's <(COMMAND)."""
-    if path and Path(path).exists() and not Path(path).is_file():
+def require_reloadable(path: str | None) -> None:
+    """Raise ConfigError for a file that a reload should not take over.
+
+    From a pipe, such as a shell's <(COMMAND), nothing comes a second time; and a full disk leaves
+    empty files behind. Without its functions, all calls that wait would end.
+    """
+    if path is None:
+        return
+    try:
+        found = Path(path).stat()
+    except OSError:  # `load_config` says why.
+        return
+    if stat.S_ISDIR(found.st_mode):  # So it does here.
+        return
+    if not stat.S_ISREG(found.st_mode):
         raise ConfigError([f"{path}: is no file, and could be read at the start only"])
+    if not found.st_size:
+        raise ConfigError([f"{path}: is empty"])
 
 
 def config_counts(config: Config) -> str:
@@ -21753,7 +21767,7 @@ class Daemon:
             log.warning("stopping: configuration not reloaded")
             return
         try:
-            require_lasting(self._path)
+            require_reloadable(self._path)
             new = load_config(self._path)
         except ConfigError as exc:
             for line in (*exc.problems, "configuration not reloaded: the old settings stay"):

@@ -245,6 +245,7 @@ async def until_status(gateway: Daemon, path: str, status: int) -> Reply:
         ("ws", errno.EIO, "disk I/O error"),
         ("s", errno.EIO, "disk I/O error"),
         ("rws", errno.EIO, "disk I/O error|malformed"),  # the latter from SQLite, where it can't read the schema
+        ("ws", errno.EDQUOT, "disk I/O error|full"),  # a quota
         ("ws", errno.EROFS, "disk I/O error"),  # as ext4 treats open files when it falls back to read only
     ],
 )

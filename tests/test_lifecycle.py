@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -423,6 +424,34 @@ async def test_a_broken_file_is_refused_and_the_old_settings_stay(
     await gateway.wait_for_log(key)
     assert (await ask(gateway.url, "/function/it")).status == 200
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+
+
+async def test_a_file_that_can_not_be_read_or_is_empty_is_refused(daemon: StartDaemon, function: Server) -> None:
+    """A full disk leaves an empty one behind: all calls that wait would end, for want of their functions."""
+    gateway = await daemon(settings(function))
+    held = gateway.config.read_bytes()
+    gateway.config.unlink()
+
+    def loop() -> None:
+        gateway.config.symlink_to(gateway.config)
+
+    cases: Sequence[tuple[Callable[[], object], str, Callable[[], object]]] = (
+        (lambda: None, "No such file", lambda: None),
+        (gateway.config.mkdir, "Is a directory", gateway.config.rmdir),
+        (loop, "Too many levels of symbolic links", gateway.config.unlink),
+        (gateway.config.touch, "is empty", gateway.config.unlink),
+    )
+    for make, words, remove in cases:
+        make()
+        first_line = len(gateway.lines)
+        gateway.signal(signal.SIGHUP)
+        await gateway.wait_for_log(f"{gateway.config}: {words}", first_line)
+        await gateway.wait_for_log("configuration not reloaded: the old settings stay", first_line)
+        assert (await ask(gateway.url, "/function/it")).status == 200
+        remove()
+    gateway.config.write_bytes(held)
+    gateway.signal(signal.SIGHUP)
+    await gateway.wait_for_log("configuration reloaded")
 
 
 async def test_a_file_that_is_no_toml_is_refused_too(daemon: StartDaemon, function: Server) -> None:
