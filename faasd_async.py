@@ -4198,6 +4198,9 @@ class CallWaiters:
             event.set()
 
 
+MANY_STALE = 1000  # times of lanes that need not count any more
+
+
 class Lanes:
     """Which lane of one queue is served next, in O(log lanes) whatever the backlog.
 
@@ -4224,6 +4227,13 @@ class Lanes:
         if lane not in self.ready and due_at < self._due.get(lane, float("inf")):
             self._due[lane] = due_at
             heapq.heappush(self.later, (due_at, lane))
+            if len(self.later) > 2 * len(self._due) + MANY_STALE:
+                self._drop_stale()
+
+    def _drop_stale(self) -> None:
+        """Forget the times that do not count any more: those far ahead would stay for months."""
+        self.later = [(due_at, lane) for lane, due_at in self._due.items()]
+        heapq.heapify(self.later)
 
     def remove(self, lane: str, number: int) -> int:
         """Count calls out; how many are left."""

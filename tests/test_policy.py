@@ -817,6 +817,21 @@ def test_a_later_call_does_not_put_its_lane_back() -> None:
     assert lanes.next(5.0, True) == "a"
 
 
+def test_a_call_that_is_far_ahead_costs_no_memory_with_each_that_is_not() -> None:
+    """A lane that is put back for it stands in line once, not once for each call that was served meanwhile."""
+    lanes = Lanes()
+    lanes.add("other", 2e9)
+    lanes.add("a", 1e9)
+    for _ in range(10_000):
+        lanes.add("a", 5.0)
+        assert served(lanes, 5.0, True, 1) == ["a"]
+        assert lanes.next(5.0, True) == "a"  # as it was put back; nothing more is due
+        lanes.put("a", 1e9)
+    assert len(lanes.later) < 2000
+    assert (lanes.next_at(), lanes.next(1e9, True), lanes.next(1e9, True)) == (1e9, "a", None)
+    assert lanes.next(2e9, True) == "other"
+
+
 def test_an_empty_line_has_no_next_time() -> None:
     """Nothing to wait for."""
     assert Lanes().next_at() == float("inf")
