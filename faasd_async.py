@@ -8177,7 +8177,7 @@ class NatsLink:
 
     def __init__(self, config: NatsConfig) -> None:
         self._config = config
-        self._client: nats.aio.client.Client | None = None
+        self._client: nats.aio.client.Client | None = None  # until it is closed
         self._reader: NatsReader  # these, of the client
         self._writer: NatsWriter
         self._answers = NatsAnswers()
@@ -8185,7 +8185,6 @@ class NatsLink:
         self.room = NatsRoom(lambda: self.away)
         self._trouble = NatsTrouble(config)
         self._since = float("inf")  # monotonic; since when there is a connection
-        self._closed = False
 
     async def open(self, reconnected: Callable[[], Awaitable[None]]) -> None:
         """Connect. Raises StoreError."""
@@ -8201,7 +8200,7 @@ class NatsLink:
             read_certificates_again(client, self._config)
 
         async def lost() -> None:
-            if not self._closed:
+            if self._client is client:  # else we have closed it, or never had it
                 log.warning("NATS is away: %s", self._trouble.text or "the connection was lost")
             self._writer.clear()
             self._answers.break_off()
@@ -8233,13 +8232,13 @@ class NatsLink:
 
     async def close(self) -> None:
         """Send what was begun, and end the connection."""
-        self._closed = True
+        client, self._client = self._client, None
         self._answers.break_off()
-        if self._client is not None:
+        if client is not None:
             self._writer.flush()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
-                    await self._client.close()
+                    await client.close()
 
     @property
     def ended(self) -> bool:
@@ -10480,7 +10479,7 @@ def timeless(call: NatsCall) -> NatsCall:
 
     By this a daemon recognizes the record that it has written, though the answer got lost.
     """
-    return call._replace(due_at=0.0, completed_at=None, owner=None)
+    return call._replace(due_at=0.0, completed_at=None, owner=None, failures=())
 
 
 def retried_call(call: NatsCall, outcome: Outcome | None, now: float) -> NatsCall:
@@ -11411,6 +11410,7 @@ class NatsClaims:
             return None
         request = stored.parts
         is_call = lane.queue != CALLBACKS
+        fresh = fresh and not self._is_late(stored.call)  # It may have started in time.
         while True:
             record = None if fresh else await self._calls.record_of(stored.call)
             if record is not None:
@@ -11479,14 +11479,18 @@ class NatsClaims:
         self, stored: Stored, delivery: Delivery, request: Parts | None
     ) -> NatsCall | None:
         """A queued call as it is to run. None: it has missed its deadline, and is ended."""
-        call = stored.call
-        now = self._calls.now()
-        if call.deadline_at is not None and call.deadline_at <= now:
+        if self._is_late(stored.call):
             parts = stored.parts if request is None else with_request(stored.parts, request)
-            await self._ends.expire(stored._replace(parts=parts))
-            self._messages.ack(delivery)
+            if await self._ends.expire(stored._replace(parts=parts)):
+                self._messages.ack(delivery)
+            else:  # Somebody else has written its record, and may need this message.
+                self._messages.put_off(delivery, CLAIM_AGAIN_S)
             return None
-        return self.starts.running(call)
+        return self.starts.running(stored.call)
+
+    def _is_late(self, call: NatsCall) -> bool:
+        """Whether the deadline has passed by which a call has to have started."""
+        return call.deadline_at is not None and call.deadline_at <= self._calls.now()
 
     async def callback_interrupted(self, record: Stored) -> bytes | None:
         """Queue a callback again that a dead daemon had claimed; how to answer its message.
@@ -11952,8 +11956,9 @@ async def end_late_call(
         call, request = stored.call, stored.parts
         if not request.has_request:
             request = await calls.request_of(call)
-        await ends.expire(stored._replace(parts=with_request(stored.parts, request)))
-        await operator.take_away(call.queue, call.lane, stored)
+        # If it has just started, whoever runs it needs its message.
+        if await ends.expire(stored._replace(parts=with_request(stored.parts, request))):
+            await operator.take_away(call.queue, call.lane, stored)
     messages.ack(delivery)
 
 

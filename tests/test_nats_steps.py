@@ -1,0 +1,110 @@
+"""Steps of a call's life on NATS that meet, or are done again: none of them takes what another one needs."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from jetstream import NatsServer, Network, eventually
+from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, open_bench
+
+from faasd_async import CALLBACKS, Delivery, NatsConfig, NatsLink, NatsQueue, end_late_call, new_id
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, server: NatsServer) -> AsyncIterator[Bench]:
+    """A queue on an empty stream."""
+    (tmp_path / "nats").write_text(f"{server.url} t{new_id()[-12:]}")
+    async with open_bench(Bench, NatsStore, tmp_path) as bench:
+        yield bench
+
+
+def queue_of(bench: Bench) -> NatsQueue:
+    """The queue, as the one that it is."""
+    assert isinstance(bench.queue, NatsQueue)
+    return bench.queue
+
+
+@pytest.mark.parametrize("queue", [REQUESTS, CALLBACKS])
+async def test_a_retry_whose_answer_got_lost_is_done_again(queue: str, bench: Bench) -> None:
+    """It was stored, which whoever asks once more is told; else the call would wait for its lease to run out."""
+    await bench.enqueue("a", callback_url=SINK)
+    if queue == CALLBACKS:
+        await bench.run()
+    for attempt in (1, 2):
+        work = await bench.take(queue)
+        held = queue_of(bench)._parts.claims.holdings.held[work.id]
+        assert await bench.queue.retry(work, BAD, 0.0)
+        queue_of(bench)._parts.claims.holdings.hold(held)  # as it is until the answer has come
+        assert await bench.queue.retry(work, BAD, 0.0)
+        failures = (await bench.record("a"))["failures"]
+        assert [failure["number"] for failure in failures] == list(range(1, attempt + 1))
+    await bench.run(queue=queue, status="delivered" if queue == CALLBACKS else "success")
+
+
+async def test_a_call_that_runs_keeps_its_message_when_that_comes_again_after_its_deadline(bench: Bench) -> None:
+    """It has started in time. If its daemon dies, it runs again."""
+    deadline_at = time.time() + 1.0
+    await bench.enqueue("a", deadline_at=deadline_at)
+    work = await bench.take()
+    await asyncio.sleep(deadline_at + 0.1 - time.time())  # that time passes is what this is about
+    parts = queue_of(bench)._parts
+    held = parts.claims.holdings.held[work.id]
+    await parts.lanes.give_back(parts.lanes.queues[REQUESTS].lanes[held.lane], held.delivery)
+    assert await bench.claim() == []
+    assert await bench.status("a") == "running"
+    await bench.crash()
+    again = await bench.take_when_woken()
+    assert (again.call_id, again.attempt) == ("a", 2)
+    assert await bench.queue.complete(again, OK, "success")
+
+
+async def test_a_call_that_starts_while_its_deadline_passes_keeps_its_message(
+    bench: Bench, server: NatsServer, network: Network, tmp_path: Path
+) -> None:
+    """One daemon is about to end it when another one claims it, in time. If that one dies, it runs again."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "nats").write_text((tmp_path / "nats").read_text().replace(server.url, network.url))
+    own_id = await bench.add("a", deadline_at=time.time() + 3600)
+    async with open_bench(Bench, NatsStore, folder) as other:
+        queue = queue_of(other)
+        parts = queue._parts
+        tells = Delivery(f"any.{own_id}-deadline", "nobody", b"", 1, again=False, pending=0)
+        network.hold(lambda message: ".call." in message.subject)
+        late = asyncio.create_task(
+            end_late_call(queue._calls, parts.claims._ends, parts.operator._messages, parts.operator, tells)
+        )
+        await network.until(lambda: network.held, "the end of the call")
+        assert (await bench.take_when_woken()).id == own_id
+        await network.heal()
+        await late
+        assert await bench.status("a") == "running"
+        await other.queue.close()
+        await bench.crash()
+        assert (await bench.take_when_woken()).attempt == 2
+
+
+async def test_a_connection_that_is_made_anew_is_missed_when_it_is_lost(
+    server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one was closed because something else failed, as at a start while the stream has no leader."""
+    link = NatsLink(NatsConfig(servers=(server.url,)))
+
+    async def back() -> None:
+        """Nothing is to be done."""
+
+    with caplog.at_level(logging.WARNING, "faasd_async"):
+        await link.open(back)
+        await link.close()
+        assert "NATS is away" not in caplog.text
+        await link.open(back)
+        await server.kill()
+
+        async def told() -> bool:
+            return "NATS is away" in caplog.text
+
+        await eventually(told)
+    await link.close()
