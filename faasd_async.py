@@ -18563,9 +18563,38 @@ class FunctionRoutes:
         ours = {"X-Call-Id": call_id, "X-Start-Time": str(start_time)}
         if function.replicas == 0:
             await self.directory.awake(function)
-        await self._admit(function, ours)
-        headers = self._call_headers(request.http).packed + call_lines(call_id, start_time)
-        with self.limits.hold(function.key), self.metrics.counted(function.key) as tell_status:
+        if self.limits.full(function.key):
+            reason = f"function {function.name} is at its max_inflight"
+            raise HttpError(429, reason, {"Retry-After": "1", **ours})
+        with self.limits.hold(function.key):  # first: others come while the queue is asked
+            await self._start(function, ours)
+            headers = self._call_headers(request.http).packed + call_lines(call_id, start_time)
+            response = await self._run(request, function, target, headers, ours)
+        if log.isEnabledFor(logging.DEBUG):
+            fields = {"call_id": call_id, "function": function.name, "http_status": response.status}
+            log_with(logging.DEBUG, "sync call ended", **fields)
+        if function.url and response.status >= 500:
+            log_failed_sync(call_id, f"function {function.name} answered {response.status}")
+        return response
+
+    async def _start(self, function: Function, ours: Mapping[str, str]) -> None:
+        """HttpError(429) for a sync call that a rate does not let start yet. StoreError."""
+        if function.rate is not None:
+            wait_s = await self.intake.queue.start(function.key, function.rate)
+            if wait_s > 0:
+                reason = f"function {function.name} is at its rate, {function.rate.text}"
+                later = {"Retry-After": str(math.ceil(wait_s)), **ours}
+                raise HttpError(429, reason, later)
+
+    async def _run(
+        self,
+        request: Request,
+        function: Function,
+        target: str,
+        headers: bytes,
+        ours: Mapping[str, str],
+    ) -> Response:
+        with self.metrics.counted(function.key) as tell_status:
             try:
                 body = await self._sync_body(request.http)
                 function_request = FunctionRequest(request.http.method, target, headers, body)
@@ -18577,24 +18606,7 @@ class FunctionRoutes:
                 exc.headers.update(ours)
                 raise
             tell_status(response.status)
-        if log.isEnabledFor(logging.DEBUG):
-            fields = {"call_id": call_id, "function": function.name, "http_status": response.status}
-            log_with(logging.DEBUG, "sync call ended", **fields)
-        if function.url and response.status >= 500:
-            log_failed_sync(call_id, f"function {function.name} answered {response.status}")
         return response
-
-    async def _admit(self, function: Function, ours: Mapping[str, str]) -> None:
-        """HttpError(429) for a sync call that would be one too many. StoreError."""
-        if self.limits.full(function.key):
-            reason = f"function {function.name} is at its max_inflight"
-            raise HttpError(429, reason, {"Retry-After": "1", **ours})
-        if function.rate is not None:
-            wait_s = await self.intake.queue.start(function.key, function.rate)
-            if wait_s > 0:
-                reason = f"function {function.name} is at its rate, {function.rate.text}"
-                later = {"Retry-After": str(math.ceil(wait_s)), **ours}
-                raise HttpError(429, reason, later)
 
     async def _pass_on(
         self,

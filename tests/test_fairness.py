@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
-from conftest import Daemon, Gate, Reply, Request, Server, StartDaemon, ask, never
+from conftest import PATIENCE, Daemon, Gate, Reply, Request, Server, StartDaemon, ask, never
 
 
 def functions(function: Server, *names: str, more: str = "") -> str:
@@ -166,6 +166,17 @@ async def test_sync_calls_count_against_the_limit_of_queued_ones(daemon: StartDa
     record = await gateway.final(call_id)
     assert (record["status"], record["attempts"]) == ("success", 1)
     assert [(await reply).status for reply in running] == [200, 200]
+
+
+async def test_the_limit_holds_for_sync_calls_of_a_function_with_a_rate(daemon: StartDaemon, function: Server) -> None:
+    """Others come while the queue is asked whether a call may start."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(LIMIT.format(url=function.url, limit='1\nrate = "100/1s"'))
+    calls = asyncio.as_completed([sync(gateway) for _ in range(5)], timeout=PATIENCE)
+    assert [(await next(calls)).status for _ in range(4)] == [429] * 4
+    gate.open()
+    assert (await next(calls)).status == 200
+    assert function.most_running == 1
 
 
 async def test_the_limit_holds_under_mixed_load(daemon: StartDaemon, function: Server) -> None:
