@@ -16640,10 +16640,12 @@ class Consumers:
         self._died = died  # told when a dispatcher has ended
         self._jobs: Mapping[str, Job] = {}  # by queue; "": of those without an entry
         self._consumers: dict[str, Consumer] = {}  # by queue
+        self._claiming = False  # from the start to `halt`
 
     def start(self, jobs: Mapping[str, Job], names: Iterable[str]) -> None:
         """Begin with these queues. Others follow when there is work in them."""
         self._jobs = jobs
+        self._claiming = True
         for name in names:
             self._consumer(name)
 
@@ -16663,8 +16665,10 @@ class Consumers:
 
     def wake(self, name: str) -> None:
         """Wake the consumer of a queue: there may be something to claim."""
-        if self._consumers:  # else it is to start, and will look into its queue
+        if self._claiming:  # else it is to start, and will look into its queue
             self._consumer(name).wake()
+        elif name in self._consumers:
+            self._consumers[name].wake()
 
     def wake_all(self) -> None:
         """Wake all consumers."""
@@ -16681,7 +16685,8 @@ class Consumers:
         return {name: consumer.inflight for name, consumer in self._consumers.items()}
 
     def halt(self) -> None:
-        """Claim no more."""
+        """Claim no more, nor begin with other queues."""
+        self._claiming = False
         for consumer in self._consumers.values():
             consumer.halt()
 

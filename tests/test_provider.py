@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import signal
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -25,6 +26,8 @@ from conftest import (
     connection,
     faasd,
     never,
+    parse,
+    rude_server,
 )
 from provider import Deployed, Provider, basic, credential_files, running_provider
 
@@ -603,6 +606,32 @@ async def test_an_annotation_limits_the_rate_of_calls(start: StartGateway, provi
     assert (await gateway.record(second))["status"] == "queued"
     queues = json.loads((await ask(gateway.url, "/system/queues")).body)["queues"]
     assert queues[0]["function_rates"] == {"env.openfaas-fn": "1/1h"}
+
+
+async def test_a_queue_that_gets_its_first_call_while_the_daemon_stops_is_left_for_the_next(
+    start: StartGateway, env: Deployed, function: Server
+) -> None:
+    """Nobody would wait for what begins then."""
+    env.annotations["com.openfaas.queue"] = "late"
+    function.behaviour = gate = Gate()
+    gateway = await start(f'[functions.slow]\nurl = "{function.url}"\n')
+    running = asyncio.create_task(ask(gateway.url, "/function/slow"))
+    await function.wait_for(1)
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readuntil(b"ok\n")
+        gateway.signal(signal.SIGTERM)
+        await gateway.wait_for_log("stopping")
+        writer.write(b"POST /async-function/env HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 202 ")
+    gate.open()
+    assert (await running).status == 200
+    assert await gateway.ended() == 0
+    assert not env.requests
+    await gateway.start()
+    record = await gateway.final(parse(head).headers["X-Call-Id"])
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 1, 0)
 
 
 # ---- the provider is away --------------------------------------------------------------------------------------
