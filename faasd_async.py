@@ -19497,8 +19497,9 @@ def parse_provided(answer: Fetched, target: str, resource: str) -> object:
 
 
 def passed(answer: Fetched, status: int) -> Response:
-    """The provider's answer."""
-    return Response(status, as_multidict(answer.headers), answer.body)
+    """The provider's answer, which has been read: how it was framed does not count any more."""
+    headers = as_multidict(forward_headers(answer.headers, CONTENT_LENGTH))
+    return Response(status, headers, answer.body)
 
 
 # -- Fn Project's API of 2017

@@ -1292,6 +1292,21 @@ async def change(gateway: Daemon, method: str, path: str, **body: Any) -> int:
     return (await ask(gateway.url, f"/system/{path}", method=method, body=json.dumps(body).encode())).status
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_an_answer_is_passed_on_however_it_was_framed(daemon: StartDaemon, method: str) -> None:
+    """Its chunks, and what its headers say of its connection, were for us."""
+    head = b"HTTP/1.1 400 Bad Request\r\nX-Kept: yes\r\nTransfer-Encoding: chunked\r\n"
+    hop = b"Connection: keep-alive, X-Hop\r\nKeep-Alive: timeout=5\r\nX-Hop: 1\r\n\r\n"
+    async with rude_server(head + hop + b"5\r\nwrong\r\n0\r\n\r\n") as url:
+        gateway = await daemon(f'[provider]\nurl = "{url}"\n')
+        reply = await ask(gateway.url, "/system/functions", method=method)
+    assert (reply.status, reply.body) == (400, b"wrong" if method == "GET" else b"")
+    assert reply.headers["X-Kept"] == "yes"
+    assert reply.headers.getall("Content-Length") == ["5"]
+    assert reply.headers.getall("Connection") == ["close"]
+    assert not reply.headers.keys() & {"Transfer-Encoding", "Keep-Alive", "X-Hop"}
+
+
 async def test_a_deployed_function_is_accepted_and_known_at_once(start: StartGateway, provider: Provider) -> None:
     """202, as OpenFaaS's gateway answers, and the name is not unknown any more."""
     gateway = await start()
