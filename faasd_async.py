@@ -18291,8 +18291,12 @@ class Front:
             return self._refused(http, exc)
 
     def _refused(self, http: Exchange, exc: StoreError | HttpError | OSError) -> Response:
-        """The answer that says why there is no other. Raises OSErrors that tell nothing of that."""
+        """The answer that says why there is no other. Raises OSErrors that tell nothing of that,
+        and ConnectionAbortedError if a part of another is sent already.
+        """
         target = http.head.target
+        if http.begun and not isinstance(exc, OSError):
+            raise ConnectionAbortedError("the answer is not whole") from exc
         if isinstance(exc, StoreError):
             self._refusals.count(exc)
             text = f"the queue can't store this now, try again later: {exc}"

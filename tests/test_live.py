@@ -356,6 +356,43 @@ async def test_who_reads_slowly_does_not_hold_a_program_up(daemon: StartDaemon) 
     assert written.endswith(b"done\n")
 
 
+async def test_of_a_piece_that_is_too_long_for_a_reader_the_end_is_shown(daemon: StartDaemon, tmp_path: Path) -> None:
+    """It is told that the rest was left out."""
+    (tmp_path / "long").write_bytes(b"x" * 50_000 + b"end\n")
+    gateway = await daemon(
+        f"""
+        [functions.it]
+        command = ["dd", "if={tmp_path}/long", "bs=60000", "status=none"]
+        """,
+        before="faasd_async.MAX_UNSENT_BYTES = 2000; faasd_async.RECENT_BYTES = 500",
+    )
+    await ask(gateway.url, "/system/queues/faas-request/pause", method="POST")
+    call_id = await gateway.submit("it")
+    async with followed(gateway, call_id) as log:
+        await ask(gateway.url, "/system/queues/faas-request/resume", method="POST")
+        written = await log.read()
+    assert "… what was not read in time is left out …".encode() in written
+    assert written.endswith(b"xend\n")
+
+
+async def test_a_log_that_can_not_be_read_to_its_end_breaks_off(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """Nobody waits for the rest of it, or takes the next answer for that."""
+    function.behaviour = gate = Gate()
+    host = await hosts(one_function(function))
+    call_id = await host.submit("it")
+    await function.wait_for(1)
+    async with connection(host.url) as (reader, writer):
+        target = f"/system/calls/{call_id}/log?follow=1"
+        writer.write(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        await server.kill()
+        gate.open()
+        written = await asyncio.wait_for(reader.read(), PATIENCE)
+    assert written == b"2\r\nok\r\n"
+
+
 # ---- events --------------------------------------------------------------------------------------
 
 
