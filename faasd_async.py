@@ -15999,7 +15999,7 @@ class LiveOutput:
         for reader in self._readers:
             if not reader.put(piece):
                 reader.put(LEFT_OUT)
-                reader.put(piece)
+                reader.put(piece[-RECENT_BYTES:])
 
     def end(self) -> None:
         """The attempt has ended, and writes no more."""

@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask
-from jetstream import StartHost, one_function, submit_all
+from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask, connection
+from jetstream import NatsServer, StartHost, one_function, submit_all
 from queues import OK, Bench, NatsStore, Settings
 
 SETTINGS = """
