@@ -19294,7 +19294,7 @@ class EventHub:
     def _since(self, last_id: str | None) -> Sequence[Event] | None:
         """What has happened since an event. None: that is not known any more."""
         epoch, _, number = (last_id or "").partition("-")
-        if epoch != self._epoch or not number.isdecimal():
+        if epoch != self._epoch or not re.fullmatch("[0-9]{1,18}", number):
             return None
         oldest = self._events[0].number if self._events else self._number + 1
         if not oldest - 1 <= int(number) <= self._number:

@@ -508,6 +508,17 @@ async def test_a_stream_that_was_cut_begins_again_where_it_was(daemon: StartDaem
     assert first != second
 
 
+async def test_a_stream_begins_anew_after_an_id_that_is_none(daemon: StartDaemon, function: Server) -> None:
+    """Whatever stands behind the part that says which process it was."""
+    gateway = await daemon(SETTINGS.format(url=function.url))
+    async with events(gateway) as stream:
+        await stream.next()
+    epoch = stream.last_id.partition("-")[0]
+    for number in ("", "-1", "x", "\u0661", "9" * 5000):
+        async with events(gateway, last_id=f"{epoch}-{number}") as again:
+            assert await again.next() == ("open", {"resumed": False})
+
+
 async def gap_after_many_calls(gateway: Daemon, stream: Events) -> tuple[str, object]:
     """Twenty calls are submitted: the first event that tells of none."""
     await stream.next()
