@@ -16526,10 +16526,14 @@ class Consumer:
         if receipt in self._running:
             # Not at once: a task that is cancelled before its first step would not run at all, nor
             # free its slot.
-            task = self._running[receipt].task
-            self._loop.call_soon(task.cancel)
+            self._loop.call_soon(self._end_attempt, receipt)
         elif self._revoked is not None:
             self._revoked.add(receipt)
+
+    def _end_attempt(self, receipt: Hashable) -> None:
+        """End an attempt, unless it has ended by itself: then its outcome is being stored."""
+        if receipt in self._running:
+            self._running[receipt].task.cancel()
 
     def halt(self) -> None:
         """Claim no more."""

@@ -16,6 +16,9 @@ import pytest
 from aiohttp import web
 from conftest import PATIENCE, Daemon, Faults, Gate, Request, Server, StartDaemon, ask
 from provider import Provider, credential_files, running_provider
+from queues import OK, REQUESTS, STORES, Bench, Store, open_bench
+
+from faasd_async import SUCCEEDED, Claim, Consumer, Decision, Outcome, Rate
 
 
 async def cancel(gateway: Daemon, call_id: str) -> None:
@@ -390,3 +393,45 @@ async def test_a_call_that_is_held_back_is_claimed_when_the_provider_gives_it_a_
     doors.open("/sync", "/queued")
     assert (await sync).status == 200
     assert (await gateway.final(queued))["status"] == "success"
+
+
+# ---- an attempt that has just ended --------------------------------------------------------------
+
+
+class OneAttempt:
+    """A job whose attempt ends when the test says how."""
+
+    def __init__(self) -> None:
+        self.begun: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
+        return 1, {}
+
+    def rates(self, name: str) -> Mapping[str, Rate]:
+        return {}
+
+    async def execute(self, claim: Claim) -> Outcome | None:
+        self.begun.set_result(claim)
+        return await self.outcome
+
+    def decide(self, claim: Claim, outcome: Outcome) -> Decision:
+        return SUCCEEDED
+
+    def ended(self, claim: Claim, outcome: Outcome, decision: Decision) -> None: ...
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.__name__)
+async def test_an_end_is_stored_though_a_cancellation_comes_with_it(store: type[Store], tmp_path: Path) -> None:
+    """What a queue has to do for an attempt is not cut short, or it would hold on to its slot and its lease."""
+    async with open_bench(Bench, store, tmp_path) as bench:
+        await bench.enqueue("a")
+        job = OneAttempt()
+        consumer = Consumer(REQUESTS, bench.queue, job)
+        claim = await asyncio.wait_for(job.begun, PATIENCE)
+        job.outcome.set_result(OK)
+        consumer.cancel(claim.receipt)
+        await bench.until(lambda: bench.ended)
+        assert await bench.status("a") == "success"
+        consumer.halt()
+        await consumer.stop(asyncio.create_task(asyncio.sleep(0)))
