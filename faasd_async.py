@@ -4377,23 +4377,28 @@ class Receipt(NamedTuple):
 
 
 class Place:
-    """Where a file is. If it is deleted while it is used, what is written to it later is lost."""
+    """Where a file and its WAL are. If one is deleted while they are used, what is written to it
+    later is lost.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode = path.stat().st_ino
+        beside = path.resolve()
+        self._inodes = {
+            file: file.stat().st_ino for file in (path, beside.with_name(f"{beside.name}-wal"))
+        }
 
     def require(self) -> None:
-        """Raise sqlite3.OperationalError if the file is not there. It may be put back."""
-        try:
-            there = self._path.stat().st_ino == self._inode
-        except FileNotFoundError:
-            there = False
-        except OSError:  # The disk has a fault, of which the transaction will tell.
-            return
-        if not there:
-            reason = "was removed or replaced while it was used: put it back, or restart"
-            raise sqlite3.OperationalError(f"{self._path} {reason}")
+        """Raise sqlite3.OperationalError if one of them is not there. It may be put back."""
+        for path, inode in self._inodes.items():
+            try:
+                there = path.stat().st_ino == inode
+            except FileNotFoundError:
+                there = False
+            except OSError:  # The disk has a fault, of which the transaction will tell.
+                return
+            if not there:
+                reason = "was removed or replaced while it was used: put it back, or restart"
+                raise sqlite3.OperationalError(f"{path} {reason}")
 
 
 # --- SQLite file ----------------------------------------------------------------------------------
@@ -22593,7 +22598,8 @@ def change_queue(args: Arguments) -> None:
 
 def save_backup(args: Arguments) -> None:
     """Save a copy of the queue's file as it is at one moment: whole, or not at all."""
-    pieces = Client(args).stream("GET /system/backup")
+    client = Client(args)
+    pieces = client.stream("GET /system/backup")
     if args.copy == "-":
         if sys.stdout.isatty():
             raise HttpError(400, "a copy is no text: name a file, or pipe it on")
@@ -22604,6 +22610,10 @@ def save_backup(args: Arguments) -> None:
         raise HttpError(400, f"{args.copy} is no file: name one, or - for standard output")
     if target.exists() and not args.force:
         raise HttpError(400, f"{args.copy} is there already: --force replaces it")
+    if target.exists():
+        place = client.document("GET /system/stats", "store")["store"]["place"]
+        if any(target.samefile(own) for own in (place, f"{place}-wal") if Path(own).exists()):
+            raise HttpError(400, f"{args.copy} is the queue's own file, and in use")
     write_whole(target, pieces)
     write(f"{args.copy}: {brief_size(target.stat().st_size)}\n")
 

@@ -113,6 +113,20 @@ async def test_a_page_from_elsewhere_has_no_backup_made(gateway: Daemon) -> None
 # ---- the command -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["itself", "its WAL", "a link to it", "another name of it"])
+async def test_a_backup_does_not_replace_what_it_copies(gateway: Daemon, tmp_path: Path, name: str) -> None:
+    """The daemon would go on with a file that nobody finds again."""
+    target = {"itself": gateway.store, "its WAL": gateway.store.with_name(f"{gateway.store.name}-wal")}.get(name)
+    if target is None:
+        target = tmp_path / "other"
+        (target.symlink_to if name == "a link to it" else target.hardlink_to)(gateway.store)
+    inode = target.stat().st_ino
+    result = await faasd("backup", "--force", target, "--url", gateway.url)
+    assert (result.code, "is the queue's own file" in result.err) == (1, True), result
+    assert target.stat().st_ino == inode
+    await gateway.final(await gateway.submit("upper"))
+
+
 async def test_a_backup_replaces_nothing_unless_it_is_told_to(gateway: Daemon, tmp_path: Path) -> None:
     """A file that is there, another kind of file, a folder that is not there: one line each, and nothing is left."""
 

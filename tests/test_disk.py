@@ -319,6 +319,24 @@ async def test_a_file_that_is_taken_away_while_it_is_used_stores_nothing(daemon:
     assert [(await gateway.record(call))["status"] for call in (first, second)] == ["success"] * 2
 
 
+async def test_a_wal_that_is_taken_away_while_it_is_used_stores_nothing(daemon: StartDaemon, function: Server) -> None:
+    """What was accepted before is in the file after a restart."""
+    gateway = await daemon(settings(function))
+    first = await gateway.submit("it")
+    await gateway.final(first)
+    wal = gateway.store.with_name(f"{gateway.store.name}-wal")
+    wal.unlink()
+    for _ in range(2):
+        reply = await ask(gateway.url, "/async-function/it", method="POST")
+        assert reply.status == 503
+        assert b"-wal was removed or replaced" in reply.body
+        wal.write_bytes(b"")
+    assert await gateway.terminate() == 0
+    await gateway.start()
+    assert (await gateway.record(first))["status"] == "success"
+    await gateway.final(await gateway.submit("it"))
+
+
 def aside(gateway: Daemon) -> list[Path]:
     """The damaged files that were kept."""
     found = gateway.folder.glob("*.corrupt-*")
