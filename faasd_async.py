@@ -15466,21 +15466,33 @@ class FunctionLimits:
         self._on_room = on_room  # told when a function that was full may have room again
         self._provided: dict[str, int] = {}  # max_inflight of the provider's functions
         self._provided_rates: dict[str, Rate] = {}  # and their rates
-        self._running: Counter[str] = Counter()
+        self._configured: Mapping[str, int] = {}  # max_inflight of the file's functions
+        self._all: Mapping[str, int] = {}  # of all functions
+        self._running: Counter[str] = Counter()  # calls in flight, of functions that have some
         self._resting: dict[str, float] = {}  # functions that get no calls until then (monotonic)
         self._learned: dict[str, Learned] = {}
         self._room = asyncio.Event()  # set, and replaced, whenever there may be room
 
     def room(self, adaptive: bool) -> dict[str, int]:
         """How many more calls each function with a limit can take; "": any other one."""
-        now = time.monotonic()
-        limits = {**self._provided, **self._settings().function_limits}
-        limits |= {name: 0 for name, until in self._resting.items() if until > now}
+        room = dict(self._limits())
         if adaptive:
             for name, learned in self._learned.items():
-                limits[name] = min(limits.get(name, 1 << 30), int(learned.limit))
-        room = {name: max(0, limit - self._running[name]) for name, limit in limits.items()}
+                room[name] = min(room.get(name, 1 << 30), int(learned.limit))
+        for name, running in self._running.items():
+            if name in room:
+                room[name] = max(0, room[name] - running)
+        now = time.monotonic()
+        room |= {name: 0 for name, until in self._resting.items() if until > now}
         return {**room, "": 1} if adaptive else room
+
+    def _limits(self) -> Mapping[str, int]:
+        """All limits. They are put together when some have changed: each claim asks for them."""
+        configured = self._settings().function_limits
+        if self._configured is not configured:
+            self._configured = configured
+            self._all = {**self._provided, **configured}
+        return self._all
 
     def rates(self) -> Mapping[str, Rate]:
         """The rates of functions that have one."""
@@ -15515,6 +15527,7 @@ class FunctionLimits:
             self._provided[name] = limit
         if rate is not None:
             self._provided_rates[name] = rate
+        self._configured = {}  # Put all together again.
         self.changed()
 
     def changed(self) -> None:
@@ -15552,6 +15565,8 @@ class FunctionLimits:
     def end(self, name: str) -> None:
         """A call of a function has ended."""
         self._running[name] -= 1
+        if not self._running[name]:
+            del self._running[name]
         if self.limit(name) is not None:  # else nobody waits for it
             self.changed()
 
