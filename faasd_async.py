@@ -17383,7 +17383,7 @@ class Exchange:
     def send(self, answer: Response, ours: bool = False) -> None:
         """Send an answer whose body is whole, `ours` or passed on. Raises ConnectionResetError."""
         body = answer.body
-        if ours and self.head.usual and answer.bare:
+        if ours and self.head.usual and answer.bare and self.keep_alive:
             head = bare_head(answer.status, len(body), int(time.time()))
             self._send(b"%b%b\r\n%b" % (head, answer.lines, body))
             return
@@ -17562,8 +17562,15 @@ class Clients:
         self.read_timeout_s = read_timeout_s  # what a request has to come in
         self.write_timeout_s = write_timeout_s  # for which a client may take nothing
         self.tell = tell  # An answer has ended, or a connection has.
+        self.leaving = False  # We stop: each answer is the last on its connection.
         self.known = KnownHeads()
         self.connections: set[ClientConnection] = set()
+
+    def leave(self) -> None:
+        """Have each answer, from now on, be the last on its connection."""
+        self.leaving = True
+        for peer in self.connections:
+            peer.conversation.leave()
 
 
 class Conversation:
@@ -17610,6 +17617,11 @@ class Conversation:
     def expect_no_more(self) -> None:
         """What is being answered is the last."""
         self._no_more = True
+
+    def leave(self) -> None:
+        """Have the client told with the answer under way that it is the last."""
+        if self._exchange is not None and not self._exchange.begun:
+            self._exchange.keep_alive = False
 
     def probe(self) -> None:
         """Find out whether the client is still there. Who takes nothing is waited for elsewhere."""
@@ -17743,7 +17755,11 @@ class Conversation:
     # With or without.
 
     def _new_exchange(self, head: RequestHead, content: Content) -> Exchange:
-        return Exchange(self._flow, self._address, head, content, self._clients.write_timeout_s)
+        write_timeout_s = self._clients.write_timeout_s
+        exchange = Exchange(self._flow, self._address, head, content, write_timeout_s)
+        if self._clients.leaving:
+            exchange.keep_alive = False
+        return exchange
 
     def _make_room(self) -> None:
         """A request is answered: look for more."""
@@ -17971,7 +17987,7 @@ class Server:
         read_timeout_s: float,
         write_timeout_s: float,
     ) -> None:
-        clients = Clients(application, read_timeout_s, write_timeout_s, self._tell)
+        self._clients = clients = Clients(application, read_timeout_s, write_timeout_s, self._tell)
         self._connections = clients.connections
         self._acceptor = Acceptor(lambda: ClientConnection(clients), clients.connections)
         # An answer has ended, a connection has asked or gone; None: nobody waits for that.
@@ -17988,8 +18004,9 @@ class Server:
         self._acceptor.go_on()
 
     def stop_listening(self) -> None:
-        """Accept no more connections."""
+        """Accept no more connections, and tell who asks on one that its answer is the last."""
         self._acceptor.stop()
+        self._clients.leave()
 
     async def give_up_bodies(self) -> None:
         """Refuse requests whose bodies do not come, until this is cancelled."""

@@ -222,6 +222,37 @@ async def test_a_stop_waits_for_running_sync_calls(daemon: StartDaemon, function
     assert await gateway.ended() == 0
 
 
+@own_interpreter
+async def test_a_stop_tells_clients_that_an_answer_is_the_last(daemon: StartDaemon, function: Server) -> None:
+    """Else the next request on the connection could meet its end, and nobody knew what became of it."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function))
+    asked = {
+        "a page": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "a call": b"POST /async-function/it HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n",
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connection(gateway.url)) for _ in (*asked, "running")]
+        for (reader, writer), request in zip(clients, asked.values(), strict=False):
+            for _ in range(3):  # a head that is known is answered in a way of its own
+                writer.write(request)
+                assert b"close" not in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        clients[-1][1].write(b"GET /function/it HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await function.wait_for(4)
+        gateway.signal(signal.SIGTERM)
+        await gateway.wait_for_log("stopping: waiting")
+        for (reader, writer), request in zip(clients, asked.values(), strict=False):
+            writer.write(request)
+            answered = await asyncio.wait_for(reader.read(), PATIENCE)
+            assert b"Connection: close" in answered, answered
+        gate.open()
+        answered = await asyncio.wait_for(clients[-1][0].read(), PATIENCE)
+        assert answered.startswith(b"HTTP/1.1 200 OK"), answered
+        assert b"Connection: close" in answered, answered
+        assert answered.endswith(b"ok")
+    assert await gateway.ended() == 0
+
+
 PARTS = {
     "small": b"Content-Length: 10\r\n\r\npart",
     "large": b"Content-Length: 10000000\r\n\r\npart",
