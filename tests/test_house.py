@@ -590,9 +590,9 @@ def test_a_file_beyond_the_tripwire_has_a_list_of_what_could_go() -> None:
     assert not long or "\n## What could go\n" in CONTRIBUTING.read_text("utf-8")
 
 
-def test_the_map_has_all_sections_in_their_order() -> None:
+def test_the_map_has_all_sections_in_their_order(program: Source) -> None:
     """What a newcomer reads first says where everything is."""
-    sections = [name for name, _, _ in Source(PROGRAM.read_text("utf-8")).sections]
+    sections = [name for name, _, _ in program.sections]
     parts = CONTRIBUTING.read_text("utf-8").partition("\n## ")[0]
     assert re.findall(r"\*\*(.+?)\*\*", parts) == sections
 
