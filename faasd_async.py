@@ -285,7 +285,9 @@ MAX_FAILURES = 20  # failed attempts and deliveries that a call's record keeps
 SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 
 EARLIEST = 1e8  # 1973: what is less is no time that anybody means
-END_OF_TIME = 253_402_300_799.0  # 9999-12-31T23:59:59Z: what Python and RFC 3339 can write
+# 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z: what Python and RFC 3339 can write.
+BEGIN_OF_TIME = -62_135_596_800.0
+END_OF_TIME = 253_402_300_799.0
 
 # RFC 9110 7.6.1, with the ones that RFC 9110 11.7 and 6.6.2 bind to one connection.
 HOP_BY_HOP = frozenset(
@@ -626,7 +628,7 @@ def parse_when(value: Any) -> float:
         return min(float(value), END_OF_TIME)
     moment = datetime.fromisoformat(value.upper())
     require(moment.tzinfo is not None)
-    return min(moment.timestamp(), END_OF_TIME)
+    return min(max(BEGIN_OF_TIME, moment.timestamp()), END_OF_TIME)
 
 
 @expects('a duration such as "1h" or ' + TIME_FORM)
@@ -2958,7 +2960,7 @@ def leave_middle_out(start: bytes, end: bytes, size: int, keep: int) -> bytes:
     room = keep - MARKER_BYTES
     if room < MARKER_BYTES:
         return start[:keep]
-    first = re.sub(rb"[\xc0-\xff][\x80-\xbf]{0,2}$", b"", start[: room // 2])
+    first = re.sub(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z", b"", start[: room // 2])
     last = re.sub(rb"^[\x80-\xbf]{1,3}", b"", end[-(room - len(first)) :])
     missing = size - len(first) - len(last)
     return first + f"\n… {missing} bytes are not kept …\n".encode() + last
