@@ -5858,7 +5858,7 @@ REDRIVE_CALLS = f"""
             'callback', json_object(
                 'status', callback_status, 'attempts', callback_attempts,
                 'http_status', callback_http_status, 'error', callback_error)))
-    WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL
+    WHERE seq IN (SELECT value FROM json_each(:seqs)) AND work IS NULL AND turn IS NULL
         AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
     RETURNING seq, work, function, namespace, concurrency_key
 """
@@ -5867,9 +5867,11 @@ SELECT_ANSWER = """
         length(body), headers IS NOT NULL
     FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
 """
+# What was cancelled while it ran keeps its turn until it has stopped.
+SELECT_ENDING = "SELECT 1 FROM calls WHERE seq = ? AND (work IS NOT NULL OR turn IS NOT NULL)"
 SELECT_REDRIVEN = """
     SELECT function || '.' || namespace, status, callback_status, count(*) FROM calls
-    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL
+    WHERE seq IN (SELECT value FROM json_each(?)) AND work IS NULL AND turn IS NULL
         AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
     GROUP BY 1, 2, 3
 """
@@ -6059,7 +6061,7 @@ def step_cancel(file: SqliteFile, own_id: str) -> bool:
 def step_redrive(file: SqliteFile, call_id: str) -> None:
     """Queue a final call again. HttpError: 404, 409, 410."""
     seq = find_seq(file, call_id)
-    if file.db.execute(SELECT_WORK, (json.dumps([seq]),)).fetchone():
+    if file.db.execute(SELECT_ENDING, (seq,)).fetchone():
         raise HttpError(409, NOT_FINISHED)
     if not redrive_rows(file, [seq]):
         raise HttpError(410, NO_REQUEST)
@@ -10709,9 +10711,11 @@ class NatsKeys:
     async def _is_left(self, own_id: str) -> bool:
         """Whether a call has ended, or is gone, and has not passed its key on."""
         stored = await self._calls.anywhere(own_id)
-        if stored is None:
-            return True
-        ended_at = stored.call.completed_at
+        return stored is None or self._is_over(stored.call)
+
+    def _is_over(self, call: NatsCall) -> bool:
+        """Whether a call has ended so long ago that it can't have its key any more."""
+        ended_at = call.completed_at
         return ended_at is not None and ended_at < self._calls.now() - KEY_GRACE_S
 
     async def line_up(self, stored: Stored) -> None:
@@ -10739,6 +10743,13 @@ class NatsKeys:
             line = self._subjects.key_line(key, note.document["id"])
             if place := await self._calls.noted(line, *PLACE_IN_LINE):
                 await self._hand_out(key, place)
+
+    async def is_kept(self, call: NatsCall) -> bool:
+        """Whether a call that has ended has its key: it was cancelled, and has not stopped yet."""
+        if call.concurrency_key is None:
+            return False
+        note = await self._holder(key_token(call))
+        return note is not None and note.document["id"] == call.id and not self._is_over(call)
 
     async def stopped(self, claim: Claim) -> None:
         """Pass on the key of a call that was cancelled while it ran: it has stopped now."""
@@ -11871,7 +11882,7 @@ class NatsOperator:
     async def redrive_one(self, call_id: str) -> None:
         """See CallRecords."""
         stored = await self._calls.find(call_id)
-        if not stored.call.finished:
+        if not stored.call.finished or await self._claims.keys.is_kept(stored.call):
             raise HttpError(409, NOT_FINISHED)
         if not stored.parts.has_request:
             raise HttpError(410, NO_REQUEST)
@@ -11919,7 +11930,9 @@ class NatsOperator:
     async def redrive_finished(self, stored: Stored) -> bool:
         """As `redrive`. False: it has not finished, or its request is not stored any more."""
         possible = stored.call.finished and stored.parts.has_request
-        return possible and await self.redrive(stored)
+        if not possible or await self._claims.keys.is_kept(stored.call):
+            return False
+        return await self.redrive(stored)
 
 
 class NatsPruning:

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
-from queues import BAD, OK, REQUESTS, STORES, Bench, NatsStore, Settings, Store, invocation, open_bench, owner
+from queues import BAD, OK, REQUESTS, STORES, Bench, NatsStore, Settings, Store, invocation, open_bench, owner, refused
 
-from faasd_async import Claim, Ended, NatsQueue, Rate, rate
+from faasd_async import CallFilter, Claim, Ended, NatsQueue, Rate, rate
 
 
 @pytest.fixture(params=STORES, ids=lambda store: store.__name__)
@@ -151,6 +151,18 @@ async def test_a_call_that_is_queued_again_keeps_its_key(bench: Bench) -> None:
     assert await bench.queue.complete(work, OK, "success")
     again = await bench.take_when_woken()
     assert (again.call_id, again.concurrency_key) == ("a", "k")
+
+
+async def test_a_call_that_was_cancelled_runs_again_with_its_key_only_once_it_has_stopped(bench: Bench) -> None:
+    """Until then its function may still work on what the key stands for."""
+    await bench.enqueue("a", concurrency_key="k")
+    work = await bench.take_when_woken()
+    assert await bench.queue.cancel("a") == 1
+    assert await refused(bench.queue.redrive("a")) == 409
+    assert (await bench.queue.redrive_matching(CallFilter(statuses=("cancelled",)))).done == 0
+    assert not await bench.queue.complete(work, OK, "success")  # It has stopped.
+    await bench.queue.redrive("a")
+    assert (await bench.take_when_woken()).call_id == "a"
 
 
 async def test_a_power_cut_frees_a_key(bench: Bench) -> None:
