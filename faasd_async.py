@@ -7167,8 +7167,11 @@ JSON_TYPES: Mapping[Any, Any] = {
     Sequence[Sequence[Any]]: (list, tuple),
 }
 FIELD_TYPES = {name: JSON_TYPES[hint] for name, hint in get_type_hints(NatsCall).items()}
+SECONDS = frozenset(("deadline_at", "scheduled_for", "started_at", "completed_at", "duration_s"))
+TEXTS = frozenset(name for name, types in FIELD_TYPES.items() if types in (str, (str, type(None))))
+TEXTS -= {"target", "error", "callback_error"}  # which may have bytes that are no UTF-8
 # What may be raised while bytes are read that somebody else has published.
-FOREIGN = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
+FOREIGN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def foreign_reason(exc: Exception) -> str:
@@ -7269,7 +7272,27 @@ def unpack_fields(document: Mapping[str, Any]) -> NatsCall:
     if not all(map(isinstance, known.values(), map(FIELD_TYPES.__getitem__, known))):
         wrong = [name for name, value in known.items() if not isinstance(value, FIELD_TYPES[name])]
         raise ValueError(f"its {wrong[0]} is of another kind than in ours")
-    return NatsCall(**known)
+    call = NatsCall(**known)
+    if not (0 <= call.start_time / 1e9 <= END_OF_TIME and 0 <= call.due_at <= END_OF_TIME):
+        raise ValueError("its start_time or due_at is none")
+    f"{call.call_id}{call.function}{call.namespace}{call.queue}".encode()  # It may be no text.
+    if len(known) > OPTIONAL:  # Most work messages have nothing else.
+        require_shown(known)
+    return call
+
+
+def require_shown(fields: Mapping[str, Any]) -> None:
+    """Raise FOREIGN for what JSON can say and nobody can show: a time that is none, text that is
+    none, a past of another form. A list with such a record would fail as a whole.
+    """
+    times = [fields[name] or 0.0 for name in SECONDS.intersection(fields)]
+    if not all(0 <= seconds <= END_OF_TIME for seconds in times):
+        raise ValueError("one of its times is none")
+    "".join([fields[name] or "" for name in TEXTS.intersection(fields)]).encode()
+    for past in fields.get("history", ()):
+        list(map(rfc3339, (past["started_at"], past["completed_at"])))
+    for failure in fields.get("failures", ()):
+        rfc3339(Failure._make(failure).failed_at)
 
 
 encode_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -7427,42 +7450,6 @@ def ended_call(call: NatsCall, outcome: Outcome, status: str, now: float) -> Nat
     answer = (outcome.status, duration_s, outcome.size, call.interrupted, outcome.error)
     rest = call[FATE + len(ended) + len(answer) :]
     return NatsCall._make(call[:FATE] + ended + answer + rest)
-
-
-def nats_past(call: NatsCall) -> dict[str, Any]:
-    """What a call's history keeps of it, when it is queued again."""
-    return {
-        "status": call.status,
-        "attempts": call.attempts,
-        "http_status": call.http_status,
-        "error": call.error,
-        "started_at": call.started_at,
-        "completed_at": call.completed_at,
-        "duration_seconds": call.duration_s,
-        "interrupted": call.interrupted,
-        "callback": {
-            "status": call.callback_status,
-            "attempts": call.callback_attempts,
-            "http_status": call.callback_http_status,
-            "error": call.callback_error,
-        },
-    }
-
-
-def nats_ended(call: NatsCall) -> Ended:
-    """What is told of a call that has reached its end."""
-    return Ended(
-        id=call.id,
-        call_id=call.call_id,
-        function=call.function,
-        status=call.status,
-        attempts=call.attempts,
-        duration_s=call.duration_s,
-        http_status=call.http_status,
-        error=call.error,
-        queue=call.queue,
-        lane=call.lane,
-    )
 
 
 OWN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -10895,6 +10882,22 @@ class NatsRates:
 #     redrive  work message, record (queued)
 
 
+def nats_ended(call: NatsCall) -> Ended:
+    """What is told of a call that has reached its end."""
+    return Ended(
+        id=call.id,
+        call_id=call.call_id,
+        function=call.function,
+        status=call.status,
+        attempts=call.attempts,
+        duration_s=call.duration_s,
+        http_status=call.http_status,
+        error=call.error,
+        queue=call.queue,
+        lane=call.lane,
+    )
+
+
 class NatsEnds:
     """Stores what becomes of a claim.
 
@@ -11767,6 +11770,26 @@ async def change_all(
     return BulkResult(matched, done)
 
 
+def nats_past(call: NatsCall) -> dict[str, Any]:
+    """What a call's history keeps of it, when it is queued again."""
+    return {
+        "status": call.status,
+        "attempts": call.attempts,
+        "http_status": call.http_status,
+        "error": call.error,
+        "started_at": call.started_at,
+        "completed_at": call.completed_at,
+        "duration_seconds": call.duration_s,
+        "interrupted": call.interrupted,
+        "callback": {
+            "status": call.callback_status,
+            "attempts": call.callback_attempts,
+            "http_status": call.callback_http_status,
+            "error": call.callback_error,
+        },
+    }
+
+
 class NatsOperator:
     """Cancels calls, and queues them again."""
 
@@ -11989,9 +12012,9 @@ async def end_late_call(
 def nats_call(call: Invocation, offset_s: float) -> NatsCall:
     """A new call, its times moved to the servers' clock, which is `offset_s` ahead of ours."""
     if offset_s:
-        call = call._replace(due_at=call.due_at + offset_s)
+        call = call._replace(due_at=min(call.due_at + offset_s, END_OF_TIME))
         if call.deadline_at is not None:
-            call = call._replace(deadline_at=call.deadline_at + offset_s)
+            call = call._replace(deadline_at=min(call.deadline_at + offset_s, END_OF_TIME))
     return NatsCall(
         id=call.id,
         call_id=call.call_id,
@@ -12256,6 +12279,7 @@ def openfaas_call(data: bytes, config: Config) -> Invocation:
     with or_raise("its X-Call-Id or X-Start-Time is none"):
         call_id = visible(by_name.get(b"x-call-id", own_id))
         start_time = int(by_name.get(b"x-start-time", time.time_ns()))
+        require(0 <= start_time / 1e9 <= END_OF_TIME)
     with or_raise("its CallbackUrl is no http URL"):
         callback_url = go_url(message.get("CallbackUrl"))
     with or_raise("its Path or QueryString is none"):

@@ -6,6 +6,7 @@ import collections
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -655,6 +656,15 @@ STRAYS = (
     framed({"record": 0, "parts": [], "call": dict.fromkeys(NatsCall._fields[:10], "x")}),
     framed({"record": 0, "parts": [], "call": ODD | {"deadline_at": "x"}}),
     framed({"record": 0, "parts": [], "call": ODD | {"history": 1}}),
+    framed({"record": 0, "parts": [], "call": ODD | {"history": [1]}}),
+    framed({"record": 0, "parts": [], "call": ODD | {"failures": [[1]]}}),
+    framed({"record": 0, "parts": [], "call": ODD | {"queue": "\ud800"}}),
+    framed({"record": 0, "parts": [], "call": ODD | {"concurrency_key": "\ud800"}}),
+    *(
+        framed({"record": 0, "parts": [], "call": ODD | {name: number}})
+        for name in ("start_time", "due_at", "completed_at")
+        for number in (10**40, -(10**12), math.nan)
+    ),
 )
 BUSY = """
 [queues.shared]

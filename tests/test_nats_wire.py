@@ -124,7 +124,6 @@ async def test_a_message_over_which_we_fail_does_not_hold_up_the_others(server: 
 
 
 NUMBERS = st.floats(0, 2e9)
-NOTES = st.lists(st.dictionaries(st.text(), st.integers()), max_size=2)
 VALUES: dict[object, st.SearchStrategy[Any]] = {
     str: st.text(),
     int: st.integers(0),
@@ -133,8 +132,17 @@ VALUES: dict[object, st.SearchStrategy[Any]] = {
     int | None: st.none() | st.integers(0),
     float | None: st.none() | NUMBERS,
 }
-FIELDS = {name: VALUES.get(hint, NOTES) for name, hint in get_type_hints(NatsCall).items()}
-OWN = {"id": st.uuids().map(str), "status": st.sampled_from(["running", "success"])}
+FIELDS = {name: VALUES[hint] for name, hint in get_type_hints(NatsCall).items() if hint in VALUES}
+TIMES = st.none() | NUMBERS
+PAST = st.fixed_dictionaries({"started_at": TIMES, "completed_at": TIMES, "error": st.none() | st.text()})
+FAILURE = st.tuples(st.text(), st.integers(), NUMBERS, NUMBERS, st.none(), st.text()).map(list)
+OWN: dict[str, st.SearchStrategy[Any]] = {
+    "id": st.uuids().map(str),
+    "status": st.sampled_from(["running", "success"]),
+    "start_time": st.integers(0, 10**20),
+    "history": st.lists(PAST, max_size=2),
+    "failures": st.lists(FAILURE, max_size=2),
+}
 CALLS = st.fixed_dictionaries({**FIELDS, **OWN}).map(lambda values: NatsCall(**values))
 FATE = NatsCall._fields[faasd_async.FATE :]
 
