@@ -5892,7 +5892,20 @@ PRUNE_CALLS = tuple(
     """
     for ended in (ENDED_WELL, ENDED_BADLY)
 )
-COUNT_DELAYED = "SELECT count(*) FROM calls WHERE work = ? AND lane = ? AND due_at > ?"
+# Of many lanes in one statement: a look-up or two in an index for each.
+SELECT_OLDEST = """
+    SELECT coalesce(min((
+        SELECT min(due_at) FROM calls
+        WHERE work = ? AND lane = place.value AND due_at IS NOT NULL
+    )), 9e999)
+    FROM json_each(?) AS place
+"""
+COUNT_DELAYED = """
+    SELECT place.value, (
+        SELECT count(*) FROM calls WHERE work = ? AND lane = place.value AND due_at > ?
+    ) AS number
+    FROM json_each(?) AS place WHERE number > 0
+"""
 
 
 def find_seq(file: SqliteFile, call_id: str) -> int:
@@ -6121,11 +6134,17 @@ def step_stats(file: SqliteFile) -> Mapping[str, QueueStats]:
     """The figures of all queues that have waiting calls or are paused."""
     stats = {}
     for work in {*file.index.lanes, *file.index.paused}:
+        places = (work, places_of(file, work))
+        (oldest_at,) = file.db.execute(SELECT_OLDEST, places).fetchone()
         waiting = dict(file.index.lanes[work].waiting)
-        places = (place for lane in waiting for place in (lane, lane + ASIDE))
-        oldest_at = min((file.head(work, place) for place in places), default=float("inf"))
         stats[work] = QueueStats(waiting, oldest_at, work in file.index.paused)
     return stats
+
+
+def places_of(file: SqliteFile, work: str) -> str:
+    """What the column `lane` may have for the lanes of a queue with waiting work, as JSON."""
+    lanes = file.index.lanes[work].waiting
+    return json.dumps([*lanes, *(lane + ASIDE for lane in lanes)])
 
 
 def store_figures(path: Path) -> StoreFigures:
@@ -6144,12 +6163,11 @@ def step_overview(file: SqliteFile) -> Overview:
     """The whole queue in figures."""
     now = time.time()
     counts = file.tally.numbers.copy()
-    for work, lanes in file.index.lanes.items():
-        for lane in lanes.waiting if work != CALLBACKS else ():
-            for place in (lane, lane + ASIDE):
-                (delayed,) = file.db.execute(COUNT_DELAYED, (work, place, now)).fetchone()
-                counts[lane, "delayed"] += delayed
-                counts[lane, "queued"] -= delayed
+    for work in file.index.lanes.keys() - {CALLBACKS}:
+        places = (work, now, places_of(file, work))
+        for place, delayed in file.db.execute(COUNT_DELAYED, places).fetchall():
+            counts[place.removesuffix(ASIDE), "delayed"] += delayed
+            counts[place.removesuffix(ASIDE), "queued"] -= delayed
     return Overview(step_stats(file), +counts, store_figures(file.path))
 
 

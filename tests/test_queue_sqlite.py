@@ -490,6 +490,7 @@ async def use_everything(sqlite: SqliteBench) -> None:
     await queue.cancel_matching(CallFilter(statuses=("queued", "delayed")))
     await queue.redrive_matching(CallFilter(statuses=("cancelled",), callbacks=("none",)))
     await queue.stats()
+    await queue.overview()
     sqlite.config.set({"keep": "1ns"})
     await queue.prune()
 
@@ -511,6 +512,22 @@ async def test_no_statement_reads_all_calls(sqlite: SqliteBench) -> None:
     assert len(statements) > 30
     assert scans == {}
     await sqlite.open()
+
+
+async def test_figures_of_many_lanes_take_few_statements(sqlite: SqliteBench) -> None:
+    """Whoever wants something stored waits for them."""
+    for number in range(300):
+        await sqlite.enqueue(function=f"f{number}", due_at=1000.0 + number if number % 3 else time.time() + 3600)
+    statements: list[str] = []
+    await sqlite.in_writer(lambda file: file.db.set_trace_callback(statements.append))
+    overview = await sqlite.queue.overview()
+    await sqlite.in_writer(lambda file: file.db.set_trace_callback(None))
+    assert len(statements) < 20
+    assert overview.queues[REQUESTS].oldest_at == 1001.0
+    assert sum(overview.queues[REQUESTS].waiting.values()) == 300
+    for number in range(300):
+        lane = f"f{number}.openfaas-fn"
+        assert (overview.counts[lane, "queued"], overview.counts[lane, "delayed"]) == ((1, 0) if number % 3 else (0, 1))
 
 
 # ---- order, and long histories -------------------------------------------------------------------
