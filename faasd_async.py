@@ -9311,6 +9311,9 @@ def consumer_differences(
     ]
 
 
+CONSUMERS_AT_ONCE = 50  # that are counted before others get their turn
+
+
 class NatsConsumers:
     """The consumers on the server: one that hands a lane's messages out, one that only counts what
     is not due yet.
@@ -9409,7 +9412,10 @@ class NatsConsumers:
         missing = self._known.keys() - consumers.keys() - silent
         gone = {name for name in missing if await self._is_gone(name)}
         problems: dict[str, None] = {}
-        for name in sorted(consumers.keys() | gone, reverse=True):  # work before later
+        in_order = sorted(consumers.keys() | gone, reverse=True)  # work before later
+        for number, name in enumerate(in_order):
+            if number % CONSUMERS_AT_ONCE == 0:
+                await asyncio.sleep(0)
             root, *names = name.split("+")
             queue, lane = map(nats_name, names)
             if name in gone:

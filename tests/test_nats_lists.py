@@ -1,6 +1,7 @@
 """What lists cost on NATS, where much is stored; calls of an earlier version, and those that were given back."""
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -261,3 +262,22 @@ def test_what_comes_after_the_server_has_counted_is_not_among_the_counted() -> N
     assert lane.given_back.waiting == {1}
     lane.count(counted | {"delivered": {"stream_seq": 2}})  # One is not acked, and that is here.
     assert lane.given_back.waiting == set()
+
+
+async def test_a_look_at_many_lanes_lets_others_have_their_turns(bench: Bench) -> None:
+    """However many there are: each takes a while to be counted."""
+    parts = queue_of(bench)._parts
+    names = [f"f{number}.openfaas-fn" for number in range(200)]
+    await asyncio.gather(*(parts.consumers.ensure("work", REQUESTS, name) for name in names))
+    lanes = [parts.lanes.queues[REQUESTS].lanes[name] for name in names]
+    for lane in lanes:
+        lane.pending = -1  # until it is counted
+    left = [len(lanes)]  # of them, in each turn
+
+    async def take_turns() -> None:
+        while left[-1]:
+            left.append(sum(lane.pending < 0 for lane in lanes))
+            await asyncio.sleep(0)
+
+    await asyncio.gather(parts.consumers.poll(), take_turns())
+    assert max(before - after for before, after in itertools.pairwise(left)) < 100
