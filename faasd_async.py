@@ -12760,7 +12760,7 @@ class NatsPeers:
 
     async def restore_pauses(self) -> None:
         """Store pauses again, if somebody has deleted or purged the stream. Raises StoreError."""
-        for name in self._lanes.paused:
+        for name in list(self._lanes.paused):  # They may change meanwhile.
             # Unless it is there, or the queue was resumed since.
             place, note = self._subjects.pause(name), pause_note(name, True)
             await store_over(self._link, place, note, 0)

@@ -87,6 +87,24 @@ async def test_a_call_that_starts_while_its_deadline_passes_keeps_its_message(
         assert (await bench.take_when_woken()).attempt == 2
 
 
+async def test_a_queue_that_is_resumed_while_pauses_are_stored_again_is_in_nobodys_way(
+    tmp_path: Path, network: Network
+) -> None:
+    """Another daemon may resume it at any moment."""
+    (tmp_path / "nats").write_text(f"{network.url} t{new_id()[-12:]}")
+    async with open_bench(Bench, NatsStore, tmp_path) as bench:
+        parts = queue_of(bench)._parts
+        for name in ("one", "other"):
+            parts.lanes.pause(name, True)
+        network.hold(lambda message: ".queue." in message.subject)
+        storing = asyncio.create_task(parts.peers.restore_pauses())
+        await network.until(lambda: network.held, "a pause that is stored")
+        for name in ("one", "other"):
+            parts.lanes.pause(name, False)
+        await network.heal()
+        await storing
+
+
 async def test_a_connection_that_is_made_anew_is_missed_when_it_is_lost(
     server: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
