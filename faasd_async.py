@@ -173,6 +173,7 @@ from typing import (
     NoReturn,
     Protocol,
     TextIO,
+    TypedDict,
     TypeVar,
     TypeVarTuple,
     Unpack,
@@ -3638,16 +3639,25 @@ class Metrics:
         self.commits.observe(seconds)
         self.activity.observe_commit(seconds)
 
+    def count_end(self, function: str, status: int, seconds: float) -> None:
+        """Count a function call that has ended."""
+        self.functions.end(function, status, seconds)
+        self.activity.hour.count("calls", function)
+        if status >= 400:
+            self.activity.hour.count("failures", function)
+
     def counted(self, function: str) -> CountedCall:
         """Count a function call: one that runs in a `with` block of this."""
         return CountedCall(self, function)
 
 
+GONE = 499  # the status of a call whose caller went away, as nginx has it
+
+
 class CountedCall:
     """A function call, from the beginning of a `with` block to its end.
 
-    The block is given a function to tell the status with. If it does not, the caller went away:
-    499, as nginx has it.
+    The block is given a function to tell the status with. If it does not, the caller went away.
     """
 
     __slots__ = ("_function", "_metrics", "_started", "_status")
@@ -3656,7 +3666,7 @@ class CountedCall:
         self._metrics = metrics
         self._function = function
         self._started = time.perf_counter()
-        self._status = 499
+        self._status = GONE
 
     def __enter__(self) -> Tell[int]:
         self._metrics.functions.started[self._function] += 1
@@ -3667,11 +3677,7 @@ class CountedCall:
 
     def __exit__(self, *_: object) -> None:
         seconds = time.perf_counter() - self._started
-        self._metrics.functions.end(self._function, self._status, seconds)
-        hour = self._metrics.activity.hour
-        hour.count("calls", self._function)
-        if self._status >= 400:
-            hour.count("failures", self._function)
+        self._metrics.count_end(self._function, self._status, seconds)
 
 
 def scraped(
@@ -3827,9 +3833,9 @@ class Sweep:
         self._until: dict[Expiring, float] = {}  # the first to be over first
         self._set = False  # whether the loop's timer is set
 
-    def add(self, timer: Expiring) -> None:
-        """Set a timer."""
-        until = self._loop.time() + self._seconds
+    def add(self, timer: Expiring, spent_s: float = 0.0) -> None:
+        """Set a timer. If some of its time is over, it may be as late as that."""
+        until = self._loop.time() + self._seconds - spent_s
         self._until[timer] = until
         if not self._set:
             self._set = True
@@ -11345,7 +11351,7 @@ class NatsSlots:
 # -- what this daemon has claimed
 
 
-class Attempt(NamedTuple):
+class NewClaim(NamedTuple):
     """A claim that is being stored, of a call that nobody has had before, by its message."""
 
     lane: NatsLane
@@ -11365,7 +11371,7 @@ class NatsStarts:
         """A queued call as it runs here."""
         return started_call(call, self._holdings.owner, self._calls.now())
 
-    def attempt(self, lane: NatsLane, delivery: Delivery) -> Attempt | None:
+    def attempt(self, lane: NatsLane, delivery: Delivery) -> NewClaim | None:
         """Begin to claim a call by its message alone. None: NatsClaims.begin has to do it.
 
         Raises StoreError.
@@ -11383,9 +11389,9 @@ class NatsStarts:
         kept = with_request(stored.parts, Parts())
         written = self._calls.write(call, kept, stored.seq, accepted=stored.accepted)
         self._holdings.beginning.add(delivery.id)
-        return Attempt(lane, delivery, stored._replace(call=call), written)
+        return NewClaim(lane, delivery, stored._replace(call=call), written)
 
-    async def conclude(self, attempt: Attempt) -> Claim:
+    async def conclude(self, attempt: NewClaim) -> Claim:
         """Hold a call once its record is written. Raises NatsChanged, StoreError."""
         lane, delivery, (_, call, parts, accepted), written = attempt
         try:
@@ -11762,14 +11768,16 @@ class NatsTaker:
                 results[number] = result
         return results
 
-    def _attempt(self, lane: NatsLane, delivery: Delivery) -> Attempt | StoreError | None:
+    def _attempt(self, lane: NatsLane, delivery: Delivery) -> NewClaim | StoreError | None:
         try:
             return self._claims.starts.attempt(lane, delivery)
         except StoreError as exc:
             return exc
 
-    async def _conclude(self, attempt: Attempt | StoreError | None) -> Claim | BaseException | None:
-        if not isinstance(attempt, Attempt):
+    async def _conclude(
+        self, attempt: NewClaim | StoreError | None
+    ) -> Claim | BaseException | None:
+        if not isinstance(attempt, NewClaim):
             return attempt
         try:
             return await self._claims.starts.conclude(attempt)
@@ -13434,10 +13442,11 @@ class TimeLimit:
     For what comes late see `call_in_time`.
     """
 
-    __slots__ = ("_cancelling", "_expired", "_grace", "_limit", "_sweep", "_task")
+    __slots__ = ("_cancelling", "_expired", "_grace", "_limit", "_started", "_sweep", "_task")
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: Limit, started: float | None = None) -> None:
         self._limit = limit
+        self._started = started  # monotonic; None: with the block
         self._task: asyncio.Task[Any] | None = None  # that runs the block, until it ends
         self._cancelling = 0  # how often that is being cancelled by others
         self._sweep: Sweep | None = None
@@ -13452,7 +13461,8 @@ class TimeLimit:
         self._cancelling = task.cancelling()
         if self._limit.seconds is not None:
             self._sweep = sweep(loop, self._limit.seconds)
-            self._sweep.add(self)
+            spent_s = 0.0 if self._started is None else time.monotonic() - self._started
+            self._sweep.add(self, spent_s)
 
     def expire(self, late_s: float) -> None:
         """See Expiring."""
@@ -14337,6 +14347,7 @@ class Pool:
 # --- HTTP messages --------------------------------------------------------------------------------
 # What is sent to a peer, and what comes back.
 
+IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
 # Packed headers in whose place a request has its own.
 FRAMING_NAMES = b"content-length|transfer-encoding|host|connection"
@@ -14431,14 +14442,97 @@ def url_login(url: yarl.URL) -> bytes | None:
     return b"Basic " + base64.b64encode(login)
 
 
-class HttpRequest(NamedTuple):
-    """A request, ready to be sent."""
+class HttpRequest:
+    """A request to a peer, and the connection on which it was sent, once it was."""
 
-    method: str
-    start: bytes  # its head, and its body unless that is streamed
-    body: bytes | AsyncIterator[bytes]
-    on_status: Tell[int] | None  # see HttpClient.request
-    proxy: yarl.URL | None = None  # that gets it to pass it on
+    __slots__ = (
+        "_on_status",
+        "_sending",
+        "answer",
+        "body",
+        "connection",
+        "method",
+        "origin",
+        "peer",
+        "start",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        start: bytes,
+        body: bytes | AsyncIterator[bytes],
+        on_status: Tell[int] | None,
+        origin: Origin,
+        peer: Peer | None,
+    ) -> None:
+        self.method = method
+        self.start = start  # its head, and its body unless that is streamed
+        self.body = body
+        self.origin = origin
+        self.peer = peer  # whose connections are used again; None: one for this request alone
+        self.connection: PeerConnection | None = None
+        self.answer: asyncio.Future[Head] | None = None  # that is to come; None: it was not sent
+        self._on_status = on_status  # see HttpClient.request
+        self._sending: asyncio.Task[None] | None = None  # the body, where it is streamed
+
+    def begin(self) -> None:
+        """Send it at once, if it can be sent again and a connection that is open is at hand."""
+        if self.peer is None or not isinstance(self.body, bytes):
+            return
+        connection = self.peer.take()
+        if connection is not None:
+            self.send(connection)
+
+    def send(self, connection: PeerConnection) -> None:
+        """Send it on this connection."""
+        self.connection = connection
+        self.answer = connection.begin(self.method, self.start, self._on_status)
+        if not isinstance(self.body, bytes):
+            chunked = b"\r\nTransfer-Encoding: chunked\r\n" in self.start
+            body = send_body(connection, self.body, chunked)
+            self._sending = asyncio.create_task(body, name="body of a request")
+
+    async def response(self) -> HttpResponse:
+        """Wait for the head of the answer. Raises RequestFailed, HttpError."""
+        assert self.connection is not None
+        assert self.answer is not None
+        try:
+            return self._response(await self.answer)
+        except BaseException as exc:
+            name_proxy(exc, self.origin.proxy)
+            self.connection.abort()
+            if self.answer.done() and not self.answer.cancelled():
+                # Taken note of, or asyncio would log it where we were cancelled.
+                self.answer.exception()
+            if self._sending is not None:
+                await ended(self._sending)
+            raise
+
+    def lost(self) -> bool:
+        """Note that the connection has failed; whether the request may be sent on another one."""
+        assert self.connection is not None
+        if self.peer is not None:
+            self.peer.doubt(self.connection)
+        return self.connection.unseen or (self.connection.silent and self.method in IDEMPOTENT)
+
+    def plain_response(self) -> HttpResponse | None:
+        """The answer, if it has come as a whole, in one piece; None: see HttpClient.finish."""
+        answer = self.answer
+        if answer is None or answer.cancelled() or answer.exception() is not None:
+            return None
+        head = answer.result()
+        plain = isinstance(head[1], bytes) and head[0].code != 407
+        return self._response(head) if plain else None
+
+    def _response(self, head: Head) -> HttpResponse:
+        """The answer whose head has come. Raises RequestFailed."""
+        assert self.connection is not None
+        if self.origin.proxy and head[0].code == 407:  # No peer says that (RFC 9110 15.5.8).
+            reason = "can't be reached: the proxy answered 407"
+            raise RequestFailed(FailureKind.UNREACHABLE, reason)
+        self.start = self.body = b""  # They may be long, and are not sent again.
+        return HttpResponse(head, self.connection, self._sending, self.peer)
 
 
 # -- answers
@@ -14448,18 +14542,22 @@ class HttpResponse:
     """The head of an answer, and its body as it comes in. Closed at the end of its block."""
 
     def __init__(
-        self, head: Head, connection: PeerConnection, sending: asyncio.Task[None] | None
+        self,
+        head: Head,
+        connection: PeerConnection,
+        sending: asyncio.Task[None] | None,
+        peer: Peer | None,
     ) -> None:
         message, body = head
         self._connection = connection
         self._sending = sending  # the request's body, where it is streamed
-        self._rest: bytes | None = None  # of a body that came with the head
+        self._peer = peer  # who keeps the connection for the next request; None: nobody
+        self.at_hand: bytes | None = None  # a body that came with the head, as a whole
         self._body: StreamReader = EMPTY_PAYLOAD
         if isinstance(body, bytes):
-            self._rest = body
+            self.at_hand = body
         elif message.code not in BODILESS_CODES:
             self._body = body
-        self._release: Tell[PeerConnection] = PeerConnection.abort
         self.status = message.code
         self.reason: str = message.reason or ""
         self.headers: Headers = message.raw_headers
@@ -14472,25 +14570,27 @@ class HttpResponse:
             if not self._sending.done():
                 self._connection.abort()
             await ended(self._sending)
-        self._release(self._connection)  # for the next request, if the answer has come to its end
+        self.release()
 
-    def keep(self, release: Tell[PeerConnection]) -> HttpResponse:
-        """Have the connection released in this way at the end of the block."""
-        self._release = release
-        return self
+    def release(self) -> None:
+        """Leave the connection to the next request, if the answer has come to its end."""
+        if self._peer is None:
+            self._connection.abort()
+        else:
+            self._peer.put(self._connection)
 
     @property
     def whole(self) -> bool:
         """Whether all of a small body has come: the next chunk is all that is left."""
-        if self._rest is not None:
+        if self.at_hand is not None:
             return True
         return self._body.is_eof() and self._body.total_bytes <= SMALL_BODY_BYTES
 
     async def read_chunk(self) -> bytes:
         """What has come in since the last call; nothing: that was the end. Raises RequestFailed."""
-        if self._rest is None:
+        if self.at_hand is None:
             return await self._body.readany()
-        rest, self._rest = self._rest, b""
+        rest, self.at_hand = self.at_hand, b""
         return rest
 
     async def read(
@@ -14498,7 +14598,7 @@ class HttpResponse:
     ) -> tuple[bytes, int]:
         """Read to the end; see `gather`. Raises RequestFailed."""
         if self._body.is_eof():
-            body = self._body.read_nowait() if self._rest is None else self._rest
+            body = self._body.read_nowait() if self.at_hand is None else self.at_hand
             if tell is not None:
                 tell(body)
             if len(body) > keep and whole:
@@ -14577,32 +14677,6 @@ def name_proxy(exc: BaseException, proxy: yarl.URL | None) -> None:
         exc.add_note(through_proxy(proxy))
 
 
-async def send_request(connection: PeerConnection, request: HttpRequest) -> HttpResponse:
-    """Send a request and wait for the head of its answer. Raises RequestFailed, HttpError."""
-    answer = connection.begin(request.method, request.start, request.on_status)
-    sending = None
-    body = request.body
-    if not isinstance(body, bytes):
-        chunked = b"\r\nTransfer-Encoding: chunked\r\n" in request.start
-        sending = asyncio.create_task(
-            send_body(connection, body, chunked), name="body of a request"
-        )
-    try:
-        head = await answer
-        if request.proxy and head[0].code == 407:  # No peer says that (RFC 9110 15.5.8).
-            reason = "can't be reached: the proxy answered 407"
-            raise RequestFailed(FailureKind.UNREACHABLE, reason)
-        return HttpResponse(head, connection, sending)
-    except BaseException as exc:
-        name_proxy(exc, request.proxy)
-        connection.abort()
-        if answer.done() and not answer.cancelled():
-            answer.exception()  # Taken note of, or asyncio would log it where we were cancelled.
-        if sending is not None:
-            await ended(sending)
-        raise
-
-
 def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
     """Header fields for an answer.
 
@@ -14622,7 +14696,6 @@ def as_multidict(headers: Iterable[Header]) -> CIMultiDict[str]:
 
 STAGGER_S = 0.25  # after which the next address of a name is tried too (RFC 8305 8)
 DNS_CACHE_S = 10.0
-IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
 PROXY_VARIABLES = {
     "http": ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"),
     "https": ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
@@ -14875,6 +14948,15 @@ async def open_tunnel(sock: socket.socket, origin: Origin) -> None:
     raise RequestFailed(FailureKind.UNREACHABLE, f"can't be reached: the proxy {reason}")
 
 
+class RequestOptions(TypedDict, total=False):
+    """Options of HttpClient.begin."""
+
+    target: str | None
+    tls: ssl.SSLContext | None
+    keepalive: bool
+    on_status: Tell[int] | None
+
+
 class HttpClient:
     """Passes requests on as they are, on connections that it keeps.
 
@@ -14917,41 +14999,55 @@ class HttpClient:
         url: yarl.URL,
         headers: bytes,
         body: bytes | AsyncIterator[bytes],
+        **options: Unpack[RequestOptions],
+    ) -> HttpResponse:
+        """Send a request, and return when the head of the answer has come. No time limit.
+
+        `headers` are packed. Raises RequestFailed; and what `body` raises, if that is an HttpError.
+        """
+        return await self.finish(self.begin(method, url, headers, body, **options))
+
+    def begin(
+        self,
+        method: str,
+        url: yarl.URL,
+        headers: bytes,
+        body: bytes | AsyncIterator[bytes],
         *,
         target: str | None = None,
         tls: ssl.SSLContext | None = None,
         keepalive: bool = True,
         on_status: Tell[int] | None = None,
-    ) -> HttpResponse:
-        """Send a request, and return when the head of the answer has come. No time limit.
+    ) -> HttpRequest:
+        """A request that is to be finished; it is sent already if a connection is at hand.
 
-        `headers` are packed. `target` is a path and query below the URL. `tls` says whom to trust,
-        other than the system's CAs, and who we are. Without `keepalive` the connection is used for
-        this request alone. `on_status` is told the status in the first line of an answer whose head
-        is not whole, or is wrong after that. Raises RequestFailed; and what `body` raises, if that
-        is an HttpError.
+        `target` is a path and query below the URL. `tls` says whom to trust, other than the
+        system's CAs, and who we are. Without `keepalive` the connection is used for this request
+        alone. `on_status` is told the status in the first line of an answer whose head is not
+        whole, or is wrong after that.
         """
         # A private context has few URLs, and may be replaced; and which addresses are those of this
         # machine may change: then destinations are not remembered.
         remembered = tls is None and not self._proxies
         find = self._destination if remembered else self._find_destination
         destination = find(url, tls)
-        origin = destination.origin
         message = request_message(method, destination, target, headers, body, keepalive)
-        request = HttpRequest(method, message, body, on_status, origin.proxy)
-        peer = self._pool.peer(origin)
-        release = peer.put if keepalive else PeerConnection.abort
-        # A streamed body can't be sent again, so it gets a new connection.
-        connection = peer.take() if keepalive and isinstance(body, bytes) else None
-        if connection is not None:
+        origin = destination.origin
+        peer = self._pool.peer(origin) if keepalive else None
+        request = HttpRequest(method, message, body, on_status, origin, peer)
+        request.begin()
+        return request
+
+    async def finish(self, request: HttpRequest) -> HttpResponse:
+        """The answer to a request that was begun. Returns and raises what `request` does."""
+        if request.connection is not None:
             try:
-                return (await send_request(connection, request)).keep(release)
+                return await request.response()
             except RequestFailed:
-                peer.doubt(connection)
-                if not connection.unseen and not (connection.silent and method in IDEMPOTENT):
+                if not request.lost():
                     raise
-        connection = await self._connect(origin)
-        return (await send_request(connection, request)).keep(release)
+        request.send(await self._connect(request.origin))
+        return await request.response()
 
     def _find_destination(self, url: yarl.URL, tls: ssl.SSLContext | None) -> Destination:
         host = called_host(url)
@@ -15949,6 +16045,11 @@ def unanswered(exc: RequestFailed, who: str, duration_s: float) -> Outcome:
     return Outcome(exc.status, False, duration_s, error=error, answered=False, final=exc.final)
 
 
+# How many bytes of an answer are kept, by whether it is a success, and whether it has to be whole;
+# see `gather`.
+KeepAnswer = Callable[[bool], tuple[int, bool]]
+
+
 @dataclass(frozen=True)
 class FunctionCaller:
     """Calls functions, whichever kind they are."""
@@ -15958,13 +16059,14 @@ class FunctionCaller:
     commands: CommandRunner
     directory: FunctionDirectory
 
-    def request(self, function: Function, request: FunctionRequest) -> Awaitable[HttpResponse]:
-        """Ask a function behind HTTP. Raises RequestFailed, ProviderAway, and what `body` does."""
+    def begin(self, function: Function, request: FunctionRequest) -> HttpRequest:
+        """Ask a function behind HTTP; see HttpClient.begin."""
         assert function.url
-        if function.provided:
-            return self._request_provided(function.url, request)
         method, target, headers, body = request
-        return self.http.request(
+        if function.provided:
+            headers += b"Via: %b\n" % via(target).encode()
+            return self.provided.begin(method, function.url, headers, body, target=target)
+        return self.http.begin(
             method,
             function.url,
             headers,
@@ -15974,48 +16076,88 @@ class FunctionCaller:
             keepalive=function.keepalive,
         )
 
-    async def _request_provided(self, url: yarl.URL, request: FunctionRequest) -> HttpResponse:
-        method, target, headers, body = request
-        headers += b"Via: %b\n" % via(target).encode()
+    def finish(self, function: Function, asked: HttpRequest) -> Awaitable[HttpResponse]:
+        """The answer of a function behind HTTP. Raises RequestFailed, ProviderAway, and what the
+        request's body does.
+        """
+        return self._finish_provided(asked) if function.provided else self.http.finish(asked)
+
+    async def _finish_provided(self, asked: HttpRequest) -> HttpResponse:
         try:
-            return await self.provided.request(method, url, headers, body, target=target)
+            return await self.provided.finish(asked)
         except RequestFailed as exc:
             raise provider_failure(exc) from None
+
+    async def request(self, function: Function, request: FunctionRequest) -> HttpResponse:
+        """Ask a function behind HTTP, and return when the head of its answer has come."""
+        return await self.finish(function, self.begin(function, request))
 
     async def call(
         self,
         function: Function,
         request: FunctionRequest,
+        asked: HttpRequest | None,
         limit: Limit,
-        keep: Callable[[bool], tuple[int, bool]],
+        keep: KeepAnswer,
         tell: Tell[bytes],
+        started: float,
     ) -> Outcome:
         """Call a function and read its answer, which is told as it comes.
 
-        `keep` says how much of it is kept, by whether it is a success; see `gather`.
-
-        Never raises for what the function does; raises NotNow.
+        `asked` is what was begun already for a function behind HTTP, and `started` (monotonic)
+        when the attempt began. Never raises for what the function does; raises NotNow.
         """
-        started = time.perf_counter()
         try:
             if function.command:
                 most = max(keep(False)[0], MAX_RESPONSE_BYTES)
                 return await self.commands.run(function, request, limit, most, tell)
-            with TimeLimit(limit):
-                async with await self.request(function, request) as response:
-                    status = response.status
-                    # faasd answers 301 to a path that is not clean: the function did not run.
-                    ok = 200 <= status < 400 and not (status == 301 and function.provided)
+            with TimeLimit(limit, started):
+                asked = asked or self.begin(function, request)
+                async with await self.finish(function, asked) as response:
+                    ok = succeeded(function, response.status)
                     body, size = await response.read(*keep(ok), tell)
         except RequestFailed as exc:
             who = f"function {function.name}"
-            return unanswered(exc, who, time.perf_counter() - started)
+            return unanswered(exc, who, time.monotonic() - started)
+        return self._outcome(function, response, ok, body, size, started)
+
+    def plain_outcome(
+        self, function: Function, asked: HttpRequest, keep: KeepAnswer, started: float
+    ) -> Outcome | None:
+        """What `call` returns, if there is nothing to wait for, and nothing wrong."""
+        response = asked.plain_response()
+        if response is None or response.at_hand is None:
+            return None
+        body = response.at_hand
+        ok = succeeded(function, response.status)
+        most, whole = keep(ok)
+        if whole and len(body) > most:
+            return None
+        response.release()
+        return self._outcome(function, response, ok, shorten(body, most), len(body), started)
+
+    def _outcome(
+        self,
+        function: Function,
+        response: HttpResponse,
+        ok: bool,
+        body: bytes,
+        size: int,
+        started: float,
+    ) -> Outcome:
+        """The outcome of an attempt that was answered."""
         if function.provided and has_header(response.headers, b"x-openfaas-internal"):
             self.directory.expire()  # The function may have no replicas any more.
-        error = None if ok else f"function {function.name} answered {status}"
+        error = None if ok else f"function {function.name} answered {response.status}"
         headers = kept_headers(response.headers)
-        duration_s = time.perf_counter() - started
-        return Outcome(status, ok, duration_s, headers, body, size, error=error)
+        duration_s = time.monotonic() - started
+        return Outcome(response.status, ok, duration_s, headers, body, size, error=error)
+
+
+def succeeded(function: Function, status: int) -> bool:
+    """Whether a function has answered that its run was a success."""
+    # faasd answers 301 to a path that is not clean: the function did not run.
+    return 200 <= status < 400 and not (status == 301 and function.provided)
 
 
 # --- Live output ----------------------------------------------------------------------------------
@@ -16130,7 +16272,23 @@ class LiveOutputs:
 
 
 # --- Jobs -----------------------------------------------------------------------------------------
-# What is done with a claim.
+# What is done with a claim; here, with that of a call.
+
+
+class Attempt(Protocol):
+    """What is done once with a claim, and without a task as long as it goes plainly."""
+
+    def begin(self) -> asyncio.Future[Head] | None:
+        """Send its request, if that can be done at once; the answer. None: it takes a task.
+
+        What this raises, `execute` will raise again.
+        """
+
+    def outcome(self) -> Outcome | None:
+        """What came of it, once the answer is there. None: it takes a task to find out."""
+
+    async def execute(self) -> Outcome | None:
+        """Begin, or go on, in a task. None: it could not be made, and will be later."""
 
 
 class Job(Protocol):
@@ -16145,8 +16303,8 @@ class Job(Protocol):
     def rates(self, name: str) -> Mapping[str, Rate]:
         """How many calls of a queue may start; see WorkQueue.claim."""
 
-    async def execute(self, claim: Claim) -> Outcome | None:
-        """Make one attempt. None: it could not be made, and will be later."""
+    def attempt(self, claim: Claim) -> Attempt:
+        """An attempt, which has yet to begin."""
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
         """What follows from the outcome of an attempt."""
@@ -16201,74 +16359,9 @@ class InvocationJob:
         rates = self.limits.rates()
         return {**rates, "": rate} if rate else rates
 
-    async def execute(self, claim: Claim) -> Outcome | None:
-        """See Job. None: the provider is away, or this machine is short of something."""
-        try:
-            function = self.directory.at_hand(claim.lane) or await self.directory.find(claim.lane)
-            if function is None:
-                return self._unknown(claim)
-            if function.replicas == 0:
-                await self.directory.awake(function)
-            if self.limits.full(claim.lane):
-                await self.limits.wait(claim.lane)
-            outcome = await self._run(claim, function)
-        except NotNow as exc:
-            log_with(
-                logging.WARNING,
-                "call waits",
-                call_id=claim.call_id,
-                function=claim.function,
-                error=exc.text,
-            )
-            self.limits.rest(claim.lane, RETRY_STORE_S)
-            return None
-        except HttpError as exc:  # It can't be woken.
-            return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
-        return outcome
-
-    def _unknown(self, claim: Claim) -> Outcome:
-        """The outcome of a call whose function does not exist: final, unless other hosts may have
-        it.
-
-        Then it counts as one that can't be reached from here, and this host takes none of its calls
-        for a while.
-        """
-        if not self.shared:
-            error = f"function {claim.function} does not exist any more"
-            return Outcome(404, False, 0.0, error=error, answered=False)
-        self.limits.rest(claim.lane, UNKNOWN_S)
-        error = f"function {claim.function} does not exist at host {socket.gethostname()}"
-        return Outcome(502, False, 0.0, error=error, answered=False)
-
-    async def _run(self, claim: Claim, function: Function) -> Outcome:
-        config = self.settings()
-        queue = config.queue(claim.queue)
-        headers = claim.headers + b"X-Retry: %d\n" % (claim.attempt - 1)
-        request = FunctionRequest(claim.method, claim.target, headers, claim.body)
-        limit = queue_limit(claim.queue, queue.timeout)
-        started = time.monotonic()
-        output = self.outputs.begin(claim)
-        self.limits.begin(claim.lane)
-        self.metrics.running.begin(claim.queue, claim.lane)
-        try:
-            with self.metrics.counted(claim.lane) as tell_status:
-                kept = functools.partial(answer_kept, config, claim)
-                outcome = await self.caller.call(function, request, limit, kept, output.write)
-                tell_status(outcome.status)
-        finally:
-            self.metrics.running.end(claim.queue, claim.lane)
-            self.limits.end(claim.lane)
-            self.outputs.end(claim, output)
-        if queue.adaptive:
-            self.limits.learn(claim.lane, outcome.status, started)
-        log_bodies(
-            config.log,
-            claim.call_id,
-            request=claim.body,
-            response=outcome.body,
-            stderr=outcome.stderr,
-        )
-        return outcome
+    def attempt(self, claim: Claim) -> Invoking:
+        """See Job."""
+        return Invoking(self, claim)
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
         """See Job: the function's retry policy as it is now."""
@@ -16296,6 +16389,144 @@ class InvocationJob:
             delay=decision.delay_s,
         )
 
+
+class Invoking:
+    """One run of a function for a call; see Attempt."""
+
+    __slots__ = ("_asked", "_claim", "_function", "_job", "_request", "_started")
+
+    def __init__(self, job: InvocationJob, claim: Claim) -> None:
+        self._job = job
+        self._claim = claim
+        headers = claim.headers + b"X-Retry: %d\n" % (claim.attempt - 1)
+        self._request = FunctionRequest(claim.method, claim.target, headers, claim.body)
+        self._function: Function | None = None  # once it may run
+        self._asked: HttpRequest | None = None
+        self._started = 0.0  # monotonic
+
+    def begin(self) -> asyncio.Future[Head] | None:
+        """See Attempt."""
+        job = self._job
+        lane = self._claim.lane
+        function = job.directory.at_hand(lane)
+        if function is None or function.command or function.replicas == 0 or job.limits.full(lane):
+            return None
+        self._asked = job.caller.begin(function, self._request)
+        self._count_in(function)
+        return self._asked.answer
+
+    def outcome(self) -> Outcome | None:
+        """See Attempt."""
+        assert self._function is not None
+        assert self._asked is not None
+        caller = self._job.caller
+        outcome = caller.plain_outcome(self._function, self._asked, self._keep, self._started)
+        if outcome is not None:
+            self._count_out(outcome)
+        return outcome
+
+    async def execute(self) -> Outcome | None:
+        """See Attempt. None: the provider is away, or this machine is short of something."""
+        job = self._job
+        claim = self._claim
+        try:
+            function = self._function or await self._until_ready()
+            if function is None:
+                return self._unknown()
+            return await self._run(function)
+        except NotNow as exc:
+            log_with(
+                logging.WARNING,
+                "call waits",
+                call_id=claim.call_id,
+                function=claim.function,
+                error=exc.text,
+            )
+            job.limits.rest(claim.lane, RETRY_STORE_S)
+            return None
+        except HttpError as exc:  # It can't be woken.
+            return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
+
+    async def _until_ready(self) -> Function | None:
+        """The function, once it may run. None: it does not exist."""
+        job = self._job
+        lane = self._claim.lane
+        function = job.directory.at_hand(lane) or await job.directory.find(lane)
+        if function is None:
+            return None
+        if function.replicas == 0:
+            await job.directory.awake(function)
+        if job.limits.full(lane):
+            await job.limits.wait(lane)
+        self._count_in(function)
+        return function
+
+    def _unknown(self) -> Outcome:
+        """The outcome of a call whose function does not exist: final, unless other hosts may have
+        it.
+
+        Then it counts as one that can't be reached from here, and this host takes none of its calls
+        for a while.
+        """
+        claim = self._claim
+        if not self._job.shared:
+            error = f"function {claim.function} does not exist any more"
+            return Outcome(404, False, 0.0, error=error, answered=False)
+        self._job.limits.rest(claim.lane, UNKNOWN_S)
+        error = f"function {claim.function} does not exist at host {socket.gethostname()}"
+        return Outcome(502, False, 0.0, error=error, answered=False)
+
+    async def _run(self, function: Function) -> Outcome:
+        job = self._job
+        claim = self._claim
+        limit = queue_limit(claim.queue, job.settings().queue(claim.queue).timeout)
+        output = job.outputs.begin(claim)
+        outcome = None
+        try:
+            outcome = await job.caller.call(
+                function, self._request, self._asked, limit, self._keep, output.write, self._started
+            )
+            return outcome
+        finally:
+            job.outputs.end(claim, output)
+            self._count_out(outcome)
+
+    def _keep(self, ok: bool) -> tuple[int, bool]:
+        return answer_kept(self._job.settings(), self._claim, ok)
+
+    def _count_in(self, function: Function) -> None:
+        """The run begins, and is counted until it ends."""
+        claim = self._claim
+        self._function = function
+        self._started = time.monotonic()
+        self._job.limits.begin(claim.lane)
+        self._job.metrics.running.begin(claim.queue, claim.lane)
+        self._job.metrics.functions.started[claim.lane] += 1
+
+    def _count_out(self, outcome: Outcome | None) -> None:
+        """The run has ended, or is given up."""
+        job = self._job
+        claim = self._claim
+        job.metrics.running.end(claim.queue, claim.lane)
+        job.limits.end(claim.lane)
+        status = GONE if outcome is None else outcome.status
+        job.metrics.count_end(claim.lane, status, time.monotonic() - self._started)
+        if outcome is None:
+            return
+        config = job.settings()
+        if config.queue(claim.queue).adaptive:
+            job.limits.learn(claim.lane, status, self._started)
+        log_bodies(
+            config.log,
+            claim.call_id,
+            request=claim.body,
+            response=outcome.body,
+            stderr=outcome.stderr,
+        )
+
+
+# --- Deliveries -----------------------------------------------------------------------------------
+# What is done with the claim of a callback.
 
 DELIVERED = Decision("delivered")
 # Packed, in the order of CALLBACK_HEADERS.
@@ -16355,56 +16586,13 @@ class CallbackJob:
         """See Job: there are none."""
         return {}
 
-    async def execute(self, claim: Claim) -> Outcome | None:
-        """See Job. Success is a 2xx."""
-        config = self.settings()
-        started = time.perf_counter()
-        log_bodies(config.log, claim.call_id, callback=claim.body)
-        limit = callback_limit(config.callback.timeout)
-        try:
-            status, headers = await self._deliver(claim, limit)
-        except Shortage:  # The fault is this machine's: nobody is charged.
-            await asyncio.sleep(RETRY_STORE_S)
-            return None
-        except RequestFailed as exc:
-            forbidden = exc.kind is FailureKind.FORBIDDEN
-            who = "callbacks" if forbidden else "the callback URL"
-            outcome = unanswered(exc, who, time.perf_counter() - started)
-        else:
-            ok = 200 <= status < 300
-            outcome = Outcome(
-                status=status,
-                ok=ok,
-                duration_s=time.perf_counter() - started,
-                headers=headers,
-                error=None if ok else f"the callback URL answered {status}",
-            )
-        if outcome.answered:
-            self.failing.discard(claim.lane)
-        else:
-            self.failing.add(claim.lane)
-        return outcome
+    def attempt(self, claim: Claim) -> Delivering:
+        """See Job."""
+        log_bodies(self.settings().log, claim.call_id, callback=claim.body)
+        return Delivering(self, claim)
 
-    async def _deliver(self, claim: Claim, limit: Limit) -> tuple[int, Headers]:
-        """Status and headers of the receiver's answer. Raises RequestFailed, Shortage.
-
-        The status line decides, whatever becomes of the rest.
-        """
-        first_lines: list[int] = []
-        try:
-            with TimeLimit(limit):
-                response = await self._send(claim, first_lines.append)
-        except RequestFailed:
-            if first_lines:
-                return first_lines[-1], ()
-            raise
-        async with response:
-            if not response.whole:
-                await response.discard()
-        return response.status, response.headers
-
-    async def _send(self, claim: Claim, on_status: Tell[int]) -> HttpResponse:
-        """Send the POST; to this daemon itself, if the host is one of its names."""
+    def ask(self, claim: Claim, on_status: Tell[int]) -> tuple[HttpClient, HttpRequest]:
+        """Begin the POST; to this daemon itself, if the host is one of its names. RequestFailed."""
         config = self.settings()
         url, host = callback_url(claim.target)
         headers = self._headers(claim, url)
@@ -16420,13 +16608,12 @@ class CallbackJob:
             if config.auth.login and config.auth.invoke:
                 url = url.with_user(None)
                 headers += b"Authorization: %b\n" % config.auth.login.encode("latin-1")
-            return await self.own.request("POST", url, headers, claim.body)
+            return self.own, self.own.begin("POST", url, headers, claim.body)
         if not callback_allowed(host, None, config.callback):
             raise RequestFailed(FailureKind.FORBIDDEN, f"to {host} are not allowed")
         tls = config.callback.tls
-        return await self.http.request(
-            "POST", url, headers, claim.body, tls=tls, on_status=on_status
-        )
+        request = self.http.begin("POST", url, headers, claim.body, tls=tls, on_status=on_status)
+        return self.http, request
 
     def _headers(self, claim: Claim, url: yarl.URL) -> bytes:
         """The end-to-end headers of the function's answer, and ours, which replace some of them."""
@@ -16497,29 +16684,98 @@ class CallbackJob:
         )
 
 
+class Delivering:
+    """One delivery of an outcome, which succeeds with a 2xx; see Attempt."""
+
+    __slots__ = ("_asked", "_claim", "_first_lines", "_job", "_started")
+
+    def __init__(self, job: CallbackJob, claim: Claim) -> None:
+        self._job = job
+        self._claim = claim
+        self._started = time.monotonic()
+        self._first_lines: list[int] = []  # statuses of answers that are not whole
+        self._asked: tuple[HttpClient, HttpRequest] | None = None
+
+    def begin(self) -> asyncio.Future[Head] | None:
+        """See Attempt. Raises RequestFailed."""
+        self._asked = self._ask()
+        return self._asked[1].answer
+
+    def _ask(self) -> tuple[HttpClient, HttpRequest]:
+        return self._job.ask(self._claim, self._first_lines.append)
+
+    def outcome(self) -> Outcome | None:
+        """See Attempt."""
+        assert self._asked is not None
+        response = self._asked[1].plain_response()
+        if response is None:
+            return None
+        response.release()
+        return self._answered(response.status, response.headers)
+
+    async def execute(self) -> Outcome | None:
+        """See Attempt."""
+        try:
+            return self._answered(*await self._deliver())
+        except Shortage:  # The fault is this machine's: nobody is charged.
+            await asyncio.sleep(RETRY_STORE_S)
+            return None
+        except RequestFailed as exc:
+            self._job.failing.add(self._claim.lane)
+            forbidden = exc.kind is FailureKind.FORBIDDEN
+            who = "callbacks" if forbidden else "the callback URL"
+            return unanswered(exc, who, time.monotonic() - self._started)
+
+    async def _deliver(self) -> tuple[int, Headers]:
+        """Status and headers of the receiver's answer. Raises RequestFailed, Shortage.
+
+        The status line decides, whatever becomes of the rest.
+        """
+        limit = callback_limit(self._job.settings().callback.timeout)
+        try:
+            with TimeLimit(limit, self._started):
+                client, request = self._asked or self._ask()
+                response = await client.finish(request)
+        except RequestFailed:
+            if self._first_lines:
+                return self._first_lines[-1], ()
+            raise
+        async with response:
+            if not response.whole:
+                await response.discard()
+        return response.status, response.headers
+
+    def _answered(self, status: int, headers: Headers) -> Outcome:
+        self._job.failing.discard(self._claim.lane)
+        ok = 200 <= status < 300
+        error = None if ok else f"the callback URL answered {status}"
+        return Outcome(status, ok, time.monotonic() - self._started, headers, error=error)
+
+
 # --- Consumer -------------------------------------------------------------------------------------
 
 
-class Running(NamedTuple):
-    """An attempt under way."""
-
-    lane: str
-    task: asyncio.Task[None]
-
-
 RETURNED = Decision("queued", 0.0)  # as if the attempt had never been
+PLAIN_S = 0.05  # An attempt that is not over by then goes on in a task, which can wait for more.
 
 
 class Settler:
     """Stores the outcomes of one queue's attempts, however long that takes: functions have run."""
 
-    def __init__(self, queue: WorkQueue, job: Job) -> None:
+    def __init__(self, queue: WorkQueue, job: Job, settled: Callable[[], None]) -> None:
         self._queue = queue
         self._job = job
+        self._settled = settled  # told whenever there is one less to be stored
+        self._storing: set[asyncio.Future[Any]] = set()
         self._stuck: set[str] = set()  # ids of calls whose outcome could not be stored yet
         self._told = asyncio.Event()  # set whenever the queue tells something
         self._times_told = 0
         self._stopping = False
+
+    @property
+    def storing(self) -> int:
+        """How many outcomes are not stored yet."""
+        return len(self._storing)
 
     def tell(self) -> None:
         """The queue has told something: it works, perhaps again."""
@@ -16531,26 +16787,77 @@ class Settler:
         self._stopping = True
         self.tell()
 
-    async def settle(self, claim: Claim, outcome: Outcome | None) -> None:
+    async def wait(self) -> None:
+        """Wait until all outcomes are stored, or given up."""
+        while self._storing:
+            await asyncio.wait(self._storing)
+
+    def settle(self, claim: Claim, outcome: Outcome | None) -> None:
         """Complete or retry a call after an attempt. Without an outcome it is charged nothing."""
         decision = RETURNED if outcome is None else self._job.decide(claim, outcome)
+        self._follow(self._store(claim, outcome, decision), claim, outcome, decision)
+
+    def _store(self, claim: Claim, outcome: Outcome | None, decision: Decision) -> Awaitable[bool]:
+        if outcome is not None and decision.delay_s is None:
+            return self._queue.complete(claim, outcome, decision.status)
+        return self._queue.retry(claim, outcome, decision.delay_s or 0.0)
+
+    def _follow(
+        self, storing: Awaitable[bool], claim: Claim, outcome: Outcome | None, decision: Decision
+    ) -> None:
+        # SqliteQueue gives futures, thousands a second.
+        known = storing if isinstance(storing, asyncio.Future) else None
+        future = known or asyncio.ensure_future(storing)
+        self._storing.add(future)
+        future.add_done_callback(
+            functools.partial(self._stored, claim, outcome, decision, self._times_told)
+        )
+
+    def _stored(
+        self,
+        claim: Claim,
+        outcome: Outcome | None,
+        decision: Decision,
+        times_told: int,
+        stored: asyncio.Future[bool],
+    ) -> None:
+        """An outcome is stored, or could not be: then it is tried again."""
+        self._storing.discard(stored)
+        exc = stored.exception()
+        if isinstance(exc, StoreError):
+            again = self._store_again(exc, claim, outcome, decision, times_told)
+            self._follow(again, claim, outcome, decision)
+            return
+        self._stuck.discard(claim.id)
+        if exc is not None:
+            text = "the outcome of call %s could not be stored by this program itself"
+            log.error(text, claim.call_id, exc_info=exc)
+        elif outcome is not None and stored.result():
+            self._job.ended(claim, outcome, decision)
+        self._settled()
+
+    async def _store_again(
+        self,
+        exc: StoreError,
+        claim: Claim,
+        outcome: Outcome | None,
+        decision: Decision,
+        times_told: int,
+    ) -> bool:
+        """Try until the queue works again. False: it was given up."""
         while True:
+            level = logging.DEBUG if self._stuck else logging.ERROR  # One line is enough.
+            log.log(level, "the outcome of call %s can't be stored yet: %s", claim.call_id, exc)
+            self._stuck.add(claim.id)
+            if self._stopping:
+                log.error("stopping: call %s will run again", claim.call_id)
+                return False
+            await self._until_told_since(times_told)
             times_told = self._times_told
             try:
-                stored = await self._store(claim, outcome, decision)
-                break
-            except StoreError as exc:
-                level = logging.DEBUG if self._stuck else logging.ERROR  # One line is enough.
-                text = "the outcome of call %s can't be stored yet: %s"
-                log.log(level, text, claim.call_id, exc)
-                self._stuck.add(claim.id)
-                if self._stopping:
-                    log.error("stopping: call %s will run again", claim.call_id)
-                    return
-            await self._until_told_since(times_told)
-        self._stuck.discard(claim.id)
-        if stored and outcome is not None:
-            self._job.ended(claim, outcome, decision)
+                return await self._store(claim, outcome, decision)
+            except StoreError as again:
+                exc = again
 
     async def _until_told_since(self, times: int) -> None:
         """Wait until the queue has told something once more than `times`.
@@ -16564,10 +16871,31 @@ class Settler:
                     await self._told.wait()
                 await asyncio.sleep(RETRY_SOON_S)
 
-    def _store(self, claim: Claim, outcome: Outcome | None, decision: Decision) -> Awaitable[bool]:
-        if outcome is not None and decision.delay_s is None:
-            return self._queue.complete(claim, outcome, decision.status)
-        return self._queue.retry(claim, outcome, decision.delay_s or 0.0)
+
+class Running:
+    """An attempt under way: without a task as long as there is only its answer to wait for."""
+
+    __slots__ = ("_work", "attempt", "claim", "task")
+
+    def __init__(
+        self,
+        claim: Claim,
+        attempt: Attempt,
+        work: Callable[[Claim, Attempt], Coroutine[Any, Any, None]],
+    ) -> None:
+        self.claim = claim
+        self.attempt = attempt
+        self._work = work
+        self.task: asyncio.Task[None] | None = None
+
+    def go_on(self) -> asyncio.Task[None]:
+        """Go on in a task."""
+        if self.task is None:
+            # uvloop's create_task would have it make up a name first.
+            work = self._work(self.claim, self.attempt)
+            loop = asyncio.get_running_loop()
+            self.task = asyncio.Task(work, loop=loop, name=f"call {self.claim.call_id}")
+        return self.task
 
 
 class Consumer:
@@ -16579,11 +16907,10 @@ class Consumer:
         self.name = name
         self._queue = queue
         self._job = job
-        self._settler = Settler(queue, job)
         self._busy = busy  # tells how many consumers have work
         self._wake = asyncio.Event()
+        self._settler = Settler(queue, job, self._wake.set)
         self._running: dict[Hashable, Running] = {}  # by receipt
-        self._tasks: set[asyncio.Task[None]] = set()  # of these, and of those that are being stored
         # Receipts that were cancelled since a claim began; None: none is under way.
         self._revoked: set[Hashable] | None = None
         self._loop = asyncio.get_running_loop()
@@ -16609,14 +16936,9 @@ class Consumer:
         if receipt in self._running:
             # Not at once: a task that is cancelled before its first step would not run at all, nor
             # free its slot.
-            self._loop.call_soon(self._end_attempt, receipt)
+            self._loop.call_soon(self._running[receipt].go_on().cancel)
         elif self._revoked is not None:
             self._revoked.add(receipt)
-
-    def _end_attempt(self, receipt: Hashable) -> None:
-        """End an attempt, unless it has ended by itself: then its outcome is being stored."""
-        if receipt in self._running:
-            self._running[receipt].task.cancel()
 
     def halt(self) -> None:
         """Claim no more."""
@@ -16629,18 +16951,21 @@ class Consumer:
         # Once it has ended, all tasks have begun: one cancelled before that would not queue its
         # work.
         await asyncio.wait({self.dispatcher})
-        ended = asyncio.gather(*self._tasks, return_exceptions=True)
+        tasks = [running.go_on() for running in self._running.values()]
+        ended = asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for running in self._running.values():
-            running.task.cancel()
+        for task in tasks:
+            task.cancel()
         await ended
+        await self._settler.wait()
 
     async def _dispatch(self) -> None:
         while not self._stopping.done():
             await self._wake.wait()
             await self._until_quiet()
             self._wake.clear()
-            limit, room = self._job.room(self.name, [item.lane for item in self._running.values()])
+            lanes = [running.claim.lane for running in self._running.values()]
+            limit, room = self._job.room(self.name, lanes)
             wanted = self._wanted(limit)
             if self._stopping.done() or wanted <= 0:
                 continue
@@ -16668,8 +16993,7 @@ class Consumer:
 
     def _wanted(self, limit: int) -> int:
         """How many calls to claim now, where so many may run."""
-        storing = len(self._tasks) - len(self._running)
-        if storing > limit:
+        if self._settler.storing > limit:
             return 0  # Outcomes that can't be stored (disk full) would pile up.
         # A share at a time: a thousand at once would keep new calls waiting.
         share = max(1, MAX_CLAIMS // max(1, self._busy()))
@@ -16685,35 +17009,60 @@ class Consumer:
             claims = await self._queue.claim(self.name, wanted, room, rates)
         finally:
             self._revoked = None
-        for claim in claims:
-            if claim.receipt not in revoked:
-                self._start(claim)
+        started = [self._start(claim) for claim in claims if claim.receipt not in revoked]
+        if started:
+            self._loop.call_later(PLAIN_S, self._go_on, started)
         if len(claims) >= wanted:
             self._wake.set()
 
-    def _start(self, claim: Claim) -> None:
-        # uvloop's create_task would have it make up a name first.
-        task = asyncio.Task(self._work(claim), loop=self._loop, name=f"call {claim.call_id}")
-        self._running[claim.receipt] = Running(claim.lane, task)
-        self._tasks.add(task)
+    def _start(self, claim: Claim) -> Hashable:
+        """Begin an attempt; its claim's receipt."""
+        attempt = self._job.attempt(claim)
+        running = self._running[claim.receipt] = Running(claim, attempt, self._work)
+        answer = None
+        try:
+            answer = attempt.begin()
+        except Exception as exc:
+            log.debug("call %s goes on in a task: %s", claim.call_id, exc)
+        if answer is None:
+            running.go_on()
+        else:
+            answer.add_done_callback(functools.partial(self._answered, running))
+        return claim.receipt
 
-    async def _work(self, claim: Claim) -> None:
-        """One attempt from claim to commit."""
+    def _answered(self, running: Running, _: asyncio.Future[Head]) -> None:
+        """An answer has come, or the connection has ended. A task waits for that by itself."""
+        if running.task is not None:
+            return
+        outcome = running.attempt.outcome()
+        if outcome is None:
+            running.go_on()
+        else:
+            self._ended(running.claim, outcome)
+
+    def _go_on(self, receipts: Sequence[Hashable]) -> None:
+        """Have those of these attempts that are not over go on in tasks."""
+        for receipt in receipts:
+            if running := self._running.get(receipt):
+                running.go_on()
+
+    async def _work(self, claim: Claim, attempt: Attempt) -> None:
+        """One attempt to its end."""
         outcome: Outcome | None = None  # None, as a stop leaves it: queued again, uncharged
         try:
-            outcome = await self._job.execute(claim)
+            outcome = await attempt.execute()
         except asyncio.CancelledError:
             pass  # by `stop`; or by `cancel`, and then the queue refuses what follows
         except Exception:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
             outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
-        task = self._running.pop(claim.receipt).task
+        self._ended(claim, outcome)
+
+    def _ended(self, claim: Claim, outcome: Outcome | None) -> None:
+        """Free the slot, and have the outcome stored."""
+        del self._running[claim.receipt]
         self._wake.set()
-        try:
-            await self._settler.settle(claim, outcome)
-        finally:
-            self._tasks.discard(task)
-            self._wake.set()
+        self._settler.settle(claim, outcome)
 
 
 class Consumers:

@@ -7,6 +7,7 @@ one already. And one that was claimed may have to wait for a slot, while their n
 import asyncio
 import collections
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -306,6 +307,54 @@ async def test_a_call_that_is_cancelled_in_the_commit_of_its_claim_is_stopped(
     assert function.running == 0
 
 
+# ---- an attempt that has only just begun ---------------------------------------------------------
+
+# Its request is sent where it is claimed, on a connection that an earlier call has left, and it has
+# a task only if it lasts.
+
+
+@pytest.mark.parametrize("lasts", [0.0, 0.2], ids=["at once", "later"])
+async def test_a_call_is_cancelled_whenever_that_is(daemon: StartDaemon, function: Server, lasts: float) -> None:
+    """The function's request is cut, and the slot is free."""
+    function.behaviour = doors = Doors()
+    one_slot = "[queues.faas-request]\nmax_inflight = 1"
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n{one_slot}')
+    doors.open("/first", "/third")
+    await gateway.final(await gateway.submit("it/first"))
+    second = await gateway.submit("it/second")
+    await function.wait_for(2)
+    await asyncio.sleep(lasts)
+    await cancel(gateway, second)
+    await function.until(lambda: function.running == 0, "the end of the request")
+    assert (await gateway.final(second))["status"] == "cancelled"
+    assert (await gateway.final(await gateway.submit("it/third")))["status"] == "success"
+    metrics = (await ask(gateway.url, "/metrics")).body.decode()
+    running = re.findall(r"^queue_worker_function_invocation_inflight\{.+\} (.+)$", metrics, re.MULTILINE)
+    assert running == ["0.0"]
+
+
+@pytest.mark.parametrize("lasts", [0.0, 0.2], ids=["at once", "later"])
+async def test_a_call_is_queued_again_uncharged_whenever_the_daemon_stops(
+    daemon: StartDaemon, function: Server, lasts: float
+) -> None:
+    """It runs again after the next start."""
+    function.behaviour = doors = Doors()
+    settings = f'[gateway]\ndrain_timeout = "0s"\n[functions.it]\nurl = "{function.url}"'
+    gateway = await daemon(settings)
+    doors.open("/first")
+    await gateway.final(await gateway.submit("it/first"))
+    second = await gateway.submit("it/second")
+    await function.wait_for(2)
+    await asyncio.sleep(lasts)
+    assert await gateway.terminate() == 0
+    await function.until(lambda: function.running == 0, "the end of the request")
+    doors.open("/second")
+    await gateway.start()
+    record = await gateway.final(second)
+    assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 1, 0)
+    assert [request.target for request in function.requests] == ["/first", "/second", "/second"]
+
+
 # ---- an attempt that waits for a slot ------------------------------------------------------------
 
 
@@ -399,11 +448,15 @@ async def test_a_call_that_is_held_back_is_claimed_when_the_provider_gives_it_a_
 
 
 class OneAttempt:
-    """A job whose attempt ends when the test says how."""
+    """A job, and its only attempt, which ends when the test says how."""
 
     def __init__(self) -> None:
         self.begun: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    def end(self, outcome: Outcome) -> None:
+        """End it."""
+        self._outcome.set_result(outcome)
 
     def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         return 1, {}
@@ -411,9 +464,18 @@ class OneAttempt:
     def rates(self, name: str) -> Mapping[str, Rate]:
         return {}
 
-    async def execute(self, claim: Claim) -> Outcome | None:
+    def attempt(self, claim: Claim) -> "OneAttempt":
         self.begun.set_result(claim)
-        return await self.outcome
+        return self
+
+    def begin(self) -> None:
+        """It takes a task."""
+
+    async def execute(self) -> Outcome | None:
+        return await self._outcome
+
+    def outcome(self) -> Outcome | None:
+        return self._outcome.result()
 
     def decide(self, claim: Claim, outcome: Outcome) -> Decision:
         return SUCCEEDED
@@ -429,7 +491,7 @@ async def test_an_end_is_stored_though_a_cancellation_comes_with_it(store: type[
         job = OneAttempt()
         consumer = Consumer(REQUESTS, bench.queue, job)
         claim = await asyncio.wait_for(job.begun, PATIENCE)
-        job.outcome.set_result(OK)
+        job.end(OK)
         consumer.cancel(claim.receipt)
         await bench.until(lambda: bench.ended)
         assert await bench.status("a") == "success"

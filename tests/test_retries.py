@@ -140,7 +140,7 @@ async def test_a_call_between_two_attempts_is_delayed(daemon: StartDaemon, funct
 async def test_a_timeout_ends_in_timeout(daemon: StartDaemon, function: Server) -> None:
     """The queue's `timeout` is for each attempt, and is retried like a 504."""
     function.behaviour = never
-    gateway = await daemon(settings(function, '[retry]\nattempts = 2\n[queues.faas-request]\ntimeout = "100ms"'))
+    gateway = await daemon(settings(function, '[retry]\nattempts = 2\n[queues.faas-request]\ntimeout = "1s"'))
     record = await gateway.final(await gateway.submit("it"))
     assert (record["status"], record["attempts"], record["http_status"]) == ("timeout", 2, 504)
     assert len(function.requests) == 2
