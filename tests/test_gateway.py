@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import os
 import re
 import socket
 import stat
@@ -723,6 +724,26 @@ async def test_an_idle_daemon_commits_three_times_for_a_call_with_its_callback(g
         call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
         await sink.wait_for(number + 1)  # To ask for the record sooner may tear apart what belongs together.
         await gateway.final(call_id)
+
+
+async def test_calls_go_on_while_metrics_are_written(daemon: StartDaemon, function: Server, tmp_path: Path) -> None:
+    """Those of many functions take long."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    before = f"""
+def slow(*figures, scraped=faasd_async.scraped):
+    open({str(fifo)!r}).read()
+    return scraped(*figures)
+faasd_async.scraped = slow
+"""
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n', before=before)
+    scrape = asyncio.create_task(ask(gateway.url, "/metrics"))
+    writer = await asyncio.to_thread(os.open, fifo, os.O_WRONLY)  # once it is read
+    try:
+        assert (await ask(gateway.url, "/function/it")).status == 200
+    finally:
+        os.close(writer)
+    assert b"gateway_function_invocation_total" in (await scrape).body
 
 
 async def test_the_metrics_show_what_waits(gateway: Daemon, function: Server) -> None:
