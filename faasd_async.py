@@ -1967,7 +1967,7 @@ def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
     for name, value in raw.items():
         place = f"{where}.{name}" if where else name
         if name not in known:
-            kind = "key" if where else "table"
+            kind = "key" if where or not isinstance(value, dict) else "table"
             problems.append(f"{place}: unknown {kind}{closest(name, known)}")
         elif (parse := known[name]) is None:
             values[name] = read_table(getattr(base, name), value, place, problems)
@@ -1983,9 +1983,23 @@ def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A hint at the closest known name, to end a line that says that a name is unknown."""
+    """A hint at the closest known name, or at the tables that a key belongs to, to end a line that
+    says that a name is unknown.
+    """
     close = difflib.get_close_matches(name, known, 1)
-    return "".join(f" (did you mean {other}?)" for other in close)
+    if close:
+        return f" (did you mean {close[0]}?)"
+    tables = " and ".join(f"[{table}]" for table in tables_of(name))
+    return f" (a key of {tables})" if tables else ""
+
+
+def tables_of(name: str) -> Iterator[str]:
+    """The tables that have a key of this name."""
+    tables: dict[str, Any] = {item.name: item.default for item in fields(Config)}
+    tables |= {"queues.NAME": QueueConfig, "functions.NAME": Function, "schedules.NAME": Schedule}
+    for table_name, made in tables.items():
+        if is_dataclass(made) and name in [item.name for item in fields(made) if item.metadata]:
+            yield table_name
 
 
 def retry_codes(value: str) -> frozenset[int]:

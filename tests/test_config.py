@@ -374,6 +374,22 @@ def test_an_unknown_table_is_answered_with_the_closest_one() -> None:
     assert problems("[functons.it]\nurl = 1\ncomand = 2") == [expected]
 
 
+def test_a_key_in_a_wrong_place_is_told_where_it_belongs() -> None:
+    """Above all tables, or in the one that happens to stand before it."""
+    for toml, problem in {
+        'listen = "127.0.0.1:80"': "listen: unknown key (a key of [gateway])",
+        'level = "debug"': "level: unknown key (a key of [log])",
+        "attempts = 3\n[store]": "attempts: unknown key (a key of [retry] and [callback])",
+        '[store]\nlisten = "127.0.0.1:80"': "store.listen: unknown key (a key of [gateway])",
+        "[gateway]\nmax_inflight = 3": (
+            "gateway.max_inflight: unknown key (a key of [callback] and [queues.NAME] and [functions.NAME])"
+        ),
+        '[log]\ncron = "@daily"': "log.cron: unknown key (a key of [schedules.NAME])",
+        "[retry.gateway]": "retry.gateway: unknown key",
+    }.items():
+        assert problems(toml) == [f"config.toml: {problem}"]
+
+
 def test_a_key_unlike_all_others_gets_no_guess() -> None:
     """A guess that is far off would mislead."""
     assert problems("[retry]\nxyzzy = 1") == ["config.toml: retry.xyzzy: unknown key"]
