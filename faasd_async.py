@@ -5105,6 +5105,7 @@ FAIL_CALLBACKS = """
     UPDATE calls SET callback_status = 'failed', work = NULL, lane = NULL,
         callback_error = 'interrupted: the daemon died while it was sent'
     WHERE work = '@callbacks' AND due_at IS NULL AND callback_attempts >= ?
+    RETURNING seq
 """
 SELECT_CLAIMED = """
     SELECT lane, count(*) FROM calls
@@ -5605,8 +5606,9 @@ def recover(file: SqliteFile) -> None:
     config = file.settings()
     # A single power cut is no reason to give up a callback that gets only one delivery.
     most = max(config.callback.attempts, config.retry.max_interruptions)
-    failed = file.db.execute(FAIL_CALLBACKS, (most,)).rowcount
-    file.tally.move(CALLBACKS, "pending", "failed", failed)
+    failed = [seq for (seq,) in file.db.execute(FAIL_CALLBACKS, (most,)).fetchall()]
+    file.tally.move(CALLBACKS, "pending", "failed", len(failed))
+    cut_outputs(file, failed)
     for lane, number in file.db.execute(SELECT_CLAIMED).fetchall():
         file.tally.move(lane, "running", "queued", number)
     file.db.execute(END_ALL_TURNS)
@@ -11119,7 +11121,8 @@ class NatsEnds:
             callback_status="failed",
             callback_error="interrupted: the daemon died while it was sent",
         )
-        await self._calls.write(call, record.parts, record.seq, self._keep_s(call))
+        parts = cut_answer(record.parts, self._calls.keep_output)
+        await self._calls.write(call, parts, record.seq, self._keep_s(call))
         return ACK
 
     async def expire(self, stored: Stored) -> bool:

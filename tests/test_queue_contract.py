@@ -47,6 +47,7 @@ from faasd_async import (
     StoreError,
     discard_copy,
     pack_headers,
+    parse_config,
     parse_when,
     rfc3339,
 )
@@ -2461,6 +2462,19 @@ async def test_an_interrupted_callback_is_sent_again(bench: Bench) -> None:
     assert await bench.claim() == []
     work = await bench.take(CALLBACKS)
     assert (work.attempt, work.body, work.target) == (2, b"done", SINK)
+
+
+async def test_an_answer_is_cut_also_when_its_last_delivery_is_interrupted(bench: Bench) -> None:
+    """As at any other end of a callback: nobody needs all of it any more."""
+    once = {"callback": {"attempts": 1}, "retry": {"max_interruptions": 1}}
+    bench.config.config = parse_config({**once, "calls": {"keep_output": 1000}})
+    await bench.enqueue("a", callback_url=SINK)
+    await bench.run(Outcome(200, True, 0.1, body=b"x" * 5000, size=5000))
+    await bench.take(CALLBACKS)
+    assert (await bench.queue.answer("a")).body == b"x" * 5000
+    await bench.crash()
+    assert (await bench.record("a"))["callback"]["status"] == "failed"
+    assert await refused(bench.queue.answer("a")) == 410
 
 
 async def test_what_waited_is_not_interrupted(bench: Bench) -> None:
