@@ -7922,6 +7922,8 @@ class NatsAnswers:
     def forget(self, number: int) -> None:
         """Expect no answer: the request was not sent."""
         del self._awaited[number]
+        if not self._awaited:
+            self._owed_since = None
 
     def heard(self, message: NatsMessage) -> bool:
         """Take an answer that has come."""

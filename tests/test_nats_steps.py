@@ -10,7 +10,18 @@ import pytest
 from jetstream import NatsServer, Network, eventually
 from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, open_bench
 
-from faasd_async import CALLBACKS, Delivery, NatsConfig, NatsLink, NatsQueue, end_late_call, new_id
+from faasd_async import (
+    CALLBACKS,
+    KIB,
+    SILENT_S,
+    Delivery,
+    NatsConfig,
+    NatsLink,
+    NatsQueue,
+    StoreError,
+    end_late_call,
+    new_id,
+)
 
 
 @pytest.fixture
@@ -125,4 +136,19 @@ async def test_a_connection_that_is_made_anew_is_missed_when_it_is_lost(
             return "NATS is away" in caplog.text
 
         await eventually(told)
+    await link.close()
+
+
+async def test_what_could_not_be_asked_is_no_answer_that_servers_owe(server: NatsServer) -> None:
+    """Nobody is told that they hang."""
+    link = NatsLink(NatsConfig(servers=(server.url,)))
+
+    async def back() -> None:
+        """Nothing is to be done."""
+
+    await link.open(back)
+    with pytest.raises(StoreError, match="no message of this size"):
+        link.request("somewhere", bytes(link.max_payload + KIB + 1))
+    await asyncio.sleep(SILENT_S + 0.1)  # that time passes is what this is about
+    assert link.silent is None
     await link.close()
