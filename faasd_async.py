@@ -10137,11 +10137,13 @@ class NatsCalls:
         return fit_call(call, parts, most)
 
     async def keep_notes(self, call: NatsCall) -> None:
-        """Have the notes of a final call, on its key and foreign id, last as long as its record."""
-        ttl = f"{max(1, round(self.kept_s(call)))}s"
+        """Have the notes of a call, on its key and foreign id, last as long as its record."""
+        limit = {"Nats_TTL": f"{max(1, round(self.kept_s(call)))}s"} if call.status in FINAL else {}
         for subject in self._subjects.notes(call):
-            if note := await self.note(subject):
-                await self._link.publish(subject, json.dumps(note).encode(), Nats_TTL=ttl)
+            note = await self.noted(subject, "id")
+            if note and note.document["id"] == call.id:  # Another call may have the key by now.
+                body = json.dumps(note.document).encode()
+                await store_over(self._link, subject, body, note.seq, **limit)
 
     async def forget(self, call: NatsCall) -> None:
         """Delete a call's record and notes."""
@@ -11963,6 +11965,7 @@ class NatsOperator:
         first = await self._messages.store("work", fresh, call.queue, call.lane, dedup)
         with contextlib.suppress(NatsRefused):  # Then it runs already.
             await self._calls.write(call, Parts(), stored.seq)
+            await self._calls.keep_notes(call)
         return first
 
     async def redrive_one(self, call_id: str) -> None:

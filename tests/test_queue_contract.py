@@ -1823,6 +1823,18 @@ async def test_a_call_that_is_queued_again_wakes_its_queue(bench: Bench) -> None
     await bench.until(lambda: REQUESTS in bench.woken)
 
 
+async def test_a_call_that_is_queued_again_is_known_until_it_has_ended_again(bench: Bench) -> None:
+    """By the id that its caller gave it, and by its key, however long ago it ended first."""
+    bench.config.set({"keep": "1s"})
+    await bench.enqueue("mine", idempotency_key="key")
+    await bench.run(BAD, "error")
+    await bench.queue.redrive("mine")
+    await asyncio.sleep(2.5)  # that time passes is what this is about
+    assert await bench.status("mine") == "queued"
+    assert await bench.enqueue("other", idempotency_key="key") == "mine"
+    assert await bench.claim() == ["mine"]
+
+
 async def test_a_call_that_is_queued_again_stays_so_across_a_power_cut(bench: Bench) -> None:
     """202 means on disk here, too."""
     await bench.enqueue("a")
