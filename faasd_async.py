@@ -17787,7 +17787,7 @@ INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores i
 class Exchange:
     """A request that has come in, and the way its answer goes out."""
 
-    __slots__ = ("_chunked", "_flow", "_quiet", "_write_timeout_s", "address", "begun",
+    __slots__ = ("_chunked", "_endless", "_flow", "_quiet", "_write_timeout_s", "address", "begun",
                  "content", "head", "headers", "keep_alive", "method", "version")  # fmt: skip
 
     def __init__(
@@ -17802,6 +17802,7 @@ class Exchange:
         self.address = address  # of the client; None: it came through a Unix socket
         self._write_timeout_s = write_timeout_s
         self._chunked = False  # whether the body of the answer is, and more of it may come
+        self._endless = False  # whether it ends with the connection
         self._quiet = 0  # how often `probe` was asked since something was sent
         self.head = head
         self.method = head.method
@@ -17851,7 +17852,8 @@ class Exchange:
         if not bodiless and "Content-Length" not in answer.headers:
             self._chunked = self.version >= (1, 1)
             framing = "Transfer-Encoding: chunked\r\n" if self._chunked else ""
-            self.keep_alive = self.keep_alive and self._chunked  # else the end is that of the body
+            self._endless = not self._chunked
+            self.keep_alive = self.keep_alive and self._chunked
         self._send(self._head(answer, framing))
         await self.drain()
 
@@ -17868,6 +17870,16 @@ class Exchange:
             self._chunked = False
             self._send(b"0\r\n\r\n")
         await self.drain()
+
+    def break_off(self) -> None:
+        """Cut the client off, so that it sees that its answer is not whole: one that ends with the
+        connection is reset, in HTTP/1.0. Raises ConnectionResetError when the client has gone.
+        """
+        transport = self.transport
+        if self._endless and not transport.is_closing():
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
 
     def probe(self) -> None:
         """Send something that means nothing: only a write shows whether the client is still there.
@@ -17990,6 +18002,7 @@ def apologize(exchange: Exchange, exc: Exception) -> None:
     """Tell of an error in this program. Raises ConnectionError."""
     log.error("request failed in this program itself", exc_info=exc)
     if exchange.begun:
+        exchange.break_off()
         raise ConnectionAbortedError("the answer is not whole") from None
     exchange.send(reply(INTERNAL_ERROR, 500), ours=True)
 
@@ -18673,20 +18686,8 @@ async def stream_answer(
             log_failed_sync(ours.get("X-Call-Id"), error)
         if not http.begun:
             raise HttpError(exc.status, error) from None
-        break_off(http, passed_on)
+        http.break_off()
     return passed_on
-
-
-def break_off(http: Exchange, answer: Response) -> None:
-    """Cut a client off, so that it sees that its answer is not whole. In HTTP/1.0 the end of one
-    without a length is that of its connection, which is reset then: proxies may speak that.
-    """
-    transport = http.transport
-    endless = http.version < (1, 1) and "Content-Length" not in answer.headers
-    if endless and not transport.is_closing():
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
 
 
 async def copy_body(answer: HttpResponse, http: Exchange, head: Response) -> None:
@@ -18783,6 +18784,7 @@ class Front:
         """
         target = http.head.target
         if http.begun and not isinstance(exc, OSError):
+            http.break_off()
             raise ConnectionAbortedError("the answer is not whole") from exc
         if isinstance(exc, StoreError):
             self._refusals.count(exc)
