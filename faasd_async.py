@@ -52,10 +52,10 @@ A call's life, by the names below
     Front.answer guards the request and finds the route, FunctionRoutes.queue reads it,
     Intake.invocation makes an Invocation of it, WorkQueue.enqueue stores it: 202.
     A request like one before it takes a shorter way to the same end: Front.store.
-    Consumer claims it (WorkQueue.claim), InvocationJob.execute has FunctionCaller run the function,
-    `decide` says what follows: WorkQueue.complete or WorkQueue.retry.
+    Consumer claims it (WorkQueue.claim), Invoking has FunctionCaller run the function, Settler asks
+    `decide` what follows: WorkQueue.complete or WorkQueue.retry.
     A completed call with a callback URL is claimed again, from the queue CALLBACKS, by a Consumer
-    whose job is CallbackJob.
+    whose job is CallbackJob: Delivering sends it.
     All the time CallRoutes shows its record, and CallRecords can cancel it or queue it again.
 
 Who owns which task or thread
@@ -63,10 +63,12 @@ Who owns which task or thread
                        the last answers, and who gives up bodies that do not come. A chore that
                        fails stops the daemon, as a dispatcher does
     Scheduler          one for each schedule that is due; `run` awaits them
-    Consumer           its dispatcher, and one task for each claim; `stop` awaits all of them
+    Consumer           its dispatcher, and one for each attempt that is not plain or takes longer
+                       than PLAIN_S; `stop` awaits all of them
+    Settler            one for each outcome that could not be stored yet; `wait` awaits them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
-    HttpResponse       one that sends the request's body, if that is streamed; the end of its block
-                       awaits it, or `exchange`, if no answer came
+    HttpRequest        one that sends its body, if that is streamed; awaited at the end of the block
+                       of HttpResponse, or where no answer has come
     Conversation       one from its first request on; Server.drain waits until it has answered,
                        `close` awaits it
     Acceptor           one for each client until its connection is there; `settle` awaits them
