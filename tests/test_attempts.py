@@ -311,6 +311,7 @@ async def test_a_call_that_is_cancelled_in_the_commit_of_its_claim_is_stopped(
 
 # Its request is sent where it is claimed, on a connection that an earlier call has left, and it has
 # a task only if it lasts.
+REUSE = "faasd_async.PROOF_S = 0.0"  # A connection is used again at once.
 
 
 @pytest.mark.parametrize("lasts", [0.0, 0.2], ids=["at once", "later"])
@@ -318,7 +319,7 @@ async def test_a_call_is_cancelled_whenever_that_is(daemon: StartDaemon, functio
     """The function's request is cut, and the slot is free."""
     function.behaviour = doors = Doors()
     one_slot = "[queues.faas-request]\nmax_inflight = 1"
-    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n{one_slot}')
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n{one_slot}', before=REUSE)
     doors.open("/first", "/third")
     await gateway.final(await gateway.submit("it/first"))
     second = await gateway.submit("it/second")
@@ -340,7 +341,7 @@ async def test_a_call_is_queued_again_uncharged_whenever_the_daemon_stops(
     """It runs again after the next start."""
     function.behaviour = doors = Doors()
     settings = f'[gateway]\ndrain_timeout = "0s"\n[functions.it]\nurl = "{function.url}"'
-    gateway = await daemon(settings)
+    gateway = await daemon(settings, before=REUSE)
     doors.open("/first")
     await gateway.final(await gateway.submit("it/first"))
     second = await gateway.submit("it/second")

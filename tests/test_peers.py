@@ -51,6 +51,17 @@ def says(first: bytes, again: bytes | None = b"", pause: float = 0.0) -> Serve:
     return serve
 
 
+def once_well(serve: Serve) -> Serve:
+    """A peer that answers the first request on each connection well, before it does `serve`."""
+
+    async def serve_both(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK + EMPTY)
+        await serve(reader, writer)
+
+    return serve_both
+
+
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 EMPTY = b"Content-Length: 0\r\n\r\n"
@@ -94,8 +105,22 @@ PEERS: dict[str, tuple[Serve, int | None, str]] = {
     "header-in-a-header": (says(OK + b"X-Odd: a\rSet-Cookie: b\r\n" + EMPTY, None), 502, NO_HTTP),
 }
 
+# What the record says of a call whose function does that.
+CALLS = {
+    name: ("timeout", 504, f"function {name} {QUEUE_LATE}") if why == LATE else ("error", 502, f"function {name} {why}")
+    for name, (_, _, why) in PEERS.items()
+}
+
 SAY_NO_STATUS = {"hangs", "only-asks-for-more", "hangs-up", "no-http", "no-head", "two-digit-status"}
 SAY_NO_STATUS |= {"status-of-nothing", "switches-protocols"}
+
+# What the record says of a callback to such a receiver: the status line decides, whatever follows.
+CALLBACKS = {
+    name: ("success", "delivered", 200, None)
+    if name not in SAY_NO_STATUS
+    else ("success", "failed", None, f"the callback URL {CALLBACK_LATE if why == LATE else why}")
+    for name, (_, _, why) in PEERS.items()
+}
 
 # Heads that can be read, but should not be written.
 ODD: dict[str, Serve] = {
@@ -167,18 +192,13 @@ async def test_the_record_of_a_call_of_a_bad_function_says_why(gateway: Daemon, 
 
     calls = asyncio.create_task(at_once(peers, call))
     assert (await gateway.final(await gateway.submit("well")))["status"] == "success"
-    assert await calls == {
-        name: ("timeout", 504, f"function {name} {QUEUE_LATE}")
-        if why == LATE
-        else ("error", 502, f"function {name} {why}")
-        for name, (_, _, why) in PEERS.items()
-    }
+    assert await calls == CALLS
 
 
 async def test_the_record_of_a_callback_to_a_bad_receiver_says_why(
     gateway: Daemon, peers: dict[str, str], sink: Server
 ) -> None:
-    """The status line decides, whatever follows; the call is a success, and others get their callbacks."""
+    """The call is a success, and others get their callbacks."""
 
     async def call(name: str) -> tuple[str, str, int | None, str | None]:
         record = await gateway.final(await gateway.submit("well", X_Callback_Url=peers[name]))
@@ -188,12 +208,44 @@ async def test_the_record_of_a_callback_to_a_bad_receiver_says_why(
     calls = asyncio.create_task(at_once(peers, call))
     await gateway.submit("well", X_Callback_Url=sink.url)
     await sink.wait_for(1)
-    assert await calls == {
-        name: ("success", "delivered", 200, None)
-        if name not in SAY_NO_STATUS
-        else ("success", "failed", None, f"the callback URL {CALLBACK_LATE if why == LATE else why}")
-        for name, (_, _, why) in PEERS.items()
-    }
+    assert await calls == CALLBACKS
+
+
+@pytest.fixture
+async def used(daemon: StartDaemon, function: Server) -> AsyncIterator[tuple[Daemon, dict[str, str]]]:
+    """The same, but on each connection all is well once: the next request is sent on it where it is claimed."""
+    async with contextlib.AsyncExitStack() as stack:
+        peers = {name: await stack.enter_async_context(peer(once_well(serve))) for name, (serve, *_) in PEERS.items()}
+        toml = "".join(f'[functions.{name}]\nurl = "{url}"\n' for name, url in {"well": function.url, **peers}.items())
+        yield await daemon(LIMITS + toml, before="faasd_async.PROOF_S = 0.0"), peers
+
+
+async def test_the_same_is_said_of_a_call_on_a_connection_that_was_used(used: tuple[Daemon, dict[str, str]]) -> None:
+    """Whether an attempt has a task, or needs none until something is wrong, is nobody else's business."""
+    gateway, peers = used
+
+    async def call(name: str) -> tuple[str, int, str]:
+        assert (await gateway.final(await gateway.submit(name)))["status"] == "success"
+        record = await gateway.final(await gateway.submit(name))
+        return record["status"], record["http_status"], record["error"]
+
+    assert await at_once(peers, call) == CALLS
+
+
+async def test_the_same_is_said_of_a_callback_on_a_connection_that_was_used(
+    used: tuple[Daemon, dict[str, str]],
+) -> None:
+    """In its first delivery and in the next."""
+    gateway, peers = used
+
+    async def call(name: str) -> tuple[str, str, int | None, str | None]:
+        record = await gateway.final(await gateway.submit("well", X_Callback_Url=peers[name]))
+        assert record["callback"]["status"] == "delivered"
+        record = await gateway.final(await gateway.submit("well", X_Callback_Url=peers[name]))
+        told = record["callback"]
+        return record["status"], told["status"], told["http_status"], told["error"]
+
+    assert await at_once(peers, call) == CALLBACKS
 
 
 async def test_a_refusal_counts_by_its_status_line(daemon: StartDaemon, function: Server) -> None:
