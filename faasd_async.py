@@ -22094,7 +22094,7 @@ def reloaded(old: Config, new: Config) -> Config:
 
 
 def handle_signals(terminate: Callable[[], None], reload: Callable[[], None]) -> None:
-    """Have signals handled in the event loop, and a reload that was asked for before."""
+    """Have signals handled in the event loop. SIGHUP waits until the start has ended."""
     loop = asyncio.get_running_loop()
     acts = {**dict.fromkeys(STOP_SIGNALS, terminate), signal.SIGHUP: reload}
 
@@ -22104,7 +22104,12 @@ def handle_signals(terminate: Callable[[], None], reload: Callable[[], None]) ->
 
     for number in acts:  # The loop's own handlers end with it: a signal would kill then.
         signal.signal(number, handle)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, acts)
+
+
+def end_start() -> None:
+    """Tell systemd that the start has ended, and take reloads: one may have been asked for."""
+    sd_notify("READY=1\nSTATUS=accepting calls")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def hold_signals() -> None:
@@ -22181,7 +22186,7 @@ class Daemon:
             names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
             self._consumers.start(jobs, names)
             side = self._start_side_jobs(chores)
-            sd_notify("READY=1\nSTATUS=accepting calls")
+            end_start()
             await self._stop.wait()
             await self._drain(server)
             for task in side:
@@ -23351,8 +23356,8 @@ def collect_less() -> None:
     gc.set_threshold(10_000)
 
 
-def await_the_loop() -> None:
-    """Have signals wait for what handles them in the event loop (see Daemon.run).
+def await_the_start() -> None:
+    """Have a reload wait until the start has ended; see `end_start`.
 
     A stop doesn't have to: there is nothing to stop yet.
     """
@@ -23363,7 +23368,7 @@ def await_the_loop() -> None:
 
 def serve(args: Arguments) -> int:
     """Run the daemon until a signal."""
-    await_the_loop()
+    await_the_start()
     require_library()
     require_descriptors()
     collect_less()

@@ -65,10 +65,13 @@ def with_secret(secret: Path, user: Path) -> str:
 
 
 @own_interpreter
-async def test_a_reload_during_the_start_is_done_after_it(daemon: StartDaemon, tmp_path: Path) -> None:
-    """It neither ends the daemon nor is lost."""
+async def test_a_reload_during_the_start_is_done_after_it(
+    daemon: StartDaemon, systemd: ServiceManager, tmp_path: Path
+) -> None:
+    """It neither ends the daemon nor is lost, nor are we ready the sooner for it."""
     secret = tmp_path / "secret"
-    gateway = await daemon(with_secret(secret, tmp_path / "user"), start=False)
+    env = {"NOTIFY_SOCKET": str(systemd.path)}
+    gateway = await daemon(with_secret(secret, tmp_path / "user"), env=env, start=False)
     writing = await begin_reading(gateway, secret)
     gateway.signal(signal.SIGHUP)
     secret.unlink()
@@ -76,7 +79,10 @@ async def test_a_reload_during_the_start_is_done_after_it(daemon: StartDaemon, t
     os.write(writing, b"password")
     os.close(writing)
     await gateway.wait_for_log("configuration reloaded")
-    await gateway.wait_for_log("listening on ")
+    assert "listening on " in gateway.log
+    await systemd.wait_for("READY=1", times=2)
+    states = [line.partition("=")[0] for line in systemd.told]
+    assert states.index("READY") < states.index("RELOADING")
 
 
 # Python runs this before all else: a signal comes while the program is imported.
