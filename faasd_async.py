@@ -7423,12 +7423,21 @@ def unpack_call(data: bytes, seq: int | None = None) -> Stored:
         raise ValueError(foreign_reason(exc)) from None
 
 
+# What notes have in JSON under these names; under others it is text.
+NOTE_TYPES: Mapping[str, Any] = {
+    "paused": bool,
+    "next_at": (float, int),
+    "runs": list,
+    "boots": list,
+}
+
+
 def unpack_note(data: bytes, names: Iterable[str]) -> dict[str, Any]:
     """A small JSON document that has to have these keys. Raises ValueError."""
     try:
         document = dict(json.loads(data))
-        if not document.keys() >= {*names}:
-            raise ValueError("it has not all that ours have")
+        if not all(isinstance(document[name], NOTE_TYPES.get(name, str)) for name in names):
+            raise TypeError
         return document
     except FOREIGN as exc:
         raise ValueError(foreign_reason(exc)) from None

@@ -651,6 +651,8 @@ STRAYS = (
     b"[]",
     b"null",
     b'{"id": 1}',
+    json.dumps(dict.fromkeys(("queue", "paused", "id", "after", "lane", "owner", "digest", "call_id"), (1,))).encode(),
+    json.dumps(dict.fromkeys(("next_at", "runs", "boots"), "x")).encode(),
     framed(None),
     framed({"record": 0, "parts": [], "call": {}}),
     framed({"record": 0, "parts": [], "call": dict.fromkeys(NatsCall._fields[:10], "x")}),
