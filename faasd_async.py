@@ -7603,6 +7603,10 @@ class NatsSubjects:
         """Where a call of a queue waits until it is due or has its key, whatever its lane."""
         return f"{self._prefix}.later.{nats_token(queue)}.*.{self._timed(own_id)}"
 
+    def deadline(self, root: str, own_id: str) -> str:
+        """The message that tells of a call's deadline, before it passes ("later") and then."""
+        return self.place(root, DEADLINES, "all", f"{own_id}-deadline")
+
     def record(self, call: NatsCall) -> str:
         """The subject of a call's record, with its time first: a look-up needs no search."""
         return self.record_at(nats_token(call.queue), nats_token(call.lane), call.id)
@@ -10651,11 +10655,18 @@ class NatsMessages:
     async def deadline(self, call: NatsCall) -> None:
         """Have a message come at the time by which a call has to have started."""
         if call.deadline_at is not None:
-            name = f"{call.id}-deadline"
-            place = self._subjects.place("later", DEADLINES, "all", name)
-            target = self._subjects.place("work", DEADLINES, "all", name)
+            place = self._subjects.deadline("later", call.id)
+            target = self._subjects.deadline("work", call.id)
             schedule = nats_schedule(call.deadline_at, target)
             await self._link.publish(place, b"{}", **schedule)
+
+    async def forget_deadline(self, call: NatsCall) -> None:
+        """Have no message come at a deadline that was kept, which may be years ahead."""
+        if call.deadline_at is not None:
+            place, stream = self._subjects.deadline("later", call.id), self._lanes.stream
+            with contextlib.suppress(StoreError):  # Then one comes, and leads to nothing.
+                if found := await last_message(self._link, stream, place, direct=False):
+                    await delete_message(self._link, stream, found[1])
 
     async def answer_unacked(
         self, queue: str, name: str, seq: int, count: int, verb: bytes
@@ -11527,7 +11538,9 @@ class NatsClaims:
                 seq = await self._calls.write(claimed, kept, stored.seq)
             except NatsChanged:
                 continue
-            return self.starts.hold(lane, delivery, Stored(seq, claimed, parts))
+            claim = self.starts.hold(lane, delivery, Stored(seq, claimed, parts))
+            await self._messages.forget_deadline(claimed)
+            return claim
 
     async def _follow(
         self, lane: NatsLane, record: Stored, delivery: Delivery, request: Parts

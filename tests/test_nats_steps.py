@@ -116,6 +116,19 @@ async def test_a_queue_that_is_resumed_while_pauses_are_stored_again_is_in_nobod
         await storing
 
 
+async def test_a_call_that_has_started_in_time_leaves_nothing_that_waits_for_its_deadline(bench: Bench) -> None:
+    """That may be years ahead. If the attempt never happened, the deadline counts again."""
+    queue = queue_of(bench)
+    await bench.enqueue("a", deadline_at=time.time() + 3600)
+    (deadline,) = await queue._calls.subjects(queue._subjects.every("later"))
+    work = await bench.take()
+    assert await queue._calls.subjects(queue._subjects.every("later")) == []
+    assert await bench.queue.retry(work, None, 0.0)
+    assert await queue._calls.subjects(queue._subjects.every("later")) == [deadline]
+    assert await bench.queue.complete(await bench.take_when_woken(), OK, "success")
+    assert await queue._calls.subjects(queue._subjects.every("later")) == []
+
+
 async def test_a_connection_that_is_made_anew_is_missed_when_it_is_lost(
     server: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
