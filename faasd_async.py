@@ -4316,7 +4316,7 @@ class Lanes:
 
 
 # --- SQLite index ---------------------------------------------------------------------------------
-# What is kept in memory, of the file and of the place where it is.
+# What is kept in memory of the file; and the place where it is.
 
 
 class WorkIndex:
@@ -4410,6 +4410,36 @@ class Receipt(NamedTuple):
 
     seq: int
     claims: int
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut, if its file system and mode allow it."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def make_private(path: Path) -> None:
+    """Make a file, and missing folders above it, that nobody else can read, whatever the umask.
+
+    What SQLite puts beside it gets the same mode. A folder that exists stays as it is. New folders
+    are synced, which SQLite does for its files only: a power cut could take all of it. Raises
+    OSError, and StoreError for what is no file: root would take /dev/null from everybody else.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise StoreError(f"{path} is a device, a pipe or a socket, and no file")
+    missing = [folder for folder in path.parents if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+        sync_folder(folder.parent)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.with_name(path.name + suffix).chmod(0o600)
 
 
 class Place:
@@ -4560,11 +4590,15 @@ SELECT_DEADLINE = """
     WHERE deadline_at IS NOT NULL AND due_at IS NOT NULL
 """
 # Work may wait for a time that is ahead only because the clock was set back: calls that nobody has
-# delayed, attempts and callbacks that follow something. It is due now.
+# delayed, also those that were queued again, attempts and callbacks that follow something. It is
+# due now.
 FOLLOW_CLOCK = """
     UPDATE calls SET due_at = :now
     WHERE work IS NOT NULL AND due_at > :now
-        AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now)
+        AND (due_at <= start_time / 1e9 OR started_at > :now OR completed_at > :now
+            OR (history IS NOT NULL AND started_at IS NULL)
+            OR (work = '@callbacks' AND callback_attempts = 0)
+            OR json_extract(failures, '$[#-1][2]') > :now)
 """
 # Calls that wait for their concurrency key stand aside, in a lane of which nothing is claimed.
 ASIDE = " (key)"  # behind the name of their function's
@@ -4606,36 +4640,6 @@ SELECT_PARTS = """
     WHERE part.name NOT LIKE 'sqlite_%'
 """
 DAMAGED = "the file is damaged: a restart sets it aside and begins with an empty queue"
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut, if its file system and mode allow it."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def make_private(path: Path) -> None:
-    """Make a file, and missing folders above it, that nobody else can read, whatever the umask.
-
-    What SQLite puts beside it gets the same mode. A folder that exists stays as it is. New folders
-    are synced, which SQLite does for its files only: a power cut could take all of it. Raises
-    OSError, and StoreError for what is no file: root would take /dev/null from everybody else.
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise StoreError(f"{path} is a device, a pipe or a socket, and no file")
-    missing = [folder for folder in path.parents if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        folder.chmod(0o700)
-        sync_folder(folder.parent)
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            path.with_name(path.name + suffix).chmod(0o600)
 
 
 def schema_parts(db: sqlite3.Connection) -> set[str]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -445,6 +446,38 @@ async def test_a_clock_that_was_set_forward_makes_calls_due(sqlite: SqliteBench,
     assert await sqlite.claim() == []
     clock.now += 3601
     assert await sqlite.claim() == ["later"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_what_follows_on_something_waits_for_no_clock_that_was_set_back(
+    sqlite: SqliteBench, clock: Clock, restart: bool
+) -> None:
+    """Calls that were queued again, outcomes that are sent again, what is tried again after a long time."""
+
+    async def add(name: str, **changes: Any) -> None:
+        await sqlite.enqueue(name, start_time=clock.time_ns(), due_at=clock.now, **changes)
+
+    clock.now = math.ceil(clock.now)  # Times of ends are stored in microseconds.
+    await add("again")
+    await sqlite.run(BAD, "error")
+    await add("told", callback_url=SINK)
+    await sqlite.run()
+    await sqlite.deliver()
+    await add("tried", callback_url=SINK)
+    await sqlite.run()
+    telling = await sqlite.take(CALLBACKS)
+    await add("long")
+    running = await sqlite.take()
+    clock.now += 7200
+    assert await sqlite.queue.retry(running, BAD, 10.0)
+    assert await sqlite.queue.retry(telling, BAD, 10.0)
+    await sqlite.queue.redrive("again")
+    await sqlite.queue.resend("told")
+    clock.now -= 3600
+    if restart:
+        await sqlite.reopen()
+    assert sorted(await sqlite.claim()) == ["again", "long"]
+    assert sorted(await sqlite.claim(queue=CALLBACKS)) == ["told", "tried"]
 
 
 async def test_a_clock_that_was_set_back_hides_no_call(sqlite: SqliteBench) -> None:
