@@ -3413,7 +3413,8 @@ def watchdog_limit() -> float | None:
 
 
 class LoopCounter:
-    """A counter with one label, for the event loop alone, but for `collect`.
+    """A counter with one label, for the event loop alone: only `collect` is for any thread, and
+    goes through a copy, which is made in one step.
 
     It costs a tenth of one of the library's, which threads may share. Those of `known` labels are
     there from the start: to Prometheus, a counter that appears as 1 has not increased. Other labels
@@ -3441,7 +3442,7 @@ class LoopCounter:
     def collect(self) -> Iterable[Metric]:
         """What a scrape sees."""
         family = CounterMetricFamily(self._name, self._meaning, labels=[self._label])
-        for value, count in list(self._counts.items()):
+        for value, count in dict(self._counts).items():
             family.add_metric([value], count)
         return [family]
 
@@ -3556,14 +3557,14 @@ class FunctionCalls:
         # does not have.
         text = "Function calls started."
         started = GaugeMetricFamily("gateway_function_invocation_started", text, labels=name)
-        for function, count in list(self.started.items()):
+        for function, count in dict(self.started).items():
             started.add_metric([function], count)
 
         code = [*name, "code"]
         text = "Function calls that ended."
         ended = CounterMetricFamily("gateway_function_invocation", text, labels=code)
         taken = HistogramMetricFamily("gateway_functions_seconds", "What calls took.", labels=code)
-        for (function, status), calls in list(self._ended.items()):
+        for (function, status), calls in dict(self._ended).items():
             counts = list(itertools.accumulate(calls.counts))
             labels = [function, str(status)]
             ended.add_metric(labels, counts[-1])
@@ -3592,7 +3593,7 @@ class RunningAttempts:
         name = "queue_worker_function_invocation_inflight"
         labels = ["queue_name", "function_name"]
         family = GaugeMetricFamily(name, "Attempts running.", labels=labels)
-        for lane, number in list(self._running.items()):
+        for lane, number in dict(self._running).items():
             family.add_metric(lane, number)
         return [family]
 
