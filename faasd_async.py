@@ -73,6 +73,11 @@ Who owns which task or thread
                        `close` awaits it
     Acceptor           one for each client until its connection is there; `settle` awaits them
     CheckedResolver    a thread for each name that is being looked up; a stop waits for none
+    Program            one that feeds it; `talk` awaits it
+    CommandRunner      a thread for each start of a program, and for the end of one whose call has
+                       gone; a stop waits for none
+    BackupRoutes,      a thread for each piece of a copy, and for each scrape; the request awaits
+    QueueRoutes        it, and a stop does not
     end_abandoned      at the start a thread, which it waits for as long as that is worth it
     first_connected    one for each address that is tried; it awaits them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it.
