@@ -50,6 +50,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "faasd_async.py"
 PROGRAM = (sys.executable, "-m", "faasd_async")
 # What a command begins with that runs Python, but nothing of ours: coverage makes it twice as slow.
 UNMEASURED = ("env", "-u", "COVERAGE_PROCESS_CONFIG")
+PYTHON = (sys.executable, "-IS", "-c")  # for a little program: what it does not need, coverage included, stays away
 
 # A module is compiled once. The system's certificates, 0.1 s each time, are for the world outside.
 os.environ["PYTHONPATH"] = str(SCRIPT.parent)

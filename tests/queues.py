@@ -404,11 +404,12 @@ async def claim_and_wait_to_be_killed(store: Store) -> None:
 async def owner(make_store: type[Store], folder: Path) -> AsyncIterator[str]:
     """Another process that has the store of a folder open and all its work claimed.
 
-    Gives the call ids of that work. The process is killed in the end.
+    Gives the call ids of that work. The process is killed in the end, so what it would measure is lost.
     """
+    environment = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, __file__, str(STORES.index(make_store)), str(folder)),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment | {"PYTHONPATH": str(ROOT)},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

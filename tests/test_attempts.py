@@ -9,13 +9,12 @@ import collections
 import json
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Faults, Gate, Request, Server, StartDaemon, ask
+from conftest import PATIENCE, PYTHON, Daemon, Faults, Gate, Request, Server, StartDaemon, ask
 from provider import Provider, credential_files, running_provider
 from queues import OK, REQUESTS, STORES, Bench, Store, open_bench
 
@@ -142,7 +141,7 @@ async def clinging(function: Server) -> AsyncIterator[Clinging]:
 
 def settings(clinging: Clinging, more: str = "") -> str:
     """That function, as `it`, whose calls are tried once."""
-    command = [sys.executable, "-c", PROGRAM, str(clinging.server.port)]
+    command = [*PYTHON, PROGRAM, str(clinging.server.port)]
     return f"[functions.it]\ncommand = {json.dumps(command)}\n[retry]\nattempts = 1\n{more}"
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import statistics
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from aiohttp import web
 from conftest import (
     PATIENCE,
+    PYTHON,
     SECRET,
     Daemon,
     Gate,
@@ -47,7 +47,7 @@ def settings(function: Server, more: str = "") -> str:
 
 def command(code: str, more: str = "") -> str:
     """One function, `it`, that is a little Python program."""
-    return f"[functions.it]\ncommand = {json.dumps([sys.executable, '-c', code])}\n{more}\n"
+    return f"[functions.it]\ncommand = {json.dumps([*PYTHON, code])}\n{more}\n"
 
 
 @pytest.fixture

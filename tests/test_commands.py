@@ -5,12 +5,11 @@ import contextlib
 import json
 import os
 import random
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Server, StartDaemon, ask, connection, run
+from conftest import PATIENCE, PYTHON, Server, StartDaemon, ask, connection, run
 
 MIB = 2**20
 
@@ -22,7 +21,7 @@ def command(*words: str, more: str = "") -> str:
 
 def python(code: str, more: str = "") -> str:
     """Settings with one function, `it`, that is a little Python program."""
-    return command(sys.executable, "-c", code, more=more)
+    return command(*PYTHON, code, more=more)
 
 
 # ---- in and out ------------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 import base64
 import json
-import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import SECRET, Daemon, Gate, Reply, Server, StartDaemon, answer, ask, never, run
+from conftest import PYTHON, SECRET, Daemon, Gate, Reply, Server, StartDaemon, answer, ask, never, run
 from operating import get
 
 
@@ -48,7 +47,7 @@ def assert_error(reply: Reply, status: int) -> str:
 async def test_the_tutorial_works_with_curl(daemon: StartDaemon) -> None:
     """Call it, keep the id, get the call, get its log: with a command as function, as a person would do it."""
     code = "import sys; name = sys.stdin.read(); print('Hello', name); print('called for', name, file=sys.stderr)"
-    words = json.dumps([sys.executable, "-c", code])
+    words = json.dumps([*PYTHON, code])
     gateway = await daemon(f'[functions.hello-async]\ncommand = {words}\ntype = "async"')
     called = await run("curl", "-sS", "-d", "Johnny", f"{gateway.url}/r/myapp/hello-async")
     call_id = json.loads(called.out)["call_id"]

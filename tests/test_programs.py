@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 from aiohttp import web
 from conftest import (
     PATIENCE,
+    PYTHON,
     Daemon,
     Finished,
     Request,
@@ -40,7 +40,6 @@ from conftest import (
 from faasd_async import CommandRunner, FunctionRequest, Limit, parse_config
 
 KIB, MIB = 2**10, 2**20
-PYTHON = (sys.executable, "-IS", "-c")
 # What comes before the daemon's start.
 LOOPS = {"uvloop": "", "asyncio": 'assert hasattr(faasd_async, "uvloop"); faasd_async.uvloop = None'}
 
