@@ -22212,10 +22212,10 @@ class Daemon:
             timeouts = (self.config.gateway.read_timeout, self.config.gateway.write_timeout)
             server = Server(front, *timeouts)
             stack.push_async_callback(server.close)
-            for sock in sockets:
+            names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
+            for sock in sockets:  # No await from here on: a program would have SIGHUP blocked.
                 start_listening(server, sock)
                 log.info("listening on %s", socket_url(sock))
-            names = {*self.config.queues, *await self._queue.stats(), CALLBACKS}
             self._consumers.start(jobs, names)
             side = self._start_side_jobs(chores)
             end_start()
