@@ -1139,10 +1139,10 @@ async def kinds(gateway: Daemon, sink: Server, name: str, body: bytes, *headers:
     """The Content-Type of a function's answers, to a caller and to a callback URL."""
     reply = await ask(gateway.url, f"/function/{name}", *headers, method="POST", body=body)
     assert (reply.status, reply.body) == (200, body)
-    back = f"X-Callback-Url: {sink.url}"
+    back, number = f"X-Callback-Url: {sink.url}", len(sink.requests)
     reply_async = await ask(gateway.url, f"/async-function/{name}", *headers, back, method="POST", body=body)
     assert reply_async.status == 202
-    request = (await sink.wait_for(len(sink.requests) + 1))[-1]
+    request = (await sink.wait_for(number + 1))[-1]
     assert request.body == body
     return {reply.headers["Content-Type"], request.headers["Content-Type"]}
 
