@@ -16371,6 +16371,9 @@ class Job(Protocol):
     def rates(self, name: str) -> Mapping[str, Rate]:
         """How many calls of a queue may start; see WorkQueue.claim."""
 
+    def timeout(self, name: str) -> float:
+        """How many seconds an attempt of a queue's work may take."""
+
     def attempt(self, claim: Claim) -> Attempt:
         """An attempt, which has yet to begin."""
 
@@ -16426,6 +16429,10 @@ class InvocationJob:
         rate = self.settings().queue(name).rate
         rates = self.limits.rates()
         return {**rates, "": rate} if rate else rates
+
+    def timeout(self, name: str) -> float:
+        """See Job: the queue's own."""
+        return self.settings().queue(name).timeout
 
     def attempt(self, claim: Claim) -> Invoking:
         """See Job."""
@@ -16547,7 +16554,7 @@ class Invoking:
     async def _run(self, function: Function) -> Outcome:
         job = self._job
         claim = self._claim
-        limit = queue_limit(claim.queue, job.settings().queue(claim.queue).timeout)
+        limit = queue_limit(claim.queue, job.timeout(claim.queue))
         output = job.outputs.begin(claim)
         outcome = None
         try:
@@ -16653,6 +16660,10 @@ class CallbackJob:
     def rates(self, name: str) -> Mapping[str, Rate]:
         """See Job: there are none."""
         return {}
+
+    def timeout(self, name: str) -> float:
+        """See Job."""
+        return self.settings().callback.timeout
 
     def attempt(self, claim: Claim) -> Delivering:
         """See Job."""
@@ -16799,7 +16810,7 @@ class Delivering:
 
         The status line decides, whatever becomes of the rest.
         """
-        limit = callback_limit(self._job.settings().callback.timeout)
+        limit = callback_limit(self._job.timeout(CALLBACKS))
         try:
             with TimeLimit(limit, self._started):
                 client, request = self._asked or self._ask()
@@ -17079,7 +17090,9 @@ class Consumer:
             self._revoked = None
         started = [self._start(claim) for claim in claims if claim.receipt not in revoked]
         if started:
-            self._loop.call_later(PLAIN_S, self._go_on, started)
+            # A task has the time limit.
+            plain_s = min(PLAIN_S, self._job.timeout(self.name))
+            self._loop.call_later(plain_s, self._go_on, started)
         if len(claims) >= wanted:
             self._wake.set()
 

@@ -333,6 +333,19 @@ async def test_a_call_is_cancelled_whenever_that_is(daemon: StartDaemon, functio
     assert running == ["0.0"]
 
 
+async def test_a_time_limit_below_the_time_without_a_task_holds(daemon: StartDaemon, function: Server) -> None:
+    """The attempt gets its task, which has the limit, by then."""
+    function.behaviour = doors = Doors()
+    short = '[queues.short]\ntimeout = "20ms"\n[queues.faas-request]\n[retry]\nattempts = 1'
+    before = f"{REUSE}; faasd_async.PLAIN_S = 3600.0"
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n{short}', before=before)
+    doors.open("/first")
+    await gateway.final(await gateway.submit("it/first"))
+    record = await gateway.final(await gateway.submit("it/second", X_Queue="short"))
+    assert (record["status"], record["http_status"]) == ("timeout", 504)
+    assert record["error"] == "function it did not answer within queues.short.timeout (0.02s)"
+
+
 @pytest.mark.parametrize("lasts", [0.0, 0.2], ids=["at once", "later"])
 async def test_a_call_is_queued_again_uncharged_whenever_the_daemon_stops(
     daemon: StartDaemon, function: Server, lasts: float
@@ -463,6 +476,9 @@ class OneAttempt:
 
     def rates(self, name: str) -> Mapping[str, Rate]:
         return {}
+
+    def timeout(self, name: str) -> float:
+        return PATIENCE
 
     def attempt(self, claim: Claim) -> "OneAttempt":
         self.begun.set_result(claim)
