@@ -2199,6 +2199,12 @@ def load_config(path: str | None, tables: Container[str] | None = None) -> Confi
     raise ConfigError([f"{path}: {problem}" for problem in problems])
 
 
+def read_again(path: str | None) -> Config:
+    """The configuration for a reload. Raises ConfigError."""
+    require_reloadable(path)
+    return load_config(path)
+
+
 def require_reloadable(path: str | None) -> None:
     """Raise ConfigError for a file that a reload should not take over.
 
@@ -22099,6 +22105,39 @@ class ConfigWarnings:
             log.warning("%s", line)
 
 
+class Reloader:
+    """Reads the file again, each time that this is asked for. A disk that hangs meanwhile holds
+    nobody up.
+    """
+
+    def __init__(self, path: str | None, take_over: Tell[Config]) -> None:
+        self._path = path
+        self._take_over = take_over
+        self._asked = asyncio.Event()
+
+    def ask(self) -> None:
+        """Have it read once more: SIGHUP."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Do as asked, until the daemon stops."""
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            with sd_reload():
+                await self._reload()
+
+    async def _reload(self) -> None:
+        try:
+            new = await in_thread("reload", read_again, self._path)
+        except (Shortage, ConfigError) as exc:
+            problems = [exc.text] if isinstance(exc, Shortage) else exc.problems
+            for line in (*problems, "configuration not reloaded: the old settings stay"):
+                log.error("%s", line)
+        else:
+            self._take_over(new)
+
+
 def own_client(address: str) -> tuple[HttpClient, yarl.URL]:
     """A client of this daemon itself, which listens there, and the URL for it.
 
@@ -22191,6 +22230,7 @@ class Daemon:
         self._warnings = ConfigWarnings()
         self._warnings.look(config)
         self._exit_code = 0
+        self._reloader = Reloader(path, self._take_over)
         self._stop = asyncio.Event()  # first signal, or a task that failed
         self._hurry = asyncio.Event()  # second signal, or drain_timeout
         self._metrics = Metrics()
@@ -22209,7 +22249,7 @@ class Daemon:
 
     async def run(self) -> int:
         """Start everything, serve until a signal, stop in order."""
-        handle_signals(self._terminate, self._reload)
+        handle_signals(self._terminate, self._reloader.ask)
         introduced = introduction(self.config, self._path)
         async with contextlib.AsyncExitStack() as stack:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
@@ -22306,7 +22346,7 @@ class Daemon:
     # Side jobs: one that fails stops the daemon, as a dispatcher does.
 
     def _start_side_jobs(self, chores: Sequence[Chore]) -> Sequence[asyncio.Task[None]]:
-        chores = (self._watchdog, *chores)
+        chores = (self._watchdog, self._reloader.run, *chores)
         side = [asyncio.create_task(chore(), name=chore.__qualname__) for chore in chores]
         side.append(asyncio.create_task(keep_house(self._queue), name="housekeeping"))
         for task in side:
@@ -22341,18 +22381,10 @@ class Daemon:
             self._hurry.set()
         self._stop.set()
 
-    @sd_reload()
-    def _reload(self) -> None:
-        """Take over all but what needs a restart."""
+    def _take_over(self, new: Config) -> None:
+        """Take over all of a configuration but what needs a restart."""
         if self._stop.is_set():
             log.warning("stopping: configuration not reloaded")
-            return
-        try:
-            require_reloadable(self._path)
-            new = load_config(self._path)
-        except ConfigError as exc:
-            for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
-                log.error("%s", line)
             return
         setup_logging(new.log)
         self.config = reloaded(self.config, new)

@@ -152,6 +152,20 @@ async def test_signals_during_a_stop_do_not_spoil_it(daemon: StartDaemon, number
     assert "INFO stopped" in gateway.log
 
 
+async def test_a_secret_that_is_slow_to_come_at_a_reload_holds_nobody_up(
+    daemon: StartDaemon, function: Server, tmp_path: Path
+) -> None:
+    """Calls run, and the reload ends once it is there."""
+    gateway = await daemon(settings(function))
+    os.mkfifo(secret := tmp_path / "secret")
+    gateway.configure(settings(function, f'[callback]\nsigning_secret_file = "{secret}"'))
+    gateway.signal(signal.SIGHUP)
+    with await asyncio.to_thread(secret.open, "w") as writer:  # once the daemon reads it
+        assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+        writer.write("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    await gateway.wait_for_log("configuration reloaded")
+
+
 async def test_a_daemon_that_stops_takes_over_nothing_new(daemon: StartDaemon, function: Server) -> None:
     """A reload then could begin to claim from new queues."""
     function.behaviour = gate = Gate()
@@ -402,7 +416,7 @@ async def test_sighup_reloads_the_functions(daemon: StartDaemon, function: Serve
     await ask(gateway.url, "/function/it")
     gateway.configure(settings(sink, f'[functions.new]\nurl = "{sink.url}"'))
     gateway.signal(signal.SIGHUP)
-    await gateway.wait_for_log("reload")
+    await gateway.wait_for_log("configuration reloaded")
     await ask(gateway.url, "/function/it/a")
     await ask(gateway.url, "/function/new/b")
     assert ([r.target for r in function.requests], [r.target for r in sink.requests]) == (["/"], ["/a", "/b"])
@@ -436,7 +450,7 @@ async def test_a_call_whose_function_was_removed_is_not_lost(
     call_id = await gateway.submit("gone", X_Callback_Url=sink.url)
     gateway.configure(settings(function, "[retry]\nattempts = 2\n[queues.faas-request]\nmax_inflight = 1"))
     gateway.signal(signal.SIGHUP)
-    await gateway.wait_for_log("reload")
+    await gateway.wait_for_log("configuration reloaded")
     gate.open()
     record = await gateway.final(call_id)
     assert (record["status"], record["callback"]["status"]) == ("error", "delivered")
