@@ -1094,11 +1094,15 @@ def parse_json(value: bytes) -> object:
 
 
 def toml_tables(value: str) -> dict[str, Any]:
-    """What TOML says. Raises TOMLDecodeError, also for what is too deep to be read."""
+    """What TOML says. Raises TOMLDecodeError, also for what is too deep or too long to be read."""
     try:
         return tomllib.loads(value)
+    except tomllib.TOMLDecodeError:
+        raise
     except RecursionError:
         raise tomllib.TOMLDecodeError("it is nested too deeply") from None
+    except ValueError:
+        raise tomllib.TOMLDecodeError("a number has too many digits") from None
 
 
 STREAM_BYTES = MIB  # the most that is read of what is no file: a pipe, a device

@@ -486,11 +486,15 @@ async def test_a_file_that_can_not_be_read_or_is_empty_is_refused(daemon: StartD
     def loop() -> None:
         gateway.config.symlink_to(gateway.config)
 
+    def endless() -> None:
+        gateway.config.write_text("number = " + "9" * 5000)
+
     cases: Sequence[tuple[Callable[[], object], str, Callable[[], object]]] = (
         (lambda: None, "No such file", lambda: None),
         (gateway.config.mkdir, "Is a directory", gateway.config.rmdir),
         (loop, "Too many levels of symbolic links", gateway.config.unlink),
         (gateway.config.touch, "is empty", gateway.config.unlink),
+        (endless, "not valid TOML: a number has too many digits", gateway.config.unlink),
     )
     for make, words, remove in cases:
         make()
