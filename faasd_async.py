@@ -16200,7 +16200,12 @@ class FunctionCaller:
         return self._outcome(function, response, ok, body, size, started)
 
     def plain_outcome(
-        self, function: Function, asked: HttpRequest, keep: KeepAnswer, started: float
+        self,
+        function: Function,
+        asked: HttpRequest,
+        keep: KeepAnswer,
+        tell: Tell[bytes],
+        started: float,
     ) -> Outcome | None:
         """What `call` returns, if there is nothing to wait for, and nothing wrong."""
         response = asked.plain_response()
@@ -16211,8 +16216,11 @@ class FunctionCaller:
         most, whole = keep(ok)
         if whole and len(body) > most:
             return None
+        tell(body)
+        kept = shorten(body, most)
+        outcome = self._outcome(function, response, ok, kept, len(body), started)
         response.release()
-        return self._outcome(function, response, ok, shorten(body, most), len(body), started)
+        return outcome
 
     def _outcome(
         self,
@@ -16335,17 +16343,15 @@ class LiveOutputs:
         """The output of a call, if it runs here."""
         return self._running.get(own_id)
 
-    def begin(self, claim: Claim) -> LiveOutput:
+    def begin(self, own_id: str, output: LiveOutput) -> None:
         """An attempt begins. An earlier one, which was cancelled, may still be dying."""
-        output = LiveOutput(claim.attempt)
-        self._running[claim.id] = output
-        self._waiters.wake(claim.id)
-        return output
+        self._running[own_id] = output
+        self._waiters.wake(own_id)
 
-    def end(self, claim: Claim, output: LiveOutput) -> None:
+    def end(self, own_id: str, output: LiveOutput) -> None:
         """An attempt has ended."""
-        if self._running.get(claim.id) is output:  # else a later attempt writes already
-            del self._running[claim.id]
+        if self._running.get(own_id) is output:  # else a later attempt writes already
+            del self._running[own_id]
         output.end()
 
 
@@ -16478,7 +16484,7 @@ class InvocationJob:
 class Invoking:
     """One run of a function for a call; see Attempt."""
 
-    __slots__ = ("_asked", "_claim", "_function", "_job", "_request", "_started")
+    __slots__ = ("_asked", "_claim", "_function", "_job", "_output", "_request", "_started")
 
     def __init__(self, job: InvocationJob, claim: Claim) -> None:
         self._job = job
@@ -16487,6 +16493,7 @@ class Invoking:
         self._request = FunctionRequest(claim.method, claim.target, headers, claim.body)
         self._function: Function | None = None  # once it may run
         self._asked: HttpRequest | None = None
+        self._output = LiveOutput(claim.attempt)
         self._started = 0.0  # monotonic
 
     def begin(self) -> asyncio.Future[Head] | None:
@@ -16505,7 +16512,9 @@ class Invoking:
         assert self._function is not None
         assert self._asked is not None
         caller = self._job.caller
-        outcome = caller.plain_outcome(self._function, self._asked, self._keep, self._started)
+        outcome = caller.plain_outcome(
+            self._function, self._asked, self._keep, self._output.write, self._started
+        )
         if outcome is not None:
             self._count_out(outcome)
         return outcome
@@ -16565,15 +16574,19 @@ class Invoking:
         job = self._job
         claim = self._claim
         limit = queue_limit(claim.queue, job.timeout(claim.queue))
-        output = job.outputs.begin(claim)
         outcome = None
         try:
             outcome = await job.caller.call(
-                function, self._request, self._asked, limit, self._keep, output.write, self._started
+                function,
+                self._request,
+                self._asked,
+                limit,
+                self._keep,
+                self._output.write,
+                self._started,
             )
             return outcome
         finally:
-            job.outputs.end(claim, output)
             self._count_out(outcome)
 
     def _keep(self, ok: bool) -> tuple[int, bool]:
@@ -16584,6 +16597,7 @@ class Invoking:
         claim = self._claim
         self._function = function
         self._started = time.monotonic()
+        self._job.outputs.begin(claim.id, self._output)
         self._job.limits.begin(claim.lane)
         self._job.metrics.running.begin(claim.queue, claim.lane)
         self._job.metrics.functions.started[claim.lane] += 1
@@ -16592,6 +16606,7 @@ class Invoking:
         """The run has ended, or is given up."""
         job = self._job
         claim = self._claim
+        job.outputs.end(claim.id, self._output)
         job.metrics.running.end(claim.queue, claim.lane)
         job.limits.end(claim.lane)
         status = GONE if outcome is None else outcome.status
@@ -22138,6 +22153,8 @@ class Reloader:
             problems = [exc.text] if isinstance(exc, Shortage) else exc.problems
             for line in (*problems, "configuration not reloaded: the old settings stay"):
                 log.error("%s", line)
+        except Exception:
+            log.exception("configuration not reloaded: the old settings stay")
         else:
             self._take_over(new)
 

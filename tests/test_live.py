@@ -325,6 +325,23 @@ async def test_what_a_server_answers_is_seen_as_it_comes(daemon: StartDaemon, fu
         assert await log.read() == b"ended 1\n"
 
 
+async def test_what_a_server_answers_at_once_is_seen_attempt_by_attempt(daemon: StartDaemon, function: Server) -> None:
+    """On a connection that was used, where the answer comes before there is a task."""
+    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n', before="faasd_async.PROOF_S = 0.0")
+    assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
+    await ask(gateway.url, "/system/queues/faas-request/pause", method="POST")
+
+    async def fail_once(request: web.BaseRequest, seen: Request) -> web.StreamResponse:
+        retry = seen.headers["X-Retry"]
+        return web.Response(status=503 if retry == "0" else 200, text=f"attempt {retry}\n")
+
+    function.behaviour = fail_once
+    call_id = await gateway.submit("it")
+    async with followed(gateway, call_id) as log:
+        await ask(gateway.url, "/system/queues/faas-request/resume", method="POST")
+        assert await log.read() == b"attempt 0\nattempt 1\n"
+
+
 async def test_the_log_of_a_call_that_has_ended_is_what_is_stored(daemon: StartDaemon, function: Server) -> None:
     """There is nothing to follow."""
     gateway = await daemon(SETTINGS.format(url=function.url))
