@@ -22146,12 +22146,16 @@ class Reloader:
             with sd_reload():
                 await self._reload()
 
+    async def _read(self) -> Config:
+        with contextlib.suppress(Shortage):
+            return await in_thread("reload", read_again, self._path)
+        return read_again(self._path)  # There may be no more threads: then everybody waits.
+
     async def _reload(self) -> None:
         try:
-            new = await in_thread("reload", read_again, self._path)
-        except (Shortage, ConfigError) as exc:
-            problems = [exc.text] if isinstance(exc, Shortage) else exc.problems
-            for line in (*problems, "configuration not reloaded: the old settings stay"):
+            new = await self._read()
+        except ConfigError as exc:
+            for line in (*exc.problems, "configuration not reloaded: the old settings stay"):
                 log.error("%s", line)
         except Exception:
             log.exception("configuration not reloaded: the old settings stay")
