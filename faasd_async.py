@@ -78,6 +78,7 @@ Who owns which task or thread
                        gone; a stop waits for none
     BackupRoutes,      a thread for each piece of a copy, and for each scrape; the request awaits
     QueueRoutes        it, and a stop does not
+    Reloader           a thread for each reading of the file; a stop waits for none
     end_abandoned      at the start a thread, which it waits for as long as that is worth it
     first_connected    one for each address that is tried; it awaits them
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it.
@@ -13789,7 +13790,7 @@ class AnswerReader:
         self._on_status: Tell[int] | None = None  # told the status of an answer whose head is odd
 
     def expect(self, method: str, on_status: Tell[int] | None) -> None:
-        """Read the answer to another request; for `on_status` see HttpClient.request."""
+        """Read the answer to another request; for `on_status` see HttpClient.begin."""
         headless = method == "HEAD"
         if headless != self._headless:
             self._headless = headless
@@ -14551,7 +14552,7 @@ class HttpRequest:
         self.peer = peer  # whose connections are used again; None: one for this request alone
         self.connection: PeerConnection | None = None
         self.answer: asyncio.Future[Head] | None = None  # that is to come; None: it was not sent
-        self._on_status = on_status  # see HttpClient.request
+        self._on_status = on_status  # see HttpClient.begin
         self._sending: asyncio.Task[None] | None = None  # the body, where it is streamed
 
     def begin(self) -> None:

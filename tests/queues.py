@@ -347,6 +347,12 @@ class Bench:
             await self.until(lambda: REQUESTS in self.woken)
 
 
+def queue_of(bench: Bench) -> NatsQueue:
+    """The queue of a bench on NATS, as the one that it is."""
+    assert isinstance(bench.queue, NatsQueue)
+    return bench.queue
+
+
 @contextlib.asynccontextmanager
 async def open_bench(make_bench: type[B], make_store: type[Store], folder: Path) -> AsyncIterator[B]:
     """An open queue on the store of a folder."""

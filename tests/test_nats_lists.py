@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from jetstream import Network, eventually
-from queues import BAD, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench
+from queues import BAD, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench, queue_of
 
 import faasd_async
 from faasd_async import (
@@ -19,7 +19,6 @@ from faasd_async import (
     Delivery,
     NatsCall,
     NatsLane,
-    NatsQueue,
     Parts,
     id_number,
     new_id,
@@ -44,12 +43,6 @@ async def counted(tmp_path: Path, network: Network) -> AsyncIterator[Bench]:
     (tmp_path / "nats").write_text(f"{network.url} t{new_id()[-12:]}")
     async with open_bench(Bench, NatsStore, tmp_path) as bench:
         yield bench
-
-
-def queue_of(bench: Bench) -> NatsQueue:
-    """The queue, as the one that it is."""
-    assert isinstance(bench.queue, NatsQueue)
-    return bench.queue
 
 
 def own_id(at_ms: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from jetstream import NatsServer, Network, eventually
-from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, open_bench
+from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, open_bench, queue_of
 
 from faasd_async import (
     CALLBACKS,
@@ -17,7 +17,6 @@ from faasd_async import (
     Delivery,
     NatsConfig,
     NatsLink,
-    NatsQueue,
     StoreError,
     end_late_call,
     new_id,
@@ -30,12 +29,6 @@ async def bench(tmp_path: Path, server: NatsServer) -> AsyncIterator[Bench]:
     (tmp_path / "nats").write_text(f"{server.url} t{new_id()[-12:]}")
     async with open_bench(Bench, NatsStore, tmp_path) as bench:
         yield bench
-
-
-def queue_of(bench: Bench) -> NatsQueue:
-    """The queue, as the one that it is."""
-    assert isinstance(bench.queue, NatsQueue)
-    return bench.queue
 
 
 @pytest.mark.parametrize("queue", [REQUESTS, CALLBACKS])
