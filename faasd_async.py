@@ -181,6 +181,7 @@ from typing import (
     NoReturn,
     Protocol,
     TextIO,
+    TypeAlias,
     TypedDict,
     TypeVar,
     TypeVarTuple,
@@ -193,25 +194,9 @@ from typing import (
 from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 try:
-    import aiohttp
-    import prometheus_client
     import yarl
-    from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
-    from aiohttp.http_parser import (
-        HttpRequestParser,
-        HttpResponseParser,
-        RawRequestMessage,
-        RawResponseMessage,
-    )
-    from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
     from cronsim import CronSim, CronSimError
     from multidict import CIMultiDict, CIMultiDictProxy
-    from prometheus_client.metrics_core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        HistogramMetricFamily,
-        Metric,
-    )
 except ImportError as exc:
     sys.exit(
         f"faasd-async: {exc}: install what it needs with `pip install .` beside pyproject.toml, "
@@ -224,9 +209,26 @@ except ImportError:
     # There is no wheel for this platform (armv7l): asyncio's own loop does the job.
     uvloop = None  # type: ignore[assignment]
 
-if TYPE_CHECKING:  # imported when the queue is on NATS: it costs memory
+if TYPE_CHECKING:
+    # To import these takes as long as all else together, and most commands do without them: see
+    # `import_libraries`. nats-py is imported where the queue is on NATS.
     import nats.aio.client
     import nats.aio.msg
+    import prometheus_client
+    from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
+    from aiohttp.http_parser import (
+        HttpRequestParser,
+        HttpResponseParser,
+        RawRequestMessage,
+        RawResponseMessage,
+    )
+    from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
 
 # --- Constants ------------------------------------------------------------------------------------
 
@@ -13591,7 +13593,8 @@ HEAD_ENDS = re.compile(rb"\n\r?\n")
 # The first line of an answer that is no interim one; such may stand before it.
 STATUS_LINE = re.compile(rb"(?:\A|\n\r?\n)HTTP/1\.[0-9] ([2-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
 
-Head = tuple[RawResponseMessage, StreamReader | bytes]  # of an answer, with its body
+# Of an answer, with its body.
+Head: TypeAlias = "tuple[RawResponseMessage, StreamReader | bytes]"
 
 
 class Flow:
@@ -17621,7 +17624,7 @@ class WholeBody:
         return self.read_nowait()
 
 
-Content = StreamReader | WholeBody
+Content: TypeAlias = "StreamReader | WholeBody"
 
 # -- targets
 
@@ -17701,7 +17704,7 @@ class AsciiTargets:
 
 # -- requests
 
-Arrival = tuple[RequestHead | HttpProcessingError, Content]
+Arrival: TypeAlias = "tuple[RequestHead | HttpProcessingError, Content]"
 
 
 class RequestReader:
@@ -23421,8 +23424,34 @@ def open_standard_files() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def require_library() -> None:
-    """Raise ConfigError for an aiohttp that is too old."""
+def import_libraries() -> None:
+    """Import what serves, calls and counts: a daemon does, and who has its queue.
+
+    Raises ConfigError if something is not there, or an aiohttp that is too old.
+    """
+    global BadHttpMethod, HttpProcessingError, LineTooLong
+    global HttpRequestParser, HttpResponseParser, RawRequestMessage, RawResponseMessage
+    global EMPTY_PAYLOAD, StreamReader
+    global CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric, prometheus_client
+    try:
+        import aiohttp
+        import prometheus_client
+        from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
+        from aiohttp.http_parser import (
+            HttpRequestParser,
+            HttpResponseParser,
+            RawRequestMessage,
+            RawResponseMessage,
+        )
+        from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+        from prometheus_client.metrics_core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+            Metric,
+        )
+    except ImportError as exc:
+        raise ConfigError([f"{exc}: `pip install .` beside pyproject.toml installs it"]) from None
     version = re.match(r"(\d+)\.(\d+)", aiohttp.__version__)
     if version is None or (int(version[1]), int(version[2])) < OLDEST_AIOHTTP:
         oldest = ".".join(map(str, OLDEST_AIOHTTP))
@@ -23472,7 +23501,7 @@ def await_the_start() -> None:
 def serve(args: Arguments) -> int:
     """Run the daemon until a signal."""
     await_the_start()
-    require_library()
+    import_libraries()
     require_descriptors()
     collect_less()
     path = args.config or default_config()
@@ -23644,6 +23673,7 @@ def move(args: Arguments) -> int:
         reason = 'store.backend is "sqlite": name a file with --config that has "nats"'
         raise ConfigError([reason])
     require_queue_file(path)
+    import_libraries()
     file = SqliteFile(path, lambda: config, recover)
     file.open()
     try:

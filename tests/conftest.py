@@ -44,6 +44,8 @@ from aiohttp import web
 from forkserver import Forked, ForkServer
 from multidict import CIMultiDict
 
+from faasd_async import import_libraries
+
 pytest_plugins = ["jetstream"]  # fixtures of the queue that hosts share
 
 SCRIPT = Path(__file__).resolve().parent.parent / "faasd_async.py"
@@ -56,6 +58,8 @@ PYTHON = (sys.executable, "-IS", "-c")  # for a little program: what it does not
 os.environ["PYTHONPATH"] = str(SCRIPT.parent)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)
+
+import_libraries()  # Many tests use parts of the daemon.
 
 # The tests that take long, marked so, run only when somebody asks for them.
 LONG_TESTS = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))

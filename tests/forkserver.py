@@ -373,6 +373,9 @@ def end(code: int) -> NoReturn:
 
 def main() -> None:
     """The server, and each of its children."""
+    import aiohttp  # noqa: F401 - a command imports it if it needs it, and then has it at once
+    import prometheus_client  # noqa: F401
+
     import faasd_async
 
     covered = Covered()

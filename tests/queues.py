@@ -432,5 +432,6 @@ async def owner(make_store: type[Store], folder: Path) -> AsyncIterator[str]:
 
 if __name__ == "__main__":
     signal.alarm(round(PATIENCE))  # never outlive the test
+    faasd_async.import_libraries()
     number, folder = sys.argv[1:]
     asyncio.run(claim_and_wait_to_be_killed(STORES[int(number)](Path(folder), Settings())))

@@ -118,6 +118,7 @@ class Environment(type(os.environ)):
 
 os.environ.__class__ = Environment
 import faasd_async
+faasd_async.import_libraries()
 """
 
 

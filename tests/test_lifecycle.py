@@ -91,7 +91,7 @@ import os, signal, sys
 
 class Early:
     def find_spec(self, name, path=None, target=None):
-        if name == "aiohttp":
+        if name == "yarl":
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGHUP)
 

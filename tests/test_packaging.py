@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -85,11 +86,29 @@ async def test_the_file_runs_as_a_script() -> None:
 
 
 async def test_a_library_that_is_missing_is_told_in_one_line() -> None:
-    """Python without its packages (-S) has no aiohttp."""
+    """Python without its packages (-S) has no yarl."""
     missing = await script("--version", options=("-S",))
     assert (missing.code, missing.out, missing.err.count("\n")) == (1, "", 1)
-    assert "No module named 'aiohttp'" in missing.err
+    assert "No module named 'yarl'" in missing.err
     assert "pip install ." in missing.err
+
+
+async def test_a_library_that_only_a_daemon_needs_is_missed_by_that() -> None:
+    """With the exit code after which no restart is tried."""
+    missing = "import sys; sys.modules['prometheus_client'] = None"
+    process = await start_program("serve", before=missing, stdin=DEVNULL, stderr=PIPE)
+    _, err = await process.communicate()
+    assert (process.returncode, err.count(b"\n")) == (78, 1)
+    assert b"prometheus_client" in err
+    assert b"pip install ." in err
+
+
+def test_a_command_does_not_import_what_only_a_daemon_needs() -> None:
+    """It would take twice as long."""
+    libraries = {"aiohttp", "nats", "prometheus_client"}
+    program = f"import faasd_async, sys; print({libraries} & set(sys.modules))"
+    command = [*UNMEASURED, sys.executable, "-c", program]
+    assert subprocess.run(command, stdout=PIPE, check=True).stdout == b"set()\n"
 
 
 async def test_an_aiohttp_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
