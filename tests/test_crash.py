@@ -186,7 +186,7 @@ async def test_random_kills_under_a_mixed_load_break_no_promise(
     gateway = await daemon(
         f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 16\n[queues.slow]\n'
         'max_inflight = 4\n[retry]\nattempts = 1000\nmax_interruptions = 1000\nmax_wait = "50ms"\n'
-        '[callback]\nattempts = 1000\n[calls]\nkeep = "2s"\nkeep_failed = "2s"'
+        '[callback]\nattempts = 1000\n[calls]\nkeep = "1s"\nkeep_failed = "1s"'
     )
     witness = Witness(gateway, sink)
     function.behaviour, sink.behaviour, stories = witness.function, witness.callback, witness.stories
