@@ -7655,6 +7655,12 @@ class NatsSubjects:
             f"{self._prefix}.work.*.*.{self._timed(own_id)}",
         )
 
+    def places(self, call: NatsCall) -> Sequence[str]:
+        """Where a call is, without wildcards: a server finds them at once among any number."""
+        waits = [("work", call.lane), ("later", call.lane), ("later", call.lane + ASIDE)]
+        places = [self.place(root, call.queue, lane, call.id) for root, lane in waits]
+        return [self.record(call), *places]
+
     def timed(self, root: str, times: str, queue: str, lane: str) -> str:
         """All messages of calls with these tokens of time, queue and lane; `*` stands for any."""
         if root == "call":
@@ -8990,9 +8996,12 @@ class NatsTurns:
     def __init__(self) -> None:
         self.lanes: dict[str, NatsLane] = {}
         self.ready: OrderedDict[str, NatsLane] = OrderedDict()  # may have something to claim
+        self.unparked: dict[str, NatsLane] = {}  # those whose next message is not sent to us
         self.wanted = True  # more work than there is could be claimed
         self.reserved = 0  # calls that are being stored
-        self._uncounted = 0  # calls that may still be stored before the lanes are counted again
+        self._left = 0  # calls that may still be stored before the lanes are counted again
+        self._is_full = False  # at the last count there was no room
+        self._filled: dict[str, NatsLane] = {}  # lanes that have sent us something, or had
         self._room: Mapping[str, int] = {}
 
     @property
@@ -9006,14 +9015,43 @@ class NatsTurns:
         There may be a thousand lanes, so they are not counted each time, but when half of the calls
         have come for which there was room at the last count, and after `recount`.
         """
-        if self._uncounted <= 0:
-            self._uncounted = (most - self.waiting + 1) // 2
-        self._uncounted -= 1
-        return self._uncounted < 0
+        if self._left <= 0 and not self._is_full:
+            room = most - self.waiting
+            self._is_full = room <= 0
+            self._left = room if self._is_full else (room + 1) // 2
+        if not self._is_full:
+            self._left -= 1
+        return self._is_full
 
     def recount(self) -> None:
         """Have lanes counted again: other daemons store calls, too."""
-        self._uncounted = 0
+        self._left, self._is_full = 0, False
+
+    def took(self, number: int) -> None:
+        """Note that so many calls wait no longer: a full queue has room for as many."""
+        if self._is_full:
+            self._left += number
+            self._is_full = self._left <= 0
+
+    def note(self, lane: NatsLane) -> None:
+        """Have a lane looked at after the next claim, if there may be something to do then.
+
+        There may be a thousand lanes, and a claim for each call that ends: the others cost nothing.
+        """
+        if not lane.inbox.parked:
+            self.unparked[lane.name] = lane
+        if lane.inbox.buffer:
+            self._filled[lane.name] = lane
+
+    def promise(self, lane: NatsLane) -> None:
+        """Note that a lane may have something to claim, and may not be asked for more."""
+        self.ready[lane.name] = lane
+        self.note(lane)
+
+    def holding(self) -> Sequence[NatsLane]:
+        """The lanes that have sent us what is not claimed yet."""
+        self._filled = {name: lane for name, lane in self._filled.items() if lane.inbox.buffer}
+        return list(self._filled.values())
 
     def room(self, lane: str) -> int:
         """How much room a lane had at the last claim."""
@@ -9165,11 +9203,6 @@ class NatsLanes:
         for lane in self.by_consumer.values():
             await self._park(self.queues[lane.queue], lane)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits or runs, as far as is known here."""
-        return not any(lane.waiting or lane.running for lane in self.by_consumer.values())
-
     async def know(self, queue: str, name: str, consumer: str) -> NatsLane:
         """The lane of a consumer, which may be new to us."""
         if consumer not in self.by_consumer:
@@ -9177,6 +9210,7 @@ class NatsLanes:
             lane = NatsLane(queue, name, consumer)
             self.by_consumer[consumer] = lane
             turns.lanes[name] = lane
+            turns.note(lane)
             await self._park(turns, lane)
         return self.by_consumer[consumer]
 
@@ -9184,6 +9218,7 @@ class NatsLanes:
         """Take over what the server has said of a lane's consumer."""
         turns = self.queues[lane.queue]
         lane.count(info)
+        turns.note(lane)
         turns.recount()
         if lane.promising and lane.name not in turns.ready:
             turns.ready[lane.name] = lane
@@ -9233,6 +9268,7 @@ class NatsLanes:
                     turns.ready[lane.name] = lane
         for lane in held:
             turns.ready[lane.name] = lane
+        turns.took(len(taken))
         return taken
 
     async def _fetch(self, lane: NatsLane, number: int) -> None:
@@ -9259,11 +9295,12 @@ class NatsLanes:
         """After a claim: have the next messages sent to us, or let others have them."""
         turns = self.queues[queue]
         turns.want(wanted, left)
-        for lane in list(turns.lanes.values()):
-            if self._wants(turns, lane):
-                await self._park(turns, lane)
-            elif lane.inbox.buffer:
+        for lane in turns.holding():
+            if not self._wants(turns, lane):
                 await self.release(lane)
+        if wanted:
+            for lane in list(turns.unparked.values()):
+                await self._park(turns, lane)
 
     def _wants(self, turns: NatsTurns, lane: NatsLane) -> bool:
         open_ = self._started and lane.queue not in self.paused
@@ -9274,6 +9311,7 @@ class NatsLanes:
         if not lane.inbox.parked and not lane.inbox.buffer and self._wants(turns, lane):
             number = self._pulls.number()
             lane.inbox.park(number)
+            turns.unparked.pop(lane.name, None)
             await self._pulls.ask(lane, number, {"batch": 1, "expires": round(PARKED_S * 1e9)})
 
     async def release(self, lane: NatsLane) -> None:
@@ -9294,6 +9332,7 @@ class NatsLanes:
             consumer, number = message.subject.decode().split(".")[-2:]
             if lane := self.by_consumer.get(consumer):
                 lane.end_pull(number)
+                self.queues[lane.queue].note(lane)
             return message.status != "408"
         consumer, delivery = read_delivery(message)
         arrived = self.by_consumer.get(consumer)
@@ -9302,7 +9341,7 @@ class NatsLanes:
         lane = arrived
         pulled = lane.arrive(delivery)
         turns = self.queues[lane.queue]
-        turns.ready[lane.name] = lane
+        turns.promise(lane)
         if self._wants(turns, lane):
             self._wake(lane.queue)
             return True
@@ -9326,7 +9365,7 @@ class NatsLanes:
         """Forget what was sent on the old connection: it may be sent again, to others."""
         for lane in self.by_consumer.values():
             lane.inbox.lose()
-            self.queues[lane.queue].ready[lane.name] = lane
+            self.queues[lane.queue].promise(lane)
             self._wake(lane.queue)
 
     async def close(self) -> None:
@@ -12206,7 +12245,7 @@ class NatsIntake:
                 return await self._known(key, stored)
         turns = self._lanes.queues[call.queue]
         if turns.full(self._settings().queue(call.queue).max_pending):
-            if await self._calls.current(call.id):
+            if await self._is_known(stored.call):
                 return call.call_id
             raise queue_full(call.queue)
         turns.reserve(1)
@@ -12215,6 +12254,16 @@ class NatsIntake:
         finally:
             turns.reserve(-1)
         return call_id
+
+    async def _is_known(self, call: NatsCall) -> bool:
+        """Whether a call is stored already, or its record is still there: who has not heard the
+        answer asks again. While a queue is full, every call that comes is looked up.
+        """
+        if self._settings().nats.replicas > 1:  # A follower may be behind.
+            return await self._calls.anywhere(call.id) is not None
+        body = {"multi_last": self._subjects.places(call), "batch": 1}
+        place = f"$JS.API.DIRECT.GET.{self._calls.stream}"
+        return bool(await self._link.gather(place, json.dumps(body).encode()))
 
     async def _store(self, stored: Stored) -> str:
         """Store a call with its notes: its key first, the call itself last."""
@@ -13039,7 +13088,9 @@ class NatsKeeper:
 
     def _is_quiet(self, heard: int) -> bool:
         """Whether nothing waits or runs, and no message has come after the one with this number."""
-        return self._lanes.idle and not self._link.silent and self._link.messages == heard
+        if self._link.silent or self._link.messages != heard:
+            return False
+        return not any(lane.waiting or lane.running for lane in self._lanes.by_consumer.values())
 
     async def _look_at_all(self, fresh: bool) -> None:
         """Do what is due. `fresh`: after a reconnect, as the server may take us for gone."""

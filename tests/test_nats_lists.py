@@ -1,16 +1,19 @@
 """What lists cost on NATS, where much is stored; calls of an earlier version, and those that were given back."""
 
 import asyncio
+import functools
 import itertools
 import random
+import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from jetstream import Network, eventually
-from queues import BAD, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench, queue_of
+from queues import BAD, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench, queue_of, refused
 
 import faasd_async
 from faasd_async import (
@@ -215,6 +218,70 @@ async def test_a_call_that_waits_is_not_stored_twice_though_its_server_does_not_
     await bench.until(lambda: REQUESTS in bench.woken)
     assert await bench.claim() == ["first"]
     assert await bench.claim() == []
+
+
+# ---- what many lanes cost ------------------------------------------------------------------------
+
+
+async def make_lanes(bench: Bench, number: int) -> None:
+    """Have so many functions known, whose calls may come at any time."""
+    consumers = queue_of(bench)._parts.consumers
+    names = [f"f{one}.openfaas-fn" for one in range(number)]
+    await asyncio.gather(*(consumers.ensure("work", REQUESTS, name) for name in names))
+    await bench.claims()
+
+
+async def steps_of(work: Callable[[], Awaitable[object]]) -> int:
+    """How many functions are called meanwhile, our own and those of libraries."""
+    steps = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal steps
+        steps += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        await work()
+    finally:
+        sys.setprofile(before)
+    return steps
+
+
+@pytest.mark.parametrize("room", [1000, 0])
+async def test_a_claim_costs_what_it_claims_however_many_lanes_there_are(bench: Bench, room: int) -> None:
+    """There is one for each call that ends."""
+    await make_lanes(bench, 200)
+    assert await steps_of(functools.partial(bench.claims, room)) < 100
+
+
+async def test_a_call_that_a_full_queue_refuses_costs_one_question(
+    counted: Bench, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is stored already: however many lanes there are, they are not counted for it."""
+    monkeypatch.setattr(faasd_async, "POLL_S", 3600)
+    await make_lanes(counted, 200)
+    counted.config.set(max_pending=2)
+    await counted.enqueue_all("a", "b")
+    assert await refused(counted.enqueue()) == 429
+
+    async def refuse() -> None:
+        assert await refused(counted.enqueue()) == 429
+
+    arrived = len(network.arrived)
+    assert await steps_of(refuse) < 600
+    assert len(network.arrived) == arrived + 1
+
+
+async def test_a_full_queue_has_room_for_as_many_as_were_claimed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, though servers are asked only once a while how many wait."""
+    monkeypatch.setattr(faasd_async, "POLL_S", 3600)
+    bench.config.set(max_pending=3)
+    await bench.enqueue_all("a", "b", "c")
+    assert await refused(bench.enqueue()) == 429
+    assert await bench.claim(2) == ["a", "b"]
+    await bench.enqueue_all("d", "e")
+    assert await refused(bench.enqueue()) == 429
 
 
 # ---- what is given back --------------------------------------------------------------------------
