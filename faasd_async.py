@@ -3495,7 +3495,8 @@ class LastHour:
     def series(self, kind: str, name: str) -> list[int]:
         """How often, minute by minute, oldest first; the last one is not over yet."""
         self._turn()
-        known = [minute[kind, name] for minute in self._minutes]
+        place = (kind, name)
+        known = [minute.get(place, 0) for minute in self._minutes]
         return [0] * (self.MINUTES - len(known)) + known
 
 
@@ -17466,6 +17467,8 @@ class Intake:
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SERVER_LINE = f"Server: {SERVER}\r\n"
+ENCODER = json.JSONEncoder(ensure_ascii=False)  # to make one takes longer than most documents
+TURN_S = 0.001  # for which a long answer that is made keeps all others waiting
 WITHOUT_BODY = (204, 304)  # answers that have none (RFC 9110 15.3.5, 15.4.5)
 PLAIN_ID = re.compile(r"[A-Za-z0-9_.~-]*")  # RFC 3986 2.3
 
@@ -17490,17 +17493,49 @@ def respond(status: int, headers: Mapping[str, str] | None = None, body: bytes =
     return Response(status, CIMultiDict(headers or ()), body)
 
 
+def json_bytes(content: object) -> bytes:
+    """A document in JSON. A lone surrogate, which UTF-8 has not, is an escape as it came."""
+    return ENCODER.encode(content).encode("utf-8", "backslashreplace")
+
+
 def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """An answer of one line of text, or of JSON. Both end in a newline, for people with curl."""
     if isinstance(content, str):
-        text, content_type = content, "text/plain; charset=utf-8"
+        body, content_type = content.encode("utf-8", "backslashreplace"), "text/plain"
     else:
-        text, content_type = json.dumps(content, ensure_ascii=False), "application/json"
-        content_type += "; charset=utf-8"
-    # A lone surrogate, which JSON may have and UTF-8 has not, is an escape as it came.
-    answer = respond(status, headers, f"{text}\n".encode("utf-8", "backslashreplace"))
-    answer.headers["Content-Type"] = content_type
+        body, content_type = json_bytes(content), "application/json"
+    answer = respond(status, headers, body + b"\n")
+    answer.headers["Content-Type"] = f"{content_type}; charset=utf-8"
     return answer
+
+
+async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """The items, however many: while they are dealt with, others have their turns in between."""
+    until = time.monotonic() + TURN_S
+    for item in items:
+        yield item
+        if time.monotonic() >= until:
+            await asyncio.sleep(0)
+            until = time.monotonic() + TURN_S
+
+
+async def json_in_turns(content: object) -> bytes:
+    """As `json_bytes`, but iterators are lists, of any length, whose items are made in turns."""
+    if isinstance(content, Iterator):
+        items = [json_bytes(item) async for item in in_turns(content)]
+        return b"[" + b", ".join(items) + b"]"
+    if isinstance(content, Mapping):
+        fields = [
+            json_bytes(key) + b": " + await json_in_turns(value) for key, value in content.items()
+        ]
+        return b"{" + b", ".join(fields) + b"}"
+    return json_bytes(content)
+
+
+async def reply_in_turns(content: object) -> Response:
+    """A long answer of JSON; see `json_in_turns`."""
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    return respond(200, headers, await json_in_turns(content) + b"\n")
 
 
 def call_path(call_id: str) -> str:
@@ -19420,8 +19455,8 @@ class CallRoutes:
         limit = parse_one(request.query, "limit", page_size) or 100
         cursor = parse_one(request.query, "cursor", page_cursor)
         page = await self.records.list_records(filters, limit, cursor)
-        calls = [record_document(record) for record in page.records]
-        return reply({"calls": calls, "next_cursor": page.next_cursor})
+        calls = map(record_document, page.records)
+        return await reply_in_turns({"calls": calls, "next_cursor": page.next_cursor})
 
     async def _count(self, filters: CallFilter) -> int:
         """How many records match, page by page, so that nobody waits for all of them."""
@@ -19664,9 +19699,11 @@ class StatsRoutes:
         activity = self.queues.metrics.activity
         config = self.queues.settings()
         notice = self.queue.notice()
-        counts = Counter(overview.counts)
-        if not overview.complete:
-            counts.update(activity.ends)
+        counts = await counts_by_lane(overview, activity.ends)
+        callbacks = counts.pop(CALLBACKS, Counter[str]())
+        totals: Counter[str] = Counter()
+        async for lane_counts in in_turns(list(counts.values())):
+            totals.update(lane_counts)
         statuses = ("pending", "delivered", "failed")
         document = {
             "version": VERSION,
@@ -19680,13 +19717,13 @@ class StatsRoutes:
             "guarantee": notice or DURABLE,
             "store": {"backend": config.store.backend, **overview.store._asdict()},
             "commit_seconds": activity.commit_document(),
-            "counts": {status: states_of(counts, status) for status in STATUSES},
+            "counts": {status: totals[status] for status in STATUSES},
             "counted_since": None if overview.complete else rfc3339(activity.begun_at),
-            "callbacks": {status: counts[CALLBACKS, status] for status in statuses},
+            "callbacks": {status: callbacks[status] for status in statuses},
             "queues": self.queues.documents(overview.queues),
             "functions": self._functions(counts),
         }
-        return reply(document)
+        return await reply_in_turns(document)
 
     async def _look(self) -> tuple[str | None, Overview]:
         """What is wrong with the queue, and its figures: none of a queue that hangs."""
@@ -19698,19 +19735,14 @@ class StatsRoutes:
         except StoreError as exc:
             return str(exc), nothing
 
-    def _functions(self, counts: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
+    def _functions(self, counts: dict[str, Counter[str]]) -> Iterator[dict[str, Any]]:
         """The functions that are known, and those that only have calls."""
-        rows: dict[str, dict[str, Any]] = {}
-        for function in self.queues.directory.all():
-            rows[function.key] = self._function_document(function)
-        for (lane, status), number in counts.items():
-            if lane == CALLBACKS:
-                continue
-            if lane not in rows:
-                name, _, namespace = lane.partition(".")
-                rows[lane] = {"name": name, "namespace": namespace, "kind": None, "counts": {}}
-            rows[lane]["counts"][status] = number
-        return list(rows.values())
+        known = {function.key: function for function in self.queues.directory.all()}
+        for function in known.values():
+            yield self._function_document(function) | {"counts": counts.pop(function.key, {})}
+        for lane, lane_counts in counts.items():
+            name, _, namespace = lane.partition(".")
+            yield {"name": name, "namespace": namespace, "kind": None, "counts": lane_counts}
 
     def _function_document(self, function: Function) -> dict[str, Any]:
         key = function.key
@@ -19728,14 +19760,21 @@ class StatsRoutes:
             "inflight": self.limits.running(key),
             "replicas": function.replicas,
             "invocations": metrics.functions.started[key],
-            "counts": {},
             "hour": {kind: hour.series(kind, key) for kind in ("calls", "failures")},
         }
 
 
-def states_of(counts: Mapping[tuple[str, str], int], status: str) -> int:
-    """How many calls of all functions are in a state."""
-    return sum(number for (_, state), number in counts.items() if state == status)
+async def counts_by_lane(
+    overview: Overview, ends: Mapping[tuple[str, str], int]
+) -> dict[str, Counter[str]]:
+    """How many calls are in which state, by lane; `ends` are those that have ended, if the overview
+    lacks them.
+    """
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    known = [*overview.counts.items(), *(() if overview.complete else ends.items())]
+    async for (lane, status), number in in_turns(known):
+        counts[lane][status] += number
+    return counts
 
 
 # -- output
@@ -20057,9 +20096,9 @@ class RestRoutes:
             arch = os.uname().machine
             return reply({"provider": documents["info"], "version": OWN_VERSION, "arch": arch})
         if resource == "functions":
-            listed = [self._document(function) for function in configured.values()]
-            listed += self._counted(documents["functions"], configured)
-            return reply(listed)
+            ours = map(self._document, configured.values())
+            provided = self._counted(documents["functions"], configured)
+            return await reply_in_turns(itertools.chain(ours, provided))
         return reply(documents[resource])
 
     async def _write(self, request: Request, resource: str) -> Response:
@@ -20155,9 +20194,9 @@ class FnRoutes:
         listed = {
             "message": "Successfully listed calls",
             "next_cursor": page.next_cursor or "",
-            "calls": [fn_document(record) for record in page.records],
+            "calls": map(fn_document, page.records),
         }
-        return reply(listed)
+        return await reply_in_turns(listed)
 
     async def show_call(self, request: Request) -> Response:
         """One call."""
@@ -21904,14 +21943,13 @@ class Scheduler:
         """All schedules, as the API shows them. Raises StoreError."""
         states = await self._queue.schedules.states()
         documents = []
-        for name, schedule in sorted(self.schedules().items()):
+        async for name, schedule in in_turns(sorted(self.schedules().items())):
             state = await self._steps.refreshed(states.get(name, ScheduleState(name)))
             after = max(time.time(), state.last_at)
             begun = state.definition == schedule.definition
             active = begun and schedule.enabled and not state.paused
             coming = itertools.islice(next_instants(schedule, after), SHOWN_NEXT * active)
             documents.append(schedule_document(schedule, state, list(coming)))
-            await asyncio.sleep(0)
         return documents
 
     async def fire_now(self, name: str) -> str:
@@ -21947,7 +21985,7 @@ class ScheduleRoutes:
 
     async def list_schedules(self, request: Request) -> Response:
         """All of them, with the next instants and the last runs."""
-        return reply({"schedules": await self.scheduler.documents()})
+        return await reply_in_turns({"schedules": iter(await self.scheduler.documents())})
 
     async def change(self, request: Request) -> Response:
         """Run one now, pause it, or have it go on."""

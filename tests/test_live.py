@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask, connection
+from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, ask, connection, to_toml
 from jetstream import NatsServer, StartHost, one_function, submit_all
 from queues import OK, Bench, NatsStore, Settings
 
@@ -103,6 +103,29 @@ async def test_stats_tell_how_the_host_is(daemon: StartDaemon, function: Server)
             await asyncio.sleep(0.01)
     assert warnings == ["functions.gone.command: there is no program /no/such/program"]
     await gateway.wait_for_log(f"WARNING {warnings[0]}")
+
+
+MANY = 10_000  # functions
+
+
+@pytest.mark.parametrize("target", ["/system/stats", "/system/functions"])
+async def test_nobody_waits_for_a_list_of_many_functions(daemon: StartDaemon, target: str) -> None:
+    """Others are answered again and again while it is made, and it is whole."""
+    functions = {f"f{number}": {"url": "http://127.0.0.1:9"} for number in range(MANY)}
+    gateway = await daemon(to_toml({"functions": functions}))
+    meanwhile = 0
+    async with connection(gateway.url) as (reader, writer), connection(gateway.url) as (listed, asking):
+        asking.write(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        begun = asyncio.create_task(listed.readline())
+        while not begun.done():
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\nok\n"), PATIENCE)
+            meanwhile += 1
+        assert await begun == b"HTTP/1.1 200 OK\r\n"
+        document = json.loads((await listed.read()).partition(b"\r\n\r\n")[2])
+    rows = document["functions"] if target == "/system/stats" else document
+    assert [row["name"] for row in rows] == list(functions)
+    assert meanwhile >= 10, "they waited"
 
 
 # ---- what went wrong -----------------------------------------------------------------------------
