@@ -140,6 +140,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -2240,44 +2241,73 @@ def config_counts(config: Config) -> str:
     return ", ".join(counts)
 
 
+FOR_A_SHELL = re.compile(r"[\s~$|&;<>]")  # in a program's name: somebody has written a shell's line
+NO_INTERPRETER = "its first line has to name what runs it, such as #!/bin/sh"
+
+
 def config_warnings(config: Config) -> Iterator[str]:
     """Lines on what is right by itself, but looks wrong on this machine now."""
     for name, function in config.functions.items():
         if function.command and not find_program(function):
-            yield f"functions.{name}.command: there is no program {function.command[0]}"
+            yield f"functions.{name}.command: {no_program(function)}"
+        if function.command and function.cwd and not Path(function.cwd).is_dir():
+            yield f"functions.{name}.cwd: there is no folder {function.cwd}"
         others = set(config.queues) - {function.queue}
         close = difflib.get_close_matches(function.queue, others, 1, 0.8)
         if close and config.queues[function.queue] == QueueConfig():
             yield f"functions.{name}.queue: {function.queue}: did you mean {close[0]}?"
 
 
-def find_program(function: Function) -> str | None:
+def find_program(function: Function, mode: int = os.F_OK | os.X_OK) -> str | None:
     """The path of a command's program, found as it would be at a start; None: there is none."""
     word = (function.command or ("",))[0]
     if "/" in word:
-        return shutil.which(str(Path(function.cwd or ".") / word))
-    return shutil.which(word, path=function.env.get("PATH"))
+        return shutil.which(str(Path(function.cwd or ".") / word), mode)
+    return shutil.which(word, mode, function.env.get("PATH"))
+
+
+def no_program(function: Function) -> str:
+    """What is wrong with a command whose program is not found, and what to do."""
+    if found := find_program(function, os.F_OK):
+        return f"{found} is not executable: chmod +x {shlex.quote(found)}"
+    word = (function.command or ("",))[0]
+    hint = ': what a shell has to read stands in ["sh", "-c", "…"]'
+    return f"there is no program {word}{hint if FOR_A_SHELL.search(word) else ''}"
 
 
 def script_warnings(config: Config) -> Iterator[str]:
     """Lines on programs that can't be run. Reads them, so it waits for their disks."""
     for name, function in config.functions.items():
         program = find_program(function) if function.command else None
-        interpreter = missing_interpreter(program) if program else None
-        if interpreter:
-            reason = f"its first line names {interpreter}, which is not there"
+        reason = script_trouble(program) if program else None
+        if reason:
             yield f"functions.{name}.command: {program} can't be run: {reason}"
 
 
-def missing_interpreter(program: str) -> str | None:
-    """The interpreter in a script's first line, where there is none. A carriage return counts."""
+def script_trouble(program: str) -> str | None:
+    """What is wrong with a script's first line."""
+    if interpreter := missing_interpreter(program):
+        return f"its first line names {interpreter}, which is not there"
+    line = first_line(program)
+    if line is None or b"\0" in line or line.startswith(b"#!"):  # There is a NUL in any ELF file's.
+        return None
+    return NO_INTERPRETER
+
+
+def first_line(program: str) -> bytes | None:
+    """How a program's file begins; None: it may be there to be run and not to be read."""
     if not Path(program).is_file():
         return None
     try:
         with Path(program).open("rb") as file:
-            line = file.readline(256)
-    except OSError:  # A program may be there to be run and not to be read.
+            return file.readline(256)
+    except OSError:
         return None
+
+
+def missing_interpreter(program: str) -> str | None:
+    """The interpreter in a script's first line, where there is none. A carriage return counts."""
+    line = first_line(program) or b""
     interpreter = os.fsdecode(line[2:].strip(b" \t\n").split(b" ")[0])
     if not line.startswith(b"#!") or not interpreter or Path(interpreter).exists():
         return None
@@ -15711,6 +15741,8 @@ def start_failure(function: Function, exc: Exception) -> Exception:
         missing = False
         interpreter = missing_interpreter(program) or "what loads it"
         hint = f" (its interpreter is missing: {interpreter})"
+    elif number == errno.ENOEXEC:
+        hint = f" ({NO_INTERPRETER})"
     kind = FailureKind.MISSING if missing else FailureKind.LOCAL
     return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
 
@@ -22618,7 +22650,7 @@ def find_daemon(args: Arguments) -> tuple[str, str | None]:
     # file: it may not be allowed to read the daemon's other secrets.
     path = args.config or (None if address else default_config())
     flags = {"user_file": args.user_file, "password_file": args.password_file}
-    if any(flags.values()):
+    if flags := {name: file for name, file in flags.items() if file}:
         config = load_config(path, ("gateway",))
         auth = parse_config({"auth": flags}).auth
     else:

@@ -558,7 +558,8 @@ async def test_the_configuration_says_where_the_daemon_is(daemon: StartDaemon, t
     assert (await queues("--url", f"unix:{socket}", "--user-file", user, "--password-file", password)).code == 0
     assert (await queues("--url", gateway.url.replace("//", "//admin:secret%3Awith%25@"))).code == 0
     assert (await queues("--url", gateway.url.replace("//", "//admin:secret-not-this@"))).code == 77
-    assert (await queues("--user-file", user)).code == 78
+    half = await queues("--user-file", user)
+    assert (half.code, half.err) == (78, "auth: user_file needs password_file\n")
 
 
 @pytest.mark.parametrize("form", ["{}", "http://{}", "http://{}/ui/#calls", "{}/", ":{port}", "{port}", "*:{port}"])

@@ -784,7 +784,7 @@ async def test_a_program_that_can_not_be_started_is_named_and_tried_again(start:
     programs = {name: (str(tmp_path / name),) for name in texts} | {"folder": (str(tmp_path),)}
     gateway = await start(functions(programs, TWICE))
     for name, (path,) in programs.items():
-        why = "exec format error" if name in ("plain", "empty") else "permission denied"
+        why = "exec format error (its first line" if name in ("plain", "empty") else "permission denied"
         assert_refused(await ask(gateway.url, f"/function/{name}"), 502, name, path, why, limit=300)
         status, error, attempts = await outcome(gateway, name)
         assert (status, attempts) == (502, 2), error
@@ -1245,6 +1245,23 @@ async def test_check_warns_of_a_program_that_is_not_there(tmp_path: Path, word: 
     assert (word in line, "functions.wrong" in line, "right" in line) == (True, True, False), line
 
 
+async def test_check_says_what_to_do_about_a_program_that_can_not_be_run(tmp_path: Path) -> None:
+    """One that nobody may run, a line that is a shell's to read, a folder that is not there."""
+    script = tmp_path / "my script"
+    script.write_text("#!/bin/sh\n")
+    shell = ': what a shell has to read stands in ["sh", "-c", "…"]'
+    programs = {"closed": (str(script),), "piped": ("ls -l | wc",), "home": ("~/report.sh",), "gone": ("report.sh",)}
+    result = await check(tmp_path, functions(programs))
+    assert [line.partition(": functions.")[2] for line in result.err.splitlines()] == [
+        f"closed.command: {script} is not executable: chmod +x '{script}'",
+        f"piped.command: there is no program ls -l | wc{shell}",
+        f"home.command: there is no program ~/report.sh{shell}",
+        "gone.command: there is no program report.sh",
+    ]
+    result = await check(tmp_path, functions({"it": ("cat",)}, cwd="/nonexistent/folder"))
+    assert result.err.endswith(": functions.it.cwd: there is no folder /nonexistent/folder\n")
+
+
 async def test_check_warns_of_a_script_whose_interpreter_is_not_there(tmp_path: Path) -> None:
     """Such as one that was written on Windows: the carriage return belongs to the interpreter's name."""
     lines = {
@@ -1257,7 +1274,8 @@ async def test_check_warns_of_a_script_whose_interpreter_is_not_there(tmp_path: 
         (tmp_path / name).write_text(line)
         (tmp_path / name).chmod(0o755)
     result = await check(tmp_path, functions({name: (str(tmp_path / name),) for name in lines}))
-    gone, windows = result.err.splitlines()
+    gone, windows, text = result.err.splitlines()
+    assert text.endswith(f"{tmp_path}/text can't be run: its first line has to name what runs it, such as #!/bin/sh")
     assert ("functions.gone" in gone, "/opt/nothing/python3," in gone) == (True, True), gone
     assert ("functions.windows" in windows, r"/bin/sh\r," in windows) == (True, True), windows
 
