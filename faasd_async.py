@@ -17981,8 +17981,9 @@ INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # Who has not asked for it ignores i
 class Exchange:
     """A request that has come in, and the way its answer goes out."""
 
-    __slots__ = ("_chunked", "_endless", "_flow", "_quiet", "_write_timeout_s", "address", "begun",
-                 "content", "head", "headers", "keep_alive", "method", "version")  # fmt: skip
+    __slots__ = ("_asked", "_chunked", "_endless", "_flow", "_quiet", "_write_timeout_s",
+                 "address", "begun", "content", "head", "headers", "keep_alive", "method",
+                 "version")  # fmt: skip
 
     def __init__(
         self,
@@ -17995,6 +17996,7 @@ class Exchange:
         self._flow = flow
         self.address = address  # of the client; None: it came through a Unix socket
         self._write_timeout_s = write_timeout_s
+        self._asked = False  # whether the client was told to send its body
         self._chunked = False  # whether the body of the answer is, and more of it may come
         self._endless = False  # whether it ends with the connection
         self._quiet = 0  # how often `probe` was asked since something was sent
@@ -18018,11 +18020,27 @@ class Exchange:
 
     def ask_for_content(self) -> None:
         """Tell a client to send its body, if it waits for that (RFC 9110 10.1.1)."""
-        if self.headers.get("Expect", "").lower() == "100-continue" and self.version >= (1, 1):
+        self._asked = True
+        if self._waits:
             self.transport.write(INTERIM)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the client waits to be told before it sends its body."""
+        return self.headers.get("Expect", "").lower() == "100-continue" and self.version >= (1, 1)
+
+    def _settle(self) -> None:
+        """Have an answer be the last if nobody can tell what comes behind it.
+
+        A client that waits, and is answered instead, may go on with its body or with the next
+        request: what it means for the one could be read as the other.
+        """
+        if not self._asked and not self.content.is_eof() and self._waits:
+            self.keep_alive = False
 
     def send(self, answer: Response, ours: bool = False) -> None:
         """Send an answer whose body is whole, `ours` or passed on. Raises ConnectionResetError."""
+        self._settle()
         body = answer.body
         if ours and self.head.usual and answer.bare and self.keep_alive:
             head = bare_head(answer.status, len(body), int(time.time()))
@@ -18041,6 +18059,7 @@ class Exchange:
 
     async def begin(self, answer: Response) -> None:
         """Send the head of an answer; its body follows in pieces. Raises ConnectionResetError."""
+        self._settle()
         framing = ""
         bodiless = answer.status in WITHOUT_BODY or self.method == "HEAD"
         if not bodiless and "Content-Length" not in answer.headers:

@@ -153,6 +153,23 @@ async def test_a_client_that_waits_for_leave_is_refused_before_it_sends(gateway:
     assert first_line.startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(
+    "line", [f"POST /async-function/it {64 * KIB + 1}", "POST /async-function/gone 40", "GET /healthz 40"]
+)
+async def test_a_client_that_was_not_told_to_send_its_body_is_cut_off(gateway: Daemon, line: str) -> None:
+    """It may send its next request instead of the body, which must not be taken for that body."""
+    method, target, length = line.split()
+    request = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\nExpect: 100-continue\r\n\r\n"
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(request.encode())
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        assert parse(head).headers["Connection"] == "close"
+        await reader.readexactly(int(parse(head).headers["Content-Length"]))
+        writer.write(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        writer.write_eof()
+        assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+
+
 async def test_curl_sees_the_413_of_an_upload_that_is_too_large(gateway: Daemon, tmp_path: Path) -> None:
     """A real client, in the middle of sending, gets the answer and not a broken pipe."""
     upload = tmp_path / "upload"
