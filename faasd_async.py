@@ -7582,6 +7582,11 @@ def id_number(own_id: str) -> int:
     return int(own_id.replace("-", ""), 16)
 
 
+def made_at(own_id: str) -> float:
+    """When an id was made, by the clock of whoever did; 0: it is none of ours."""
+    return (id_number(own_id) >> 80) / 1000 if is_own_id(own_id) else 0.0
+
+
 def with_request(parts: Parts, request: Parts) -> Parts:
     """Put the request of one in the place of the request of the other."""
     return Parts(request.headers, request.body, parts.answer_headers, parts.output, parts.stderr)
@@ -12230,6 +12235,7 @@ def body_digest(parts: Parts) -> str:
 
 
 KEY_NOTE = ("id", "call_id", "digest")  # what is noted of an idempotency key
+KEY_ABANDONED_S = 60.0  # after which a call whose key was noted will not be stored any more
 
 
 def key_note(call: NatsCall, digest: str) -> bytes:
@@ -12271,7 +12277,7 @@ class NatsIntake:
         if size > most // 2 and len(pack_call(stored.call, request)) > most:
             raise too_large(most)
         if call.idempotency_key is not None:
-            key = await self._calls.note(self._subjects.key(stored.call), *KEY_NOTE)
+            key = await self._calls.noted(self._subjects.key(stored.call), *KEY_NOTE)
             if key is not None:
                 return await self._known(key, stored)
         turns = self._lanes.queues[call.queue]
@@ -12296,16 +12302,19 @@ class NatsIntake:
         place = f"$JS.API.DIRECT.GET.{self._calls.stream}"
         return bool(await self._link.gather(place, json.dumps(body).encode()))
 
-    async def _store(self, stored: Stored) -> str:
-        """Store a call with its notes: its key first, the call itself last."""
+    async def _store(self, stored: Stored, over: int = 0) -> str:
+        """Store a call with its notes: its key first, the call itself last.
+
+        `over`: the sequence of a note whose call was never stored.
+        """
         call = stored.call
         if call.idempotency_key is not None:
             place = self._subjects.key(call)
             body = key_note(call, body_digest(stored.parts))
             try:
-                await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=0)
+                await self._link.publish(place, body, Nats_Expected_Last_Subject_Sequence=over)
             except NatsChanged:
-                key = await self._calls.note(place, *KEY_NOTE)
+                key = await self._calls.noted(place, *KEY_NOTE)
                 if key is None:
                     raise
                 return await self._known(key, stored)
@@ -12362,23 +12371,27 @@ class NatsIntake:
             place, note = self._subjects.key(call), key_note(call, digest)
             await store_over(self._link, place, note, 0, Nats_TTL=ttl)
 
-    async def _known(self, key: Mapping[str, Any], stored: Stored) -> str:
+    async def _known(self, key: Note, stored: Stored) -> str:
         """The call id of the call that took this key first. HttpError: 422 its body was another.
 
         The daemon that noted the key may have died before it stored the call. Then this call is
-        stored in its place, under its ids.
+        stored in its place, under its ids; if its body is another, after a while and under its own.
         """
-        if key["digest"] != body_digest(stored.parts):
-            raise HttpError(422, OTHER_BODY)
-        if await self._calls.anywhere(key["id"]) is None:
-            first = stored.call._replace(id=key["id"], call_id=key["call_id"])
+        first = key.document
+        is_there = await self._calls.anywhere(first["id"]) is not None
+        if first["digest"] != body_digest(stored.parts):
+            if is_there or self._calls.now() - made_at(first["id"]) < KEY_ABANDONED_S:
+                raise HttpError(422, OTHER_BODY)
+            return await self._store(stored, key.seq)
+        if not is_there:
+            call = stored.call._replace(id=first["id"], call_id=first["call_id"])
             headers = [
-                (name, key["call_id"].encode() if name == b"X-Call-Id" else value)
+                (name, first["call_id"].encode() if name == b"X-Call-Id" else value)
                 for name, value in unpack_headers(stored.parts.headers)
             ]
             parts = stored.parts._replace(headers=pack_headers(headers))
-            await self._store_call(Stored(0, first, parts))
-        return str(key["call_id"])
+            await self._store_call(Stored(0, call, parts))
+        return str(first["call_id"])
 
 
 class NatsSchedules:

@@ -5,21 +5,28 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jetstream import NatsServer, Network, eventually
-from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, open_bench, queue_of
+from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench, queue_of, refused
 
 from faasd_async import (
     CALLBACKS,
+    KEY_ABANDONED_S,
     KIB,
     SILENT_S,
     Delivery,
     NatsConfig,
     NatsLink,
+    Parts,
     StoreError,
+    body_digest,
     end_late_call,
+    key_note,
+    nats_call,
     new_id,
+    uuid7,
 )
 
 
@@ -158,3 +165,34 @@ async def test_what_could_not_be_asked_is_no_answer_that_servers_owe(server: Nat
     await asyncio.sleep(SILENT_S + 0.1)  # that time passes is what this is about
     assert link.silent is None
     await link.close()
+
+
+# ---- keys whose call was never stored ------------------------------------------------------------
+
+
+async def died_after_its_note(bench: Bench, age_s: float, **changes: Any) -> str:
+    """Leave the note of a key behind, as a daemon does that dies before it has stored the call; the call's id."""
+    own_id = uuid7(round(1000 * (time.time() - age_s)), 1, 1)
+    call = nats_call(invocation(id=own_id, call_id="first", **changes), 0.0)
+    queue = queue_of(bench)
+    await queue._link.publish(queue._subjects.key(call), key_note(call, body_digest(Parts(body=b"body"))))
+    return own_id
+
+
+async def test_a_key_whose_call_was_never_stored_gives_the_next_one_its_place(bench: Bench) -> None:
+    """At once, and only once: nobody has heard of the call, or who has asks for it."""
+    own_id = await died_after_its_note(bench, 0.0, idempotency_key="k")
+    assert [await bench.enqueue("second", idempotency_key="k") for _ in range(2)] == ["first", "first"]
+    assert [work.id for work in await bench.claims()] == [own_id]
+
+
+async def test_a_key_whose_call_was_never_stored_is_free_for_another_body(bench: Bench) -> None:
+    """Once nobody can be about to store that call any more: its caller was not told that it is accepted."""
+    await died_after_its_note(bench, 1.0, idempotency_key="fresh")
+    assert await refused(bench.enqueue("second", idempotency_key="fresh", body=b"other")) == 422
+    await died_after_its_note(bench, KEY_ABANDONED_S, idempotency_key="k")
+    calls = [bench.enqueue(name, idempotency_key="k", body=b"other") for name in ("second", "third")]
+    (name,) = set(await asyncio.gather(*calls))
+    assert await bench.enqueue(idempotency_key="k", body=b"other") == name
+    assert await refused(bench.enqueue(idempotency_key="k")) == 422
+    assert await bench.claim() == [name]
