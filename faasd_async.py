@@ -9717,6 +9717,11 @@ def block_times(block: str, last: str = "*") -> list[str]:
     return [".".join([*whole, one, *rest]) for one in parts]
 
 
+def newest_time() -> str:
+    """The last time that an id may have, unless a clock was wrong, as twelve hex digits."""
+    return f"{round(1e3 * (time.time() + AHEAD_S)):012x}"
+
+
 def announced(messages: Sequence[NatsMessage]) -> int:
     """How many messages match a request, as the first one of its answer says."""
     return 1 + int(messages[0].headers["Nats-Num-Pending"]) if messages else 0
@@ -9800,8 +9805,11 @@ class NatsBlocks:
             if weight:
                 yield ""
             return
+        async for block in self._ahead(scope, span):
+            async for part in self._parts(scope, block, span, most):
+                yield part
         digits = FIRST_DIGITS
-        number = int(span.last[:digits], 16)
+        number = int(min(span.last, newest_time())[:digits], 16)
         while number >= int(span.first[:digits], 16):
             async for block in self._parts(scope, f"{number:0{digits}x}", span, most):
                 yield block
@@ -9809,6 +9817,33 @@ class NatsBlocks:
                 number //= 16
                 digits -= 1
             number -= 1
+
+    async def _ahead(self, scope: Scope, span: Span) -> AsyncIterator[str]:
+        """Blocks that have messages of hosts whose clocks were far ahead, newest first.
+
+        It takes one request if there are none. It looks as far as that can, which is ten years.
+        """
+        today, digits = newest_time(), TIME_DIGITS[0]
+        days, hours = int(today[:digits], 16), int(today[digits:FIRST_DIGITS], 16)
+        blocks = [f"{today[:digits]}{number:02x}" for number in range(hours + 1, 256)]
+        years = range(days + 1, days + 1 + NAMED_SUBJECTS // len(scope.roots) - len(blocks))
+        blocks += [f"{number:04x}" for number in years]
+        meant = [block for block in reversed(blocks) if block <= span.last[: len(block)]]
+        async for block in self._filled(scope._replace(lanes=("*",)), meant):
+            yield block
+
+    async def _filled(self, scope: Scope, blocks: Sequence[str]) -> AsyncIterator[str]:
+        """Those of these blocks that have messages."""
+        times = [time for block in blocks for time in block_times(block)]
+        if not blocks or not await self._count(scope, times):
+            return
+        if len(blocks) == 1:
+            yield blocks[0]
+            return
+        middle = len(blocks) // 2
+        for half in (blocks[:middle], blocks[middle:]):
+            async for block in self._filled(scope, half):
+                yield block
 
     async def read(self, scope: Scope, block: str) -> list[NatsMessage]:
         """The messages of a block. If some move while they are read, it is read once more."""
@@ -9851,12 +9886,11 @@ class NatsBlocks:
         ):
             yield subject
 
-    def span(self, first_at: float = 0.0, last_at: float = math.inf) -> Span:
+    def span(self, first_at: float = 0.0, last_at: float = END_OF_TIME) -> Span:
         """The times that ids of calls may have which were accepted between these two."""
         since = self._subjects.since.replace("-", "")[:12] or "0" * 12
-        last_at = min(last_at, time.time()) + AHEAD_S
         first = f"{max(0, round(1e3 * (first_at - AHEAD_S))):012x}"
-        return Span(max(since, first), f"{round(1e3 * last_at):012x}")
+        return Span(max(since, first), f"{round(1e3 * (last_at + AHEAD_S)):012x}")
 
     async def lanes(self, function: str) -> Sequence[str]:
         """The tokens of the lanes that a function has, in any namespace."""
@@ -10483,7 +10517,7 @@ class NatsLists:
     def _span(self, filters: CallFilter, before: int | None) -> Span:
         """The times that ids of matching calls may have: a schedule's have those of instants."""
         late_s = max((one.max_late for one in self._settings().schedules.values()), default=0.0)
-        span = self.blocks.span((filters.since or 0.0) - late_s, filters.until or math.inf)
+        span = self.blocks.span((filters.since or 0.0) - late_s, filters.until or END_OF_TIME)
         if before is None:
             return span
         last = f"{min(before >> 80, 2**48 - 1):012x}"

@@ -61,6 +61,11 @@ def finished(name: str, function: str = "figlet", status: str = "success") -> Na
     return NatsCall(**kept, request_bytes=4, status=status, attempts=1, completed_at=time.time())
 
 
+def waiting(name: str) -> NatsCall:
+    """A call that nobody has claimed."""
+    return finished(name)._replace(status="queued", due_at=time.time(), attempts=0, completed_at=None)
+
+
 async def fill(bench: Bench, calls: Sequence[NatsCall], root: str = "call") -> None:
     """Store records, or messages that wait, as they are, without asking whether each was stored."""
     queue = queue_of(bench)
@@ -137,6 +142,18 @@ async def test_what_is_done_to_all_that_match_finds_it_in_parts(counted: Bench, 
     assert await all_pages(counted, 1000, statuses=("queued", "delayed")) == sorted(left, reverse=True)
     result = await counted.queue.redrive_matching(CallFilter(statuses=("cancelled",)))
     assert (result.matched, result.done) == (200, 0)  # There is no request to be stored again.
+
+
+async def test_calls_of_a_host_whose_clock_was_far_ahead_are_listed_and_purged(bench: Bench) -> None:
+    """By days, months or years; among others, and more than are looked at all at once."""
+    now = round(time.time() * 1000)
+    ahead = [2 * 24 * HOUR_MS, 70 * 24 * HOUR_MS, 9 * 365 * 24 * HOUR_MS]
+    ids = sorted((own_id(now + by + number) for by in [0, *ahead] for number in range(100)), reverse=True)
+    await queue_of(bench)._parts.consumers.ensure("work", REQUESTS, "figlet.openfaas-fn")
+    await fill(bench, [waiting(name) for name in ids], "work")
+    assert await all_pages(bench, 70) == ids
+    assert await all_pages(bench, 70, function="figlet", statuses=("queued",)) == ids
+    assert await bench.queue.purge(REQUESTS) == len(ids)
 
 
 # ---- calls of an earlier version -----------------------------------------------------------------
