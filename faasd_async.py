@@ -18208,6 +18208,8 @@ def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
         return 431, "there are too many headers"
     if isinstance(exc, BadHttpMethod) and re.search(r"b'[!#-~]+ [!-~]+ HTTP/1\.[01]'", str(exc)):
         return 501, "no method of HTTP has this name"
+    if "'Host' header" in str(exc):
+        return 400, "a request in HTTP/1.1 has one Host header, and only one"
     return 400, "this is not a valid HTTP request"
 
 

@@ -145,6 +145,17 @@ async def test_a_chunked_body_is_refused_as_soon_as_it_is_too_long(gateway: Daem
     assert function.requests == []
 
 
+@pytest.mark.parametrize("hosts", ["", "Host: x\r\nHost: y\r\n"])
+async def test_a_request_without_its_one_host_is_told_so(gateway: Daemon, hosts: str) -> None:
+    """Who writes requests by hand forgets it first."""
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(f"GET /healthz HTTP/1.1\r\n{hosts}\r\n".encode())
+        reply = parse(await asyncio.wait_for(reader.read(), PATIENCE))
+    assert reply.status == 400
+    assert_one_line(reply)
+    assert b"Host header" in reply.body
+
+
 async def test_a_client_that_waits_for_leave_is_refused_before_it_sends(gateway: Daemon) -> None:
     """`Expect: 100-continue` with too great a length gets no 100 but the 413."""
     async with connection(gateway.url) as (reader, writer):
