@@ -15993,12 +15993,13 @@ class Fetched(NamedTuple):
     body: bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Provider:
     """faasd's REST API."""
 
     settings: Settings
     http: HttpClient
+    trouble: str | None = None  # why it could not say last what functions there are
 
     @property
     def url(self) -> yarl.URL | None:
@@ -16035,8 +16036,27 @@ class Provider:
             raise ProviderAway(f"the provider {exc.text}") from None
         return Fetched(response.status, response.headers, answer)
 
+    @contextlib.contextmanager
+    def _noting_trouble(self) -> Iterator[None]:
+        """Keep why a question about functions had no answer, until one has."""
+        try:
+            yield
+        except ProviderAway as exc:
+            self.trouble = str(exc)
+            raise
+        self.trouble = None
+
     async def look_up(self, name: str, namespace: str) -> Function | None:
         """A function as the provider describes it now. Raises ProviderAway."""
+        with self._noting_trouble():
+            return await self._function(name, namespace)
+
+    async def annotations(self) -> Mapping[str, Mapping[str, str]]:
+        """The annotations of all functions, by NAME.NAMESPACE. Raises ProviderAway."""
+        with self._noting_trouble():
+            return await self._annotations()
+
+    async def _function(self, name: str, namespace: str) -> Function | None:
         key = function_key(name, namespace)
         answer = await self.ask("GET", f"/system/function/{name}?namespace={namespace}")
         if answer.status in (400, 404):
@@ -16060,8 +16080,7 @@ class Provider:
             replicas=replicas,
         )
 
-    async def annotations(self) -> Mapping[str, Mapping[str, str]]:
-        """The annotations of all functions, by NAME.NAMESPACE. Raises ProviderAway."""
+    async def _annotations(self) -> Mapping[str, Mapping[str, str]]:
         found: dict[str, Mapping[str, str]] = {}
         for namespace in await self._documents("/system/namespaces"):
             query = urlencode({"namespace": namespace})
@@ -16161,6 +16180,11 @@ class FunctionDirectory:
             if stale and function:
                 return function
             raise
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the provider can't be asked; None: it can, or there is none."""
+        return self._provider.trouble if self._provider.url is not None else None
 
     def all(self) -> Iterator[Function]:
         """The functions of the file, and those of the provider that were looked up."""
@@ -19809,6 +19833,7 @@ class StatsRoutes:
             "version": VERSION,
             "may_act": request.may_act,
             "trouble": trouble,
+            "complaints": [*self._complaints(trouble)],
             "started_at": rfc3339(activity.begun_at),
             "uptime_seconds": round(time.time() - activity.begun_at, 3),
             "memory_bytes": resident_bytes(),
@@ -19824,6 +19849,13 @@ class StatsRoutes:
             "functions": self._functions(counts),
         }
         return await reply_in_turns(document)
+
+    def _complaints(self, trouble: str | None) -> Iterator[str]:
+        """What keeps calls from being accepted or run."""
+        if trouble:
+            yield f"no calls are accepted: {trouble}"
+        if away := self.queues.directory.trouble:
+            yield f"calls of the provider's functions wait: {away}"
 
     async def _look(self) -> tuple[str | None, Overview]:
         """What is wrong with the queue, and its figures: none of a queue that hangs."""
@@ -21123,7 +21155,7 @@ function drawScheduleRow({ name, paused, enabled, ...schedule }) {
 const drawRun = ({ id, status, scheduled_for: at }) =>
   h(id ? "a.run" : "span.run", { href: id && callLink(id), title: at }, state(status));
 
-const problems = () => [stats.trouble, ...stats.warnings].filter(Boolean);
+const problems = () => [...stats.complaints, ...stats.warnings];
 
 function drawHost() {
   const { store, callbacks, commit_seconds: commit } = stats;
@@ -23483,8 +23515,7 @@ def describe_daemon(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def complaints_of(stats: Mapping[str, Any]) -> Iterator[str]:
     """What a person should look at, with the command that shows more or mends it."""
-    if stats["trouble"]:
-        yield f"no calls are accepted: {stats['trouble']}"
+    yield from stats.get("complaints", ())  # A daemon of an earlier version has none.
     for queue in stats["queues"]:
         yield from complaints_of_queue(queue)
     free_bytes = stats["store"]["free_bytes"]

@@ -650,6 +650,23 @@ async def test_a_sync_call_while_the_provider_is_away_is_unavailable(
     assert (await ask(gateway.url, "/healthz")).status == 200
 
 
+async def test_the_status_says_that_the_provider_is_away(start: StartGateway, provider: Provider) -> None:
+    """Until it can be asked again: what waits for it would look as if all were well."""
+    gateway = await start(keys=NO_TIME)
+    assert (await ask(gateway.url, "/function/env")).status == 200
+    status = ("status", "--config", gateway.config, "--url", gateway.url)
+    assert (await faasd(*status)).code == 0
+    await provider.stop()
+    assert (await ask(gateway.url, "/function/env")).status == 503
+    told = await faasd(*status)
+    assert told.code == 1
+    assert "\n! calls of the provider's functions wait: the provider can't be reached: " in told.out, told.out
+    await provider.start()
+    while (await ask(gateway.url, "/function/env")).status == 503:
+        pass
+    assert (await faasd(*status)).code == 0
+
+
 async def test_calls_of_known_functions_are_accepted_while_the_provider_is_away(
     start: StartGateway, provider: Provider, env: Deployed
 ) -> None:
