@@ -17983,8 +17983,12 @@ class RequestReader:
 
     @property
     def full(self) -> bool:
-        """Whether there is more than should be read for now."""
-        return self._unanswered >= MAX_PIPELINED or len(self._kept or b"") >= READ_BYTES
+        """Whether there is more than should be read for now.
+
+        Of a request that has begun, the rest is read: its answer may wait for that.
+        """
+        many = self._unanswered >= MAX_PIPELINED and self.whole
+        return many or len(self._kept or b"") >= READ_BYTES
 
     def answered(self) -> None:
         """Note that a request is answered: there is room for another one."""

@@ -322,6 +322,18 @@ async def test_requests_by_the_hundred_are_answered_in_their_order(gateway: Daem
     assert {seen.body for seen in function.requests} == {b"hello"}
 
 
+@pytest.mark.parametrize("ahead", [14, 15, 16, 31, 32])
+async def test_a_body_behind_many_requests_is_read(gateway: Daemon, function: Server, ahead: int) -> None:
+    """However many requests stand before it: it may come when these are answered."""
+    async with connection(gateway.url) as (reader, writer):
+        writer.write((GET + b"\r\n") * ahead + POST + LENGTH + b"\r\n")
+        for _ in range(ahead):
+            await asyncio.wait_for(reader.readuntil(b"HTTP/1.1 200 "), PATIENCE)
+        writer.write(b"hello")
+        await asyncio.wait_for(reader.readuntil(b"HTTP/1.1 200 "), PATIENCE)
+    assert function.requests[-1].body == b"hello"
+
+
 # ---- too much --------------------------------------------------------------------------------------------------
 
 GET = b"GET /function/echo HTTP/1.1\r\nHost: x\r\n"
