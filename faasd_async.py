@@ -14688,10 +14688,8 @@ class HttpRequest:
         self._sending: asyncio.Task[None] | None = None  # the body, where it is streamed
 
     def begin(self) -> None:
-        """Send it at once, if it can be sent again and a connection that is open is at hand."""
-        if self.peer is None or not isinstance(self.body, bytes):
-            return
-        connection = self.peer.take()
+        """Send it at once, if a connection that is open is at hand."""
+        connection = None if self.peer is None else self.peer.take()
         if connection is not None:
             self.send(connection)
 
@@ -15233,15 +15231,18 @@ class HttpClient:
         """A request that is to be finished; it is sent already if a connection is at hand.
 
         `target` is a path and query below the URL. `tls` says whom to trust, other than the
-        system's CAs, and who we are. Without `keepalive` the connection is used for this request
-        alone. `on_status` is told the status in the first line of an answer whose head is not
-        whole, or is wrong after that.
+        system's CAs, and who we are. Without `keepalive`, or with a body that is streamed, the
+        connection is used for this request alone. `on_status` is told the status in the first line
+        of an answer whose head is not whole, or is wrong after that.
         """
         # A private context has few URLs, and may be replaced; and which addresses are those of this
         # machine may change: then destinations are not remembered.
         remembered = tls is None and not self._proxies
         find = self._destination if remembered else self._find_destination
         destination = find(url, tls)
+        # A body that is streamed can't be sent again, so it takes a new connection: if that were
+        # kept afterwards, each such request would leave one behind.
+        keepalive = keepalive and isinstance(body, bytes)
         message = request_message(method, destination, target, headers, body, keepalive)
         origin = destination.origin
         peer = self._pool.peer(origin) if keepalive else None

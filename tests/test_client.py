@@ -722,6 +722,27 @@ def test_each_answer_has_its_own_body(run: Scenario, trusting: None) -> None:
     run(scenario())
 
 
+def test_a_streamed_body_leaves_no_connection_behind(run: Scenario, trusting: None) -> None:
+    """It takes a new one, since it can't be sent again: that is told to be the only request there, and closed."""
+
+    async def scenario() -> None:
+        async with Peer() as peer:
+            headers = [(b"Content-Length", b"1")]
+            for body in (b"x", pieces(b"y"), pieces(b"z"), b"x"):
+                asking = peer.ask(body=body, headers=headers)
+                if body == b"x" and peer.connections:
+                    connection = peer.connections[0]
+                else:
+                    connection = await peer.accept()
+                request = await connection.answer(OK)
+                assert await asking == (200, b"ok")
+                assert (b"\r\nConnection: close\r\n" in request) == (body != b"x")
+                if body != b"x":
+                    await connection.ended()
+
+    run(scenario())
+
+
 def test_a_peer_has_to_show_that_it_keeps_connections(run: Scenario) -> None:
     """Until one of them has lasted for a while, each request has its own: small servers close without saying so."""
 
