@@ -70,7 +70,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -78,7 +78,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from aiohttp import web
 
@@ -118,6 +118,8 @@ backend = "nats"
 [nats]
 servers = ["nats://127.0.0.1:{nats}"]
 """
+REST_S = 0.01  # before a call that is measured alone
+LONGEST_WATCH_S = 30.0  # for something to move
 SLOW_S = 0.05  # what the function takes under a path that begins with /slow
 CONFIG = """
 [gateway]
@@ -228,15 +230,58 @@ class Station:
     released_at: float = 0.0
 
 
+class Watcher(NamedTuple):
+    """Who waits until a path has answered so many calls, and holds so many."""
+
+    connection: SinkConnection
+    answered: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """What the connections to the sink share, by path."""
+
+    stations: defaultdict[bytes, Station] = field(default_factory=lambda: defaultdict(Station))
+    held: dict[bytes, list[SinkConnection]] = field(default_factory=dict)
+    watchers: defaultdict[bytes, list[Watcher]] = field(default_factory=lambda: defaultdict(list))
+
+    def station(self, path: bytes) -> Station:
+        station = self.stations[path]
+        station.waiting = len(self.held.get(path, ()))
+        return station
+
+    def watch(self, path: bytes, watcher: Watcher) -> None:
+        """Tell this watcher how the path stands, once that is what it waits for, or after a while."""
+        self.watchers[path].append(watcher)
+        asyncio.get_running_loop().call_later(LONGEST_WATCH_S, self.tell, path, watcher)
+        self.notify(path)
+
+    def notify(self, path: bytes) -> None:
+        """Tell those who have waited for what has just happened."""
+        station = self.station(path)
+        for watcher in [*self.watchers[path]]:
+            if station.answered >= watcher.answered and station.waiting >= watcher.waiting:
+                self.tell(path, watcher)
+
+    def tell(self, path: bytes, watcher: Watcher) -> None:
+        if watcher in self.watchers[path]:
+            self.watchers[path].remove(watcher)
+            watcher.connection.tell(self.station(path))
+
+
 class SinkConnection(asyncio.Protocol):
     """A function that answers `ok` to everything. A bare Protocol, so that it costs less than what it measures.
 
     `/__hold/NAME` makes the path /NAME keep its callers waiting, `/__release/NAME` answers them; these two
-    and `/__stats/NAME` answer how the path stood before.
+    and `/__stats/NAME` answer how the path stood before. `/__watch/NAME/ANSWERED/WAITING` answers how it
+    stands once it has answered so many calls and holds so many, without any questions meanwhile, which would
+    take from what is measured.
     """
 
-    def __init__(self, stations: defaultdict[bytes, Station], held: dict[bytes, list[SinkConnection]]) -> None:
-        self.stations, self.held = stations, held
+    def __init__(self, shared: Sinks) -> None:
+        self.shared = shared
+        self.stations, self.held, self.watchers = shared.stations, shared.held, shared.watchers
         self.buffer = bytearray()
         self.held_at = b""  # the path that holds this connection's request
 
@@ -257,29 +302,39 @@ class SinkConnection(asyncio.Protocol):
             elif path in self.held:
                 self.held[path].append(self)
                 self.held_at = path
+                self.shared.notify(path)
             elif path.startswith(b"/slow"):
-                asyncio.get_running_loop().call_later(SLOW_S, self.answer, self.stations[path])
+                asyncio.get_running_loop().call_later(SLOW_S, self.answer, path)
             else:
-                self.answer(self.stations[path])
+                self.answer(path)
 
-    def answer(self, station: Station) -> None:
+    def answer(self, path: bytes) -> None:
+        station = self.stations[path]
         station.answered += 1
         station.last_at = time.monotonic()
         self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok")
+        if self.watchers[path]:
+            self.shared.notify(path)
 
-    def control(self, verb: bytes, name: bytes) -> None:
-        path, station = b"/" + name, self.stations[b"/" + name]
-        station.waiting = len(self.held.get(path, ()))
+    def control(self, verb: bytes, name: bytes, *counts: bytes) -> None:
+        path = b"/" + name
+        if verb == b"watch":
+            self.shared.watch(path, Watcher(self, *map(int, counts)))
+            return
+        station = self.shared.station(path)
         if verb == b"release":
             station.released_at = time.monotonic()
-        body = json.dumps(asdict(station)).encode()
+        self.tell(station)
         if verb == b"hold":
             self.held.setdefault(path, [])
         elif verb == b"release":
             for connection in self.held.pop(path, ()):
                 connection.held_at = b""
-                connection.answer(station)
+                connection.answer(path)
                 connection.data_received(b"")
+
+    def tell(self, station: Station) -> None:
+        body = json.dumps(asdict(station)).encode()
         self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
 
 
@@ -367,7 +422,7 @@ async def serve_role(role: str) -> None:
     loop = asyncio.get_running_loop()
     kind, _, sink_port = role.partition(":")
     protocols: dict[str, Any] = {
-        "sink": partial(SinkConnection, defaultdict(Station), {}),
+        "sink": partial(SinkConnection, Sinks()),
         "bare": web.Server(bare_handler, access_log=None),
         "provider": lambda: ProviderConnection(int(sink_port)),
     }
@@ -462,12 +517,24 @@ def run_on(loop: str, main: Coroutine[Any, Any, None]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def post(port: int, path: str, headers: dict[str, str] | None = None, body: bytes = BODY) -> tuple[int, bytes]:
+Answer = Callable[[], tuple[int, bytes]]
+
+
+def begin_post(port: int, path: str, headers: dict[str, str] | None = None, body: bytes = BODY) -> Answer:
+    """Send a request; what is returned waits for its status and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("POST", path, body, headers or {})
-        response = connection.getresponse()
-        return response.status, response.read()
+    connection.request("POST", path, body, headers or {})
+
+    def answer() -> tuple[int, bytes]:
+        with contextlib.closing(connection):
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    return answer
+
+
+def post(port: int, path: str, headers: dict[str, str] | None = None, body: bytes = BODY) -> tuple[int, bytes]:
+    return begin_post(port, path, headers, body)()
 
 
 def save_copy(port: int) -> int:
@@ -547,16 +614,26 @@ class Sink:
     def tell(self, verb: str, name: str) -> Station:
         return Station(**json.loads(post(self.port, f"/__{verb}/{name}")[1]))
 
-    def wait(self, name: str, *, answered: int = 0, waiting: int = 0, pause: float = 0.005) -> Station:
-        """Wait until so many calls have been answered, and so many are held; an error when nothing moves for 30 s."""
-        before, moved_at = self.tell("stats", name), time.monotonic()
-        while (now := self.tell("stats", name)).answered < answered or now.waiting < waiting:
-            if now != before:
-                before, moved_at = now, time.monotonic()
-            elif time.monotonic() - moved_at > 30:
-                raise BenchError(f"no more calls arrive at /{name}: {answered=} {waiting=} are due, there are {now}")
-            time.sleep(pause)
-        return now
+    def watch(self, name: str, *, answered: int = 0, waiting: int = 0) -> Callable[[], Station]:
+        """Ask to be told once so many calls have been answered, and so many are held.
+
+        What is returned waits for that; it is an error when nothing moves for a while.
+        """
+        answer = begin_post(self.port, f"/__watch/{name}/{answered}/{waiting}")
+
+        def arrived(answer: Answer = answer) -> Station:
+            before = None
+            while (now := Station(**json.loads(answer()[1]))).answered < answered or now.waiting < waiting:
+                if now == before:
+                    raise BenchError(f"no more calls arrive at /{name}: {answered=} {waiting=} are due, not {now}")
+                before = now
+                answer = begin_post(self.port, f"/__watch/{name}/{answered}/{waiting}")
+            return now
+
+        return arrived
+
+    def wait(self, name: str, *, answered: int = 0, waiting: int = 0) -> Station:
+        return self.watch(name, answered=answered, waiting=waiting)()
 
     def wait_quiet(self, name: str) -> None:
         """Wait until nothing has been answered for a second."""
@@ -934,10 +1011,11 @@ class Bench:
         headers = {"X-Callback-Url": f"http://127.0.0.1:{self.sink.port}/{daemon.name}"}
         before, ms = self.sink.tell("stats", daemon.name).answered, []
         for turn in range(self.calls // 20):
+            arrived = self.sink.watch(daemon.name, answered=before + turn + 1)
+            time.sleep(REST_S)
             begun = time.monotonic()
             post(daemon.port, daemon.route("sink"), headers)
-            end = self.sink.wait(daemon.name, answered=before + turn + 1, pause=0.001)
-            ms.append(1e3 * (end.last_at - begun))
+            ms.append(1e3 * (arrived().last_at - begun))
         self.add("POST to its callback, idle: p50", "ms", median(ms), goal="<= 2", stock=2.3)
         self.add("POST to its callback, idle: p99", "ms", quantiles(ms, n=100)[98], stock=3.2)
 
@@ -1106,10 +1184,11 @@ class Bench:
         """One call at a time: until the function has it."""
         before, ms = self.sink.tell("stats", daemon.station("sink")).answered, []
         for turn in range(self.calls // 20):
+            arrived = self.sink.watch(daemon.station("sink"), answered=before + turn + 1)
+            time.sleep(REST_S)
             begun = time.monotonic()
             post(daemon.port, daemon.route("sink"))
-            end = self.sink.wait(daemon.station("sink"), answered=before + turn + 1, pause=0.001)
-            ms.append(1e3 * (end.last_at - begun))
+            ms.append(1e3 * (arrived().last_at - begun))
         self.add("NATS: POST to its function, idle: p50", "ms", median(ms), goal="<= 3")
         self.add("  p99", "ms", quantiles(ms, n=100)[98])
 
@@ -1169,7 +1248,7 @@ class Bench:
             with self.on_nats(name, server) as daemon:
                 begun = self.sink.tell("release", station)
                 due = begun.answered + count  # those that were held are given back when the daemon is stopped
-                end = self.sink.wait(station, answered=due, pause=0.1)
+                end = self.sink.wait(station, answered=due)
                 rate = (end.answered - begun.answered) / (end.last_at - begun.released_at)
                 self.add("NATS: drain of all of them", "/s", rate)
             self.nats_store(name, server, f"{count:,} finished")
