@@ -1330,6 +1330,17 @@ class TlsFiles(Protocol):
         """See `tls_context`."""
 
 
+def client_context(ca_file: str | None = None) -> ssl.SSLContext:
+    """TLS for who trusts these CAs, or the system's. Raises OSError.
+
+    Certificates are judged as curl judges them. Python itself is stricter since 3.13, and refuses
+    those that do not name the key of their issuer: most that were made with `openssl x509 -req`.
+    """
+    context = ssl.create_default_context(cafile=ca_file)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
 def tls_context(table: TlsFiles) -> ssl.SSLContext | None:
     """TLS by a table's files. None: the system's CAs, and no client certificate.
 
@@ -1337,7 +1348,7 @@ def tls_context(table: TlsFiles) -> ssl.SSLContext | None:
     """
     if table.tls_ca_file is None and table.tls_cert_file is None:
         return None
-    context = ssl.create_default_context(cafile=table.tls_ca_file)
+    context = client_context(table.tls_ca_file)
     if table.tls_cert_file is not None:
         # A password would be asked for at the terminal.
         context.load_cert_chain(table.tls_cert_file, table.tls_key_file, password="")
@@ -8574,7 +8585,7 @@ def nats_login(config: NatsConfig) -> dict[str, Any]:
     except OSError as exc:  # They were right when the configuration was read.
         raise StoreError(f"[nats] tls files: {exc.strerror or exc}") from None
     if tls is None and any(server.startswith("tls:") for server in config.servers):
-        tls = ssl.create_default_context()
+        tls = client_context()
     return login if tls is None else {**login, "tls": tls}
 
 
@@ -13598,7 +13609,7 @@ def system_context() -> ssl.SSLContext:
     """
     if out_of_descriptors():
         raise Shortage(NO_DESCRIPTORS)
-    return for_http(ssl.create_default_context())
+    return for_http(client_context())
 
 
 def tls_reason(exc: ssl.SSLError) -> str:

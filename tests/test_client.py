@@ -42,6 +42,7 @@ from faasd_async import (
     Shortage,
     TimeLimit,
     bypasses_proxy,
+    client_context,
     pack_headers,
     parse_config,
     proxies_of,
@@ -1357,7 +1358,7 @@ CERTIFICATES = {
 @pytest.mark.parametrize("name", CERTIFICATES)
 def test_a_certificate_is_verified(run: Scenario, trusting: None, pki: Pki, name: str) -> None:
     """Against the CAs that are given; the reason says what is wrong with it."""
-    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    trusted = client_context(str(pki.folder / "ca.pem"))
     reason = CERTIFICATES[name]
 
     async def scenario() -> None:
@@ -1407,9 +1408,9 @@ def test_a_peer_without_tls_is_told(run: Scenario) -> None:
 
 def test_a_client_certificate_is_shown(run: Scenario, pki: Pki) -> None:
     """To peers that ask for one; who has none is told that."""
-    known = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    known = client_context(str(pki.folder / "ca.pem"))
     known.load_cert_chain(pki.folder / "good.pem", pki.key)
-    unknown = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    unknown = client_context(str(pki.folder / "ca.pem"))
 
     async def scenario() -> None:
         client = HttpClient()
@@ -1441,7 +1442,7 @@ def tls_peer(context: ssl.SSLContext) -> Iterator[tuple[yarl.URL, Callable[[], s
 
 def test_an_answer_over_tls_wins_over_the_reset_that_follows_it(run: Scenario, pki: Pki) -> None:
     """What came in before the connection broke is decrypted all the same."""
-    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    trusted = client_context(str(pki.folder / "ca.pem"))
 
     async def scenario() -> None:
         accepting = asyncio.create_task(asyncio.to_thread(accept))
@@ -1463,7 +1464,7 @@ def test_an_answer_over_tls_wins_over_the_reset_that_follows_it(run: Scenario, p
 
 def test_a_farewell_in_tls_ends_an_answer_and_its_connection(run: Scenario, pki: Pki, trusting: None) -> None:
     """Also where the peer leaves the connection below it open."""
-    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    trusted = client_context(str(pki.folder / "ca.pem"))
 
     def serve(data: bytes) -> None:
         with accept() as connection:
@@ -1485,7 +1486,7 @@ def test_a_farewell_in_tls_ends_an_answer_and_its_connection(run: Scenario, pki:
 
 def test_what_is_not_encrypted_is_no_answer_over_tls(run: Scenario, pki: Pki) -> None:
     """Not behind something that is wrong either: anybody on the way can send it, and break the connection so."""
-    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    trusted = client_context(str(pki.folder / "ca.pem"))
 
     def serve() -> None:
         with socket.socket(fileno=accept().detach()) as plain, contextlib.suppress(OSError):
@@ -1507,7 +1508,7 @@ def test_what_is_not_encrypted_is_no_answer_over_tls(run: Scenario, pki: Pki) ->
 
 def test_a_name_with_a_dot_at_its_end_is_the_same_in_a_certificate(run: Scenario, pki: Pki) -> None:
     """It says to resolvers that nothing is left out, and to nobody else (RFC 6066 3)."""
-    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    trusted = client_context(str(pki.folder / "ca.pem"))
 
     async def scenario() -> None:
         client = HttpClient(resolver=addresses(("127.0.0.1", url.port or 0)))
@@ -1550,7 +1551,7 @@ def test_a_proxy_is_asked_for_what_is_elsewhere(run: Scenario) -> None:
 
 def test_a_tunnel_is_asked_for_what_is_secret(run: Scenario, pki: Pki) -> None:
     """CONNECT, and TLS with the peer itself behind that; a proxy that refuses is told."""
-    trusted = ssl.create_default_context(cafile=pki.folder / "ca.pem")
+    trusted = client_context(str(pki.folder / "ca.pem"))
 
     async def forward(one: socket.socket, other: socket.socket) -> None:
         loop = asyncio.get_running_loop()
