@@ -17849,6 +17849,10 @@ def may_have_high_line(data: bytes) -> bool:
     return not data.isascii() or BEGINNING.fullmatch(data, data.rfind(b"\n") + 1) is not None
 
 
+# A piece of what came in, and the rest of that.
+Piece: TypeAlias = "tuple[bytes, bytes]"
+
+
 class AsciiTargets:
     """Has the parser take requests whose targets have bytes above 127: it gets these escaped.
 
@@ -17859,7 +17863,7 @@ class AsciiTargets:
         self._line = b""  # the beginning of a request's first line
         self._last = b""  # what was parsed last: the end of a head may come in two pieces
 
-    def pieces(self, data: bytes, body_left: Callable[[], int | None]) -> Iterator[bytes]:
+    def pieces(self, data: bytes, body_left: Callable[[], int | None]) -> Iterator[Piece]:
         """What came in, in pieces, each to be parsed before the next one is asked for.
 
         `body_left` tells how many bytes of a request's body are still to come, if that is known.
@@ -17867,18 +17871,19 @@ class AsciiTargets:
         if self._line or b"\n" not in data or may_have_high_line(data):
             pieces = self._cut(self._line + data, body_left)
         else:
-            pieces = iter((data,))
-        for piece in pieces:
+            pieces = iter(((data, b""),))
+        for piece, rest in pieces:
             self._last = (self._last + piece[-3:])[-3:]
-            yield piece
+            yield piece, rest
 
-    def _cut(self, data: bytes, body_left: Callable[[], int | None]) -> Iterator[bytes]:
+    def _cut(self, data: bytes, body_left: Callable[[], int | None]) -> Iterator[Piece]:
         self._line = b""
         for _ in range(MAX_SPLITS):
             left = body_left()
             if left:
-                yield data[:left]
-                data = data[left:]
+                rest = data[left:]
+                yield data[:left], rest
+                data = rest
                 continue
             if left == 0 and data:
                 line, newline, rest = data.partition(b"\n")
@@ -17889,11 +17894,12 @@ class AsciiTargets:
             # Neither a head nor a body in chunks ends before this.
             found = (self._last + data).find(HEAD_END)
             end = found + len(HEAD_END) - len(self._last)
-            if found < 0 or not may_have_high_line(data[end:]):
+            rest = data[end:]
+            if found < 0 or not may_have_high_line(rest):
                 break
-            yield data[:end]
-            data = data[end:]
-        yield data
+            yield data[:end], rest
+            data = rest
+        yield data, b""
 
     def _keep(self, line: bytes) -> bytes:
         """Keep the beginning of a first line until all of it has come; what to parse now."""
@@ -17927,7 +17933,8 @@ class RequestReader:
         )
         self._targets = AsciiTargets()
         self.arrived: deque[Arrival] = deque()
-        self.stalled = False  # whether the parser, or `_kept`, has something to be parsed
+        self.stalled = False  # whether nothing more is parsed before `go_on`
+        self._kept = b""  # what came in meanwhile
         self._unanswered = 0  # requests
         self._ended = False  # by something that is not HTTP
         self._strangers = 0  # heads in a row that were not known
@@ -17935,13 +17942,12 @@ class RequestReader:
         self._newest: RequestHead | None = None  # of the last request that has come
         self._body: StreamReader = EMPTY_PAYLOAD  # its body
         self._seen: tuple[StreamReader, int] | None = None  # a body, and how much of it had come
-        self._kept: bytes | None = None  # data behind a request that asks for another protocol
 
     def feed(self, data: bytes) -> None:
         """Take what came in."""
         if self._ended:
             return
-        if self._kept is not None:
+        if self.stalled:
             self._kept += data
         elif self._strangers >= MAX_STRANGERS:
             self._parse(data)
@@ -18000,7 +18006,7 @@ class RequestReader:
         Of a request that has begun, the rest is read: its answer may wait for that.
         """
         many = self._unanswered >= MAX_PIPELINED and self.whole
-        return many or len(self._kept or b"") >= READ_BYTES
+        return many or len(self._kept) >= READ_BYTES
 
     def answered(self) -> None:
         """Note that a request is answered: there is room for another one."""
@@ -18010,11 +18016,12 @@ class RequestReader:
     def go_on(self) -> None:
         """Parse what was kept: all that had arrived is answered."""
         kept = self._kept
-        self._kept = None
+        self._kept = b""
         self.stalled = False
-        if kept is not None:
-            self._parser.set_upgraded(False)  # We know no other protocol.
-        self.feed(kept or b"")
+        self._parser.set_upgraded(False)  # We know no other protocol.
+        self._parse(b"")  # what the parser has kept
+        if kept:
+            self.feed(kept)
 
     def fail(self, exc: Exception) -> None:
         """Have no more of a body come."""
@@ -18036,9 +18043,11 @@ class RequestReader:
         return length - self._body.total_bytes if length else None
 
     def _parse(self, data: bytes) -> None:
-        for piece in self._targets.pieces(data, self._body_left):
-            if not self._ended:
-                self._parse_piece(piece)
+        for piece, rest in self._targets.pieces(data, self._body_left):
+            self._parse_piece(piece)
+            if self.stalled or self._ended:
+                self._kept += rest
+                return
 
     def _parse_piece(self, data: bytes) -> None:
         try:
@@ -18494,9 +18503,8 @@ class Conversation:
 
     def _stored(self, _: asyncio.Future[str]) -> None:
         """Answer it, and go on."""
-        storing = self._storing
+        storing, self._storing = self._storing, None
         assert storing is not None
-        self._storing = None
         try:
             storing.http.send(self._clients.application.stored(storing), ours=True)
         except ConnectionError:  # The client has gone away, and the task with it.
@@ -18527,7 +18535,8 @@ class Conversation:
         self._reader.answered()
         if self._reader.stalled and not self._reader.arrived:
             self._reader.go_on()
-            self._flow.resume_reading()
+            if not self._reader.full:
+                self._flow.resume_reading()
 
     def _rest(self) -> None:
         """Nothing is being answered."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import PATIENCE, Daemon, Reply, Server, StartDaemon, ask, connection, open_files, parse
+from conftest import PATIENCE, Daemon, Gate, Reply, Server, StartDaemon, ask, connection, open_files, parse
 
 LONG = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))  # the same with the sizes of the real world
 MIB = 2**20
@@ -177,6 +177,7 @@ async def test_a_client_that_takes_nothing_is_cut_off(daemon: StartDaemon, answe
 
 # ---- two calls out of one --------------------------------------------------------------------------------------
 
+GET = b"GET /function/echo HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /function/echo/one HTTP/1.1\r\nHost: x\r\n"
 SMUGGLED = b"GET /function/echo/two HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -334,9 +335,26 @@ async def test_a_body_behind_many_requests_is_read(gateway: Daemon, function: Se
     assert function.requests[-1].body == b"hello"
 
 
+@pytest.mark.parametrize("first", [GET + b"\r\n", POST + LENGTH + b"\r\nhello"], ids=["GET", "POST"])
+@pytest.mark.parametrize("ahead", [14, 16, 20, 31, 40])
+async def test_a_body_that_looks_like_a_request_stays_one(
+    gateway: Daemon, function: Server, first: bytes, ahead: int
+) -> None:
+    """Also behind so many requests that its head waits to be parsed: it is not changed, and nothing of it is run."""
+    body = b"GET /function/echo/\xff HTTP/1.1\r\nHost: x\r\n\r\n"
+    function.behaviour = gate = Gate()
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(first * ahead + POST + b"Content-Length: %d\r\n\r\n" % len(body))
+        await function.wait_for(1)
+        writer.write(body + GET + b"Connection: close\r\n\r\n")
+        gate.open()
+        answers = await everything(reader)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"200"] * (ahead + 2)
+    assert [seen.body for seen in function.requests[ahead:]] == [body, b""]
+
+
 # ---- too much --------------------------------------------------------------------------------------------------
 
-GET = b"GET /function/echo HTTP/1.1\r\nHost: x\r\n"
 BOMBS = {
     "a thousand headers": GET + b"X-Many: x\r\n" * 1000 + b"\r\n",
     "a thousand headers without names": GET + b": x\r\n" * 1000 + b"\r\n",
