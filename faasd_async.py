@@ -23587,6 +23587,8 @@ def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
 # --- Schedule commands ----------------------------------------------------------------------------
 
 SCHEDULE_ROW = "{:16.16}  {:12.12}  {:16.16}  {:>6}  {}"  # a time without its seconds
+LONG_SCHEDULE_ROW = "{:32}  {:24}  {:19}  {:>6}  {}"
+SCHEDULE_NAMES = ("SCHEDULE", "FUNCTION", "NEXT", "MISSED", "LAST RUN; WHEN")
 
 
 def list_schedules(args: Arguments) -> None:
@@ -23595,15 +23597,21 @@ def list_schedules(args: Arguments) -> None:
     if args.json:
         write_json(document)
         return
-    write_row(SCHEDULE_ROW, "SCHEDULE", "FUNCTION", "NEXT", "MISSED", "LAST RUN; WHEN")
-    for schedule in document["schedules"]:
-        following = clock(schedule["next"][0]) if schedule["next"] else "-"
-        if schedule["paused"]:
-            following = "paused"
-        last = [f"{run['status']} {brief(ago(run['scheduled_for']))}" for run in schedule["runs"]]
-        words = "; ".join([*last[:1], schedule["words"]])
-        cells = (schedule["name"], schedule["function"], following, schedule["missed"])
-        write_row(SCHEDULE_ROW, *cells, words)
+    for cells in (SCHEDULE_NAMES, *map(schedule_cells, document["schedules"])):
+        if args.long:
+            write(LONG_SCHEDULE_ROW.format(*cells) + "\n")
+        else:
+            write_row(SCHEDULE_ROW, *cells)
+
+
+def schedule_cells(schedule: Mapping[str, Any]) -> tuple[object, ...]:
+    """A schedule as a line of the table."""
+    following = clock(schedule["next"][0]) if schedule["next"] else "-"
+    if schedule["paused"]:
+        following = "paused"
+    last = [f"{run['status']} {brief(ago(run['scheduled_for']))}" for run in schedule["runs"]]
+    words = "; ".join([*last[:1], schedule["words"]])
+    return schedule["name"], schedule["function"], following, schedule["missed"], words
 
 
 def show_next(args: Arguments) -> None:
@@ -24070,7 +24078,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": "give up after so long, such as 30s or 5m (never)",
     },
     "--json": {"action": "store_true", "help": "JSON instead of a table or lines"},
-    "--long": {"action": "store_true", "help": "whole ids, times, queues; lines are not cut"},
+    "--long": {"action": "store_true", "help": "whole ids, names, times; lines are not cut"},
     "--status": {
         "metavar": "STATUS",
         "action": "append",
@@ -24180,8 +24188,8 @@ COMMANDS: Sequence[Command] = (
             "name --json", "POST /system/queues/{}/resume"),
     Command("queues purge", change_queue, "cancel what waits in a queue",
             "name --json", "POST /system/queues/{}/purge"),
-    Command("schedules", list_schedules, "list schedules, or what ACTION says", "--json"),
-    Command("schedules list", list_schedules, "list schedules", "--json"),
+    Command("schedules", list_schedules, "list schedules, or what ACTION says", "--long --json"),
+    Command("schedules list", list_schedules, "list schedules", "--long --json"),
     Command("schedules next", show_next,
             "say what a schedule or an expression means, and when it is",
             "schedule --count --timezone --json"),

@@ -671,6 +671,21 @@ async def test_a_shell_does_all_that_there_is_to_do_with_schedules(host: Host) -
     assert "no schedule on (did you mean one?)" in reason
 
 
+async def test_the_names_of_schedules_can_be_seen_as_a_whole(daemon: StartDaemon) -> None:
+    """A narrow terminal, or a pipe, cuts them; `run` and `pause` need them, so `--long` does not."""
+    name = "a-report-of-each-room-for-the-house"
+    gateway = await daemon(
+        '[functions.it]\ncommand = ["true"]\n'
+        f'[schedules.{name}]\nfunction = "it"\ncron = "30 7 * * 1-5"\ntimezone = "Europe/Berlin"\n'
+    )
+    for words in (("schedules",), ("schedules", "list")):
+        short = await faasd(*words, "--url", gateway.url, env={"COLUMNS": "60"})
+        assert name not in short.out
+        long = await faasd(*words, "--long", "--url", gateway.url, env={"COLUMNS": "60"})
+        assert long.out.splitlines()[1].startswith(f"{name}  it  ")
+        assert long.out.endswith("  At 07:30 on Monday through Friday (Europe/Berlin)\n")
+
+
 async def test_the_meaning_of_an_expression_is_told_without_a_daemon() -> None:
     """Before it is in any file, by the clocks of any zone."""
     done = await faasd("schedules", "next", "--count", "3", "0 0 29 2 *; 0 12 29 2 *", "--timezone", "Asia/Tokyo")
