@@ -19532,6 +19532,7 @@ class WaitReasons:
     records: CallRecords
     limits: FunctionLimits
     inflight: Callable[[], Mapping[str, int]]  # attempts running, by queue
+    directory: FunctionDirectory
 
     async def reason(self, record: CallRecord) -> str | None:
         """What a call waits for; None: it doesn't."""
@@ -19554,9 +19555,15 @@ class WaitReasons:
         if self.limits.room(config.adaptive).get(record.lane, 1):
             return None
         if not self.limits.full(record.lane):
-            return f"function {record.function}, which takes no calls for a moment"
+            return self._pause(record)
         running, limit = self.limits.running(record.lane), self.limits.limit(record.lane)
         return f"function {record.function}, which runs {running} of {limit}"
+
+    def _pause(self, record: CallRecord) -> str:
+        function = self.directory.known(record.lane)
+        if function and function.provided and self.directory.trouble:
+            return f"function {record.function}: {self.directory.trouble}"
+        return f"function {record.function}, which takes no calls for a moment"
 
     def _turn(self, record: CallRecord) -> str:
         if record.concurrency_key is not None:
@@ -22586,7 +22593,7 @@ class Daemon:
         functions = FunctionRoutes(settings, directory, self._limits, caller, intake, metrics)
         inflight = self._consumers.inflight
         queues = QueueRoutes(settings, self._queue, directory, metrics, inflight)
-        reasons = WaitReasons(settings, self._queue, self._limits, inflight)
+        reasons = WaitReasons(settings, self._queue, self._limits, inflight, directory)
         handlers = Handlers(
             functions=functions,
             fn=FnRoutes(functions, self._queue),
