@@ -7188,7 +7188,7 @@ KNOWN_CHANGES = 4 * CHANGES_PER_SECOND  # calls of which it is known what was to
 DEADLINES = "@deadlines"  # the queue of deadlines that pass
 MANY_NATS_REQUESTS = 64  # under way at once for an operator
 # Consumers that a stream may have: for each function in a queue one for its work and one for what
-# is not due yet, and one for each host that is called back. A server's own default is 1,000.
+# is not due yet, and so for each host that is called back. A server's own default is 1,000.
 MANY_CONSUMERS = 100_000
 MANY_GIVEN_BACK = 1000  # messages of a lane that are watched until somebody has them
 NAMED_SUBJECTS = 1000  # in one request for records or its answer: a server takes 1,024
@@ -9095,6 +9095,11 @@ class NatsTurns:
         self.ready[lane.name] = lane
         self.note(lane)
 
+    def forget(self, name: str) -> None:
+        """Forget a lane."""
+        for lanes in (self.lanes, self.ready, self.unparked, self._filled):
+            lanes.pop(name, None)
+
     def holding(self) -> Sequence[NatsLane]:
         """The lanes that have sent us what is not claimed yet."""
         self._filled = {name: lane for name, lane in self._filled.items() if lane.inbox.buffer}
@@ -9423,7 +9428,10 @@ class NatsLanes:
             await self.release(lane)
 
 
-# -- consumers
+# --- NATS consumers -------------------------------------------------------------------------------
+# What stands for a lane on the server.
+
+RECEIVER = re.compile(rf"(work|later)\+{CALLBACKS}\+")  # how the name of one for callbacks begins
 
 
 def consumer_name(root: str, queue: str, lane: str) -> str:
@@ -9469,6 +9477,29 @@ def consumer_differences(
         f"{start} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
         for key in differing(has, wants)
     ]
+
+
+async def delete_consumer(link: NatsLink, stream: str, name: str) -> None:
+    """Delete a consumer, if it is there. Raises StoreError."""
+    try:
+        await link.api(f"CONSUMER.DELETE.{stream}.{name}")
+    except NatsRefused as exc:
+        if exc.code not in NOT_THERE:
+            raise
+
+
+async def is_gone(link: NatsLink, stream: str, name: str) -> bool:
+    """Whether an unlisted consumer is really gone: pages of the list shift while others are made.
+
+    Raises StoreError.
+    """
+    try:
+        await link.api(f"CONSUMER.INFO.{stream}.{name}")
+    except NatsRefused as exc:
+        if exc.code in NOT_THERE:
+            return True
+        raise
+    return False
 
 
 CONSUMERS_AT_ONCE = 50  # that are counted before others get their turn
@@ -9570,7 +9601,12 @@ class NatsConsumers:
         consumers = {name: info for name, info in consumers.items() if OWN_CONSUMER.fullmatch(name)}
         self._tell_paused({name for name, info in consumers.items() if info.get("paused")})
         missing = self._known.keys() - consumers.keys() - silent
-        gone = {name for name in missing if await self._is_gone(name)}
+        gone = {name for name in missing if await is_gone(self._link, self._stream, name)}
+        for lane in {nats_name(name.split("+")[2]) for name in gone if RECEIVER.match(name)}:
+            async with self._making:  # Another daemon has retired it.
+                for name in await self._let_go(CALLBACKS, lane):
+                    gone.discard(name)
+                    consumers.pop(name, None)
         problems: dict[str, None] = {}
         in_order = sorted(consumers.keys() | gone, reverse=True)  # work before later
         for number, name in enumerate(in_order):
@@ -9579,6 +9615,7 @@ class NatsConsumers:
             root, *names = name.split("+")
             queue, lane = map(nats_name, names)
             if name in gone:
+                log.warning("NATS: consumer %s is gone, and made again", name)
                 await self._make_again(root, queue, lane, name)
                 continue
             try:
@@ -9607,18 +9644,43 @@ class NatsConsumers:
             if lane.consumer in self._paused
         }
 
-    async def _is_gone(self, consumer: str) -> bool:
-        """Whether an unlisted one is really gone: pages of the list shift while others are made."""
-        try:
-            await self._link.api(f"CONSUMER.INFO.{self._stream}.{consumer}")
-        except NatsRefused as exc:
-            if exc.code in NOT_THERE:
+    async def retire(self, queue: str, name: str) -> None:
+        """Delete the consumers of a lane, unless something waits there; what comes makes new ones.
+
+        Whoever stores a message looks afterwards whether its lane was retired meanwhile. Raises
+        StoreError.
+        """
+        async with self._making:
+            for root in ("later", "work"):
+                consumer = consumer_name(root, queue, name)
+                self._known.pop(consumer, None)
+                await delete_consumer(self._link, self._stream, consumer)
+            await self._let_go(queue, name)
+
+    async def _let_go(self, queue: str, name: str) -> Sequence[str]:
+        """Forget a lane whose consumers are gone, or make them again; their names."""
+        consumers = {root: consumer_name(root, queue, name) for root in ("work", "later")}
+        for consumer in consumers.values():
+            self._known.pop(consumer, None)
+        if await self._has_messages(queue, name):
+            for root, consumer in consumers.items():
+                await self._make_again(root, queue, name, consumer)
+        else:
+            for consumer in consumers.values():
+                self._looks.pop(consumer, None)
+                self._lanes.by_consumer.pop(consumer, None)
+            self._lanes.queues[queue].forget(name)
+        return list(consumers.values())
+
+    async def _has_messages(self, queue: str, name: str) -> bool:
+        for root in ("work", "later"):
+            body = {"next_by_subj": self._subjects.lane(root, queue, name), "seq": 1}
+            place = f"$JS.API.DIRECT.GET.{self._stream}"
+            if (await self._link.request(place, json.dumps(body).encode())).status != "404":
                 return True
-            raise
         return False
 
     async def _make_again(self, root: str, queue: str, name: str, consumer: str) -> None:
-        log.warning("NATS: consumer %s is gone, and made again", consumer)
         if lane := self._lanes.by_consumer.get(consumer):
             lane.inbox.lose()
         await self._make(root, queue, name, consumer)
@@ -9878,9 +9940,12 @@ class NatsBlocks:
             async for named in subject_counts(self._link, self.stream, pattern):
                 yield named
 
-    async def names(self, root: str) -> AsyncIterator[tuple[str, int]]:
-        """The subjects of all messages with a root, and how many each has."""
-        scope = Scope((root,))
+    async def names(self, root: str, queue: str = "*") -> AsyncIterator[tuple[str, int]]:
+        """The subjects of all messages with a root, and how many each has.
+
+        With the token of a queue only its own, and those that an earlier version has stored.
+        """
+        scope = Scope((root,), queue)
         async for block in self.newest(scope, self.span(), NAMED_SUBJECTS):
             async for named in self._names(scope, block):
                 yield named
@@ -10767,6 +10832,8 @@ class NatsMessages:
             seq = await self._link.publish(subject, payload, **headers)
         except NatsChanged:  # The server has forgotten its Nats-Msg-Id since.
             return False
+        if queue == CALLBACKS:  # Its lane may have been retired meanwhile.
+            await self._consumers.ensure("work", queue, lane)
         if root == "later":
             self._lanes.expect_later(queue, lane)
         else:
@@ -10858,7 +10925,8 @@ class NatsMessages:
 
     async def give_back(self, queue: str, name: str, delivery: Delivery) -> None:
         """Have a message delivered again, to us or another daemon."""
-        await self._lanes.give_back(self._lanes.queues[queue].lanes[name], delivery)
+        if lane := self._lanes.queues[queue].lanes.get(name):
+            await self._lanes.give_back(lane, delivery)
 
 
 # --- NATS limits ----------------------------------------------------------------------------------
@@ -13056,10 +13124,57 @@ class NatsStream:
         """Make or check the stream, and learn since when its subjects have the time."""
         self._subjects.begin(await ensure_stream(self._link, self._settings().nats))
 
-    async def sweep(self) -> None:
-        """Delete messages that a server which was killed has brought back."""
+    async def sweep(self, consumers: NatsConsumers) -> None:
+        """Delete messages that a server which was killed has brought back, and find lost ones."""
+        await find_callbacks(consumers, self._subjects, self._blocks)
         await sweep_records(self._link, self._blocks, self._calls)
         await sweep_later(self._link, self._subjects, self._blocks)
+
+
+IDLE_RECEIVER_S = 600.0  # after its last callback, the consumer of a host goes
+MANY_RETIRED = 100  # that go in one look
+
+
+def unused_s(info: Mapping[str, Any]) -> float:
+    """For how long a consumer has sent nothing, and nothing of it was acked, by its server's clock.
+
+    0: it has something to send, or waits for acks.
+    """
+    if info["num_pending"] or info["num_ack_pending"]:
+        return 0.0
+    seen = [info[kind].get("last_active") for kind in ("delivered", "ack_floor")]
+    times = [datetime.fromisoformat(shown) for shown in (info["created"], *seen) if shown]
+    return (datetime.fromisoformat(info["ts"]) - max(times)).total_seconds()
+
+
+async def retire_receivers(
+    consumers: NatsConsumers, looks: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Have lanes of callbacks go that were not used for long. `looks`: what servers say of all.
+
+    Each host that is called back has one, and most of any number of hosts are never called again.
+    """
+    unused: dict[str, float] = {}  # for how long, by lane: the shortest of its consumers
+    for number, (name, info) in enumerate(looks.items()):
+        if number % CONSUMERS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        if RECEIVER.match(name):
+            lane = nats_name(name.split("+")[2])
+            unused[lane] = min(unused_s(info), unused.get(lane, math.inf))
+    idle = [lane for lane, seconds in unused.items() if seconds >= IDLE_RECEIVER_S]
+    for lane in idle[:MANY_RETIRED]:
+        await consumers.retire(CALLBACKS, lane)
+
+
+async def find_callbacks(
+    consumers: NatsConsumers, subjects: NatsSubjects, blocks: NatsBlocks
+) -> None:
+    """Find callbacks that wait in no lane: their daemon has died while that was retired."""
+    for root in UNFINISHED:
+        async for subject, _ in blocks.names(root, nats_token(CALLBACKS)):
+            _, queue, lane, own_id = subjects.split(subject)
+            if nats_name(queue) == CALLBACKS and is_own_id(own_id):
+                await consumers.ensure(root, CALLBACKS, nats_name(lane))
 
 
 class NatsChores(NamedTuple):
@@ -13203,8 +13318,9 @@ class NatsKeeper:
                 await self._chores.recovery.recover(consumers, server != self._swept)
             await self._chores.recovery.store_forgotten(list(self._lanes.by_consumer.values()))
             if server != self._swept:
-                await self._chores.stream.sweep()
+                await self._chores.stream.sweep(self._consumers)
                 self._swept = server
+            await retire_receivers(self._consumers, consumers)
         except NatsRefused as exc:
             if exc.code in NOT_THERE:
                 log.error("%s", exc)

@@ -30,7 +30,7 @@ SECTIONS = (
     "SQLite index", "SQLite file", "SQLite limits", "SQLite statements", "SQLite work", "SQLite records",
     "SQLite schedules", "SQLite copies", "SQLite move", "SQLite writer", "SQLite queue",
     "NATS messages", "NATS subjects", "NATS wire", "NATS connection", "NATS stream", "NATS lanes", "NATS turns",
-    "NATS names", "NATS documents", "NATS records", "NATS lists",
+    "NATS consumers", "NATS names", "NATS documents", "NATS records", "NATS lists",
     "NATS work", "NATS limits", "NATS outcomes",
     "NATS owners", "NATS claims", "NATS taker", "NATS operators", "NATS intake", "NATS takeover",
     "NATS recovery", "NATS room", "NATS upkeep", "NATS figures", "NATS queue",

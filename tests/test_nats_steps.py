@@ -1,21 +1,24 @@
 """Steps of a call's life on NATS that meet, or are done again: none of them takes what another one needs."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jetstream import NatsServer, Network, eventually
-from queues import BAD, OK, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench, queue_of, refused
+from queues import BAD, OK, PATIENCE, REQUESTS, SINK, Bench, NatsStore, invocation, open_bench, queue_of, refused
 
+import faasd_async
 from faasd_async import (
     CALLBACKS,
     KEY_ABANDONED_S,
     KIB,
     SILENT_S,
+    Claim,
     Delivery,
     NatsConfig,
     NatsLink,
@@ -196,3 +199,103 @@ async def test_a_key_whose_call_was_never_stored_is_free_for_another_body(bench:
     assert await bench.enqueue(idempotency_key="k", body=b"other") == name
     assert await refused(bench.enqueue(idempotency_key="k")) == 422
     assert await bench.claim() == [name]
+
+
+# ---- receivers that are not called back any more -------------------------------------------------
+
+
+async def receivers(bench: Bench) -> set[str]:
+    """The consumers for callbacks that the server has, and the lanes that the queue knows."""
+    queue = queue_of(bench)
+    answer = await queue._link.api(f"CONSUMER.NAMES.{queue._calls.stream}")
+    names = {name for name in answer["consumers"] or () if CALLBACKS in name}
+    return names | {*queue._parts.lanes.queues[CALLBACKS].lanes}
+
+
+@pytest.fixture
+def short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receivers are forgotten at once."""
+    monkeypatch.setattr(faasd_async, "IDLE_RECEIVER_S", 0.1)
+    monkeypatch.setattr(faasd_async, "POLL_S", 0.1)
+
+
+@pytest.mark.usefixtures("short_memory")
+async def test_the_lane_of_a_receiver_goes_once_it_is_not_called_back_any_more(bench: Bench) -> None:
+    """On all hosts; not while a callback waits, is sent, or is to be tried again; and it comes again."""
+    other = Bench(bench.store, bench.config)
+    await other.open()
+    for queue in (REQUESTS, CALLBACKS):
+        assert await other.claims(0, queue) == []  # It has no room.
+    for name in ("one", "two"):
+        await bench.enqueue(name, callback_url="http://one.example.org/")
+        await bench.until(lambda: REQUESTS in bench.woken)
+        await bench.run()
+        work = await take_callback(bench)
+        assert await bench.queue.retry(work, BAD, 1.0)
+        await asyncio.sleep(0.5)
+        assert await receivers(bench)
+        work = await take_callback(bench)
+        await asyncio.sleep(0.5)
+        assert await bench.queue.complete(work, OK, "delivered")
+
+        async def is_forgotten() -> bool:
+            return not await receivers(bench) and not await receivers(other)
+
+        await eventually(is_forgotten)
+    await other.queue.close()
+
+
+async def take_callback(bench: Bench) -> Claim:
+    """The only callback, as soon as it is due."""
+
+    async def claim() -> Claim | None:
+        return next(iter(await bench.claims(1, CALLBACKS)), None)
+
+    return await eventually(claim)
+
+
+@pytest.mark.usefixtures("short_memory")
+async def test_callbacks_to_receivers_that_are_forgotten_all_the_time_are_sent_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two hosts that forget them between any two steps."""
+    monkeypatch.setattr(faasd_async, "IDLE_RECEIVER_S", 0.001)
+    monkeypatch.setattr(faasd_async, "POLL_S", 0.02)
+    other = Bench(bench.store, bench.config)
+    await other.open()
+    names = [f"{number}" for number in range(200)]
+    sent: list[str] = []
+
+    async def end(one: Bench, work: Claim, status: str) -> bool:
+        while True:
+            with contextlib.suppress(StoreError):  # A server fails to make what it still deletes.
+                return await one.queue.complete(work, OK, status)
+
+    async def run(one: Bench, share: Sequence[str]) -> None:
+        for name in share:
+            await one.enqueue(name, callback_url=f"http://host{int(name) % 3}.example.org/")
+        while len(sent) < len(names):
+            for work in await one.claims(3):
+                assert await end(one, work, "success")
+            sent.extend([work.call_id for work in await one.claims(3, CALLBACKS) if await end(one, work, "delivered")])
+            await asyncio.sleep(0)
+
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(run(bench, names[::2]), run(other, names[1::2]))
+    assert sorted(sent) == sorted(names)
+    await other.queue.close()
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_a_callback_is_sent_that_was_stored_just_when_its_lane_was_retired(bench: Bench, crash: bool) -> None:
+    """By a host that had not heard of that yet, and may have died before it has."""
+    queue = queue_of(bench)
+    await bench.enqueue("first", callback_url=SINK)
+    await bench.until(lambda: REQUESTS in bench.woken)
+    await bench.run()
+    for name in await receivers(bench):
+        if "+" in name:
+            await queue._link.api(f"CONSUMER.DELETE.{queue._calls.stream}.{name}")
+    if crash:
+        await bench.crash()
+    assert (await take_callback(bench)).call_id == "first"
