@@ -6993,7 +6993,10 @@ class SqliteQueue:
 
     async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
         """See WorkQueue. Raises StoreError, StoreLocked."""
-        self._file.open()  # Nothing else runs yet.
+        try:  # by a thread: another process may have the file, and a stop waits for neither
+            await in_thread("open", self._file.open)
+        except Shortage:
+            self._file.open()
         tell_paused(self._file.index.paused)
         self._wake = wake
         self._writer = Writer(self._file, self._observe_commit, Listener(wake, stop, final))
@@ -18291,6 +18294,7 @@ class Exchange:
 
     async def end(self) -> None:
         """End the body of an answer. Raises ConnectionResetError."""
+        self._endless = False
         if self._chunked:
             self._chunked = False
             self._send(b"0\r\n\r\n")
@@ -18305,6 +18309,14 @@ class Exchange:
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
+
+    def give_up(self, answer: Response) -> None:
+        """Answer with this, if nothing was sent yet; see that no other answer looks whole."""
+        with contextlib.suppress(ConnectionError):  # The client has gone away.
+            if not self.begun:
+                self.send(answer, ours=True)
+            elif self._endless:
+                self.break_off()
 
     def probe(self) -> None:
         """Send something that means nothing: only a write shows whether the client is still there.
@@ -18424,6 +18436,9 @@ class Application(Protocol):
     def stored(self, storing: Storing) -> Response:
         """The answer once that has succeeded, or failed."""
 
+    def given_up(self, http: Exchange) -> Response:
+        """The answer to a request when the daemon stops and can wait no longer."""
+
 
 def apologize(exchange: Exchange, exc: Exception) -> None:
     """Tell of an error in this program. Raises ConnectionError."""
@@ -18529,10 +18544,11 @@ class Conversation:
             self._task.cancel()
 
     async def stop(self) -> None:
-        """Close the connection, whatever is under way."""
-        task = self._task
+        """Close the connection, whatever is under way: its client is told."""
+        if self._exchange is not None:
+            self._exchange.give_up(self._clients.application.given_up(self._exchange))
         self.close()
-        if task is not None:
+        if (task := self._task) is not None:
             task.cancel()
             await asyncio.wait([task])
 
@@ -18642,8 +18658,7 @@ class Conversation:
     def _new_exchange(self, head: RequestHead, content: Content) -> Exchange:
         write_timeout_s = self._clients.write_timeout_s
         exchange = Exchange(self._flow, self._address, head, content, write_timeout_s)
-        if self._clients.leaving:
-            exchange.keep_alive = False
+        exchange.keep_alive = exchange.keep_alive and not self._clients.leaving
         return exchange
 
     def _make_room(self) -> None:
@@ -19204,6 +19219,12 @@ class Front:
             return respond(http, call, call_id.result())
         except (StoreError, HttpError) as exc:
             return self._refused(http, exc)
+
+    def given_up(self, http: Exchange) -> Response:
+        """See Application."""
+        reason = "the daemon stops, and could wait no longer for what this has begun"
+        limit = "(gateway.drain_timeout): it may have been done all the same"
+        return error_reply(http.head.target, HttpError(503, f"{reason} {limit}", HANG_UP))
 
     def _refused(self, http: Exchange, exc: StoreError | HttpError | OSError) -> Response:
         """The answer that says why there is no other. Raises OSErrors that tell nothing of that,
@@ -22466,6 +22487,7 @@ def socket_url(sock: socket.socket) -> str:
 
 Chore = Callable[[], Coroutine[Any, Any, None]]  # what goes on until the daemon stops
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STRAY_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # They have a meaning to other daemons.
 NEED_RESTART = ("gateway", "auth", "provider", "store", "nats")  # tables that no reload changes
 
 
@@ -22575,10 +22597,16 @@ def reloaded(old: Config, new: Config) -> Config:
     return replace(new, **kept)
 
 
+def tell_ignored(number: signal.Signals) -> None:
+    """Log that a signal means nothing here. Otherwise it would be the end of the process."""
+    log.warning("%s is ignored: SIGHUP has the file read again, SIGTERM stops", number.name)
+
+
 def handle_signals(terminate: Callable[[], None], reload: Callable[[], None]) -> None:
     """Have signals handled in the event loop. SIGHUP waits until the start has ended."""
     loop = asyncio.get_running_loop()
     acts = {**dict.fromkeys(STOP_SIGNALS, terminate), signal.SIGHUP: reload}
+    acts |= {number: functools.partial(tell_ignored, number) for number in STRAY_SIGNALS}
 
     def handle(number: int, frame: object) -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed.
@@ -22596,7 +22624,8 @@ def end_start() -> None:
 
 def hold_signals() -> None:
     """Have no signal kill the process, which ends by itself now: Python takes its handlers away."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGHUP))
+    numbers = (*STOP_SIGNALS, *STRAY_SIGNALS, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 def give_back_memory() -> None:
@@ -22647,11 +22676,11 @@ class Daemon:
 
     async def run(self) -> int:
         """Start everything, serve until a signal, stop in order."""
-        handle_signals(self._terminate, self._reloader.ask)
         introduced = introduction(self.config, self._path)
         async with contextlib.AsyncExitStack() as stack:
             await self._queue.open(self._consumers.wake, self._consumers.cancel, self._final)
             stack.push_async_callback(self._queue.close)
+            handle_signals(self._terminate, self._reloader.ask)  # see await_the_start
             await end_abandoned(self.config)
             sockets = passed_sockets()
             if not sockets:
@@ -23867,9 +23896,11 @@ def collect_less() -> None:
 def await_the_start() -> None:
     """Have a reload wait until the start has ended; see `end_start`.
 
-    A stop doesn't have to: there is nothing to stop yet.
+    A stop doesn't have to, until the store is open: there is nothing to stop yet.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    for number in STRAY_SIGNALS:
+        signal.signal(number, lambda *_: None)
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(0))
 

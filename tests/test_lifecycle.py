@@ -136,8 +136,46 @@ async def test_a_stop_during_the_start_is_a_stop(daemon: StartDaemon, tmp_path: 
     assert gateway.lines == []
 
 
+def has_open(pid: int, file: Path) -> bool:
+    """Whether a process has this file open."""
+    return file.resolve() in {link.resolve() for link in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 @own_interpreter
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_of_a_daemon_that_waits_for_the_store_is_a_stop(
+    daemon: StartDaemon, number: signal.Signals
+) -> None:
+    """Another process has the file: nothing has begun, and nothing has failed."""
+    await daemon("")
+    other = await daemon("", start=False)
+    await other.spawn()
+    async with asyncio.timeout(PATIENCE):
+        while not has_open(other.pid, other.store):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+    other.signal(number)
+    assert await other.ended() == 0
+    assert other.lines == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+async def test_a_signal_that_means_nothing_is_ignored(
+    daemon: StartDaemon, function: Server, number: signal.Signals
+) -> None:
+    """Other daemons have uses for it: the log says that this one has none."""
+    function.behaviour = gate = Gate()
+    gateway = await daemon(settings(function))
+    call_id = await gateway.submit("it")
+    await function.wait_for(1)
+    gateway.signal(number)
+    await gateway.wait_for_log(f"{number.name} is ignored: SIGHUP has the file read again")
+    gate.open()
+    record = await gateway.final(call_id)
+    assert (record["status"], record["attempts"]) == ("success", 1)
+
+
+@own_interpreter
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 async def test_signals_during_a_stop_do_not_spoil_it(daemon: StartDaemon, number: signal.Signals) -> None:
     """However many come, up to the last moment."""
     gateway = await daemon("")
@@ -342,6 +380,33 @@ async def test_what_runs_for_too_long_is_queued_again(daemon: StartDaemon, funct
     record = await gateway.final(call_id)
     assert (record["status"], record["attempts"], record["interrupted"]) == ("success", 1, 0)
     assert [(request.call_id, request.body) for request in function.requests] == [(call_id, b"body")] * 2
+
+
+async def test_who_is_not_waited_for_any_longer_is_told(daemon: StartDaemon, function: Server) -> None:
+    """At the end of `drain_timeout`, unless a part of the answer is sent: that does not look whole."""
+    function.behaviour = Gate()
+    more = """
+[gateway]
+drain_timeout = "100ms"
+[functions.sleep]
+command = ["sleep", "3600"]
+"""
+    gateway = await daemon(settings(function, more))
+    targets = ("/function/it", "/function/sleep", "/r/app/it")
+    clients = [asyncio.create_task(ask(gateway.url, target)) for target in targets]
+    await function.wait_for(2)
+    async with asyncio.timeout(PATIENCE):
+        while (
+            b'gateway_function_invocation_started{function_name="sleep.openfaas-fn"} 1'
+            not in (await ask(gateway.url, "/metrics")).body
+        ):
+            pass
+    assert await gateway.terminate() == 0
+    for target, reply in zip(targets, await asyncio.gather(*clients), strict=True):
+        assert reply.status == 503, (target, reply)
+        assert reply.headers["Connection"] == "close"
+        assert b"the daemon stops, and could wait no longer" in reply.body
+        assert reply.body.startswith(b'{"error"') == target.startswith("/r/")
 
 
 async def test_a_drain_timeout_of_nothing_stops_at_once(daemon: StartDaemon, function: Server) -> None:

@@ -202,12 +202,12 @@ async def test_the_real_socket_activation_works(daemon: StartDaemon, function: S
 # ---- the watchdog ----------------------------------------------------------------------------------------------
 
 # Runs the daemon in this process (what follows is the command that would do it), and has its event loop stand still for
-# good on SIGUSR1.
-HANGS_ON_SIGUSR1 = f"""
+# good on SIGALRM.
+HANGS_ON_SIGALRM = f"""
 import signal, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import faasd_async
-signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))
+signal.signal(signal.SIGALRM, lambda *_: time.sleep(3600))
 sys.exit(faasd_async.main(sys.argv[4:]))
 """
 
@@ -218,11 +218,11 @@ async def test_a_hung_event_loop_starves_the_watchdog(
     """While the process and its other threads live on; what was accepted runs after the restart."""
     function.behaviour = gate = Gate()
     env = systemd.watchdog()
-    hangs = (sys.executable, "-c", HANGS_ON_SIGUSR1)
+    hangs = (sys.executable, "-c", HANGS_ON_SIGALRM)
     gateway = await daemon(f'[functions.it]\nurl = "{function.url}"', env=env, prefix=hangs)
     call_id = await gateway.submit("it")
     await systemd.wait_for("WATCHDOG=1", times=3)
-    gateway.signal(signal.SIGUSR1)
+    gateway.signal(signal.SIGALRM)
     await systemd.bite(gateway)
     gate.open()
     await gateway.start()
