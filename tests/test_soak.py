@@ -31,7 +31,7 @@ GROWTH = 6 * MIB
 PEAK = 256 * MIB  # above what it takes while idle
 
 # Runs the daemon in this process (the rest of the command line is the command that would do it). It
-# cleans up and closes idle connections after a second, says when it is ready, and on SIGUSR1 gives back what memory is
+# cleans up and closes idle connections after a second, says when it is ready, and on SIGALRM gives back what memory is
 # free and says how many tasks there are.
 WITH_TASKS_TOLD = f"""
 import asyncio, gc, signal, sys
@@ -45,7 +45,7 @@ def tell():
     sys.stderr.write(f"tasks {{len(asyncio.all_tasks())}}.\\n")
 start = faasd_async.Daemon.run
 async def run(self):
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGALRM, tell)
     return await start(self)
 faasd_async.Daemon.run = run
 sys.exit(faasd_async.main(sys.argv[4:]))
@@ -97,7 +97,7 @@ class Held:
     async def by(cls, daemon: Daemon) -> "Held":
         """What the daemon holds now."""
         first_line = len(daemon.lines)
-        daemon.signal(signal.SIGUSR1)
+        daemon.signal(signal.SIGALRM)
         told = await daemon.wait_for_log("tasks ", first_line)
         files, threads = (len(held(f"/proc/{daemon.pid}/{kind}")) for kind in ("fd", "task"))
         return cls(files, threads, children(daemon.pid), int(told.split()[1].rstrip(".")))
