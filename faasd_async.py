@@ -18604,9 +18604,9 @@ class Conversation:
 
     def _wake(self) -> None:
         """There is something to do for the task."""
-        if self._waiting is not None:
-            self._waiting.set_result(None)
-            self._waiting = None
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():  # else the task is cancelled
+            waiting.set_result(None)
 
     def _refuse(self, exc: HttpProcessingError) -> None:
         """Say what was wrong, and close it once the client has: one that sends reads nothing."""

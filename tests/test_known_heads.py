@@ -5,12 +5,16 @@ import contextlib
 import json
 import re
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
 from conftest import PATIENCE, Daemon, Server, StartDaemon, connection
+
+import faasd_async
 
 BODIES = (b"", b"a", b"\xff\xfe", "Größe".encode(), b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n\r\n" * 9)
 
@@ -316,3 +320,50 @@ async def test_many_on_one_connection_are_answered_in_their_order(
     for call_id, body in zip(ids, bodies, strict=True):
         async with gateway.http.get(f"{gateway.url}/system/calls/{call_id}/request") as response:
             assert await response.read() == (body if size else b"")
+
+
+class Slow:
+    """An application that takes its time to store something."""
+
+    def __init__(self) -> None:
+        self.storing: asyncio.Future[str] | None = None
+
+    async def answer(self, http: faasd_async.Exchange) -> faasd_async.Response:
+        """The first time."""
+        http.head.prompt = True
+        return faasd_async.reply("ok")
+
+    def store(self, http: faasd_async.Exchange) -> faasd_async.Storing:
+        """From then on."""
+        self.storing = asyncio.get_running_loop().create_future()
+        return faasd_async.Storing(http, cast(Any, None), self.storing, cast(Any, None))
+
+    def stored(self, storing: faasd_async.Storing) -> faasd_async.Response:
+        """In the end."""
+        return faasd_async.reply("stored")
+
+    def given_up(self, http: faasd_async.Exchange) -> faasd_async.Response:
+        """At the stop."""
+        return faasd_async.reply("given up", 503)
+
+
+async def test_what_is_stored_while_its_connection_is_closed_disturbs_nobody() -> None:
+    """The task of the connection has been cancelled, and is not woken any more."""
+    loop = asyncio.get_running_loop()
+    errors: list[Any] = []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    application = Slow()
+    server = faasd_async.Server(application, PATIENCE, PATIENCE)
+    sock = socket.create_server(("127.0.0.1", 0))
+    server.listen(sock)
+    async with connection(f"http://127.0.0.1:{sock.getsockname()[1]}") as (reader, writer):
+        writer.write(post(b""))
+        await reader.readuntil(b"ok\n")
+        writer.write(post(b""))
+        async with asyncio.timeout(PATIENCE):
+            while application.storing is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        loop.call_soon(application.storing.set_result, "id")  # Its callback waits when all is closed.
+        await server.close()
+        await asyncio.wait_for(reader.read(), PATIENCE)
+    assert errors == []
