@@ -281,7 +281,6 @@ class SinkConnection(asyncio.Protocol):
 
     def __init__(self, shared: Sinks) -> None:
         self.shared = shared
-        self.stations, self.held, self.watchers = shared.stations, shared.held, shared.watchers
         self.buffer = bytearray()
         self.held_at = b""  # the path that holds this connection's request
 
@@ -290,7 +289,7 @@ class SinkConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.held_at:
-            self.held[self.held_at].remove(self)
+            self.shared.held[self.held_at].remove(self)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -299,8 +298,8 @@ class SinkConnection(asyncio.Protocol):
             del self.buffer[:length]
             if path.startswith(b"/__"):
                 self.control(*path[3:].split(b"/"))
-            elif path in self.held:
-                self.held[path].append(self)
+            elif path in self.shared.held:
+                self.shared.held[path].append(self)
                 self.held_at = path
                 self.shared.notify(path)
             elif path.startswith(b"/slow"):
@@ -309,11 +308,11 @@ class SinkConnection(asyncio.Protocol):
                 self.answer(path)
 
     def answer(self, path: bytes) -> None:
-        station = self.stations[path]
+        station = self.shared.stations[path]
         station.answered += 1
         station.last_at = time.monotonic()
         self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok")
-        if self.watchers[path]:
+        if self.shared.watchers[path]:
             self.shared.notify(path)
 
     def control(self, verb: bytes, name: bytes, *counts: bytes) -> None:
@@ -326,9 +325,9 @@ class SinkConnection(asyncio.Protocol):
             station.released_at = time.monotonic()
         self.tell(station)
         if verb == b"hold":
-            self.held.setdefault(path, [])
+            self.shared.held.setdefault(path, [])
         elif verb == b"release":
-            for connection in self.held.pop(path, ()):
+            for connection in self.shared.held.pop(path, ()):
                 connection.held_at = b""
                 connection.answer(path)
                 connection.data_received(b"")
