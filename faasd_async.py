@@ -23739,7 +23739,7 @@ def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
 # --- Schedule commands ----------------------------------------------------------------------------
 
 SCHEDULE_ROW = "{:16.16}  {:12.12}  {:16.16}  {:>6}  {}"  # a time without its seconds
-LONG_SCHEDULE_ROW = "{:32}  {:24}  {:19}  {:>6}  {}"
+LONG_SCHEDULE_ROW = "{:32}  {:24}  {:19}  {:>6}  {}\n"
 SCHEDULE_NAMES = ("SCHEDULE", "FUNCTION", "NEXT", "MISSED", "LAST RUN; WHEN")
 
 
@@ -23751,7 +23751,7 @@ def list_schedules(args: Arguments) -> None:
         return
     for cells in (SCHEDULE_NAMES, *map(schedule_cells, document["schedules"])):
         if args.long:
-            write(LONG_SCHEDULE_ROW.format(*cells) + "\n")
+            write(LONG_SCHEDULE_ROW.format(*cells))
         else:
             write_row(SCHEDULE_ROW, *cells)
 
