@@ -136,9 +136,13 @@ async def test_a_stop_during_the_start_is_a_stop(daemon: StartDaemon, tmp_path: 
     assert gateway.lines == []
 
 
-def has_open(pid: int, file: Path) -> bool:
-    """Whether a process has this file open."""
-    return file.resolve() in {link.resolve() for link in Path(f"/proc/{pid}/fd").iterdir()}
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process has opened a file. It may open and close others meanwhile."""
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor.readlink() == path.resolve():
+                return True
+    return False
 
 
 @own_interpreter
