@@ -3011,12 +3011,13 @@ def forward_headers(headers: Iterable[Header], drop: frozenset[bytes]) -> list[H
     """The end-to-end headers: neither hop-by-hop, nor named by Connection, nor one of `drop`."""
     kept: list[Header] = []
     named: set[bytes] = set()
-    for item in headers:
-        name = item[0].lower()
-        if name == b"connection":
-            named |= {part.strip().lower() for part in item[1].split(b",")}
-        elif name not in drop and name not in HOP_BY_HOP:
-            kept.append(item)
+    for name, value in headers:
+        name = name.rstrip(b" ")  # Of an answer, some may be followed by spaces (RFC 9112 5.1).
+        lower = name.lower()
+        if lower == b"connection":
+            named |= {part.strip().lower() for part in value.split(b",")}
+        elif lower not in drop and lower not in HOP_BY_HOP:
+            kept.append((name, value))
     if not named:
         return kept
     return [item for item in kept if item[0].lower() not in named]

@@ -23,6 +23,7 @@ from conftest import (
     answer,
     ask,
     never,
+    rude_server,
     run,
     to_toml,
 )
@@ -726,3 +727,16 @@ async def test_what_would_steer_a_request_does_not_reach_the_receiver(
     (told,) = await sink.wait_for(1)
     assert told.headers["ETag"] == "it"
     assert "steers" not in told.headers.values()
+
+
+async def test_how_the_function_ended_its_answer_does_not_reach_the_receiver(daemon: StartDaemon, sink: Server) -> None:
+    """Not with spaces before the colon either, which some servers write: nor does the name keep them."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding : chunked\r\nConnection : X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\n\r\n"
+    async with rude_server(head + b"5\r\nwhole\r\n0\r\n\r\n") as url:
+        gateway = await daemon(f'[functions.f]\nurl = "{url}"')
+        reply = await ask(gateway.url, "/function/f")
+        assert reply.body == b"whole"
+        assert not {"Transfer-Encoding ", "Connection ", "X-Hop"} & set(reply.headers)
+        await gateway.submit("f", X_Callback_Url=sink.url)
+        (told,) = await sink.wait_for(1)
+    assert (told.body, told.headers["X-End"], told.headers.get("X-Hop")) == (b"whole", "2", None)

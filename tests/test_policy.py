@@ -625,7 +625,7 @@ def test_repeated_headers_are_forwarded_in_order() -> None:
     "name",
     [
         b"Connection", b"keep-alive", b"Proxy-Connection", b"Proxy-Authenticate", b"Proxy-Authorization", b"TE",
-        b"Trailer", b"Transfer-Encoding", b"UPGRADE",
+        b"Trailer", b"Transfer-Encoding", b"UPGRADE", b"Transfer-Encoding ", b"Connection  ",
     ],
 )  # fmt: skip
 def test_hop_by_hop_headers_are_not_forwarded(name: bytes) -> None:
