@@ -14709,6 +14709,7 @@ class Destination(NamedTuple):
     origin: Origin
     start: str  # of the target in the first line: for a proxy, what stands before the path
     path: str  # with its query
+    place: str  # the URL's own path
     folder: str  # the path that targets below the URL follow
     rest: bytes  # of the first line, and the headers from the URL, without the last line's end
     dropped: re.Pattern[bytes]  # a caller's headers in whose place these are sent
@@ -14717,8 +14718,8 @@ class Destination(NamedTuple):
         """The target of a request: what is `below` the URL, byte for byte; None: the URL itself."""
         if below is None:
             return self.start + self.path
-        path = self.folder + below
-        return self.start + path if path.startswith("/") else f"{self.start}/{path}"
+        above = self.folder if below.startswith("/") else self.place
+        return self.start + above + below
 
 
 def destination_of(url: yarl.URL, origin: Origin) -> Destination:
@@ -14735,7 +14736,8 @@ def destination_of(url: yarl.URL, origin: Origin) -> Destination:
         headers.append((b"Authorization", login))
         dropped = FRAMING_AND_LOGIN
     rest = b" HTTP/1.1" + b"".join(b"\r\n%b: %b" % header for header in headers)
-    return Destination(origin, start, url.raw_path_qs, url.raw_path.rstrip("/"), rest, dropped)
+    place = url.raw_path
+    return Destination(origin, start, url.raw_path_qs, place, place.rstrip("/"), rest, dropped)
 
 
 def request_message(

@@ -138,6 +138,15 @@ async def test_the_path_of_the_functions_url_comes_first(daemon: StartDaemon, fu
     assert [call.request.target for call in calls] == ["/base/more?x=1"] * 2
 
 
+@pytest.mark.parametrize("path", ["/base", "/base/"])
+async def test_the_functions_url_is_called_as_it_is(daemon: StartDaemon, function: Server, path: str) -> None:
+    """With the slash at its end, or without: many a server takes only one of them."""
+    gateway = await daemon(f'[functions.echo]\nurl = "{function.url}{path}"')
+    for target, expected in (("", path), ("?x=1", f"{path}?x=1"), ("/", "/base/"), ("//more", "/base//more")):
+        calls = await both_ways(gateway, function, target=target)
+        assert [call.request.target for call in calls] == [expected] * 2
+
+
 async def test_the_body_arrives_byte_for_byte(gateway: Daemon, function: Server) -> None:
     """A body is bytes, whatever it looks like or claims to be."""
     for body in BODIES:
