@@ -3002,9 +3002,9 @@ def headers_for_target(target: str, headers: CIMultiDictProxy[str]) -> CIMultiDi
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """The first segment of what follows the route, and the rest (path and query), as sent."""
+    """The first segment of what follows the route, decoded; the rest (path and query) as sent."""
     first = target.partition("?")[0].partition("/")[0]
-    return first, target[len(first) :]
+    return unquote(first), target[len(first) :]
 
 
 def forward_headers(headers: Iterable[Header], drop: frozenset[bytes]) -> list[Header]:
@@ -20364,7 +20364,7 @@ class RestRoutes:
         """/system/…, but for calls and queues."""
         config = self.settings()
         segments = f"{request.target.partition('?')[0]}//".split("/")
-        resource, name = segments[2], segments[3]
+        resource, name = segments[2], unquote(segments[3])
         namespace = request.query.get("namespace") or config.gateway.namespace
         configured = config.functions if namespace == config.gateway.namespace else {}
         if resource == "alert":
@@ -20490,8 +20490,8 @@ class FnRoutes:
     async def list_calls(self, request: Request) -> Response:
         """The newest calls of an app; with `path`, of one function."""
         query = request.query
-        path = query.get("path", "").lstrip("/")
-        filters = CallFilter(app=request.parts[0], function=split_target(path)[0] or None)
+        function, _, _ = query.get("path", "").lstrip("/").partition("/")
+        filters = CallFilter(app=request.parts[0], function=function or None)
         limit = parse_one(query, "per_page", page_size) or parse_one(query, "limit", page_size)
         cursor = parse_one(query, "cursor", page_cursor) if query.get("cursor") else None
         page = await self.records.list_records(filters, limit or 100, cursor)

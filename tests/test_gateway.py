@@ -265,6 +265,20 @@ async def test_a_function_may_be_named_with_its_namespace(gateway: Daemon, funct
     assert [request.target for request in await function.wait_for(2)] == ["/a.b", "/a.b"]
 
 
+async def test_a_functions_name_may_be_percent_encoded(gateway: Daemon, function: Server) -> None:
+    """It means the same (RFC 3986 6.2.2.2), on each route, also when it comes again; the rest is not decoded."""
+    for _ in range(2):
+        assert (await ask(gateway.url, "/function/ech%6F/%61?%62")).status == 200
+        for name in ("%65cho", "ech%6f%2Eopenfaas-fn"):
+            assert (await ask(gateway.url, f"/async-function/{name}/%61?%62", method="POST")).status == 202
+        assert (await ask(gateway.url, "/r/app/%65cho/%61?%62")).status == 200
+    assert {request.target for request in await function.wait_for(8)} == {"/%61?%62"}
+    assert json.loads((await ask(gateway.url, "/system/function/ech%6F")).body)["name"] == "echo"
+    for name in ("%2565cho", "echo%2F", "echo%00", "%FF"):
+        for route in ("function", "async-function"):
+            assert (await ask(gateway.url, f"/{route}/{name}", method="POST")).status == 404
+
+
 async def test_the_namespace_can_be_set(daemon: StartDaemon, function: Server) -> None:
     """`gateway.namespace` is the namespace of all functions in the file."""
     gateway = await daemon(f'[gateway]\nnamespace = "lab"\n[functions.echo]\nurl = "{function.url}"')
