@@ -18271,12 +18271,13 @@ class Exchange:
             body = b""
         elif "Content-Length" not in answer.headers:
             framing = f"Content-Length: {len(body)}\r\n"
-        if ours and "Server" not in answer.headers:
-            framing += SERVER_LINE
-        self._send(self._head(answer, framing) + body)
+        self._send(self._head(answer, framing, ours) + body)
 
-    async def begin(self, answer: Response) -> None:
-        """Send the head of an answer; its body follows in pieces. Raises ConnectionResetError."""
+    async def begin(self, answer: Response, ours: bool = False) -> None:
+        """Send the head of an answer, `ours` or passed on; its body follows in pieces.
+
+        Raises ConnectionResetError.
+        """
         self._settle()
         framing = ""
         bodiless = answer.status in WITHOUT_BODY or self.method == "HEAD"
@@ -18285,7 +18286,7 @@ class Exchange:
             framing = "Transfer-Encoding: chunked\r\n" if self._chunked else ""
             self._endless = not self._chunked
             self.keep_alive = self.keep_alive and self._chunked
-        self._send(self._head(answer, framing))
+        self._send(self._head(answer, framing, ours))
         await self.drain()
 
     async def write(self, data: bytes) -> None:
@@ -18354,7 +18355,9 @@ class Exchange:
                 timer.cancel()
         self._flow.required()
 
-    def _head(self, answer: Response, framing: str) -> bytes:
+    def _head(self, answer: Response, framing: str, ours: bool) -> bytes:
+        if ours and "Server" not in answer.headers:
+            framing += SERVER_LINE
         connection = answer.headers.get("Connection")
         if connection is not None and connection.lower() == "close":
             self.keep_alive = False
@@ -19896,7 +19899,7 @@ class BackupRoutes:
                     raise ConnectionAbortedError("the copy is not whole") from None
                 raise
             if not http.begun:
-                await http.begin(head)
+                await http.begin(head, ours=True)
             await http.write(piece)
             left -= len(piece)
         return size
@@ -20113,7 +20116,7 @@ class LogRoutes:
         head = respond(200, headers | {"X-Accel-Buffering": "no"})
         if request.http.method == "HEAD":
             return head
-        await request.http.begin(head)
+        await request.http.begin(head, ours=True)
         async with contextlib.aclosing(self._follow(record)) as pieces:
             async for piece in pieces:
                 await request.http.write(piece)
@@ -20315,7 +20318,7 @@ class EventRoutes:
             return head
         stream = self.hub.join(wants, request.headers.get("Last-Event-ID"))
         try:
-            await request.http.begin(head)
+            await request.http.begin(head, ours=True)
             while not self.hub.closed:
                 data = await stream.unsent.take(PING_S) or self.hub.ping()
                 await request.http.write(data)

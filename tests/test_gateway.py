@@ -311,6 +311,22 @@ async def test_curl_with_expect_100_continue_is_let_through(gateway: Daemon, fun
 # ---- what comes back -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_all_answers_of_its_own_say_when_and_by_whom(gateway: Daemon, function: Server, version: str) -> None:
+    """Date and Server stand once in each, whole or in pieces; in what a function answers, Server is the function's."""
+    call_id = await gateway.submit("echo")
+    await gateway.final(call_id)
+    pieces = ("/system/events", f"/system/calls/{call_id}/log?follow=1", "/system/backup")
+    for target in ("/healthz", "/nosuch", "/metrics", "/ui/", "/system/functions", "/bad target", *pieces):
+        async with connection(gateway.url) as (reader, writer):
+            writer.write(f"GET {target} HTTP/{version}\r\nHost: localhost\r\n\r\n".encode())
+            head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)).decode()
+            assert re.findall("(?i)^server:.*$", head, re.MULTILINE) == ["Server: faasd-async\r"], (target, head)
+            assert len(re.findall("(?i)^date:", head, re.MULTILINE)) == 1, (target, head)
+    function.behaviour = answer(200, b"", Server="its own")
+    assert (await ask(gateway.url, "/function/echo")).headers.getall("Server") == ["its own"]
+
+
 async def test_status_and_headers_come_back_as_the_function_gave_them(gateway: Daemon, function: Server) -> None:
     """Repeated headers, above all Set-Cookie, stay separate and in order."""
 
