@@ -249,6 +249,8 @@ MIB = 1024 * KIB
 
 # Limits of one request or answer. nginx allows four header lines of 8 KiB.
 MAX_HEADER_BYTES = 32 * KIB
+MAX_HEADERS = 128
+TOO_MANY_HEADERS = f"more than {MAX_HEADERS} headers"
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (callback, command)
 MAX_STDERR_BYTES = 64 * KIB  # of one command
 LAST_LINE = 200  # characters of its last line, which become the record's `error`
@@ -462,7 +464,7 @@ DURATION_PART = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|ms|s|m|h)"
 DURATION = re.compile(rf"(?:([0-9]+)d)?((?:{DURATION_PART})*)")
 UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 DAY_S = 86_400.0
-TEN_YEARS_S = 3650 * DAY_S
+LONGEST_DAYS = 3650
 
 SIZE = re.compile(r"([0-9]{1,15}) ?([KMG]i?B|B|)")
 UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
@@ -472,9 +474,9 @@ UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
 }
 
 NAME = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
-NAME_RULE = "a name has letters, digits, dashes and underscores, and no dot"
-MAX_UNIX_ADDRESS = len("unix:") + 108  # of a socket's path, its NUL included (unix(7))
-UNIX_ADDRESS = re.compile(r"unix:/.+")
+NAME_RULE = "a name has up to 63 letters, digits, dashes and underscores, and no dot"
+MAX_SOCKET_PATH = 107  # bytes of a socket's path without its NUL (unix(7))
+UNIX_ADDRESS = re.compile(r"unix:(/.+)")
 TCP_ADDRESS = re.compile(r"[^/]*:([0-9]{1,5})")
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # a token of RFC 9110 5.6.2
 HEADER_LINE = re.compile(rf"({HEADER_NAME}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -577,7 +579,7 @@ def number(value: Any) -> int:
     return count(int(value))
 
 
-@expects('a duration such as "10s", "5m30s", "1h" or "7d"')
+@expects(f'a duration such as "10s", "5m30s", "1h" or "7d", of {LONGEST_DAYS}d at most')
 def duration(value: Any) -> float:
     """Seconds from a Go duration (https://pkg.go.dev/time#ParseDuration), or days before one.
 
@@ -592,11 +594,11 @@ def duration(value: Any) -> float:
     total = float(days or 0) * DAY_S
     for amount, unit in re.findall(DURATION_PART, rest):
         total += float(amount) * UNIT_S[unit]
-    require(total <= TEN_YEARS_S)
+    require(total <= LONGEST_DAYS * DAY_S)
     return total
 
 
-@expects('a duration above zero, such as "10s"')
+@expects(f'a duration above zero, such as "10s", of {LONGEST_DAYS}d at most')
 def positive(value: Any) -> float:
     """Seconds of a duration that is more than none."""
     seconds = duration(value)
@@ -617,7 +619,7 @@ class Rate(NamedTuple):
         return self.period_s / self.starts
 
 
-@expects('a rate such as "10/1m" (calls that may start, in what time)')
+@expects('a rate such as "10/1m" (calls that may start, one or more, in what time)')
 def rate(value: Any) -> Rate:
     """A rate, such as "10/1m"."""
     starts, _, period = value.partition("/")
@@ -643,7 +645,7 @@ def parse_when(value: Any) -> float:
     return min(max(BEGIN_OF_TIME, moment.timestamp()), END_OF_TIME)
 
 
-@expects('a duration such as "1h" or ' + TIME_FORM)
+@expects(f'a duration such as "1h", of {LONGEST_DAYS}d at most, or {TIME_FORM}')
 def parse_deadline(value: Any) -> float:
     """Unix time of a moment, or of now plus a duration.
 
@@ -705,7 +707,7 @@ def visible(value: Any) -> str:
     return str(value)
 
 
-@expects("a name of letters, digits, dashes and underscores, with no dot")
+@expects("a name of letters, digits, dashes and underscores, 63 at most, with no dot")
 def plain_name(value: Any) -> str:
     """A name as functions and queues have them in the file."""
     require(NAME.fullmatch(value))
@@ -727,7 +729,7 @@ def http_codes(value: Any) -> frozenset[int]:
     return frozenset(value)
 
 
-ADDRESS_FORM = '"HOST:PORT" and "unix:/path"'
+ADDRESS_FORM = f'"HOST:PORT" and "unix:/path" (of {MAX_SOCKET_PATH} bytes at most)'
 
 
 @expects(ADDRESS_FORM)
@@ -739,7 +741,7 @@ def canonical_address(value: Any) -> str:
         address = re.sub(r"^(\*:)?(?=\d+$)", ":", address)  # a port, of every address
     tcp = TCP_ADDRESS.fullmatch(address)
     unix = UNIX_ADDRESS.fullmatch(address)
-    require(tcp or (unix and len(os.fsencode(address)) < MAX_UNIX_ADDRESS))
+    require(tcp or (unix and len(os.fsencode(unix[1])) <= MAX_SOCKET_PATH))
     require(tcp is None or int(tcp[1]) < 65_536)
     return address
 
@@ -950,10 +952,14 @@ def host_of(url: yarl.URL) -> str:
     return called_host(url).lower().rstrip(".")
 
 
-@expects("an absolute http:// or https:// URL, in ASCII and with no spaces")
+MAX_CALLBACK_URL = 4096
+CALLBACK_FORM = "an absolute http:// or https:// URL, in ASCII and with no spaces"
+
+
+@expects(f"{CALLBACK_FORM}, of {MAX_CALLBACK_URL} characters at most")
 def callback_host(value: Any) -> str:
     """The host of a callback URL; see `host_of`."""
-    require(re.fullmatch("[!-~]{1,4096}", value))
+    require(re.fullmatch("[!-~]+", value) and len(value) <= MAX_CALLBACK_URL)
     host = host_of(http_url(value))
     return host.encode("idna").decode()
 
@@ -1994,7 +2000,7 @@ def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
         place = f"{where}.{name}" if where else name
         if name not in known:
             kind = "key" if where or not isinstance(value, dict) else "table"
-            problems.append(f"{place}: unknown {kind}{closest(name, known)}")
+            problems.append(f"{place}: unknown {kind}{unknown_hint(name, known)}")
         elif (parse := known[name]) is None:
             values[name] = read_table(getattr(base, name), value, place, problems)
         else:
@@ -2009,14 +2015,19 @@ def read_table(base: T, raw: Any, where: str, problems: list[str]) -> T:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A hint at the closest known name, or at the tables that a key belongs to, to end a line that
-    says that a name is unknown.
+    """A hint at the closest known name, if one is close, to end a line that says that a name is
+    unknown.
     """
     close = difflib.get_close_matches(name, known, 1)
-    if close:
-        return f" (did you mean {close[0]}?)"
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def unknown_hint(name: str, known: Iterable[str]) -> str:
+    """A hint at the closest key, at the tables that a key belongs to, or at all keys there are."""
+    if close := closest(name.lower(), known):
+        return close
     tables = " and ".join(f"[{table}]" for table in tables_of(name))
-    return f" (a key of {tables})" if tables else ""
+    return f" (a key of {tables})" if tables else f" (there are {', '.join(known)})"
 
 
 def tables_of(name: str) -> Iterator[str]:
@@ -2102,8 +2113,9 @@ def read_schedules(
         if function and function not in functions and config.provider.url is None:
             hint = closest(function, functions)
             problems.append(f"{place}.function: no such function: {function}{hint}")
-        if len(schedule.body_file or b"") > config.gateway.max_payload:
-            problems.append(f"{place}.body_file: is larger than gateway.max_payload")
+        most = config.gateway.max_payload
+        if len(schedule.body_file or b"") > most:
+            problems.append(f"{place}.body_file: is longer than gateway.max_payload ({most} bytes)")
     return schedules
 
 
@@ -13759,7 +13771,7 @@ def no_answer(exc: HttpProcessingError, data: bytes) -> RequestFailed:
     if isinstance(exc, LineTooLong):
         text = f"answered with a header longer than {MAX_HEADER_BYTES} bytes"
     elif "Too many headers" in str(exc):
-        text = "answered with too many headers"
+        text = f"answered with {TOO_MANY_HEADERS}"
     elif data.startswith(b"\x15\x03"):  # the alert of a TLS server
         text = "speaks TLS: its URL begins with https://"
     return invalid(text)
@@ -13951,6 +13963,7 @@ def new_parser(flow: Flow, headless: bool) -> HttpResponseParser:
         asyncio.get_running_loop(),
         READ_BYTES,
         max_line_size=MAX_HEADER_BYTES,
+        max_headers=MAX_HEADERS,
         max_field_size=MAX_HEADER_BYTES,
         response_with_body=not headless,
         read_until_eof=True,
@@ -15595,8 +15608,11 @@ def require_executable(function: Function, request: FunctionRequest) -> None:
     sizes = [len(os.fsencode(f"{name}={value}")) + 1 for name, value in variables.items()]
     sizes += [len(os.fsencode(word)) + 1 for word in function.command or ()]
     pointers = 8 * (len(sizes) + 3)
-    if max(sizes) > MAX_VARIABLE_BYTES or sum(sizes) + pointers > os.sysconf("SC_ARG_MAX") // 2:
-        raise HttpError(431, "the headers are too large for the environment of a program")
+    most = os.sysconf("SC_ARG_MAX") // 2
+    if max(sizes) > MAX_VARIABLE_BYTES or sum(sizes) + pointers > most:
+        reason = "the headers are too large for the environment of a program"
+        limits = f"{MAX_VARIABLE_BYTES} bytes for those of one name, {most} for all there is in it"
+        raise HttpError(431, f"{reason}: {limits}")
 
 
 def command_content_type(function: Function, request: FunctionRequest, body: bytes) -> bytes:
@@ -18049,6 +18065,7 @@ class RequestReader:
             asyncio.get_running_loop(),
             READ_BYTES,
             max_line_size=MAX_LINE_BYTES,
+            max_headers=MAX_HEADERS,
             max_field_size=MAX_HEADER_BYTES,
             auto_decompress=False,
             max_msg_queue_size=MAX_PIPELINED,
@@ -18388,7 +18405,7 @@ def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
             return 414, TARGET_TOO_LONG
         return 431, f"a header is longer than {MAX_HEADER_BYTES} bytes"
     if "Too many headers" in str(exc):
-        return 431, "there are too many headers"
+        return 431, f"there are {TOO_MANY_HEADERS}"
     if isinstance(exc, BadHttpMethod) and re.search(r"b'[!#-~]+ [!-~]+ HTTP/1\.[01]'", str(exc)):
         return 501, "no method of HTTP has this name"
     if "'Host' header" in str(exc):

@@ -385,14 +385,27 @@ def test_a_key_in_a_wrong_place_is_told_where_it_belongs() -> None:
             "gateway.max_inflight: unknown key (a key of [callback] and [queues.NAME] and [functions.NAME])"
         ),
         '[log]\ncron = "@daily"': "log.cron: unknown key (a key of [schedules.NAME])",
-        "[retry.gateway]": "retry.gateway: unknown key",
     }.items():
         assert problems(toml) == [f"config.toml: {problem}"]
 
 
+def test_a_key_as_a_variable_is_written_is_answered_with_the_closest_one() -> None:
+    """OpenFaaS's own settings are variables of its containers, which some write in capitals."""
+    expected = "config.toml: gateway.READ_TIMEOUT: unknown key (did you mean read_timeout?)"
+    assert problems("[gateway]\nREAD_TIMEOUT = '5s'") == [expected]
+
+
 def test_a_key_unlike_all_others_gets_no_guess() -> None:
-    """A guess that is far off would mislead."""
-    assert problems("[retry]\nxyzzy = 1") == ["config.toml: retry.xyzzy: unknown key"]
+    """A guess that is far off would mislead: the line says which keys there are, in each table, and which tables."""
+    words = "(there are function, cron, timezone, method, path, headers, body, body_file, queue, overlap, "
+    (line,) = problems("[schedules.one]\nexpression = '* * * * *'\n")
+    assert line.startswith(f"config.toml: schedules.one.expression: unknown key {words}")
+    for table in ("auth", "log", "nats", "queues.q", "functions.it.retry"):
+        assert "unknown key (there are " in "".join(problems(f"[{table}]\nxyzzy = 1"))
+    assert problems("[xyzzy]") == [
+        "config.toml: xyzzy: unknown table (there are gateway, auth, provider, store, nats, retry, callback, calls, "
+        "log, queues, functions, schedules)"
+    ]
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -534,6 +547,29 @@ def test_a_bad_size_is_refused(value: Any) -> None:
     """A size is a whole number of bytes, or of a unit that is known."""
     with pytest.raises(ValueError, match="expected a size"):
         size(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "limit"),
+    [
+        ('calls.keep = "10000d"', "3650d"),
+        ('retry.max_wait = "10000d"', "3650d"),
+        ("retry.attempts = 10000000000", "1000000000"),
+        ("nats.replicas = 7", "5"),
+        (f'nats.stream = "{"a" * 64}"', "63"),
+        (f'gateway.namespace = "{"a" * 64}"', "63"),
+        (f'queues.{"a" * 64}.timeout = "1s"', "63"),
+        (f'gateway.listen = "unix:/{"a" * 107}"', "107"),
+        ('queues.q.rate = "0/1m"', "one or more"),
+        (f'schedules.one.headers = {{ X-Callback-Url = "http://x/{"a" * 4096}" }}', "4096"),
+        ('schedules.one.body_file = "large"', "1048576"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_told_the_limit(line: str, limit: str) -> None:
+    """So that nobody has to find it by trying."""
+    Path("large").write_bytes(bytes(2**20 + 1))
+    more = 'schedules.one.function = "it"\nschedules.one.cron = "@daily"\nfunctions.it.command = ["true"]'
+    assert limit in problems(f"{line}\n{more}" if "schedules" in line else line)[0].partition(": ")[2]
 
 
 # ---- values ----------------------------------------------------------------------------------------------------

@@ -332,6 +332,24 @@ async def test_a_bad_control_header_is_refused(gateway: Daemon, function: Server
     assert function.requests == []
 
 
+@pytest.mark.parametrize(
+    ("header", "limit"),
+    [
+        ("X-Delay: 10000d", "3650d"),
+        ("X-Deadline: 10000d", "3650d"),
+        ("X-Max-Attempts: 10000000000", "1000000000"),
+        ("X-Callback-Url: http://127.0.0.1/" + "a" * 4096, "4096"),
+        ("Idempotency-Key: " + "a" * 257, "256"),
+        ("X-Concurrency-Key: " + "a" * 257, "256"),
+    ],
+)
+async def test_a_control_beyond_a_limit_is_told_the_limit(gateway: Daemon, header: str, limit: str) -> None:
+    """So that nobody has to find it by trying."""
+    reply = await submit(gateway, header)
+    assert reply.status == 400
+    assert limit in reply.body.decode().rpartition(": ")[2]
+
+
 async def test_a_control_that_says_two_things_is_refused(gateway: Daemon, function: Server) -> None:
     """Neither is taken for what the caller meant; one that is repeated as it was is no harm."""
     for name, first, second in (

@@ -1063,7 +1063,7 @@ async def accepted(gateway: Daemon, names: Sequence[str], size: int, path: str =
         lines.append(f"{names[len(lines) % len(names)]}: {value}")
     reply = await ask(gateway.url, path, *lines, method="POST")
     if reply.status == 431:
-        assert_refused(reply, 431)
+        assert_refused(reply, 431, f"{LONGEST_STRING} bytes")
     else:
         assert reply.status in (200, 202), reply
     return reply.status != 431
