@@ -23022,14 +23022,16 @@ class Client:
             raise HttpError(0, self._failure(exc)) from None
         if response.status >= 300:
             reason = refusal.decode(errors="replace").strip()
+            if place := response.getheader("Location"):  # such as a proxy's that wants https
+                reason = f"{self._url} redirects to {place}"
             raise HttpError(response.status, reason or f"{response.status} {response.reason}")
 
     def _connect(self) -> http.client.HTTPConnection:
         server = self._url.partition("://")[2]
         timeout_s = min(CONNECT_S, self._left_s() or CONNECT_S)
-        if self._url.startswith("https:"):
-            return http.client.HTTPSConnection(server, timeout=timeout_s)
-        connection = http.client.HTTPConnection(server or "localhost", timeout=timeout_s)
+        secure = self._url.startswith("https:")
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(server or "localhost", timeout=timeout_s)
         if self._url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.settimeout(timeout_s)
@@ -23085,6 +23087,8 @@ class Client:
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
         if isinstance(exc, TimeoutError):
             reason = "no answer within --timeout" if self.late else "it takes no connection"
+        elif isinstance(exc, ssl.SSLError):
+            reason = tls_reason(exc)
         elif isinstance(exc, http.client.IncompleteRead):
             reason = "its answer broke off"
         return f"the daemon at {self._url} can't be reached: {reason}"

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import signal
+import ssl
 import sys
 import time
+from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from conftest import (
     start_program,
     to_toml,
 )
+from jetstream import Certificate, make_certificate
 
 from faasd_async import COMMANDS, GROUPS, OPTIONS
 
@@ -569,6 +572,51 @@ async def test_the_daemon_is_found_in_every_form_that_people_write(cli: Cli, for
     address = form.format(server, port=server.rpartition(":")[2])
     assert (await faasd("queues", "--url", address)).code == 0
     assert (await faasd("queues", env={"FAASD_ASYNC_URL": address})).code == 0
+
+
+@contextlib.asynccontextmanager
+async def tls_in_front(url: str, certificate: Certificate) -> AsyncIterator[str]:
+    """A proxy that speaks TLS for a daemon; its URL."""
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(writer):
+            while data := await reader.read(2**16):
+                writer.write(data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        await asyncio.gather(copy(reader, behind[1]), copy(behind[0], writer))
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        yield f"https://localhost:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_daemon_is_found_behind_a_proxy_that_speaks_tls(cli: Cli, tmp_path: Path) -> None:
+    """As with Caddy or nginx in front; the certificate is checked, and what is wrong is said."""
+    authority = await make_certificate(tmp_path, "authority")
+    certificate = await make_certificate(tmp_path, "proxy", authority)
+    trust = {"SSL_CERT_FILE": str(authority.certificate)}
+    async with tls_in_front(cli.gateway.url, certificate) as url:
+        done = await faasd("invoke", "upper", "--url", url, stdin=b"hi", env=trust)
+        assert (done.code, done.out) == (0, "HI"), done.err
+        assert (await faasd("calls", "--url", f"{url}/ui/#calls", env=trust)).code == 0
+        done = await faasd("queues", "--url", url)
+        assert (done.code, done.err.count("\n")) == (69, 1)
+        assert "its certificate is not accepted: unable to get local issuer certificate" in done.err
+    done = await faasd("queues", "--url", cli.gateway.url.replace("http:", "https:"))
+    assert (done.code, done.err.endswith("can't be reached: it does not speak TLS\n")) == (69, True), done.err
+    done = await faasd("queues", "--url", url)
+    assert (done.code, done.err.endswith("can't be reached: Connection refused\n")) == (69, True), done.err
+
+
+async def test_a_redirect_is_told_and_not_followed(function: Server) -> None:
+    """A proxy may want https: the body of a POST would be lost on the way."""
+    function.behaviour = answer(308, b"<html>", Location="https://functions.example/system/queues")
+    done = await faasd("queues", "--url", function.url)
+    told = f"faasd-async: {function.url} redirects to https://functions.example/system/queues\n"
+    assert (done.code, done.err) == (1, told)
 
 
 async def test_the_configuration_is_found_by_itself(cli: Cli, tmp_path: Path) -> None:
