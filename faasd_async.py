@@ -352,6 +352,7 @@ FINAL = ("success", "error", "timeout", "cancelled")
 FAILED = ("error", "timeout")  # final ones of these
 STATUSES = ("delayed", "queued", "running", *FINAL)
 CALLBACK_STATUSES = ("none", "pending", "delivered", "failed")
+OUTPUT_STREAMS = ("stdout", "stderr")  # of what a function writes
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
 
@@ -20124,8 +20125,11 @@ class LogRoutes:
         """What the function wrote: its answer's body, and a command's stderr."""
         call_id = request.parts[0]
         headers = {**HARMLESS, "Content-Type": "text/plain; charset=utf-8"}
-        stream = parse_one(request.query, "stream", one_of("stdout", "stderr"))
-        if stream or not parse_one(request.query, "follow", switch):
+        stream = parse_one(request.query, "stream", one_of(*OUTPUT_STREAMS))
+        follow = parse_one(request.query, "follow", switch)
+        if stream and follow:
+            raise HttpError(400, "stream: what is followed are stdout and stderr together")
+        if not follow:
             output = await self.records.output(call_id)
             alone = {"stdout": output.body, "stderr": output.stderr}
             return respond(200, headers, alone.get(stream or "", readable(output)))
@@ -23450,10 +23454,15 @@ def print_result(args: Arguments) -> None:
 
 
 def print_log(args: Arguments) -> None:
-    """Print what a call's function wrote; with --follow also what it still writes, to its end."""
+    """Print what a call's function wrote, or one half of that; with --follow also what it still
+    writes, to its end.
+    """
     client = Client(args)
     request = f"GET {call_path(client.full_id(args.id))}/log"
-    write_pieces(client.stream(request + ("?follow=1" if args.follow else "")))
+    asked = {"follow": "1"} if args.follow else {}
+    if args.stream:
+        asked["stream"] = args.stream
+    write_pieces(client.stream(f"{request}?{query_of(asked)}"))
 
 
 def print_request(args: Arguments) -> None:
@@ -24288,6 +24297,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "action": "store_true",
         "help": "go on with what it writes, to its end",
     },
+    "--stream": {"choices": OUTPUT_STREAMS, "help": f"only {' or '.join(OUTPUT_STREAMS)}"},
     "--async": {"action": "store_true", "dest": "queued", "help": "queue it and print its id"},
     "-d/--data": {
         "metavar": "TEXT",
@@ -24352,7 +24362,8 @@ COMMANDS: Sequence[Command] = (
     Command("calls list", list_calls, "list calls, newest first", LISTED),
     Command("calls show", show_call, "print a call's record and what its function said",
             "id --wait --json"),
-    Command("calls log", print_log, "print what a call's function wrote", "id -f/--follow"),
+    Command("calls log", print_log, "print what a call's function wrote",
+            "id -f/--follow --stream"),
     Command("calls result", print_result, "print a function's answer, and nothing else", "id"),
     Command("calls request", print_request, "print what a call asks; with --json its headers",
             "id --json"),

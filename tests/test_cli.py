@@ -361,6 +361,21 @@ async def test_a_log_is_followed_to_its_end(cli: Cli, tmp_path: Path) -> None:
         assert await follow.wait() == 0
 
 
+async def test_one_half_of_a_log_is_printed_alone(cli: Cli) -> None:
+    """As the daemon has it; while a call runs, both come as they are written, and can't be told apart."""
+    configured = cli.gateway.settings | {"functions": {"both": {"command": ["sh", "-c", "echo out; echo err >&2"]}}}
+    cli.gateway.configure(to_toml(configured))
+    cli.gateway.signal(signal.SIGHUP)
+    await cli.gateway.wait_for_log("configuration reloaded")
+    call_id = await cli.gateway.submit("both")
+    await cli.gateway.final(call_id)
+    for stream, written in (("stdout", "out"), ("stderr", "err")):
+        assert await cli.out("calls", "log", call_id, "--stream", stream) == written
+        refused = await cli("calls", "log", call_id, "--stream", stream, "--follow", code=1)
+        assert "stdout and stderr together" in refused.err
+    assert "invalid choice" in (await cli("calls", "log", call_id, "--stream", "stdin", code=2)).err
+
+
 async def test_what_a_call_asked_and_got_is_printed_byte_for_byte(cli: Cli, function: Server) -> None:
     """So that it can be piped on; its headers are a document without secrets."""
     function.behaviour = answer(200, bytes(range(256)), Content_Type="image/x")
