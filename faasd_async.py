@@ -715,12 +715,26 @@ def plain_name(value: Any) -> str:
     return str(value)
 
 
+def in_utf8(value: str) -> str:
+    """A text that gets to programs in UTF-8, whatever the locale: as os.fsencode will take it.
+
+    Bytes that were no text (surrogateescape) get there as they came.
+    """
+    return os.fsdecode(value.encode("utf-8", "surrogateescape"))
+
+
+@expects("a string")
+def folder(value: Any) -> str:
+    """The name of a folder."""
+    return in_utf8(text(value))
+
+
 @expects('a program and its arguments, such as ["tr", "a-z", "A-Z"]')
 def program(value: Any) -> tuple[str, ...]:
     """What is executed: no shell is involved."""
     require(isinstance(value, list | tuple) and all(isinstance(word, str) for word in value))
     require(value and value[0] and "\0" not in "".join(value))
-    return tuple(value)
+    return tuple(map(in_utf8, value))
 
 
 @expects("a list of codes from 400 to 599")
@@ -1234,7 +1248,7 @@ def environment(value: Any) -> Mapping[str, str]:
     variables = string_table(value)
     require("" not in variables and "=" not in "".join(variables))
     require("\0" not in "".join([*variables, *variables.values()]))
-    return variables
+    return {in_utf8(name): in_utf8(content) for name, content in variables.items()}
 
 
 @expects('a media type such as "text/plain; charset=utf-8"')
@@ -1826,7 +1840,7 @@ class Function:
     annotations: Mapping[str, str] = key(string_table, {})
     labels: Mapping[str, str] = key(string_table, {})
     env: Mapping[str, str] = key(environment, {})
-    cwd: str | None = key(text)
+    cwd: str | None = key(folder)
     content_type: str | None = key(media_type)
     keepalive: bool = key(boolean, True)
     tls_ca_file: str | None = key(pem_file)
@@ -15575,7 +15589,7 @@ def canonical_name(name: bytes) -> str:
 
 def command_environment(function: Function, request: FunctionRequest) -> dict[str, str]:
     """The variables of a command: ours without systemd's, the classic watchdog's, then `env`."""
-    path, _, query = request.target.partition("?")
+    path, _, query = in_utf8(request.target).partition("?")
     headers: dict[str, str] = {}
     for raw_name, raw_value in unpack_headers(request.headers):
         name = canonical_name(raw_name)
@@ -15942,7 +15956,8 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     elif number == errno.ENOEXEC:
         hint = f" ({NO_INTERPRETER})"
     kind = FailureKind.MISSING if missing else FailureKind.LOCAL
-    return RequestFailed(kind, f"can't be started: {path}: {reason}{hint}")
+    shown = os.fsencode(path).decode(errors="replace")
+    return RequestFailed(kind, f"can't be started: {shown}: {reason}{hint}")
 
 
 def tell_left_alone(function: str, pid: int) -> None:

@@ -33,6 +33,7 @@ from conftest import (
     faasd,
     merge,
     open_files,
+    raw,
     run,
     to_toml,
 )
@@ -421,6 +422,29 @@ async def test_a_program_may_have_empty_arguments(start: StartDaemon) -> None:
     """And such that a shell would not leave as they are."""
     gateway = await start(program("printf", "[%s]", "", "a b", "*", "$HOME", "é"))
     assert (await ask(gateway.url, "/function/it")).body.decode() == "[][a b][*][$HOME][é]"
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+async def test_a_program_is_given_utf_8_whatever_the_locale(start: StartDaemon, tmp_path: Path, locale: str) -> None:
+    """The file is written in it: words, variables and folders, and what is above 127 in a path passes as it came."""
+    folder = tmp_path / "caf\u00e9"
+    folder.mkdir()
+    script = folder / "\u65e5\u672c"
+    script.write_text('#!/bin/sh\nprintf \'%s|\' "$@" "$PWD" "$NAME" "$Http_Path" "$Http_Query" "$Http_X_Own"')
+    script.chmod(0o755)
+    programs = {"it": (f"./{script.name}", "\u00fc"), "missing": ("./\u00f6",)}
+    variables = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    gateway = await start(functions(programs, ONCE, cwd=str(folder), env={"NAME": "\u00e4"}), env=variables)
+    assert "functions.it" not in gateway.log
+    target = b"/function/it/\xe9\xc3\xa9?\xff"
+    reply = await raw(
+        gateway.url, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nX-Own: \xe9\r\nConnection: close\r\n\r\n"
+    )
+    expected = ("\u00fc", str(folder), "\u00e4")
+    assert reply.body.split(b"|")[:-1] == [*map(str.encode, expected), b"/\xe9\xc3\xa9", b"\xff", b"\xe9"]
+    assert_refused(await ask(gateway.url, "/function/missing"), 502, "./\u00f6: No such file")
+    record = await gateway.final(await gateway.submit("missing"))
+    assert "./\u00f6: No such file" in record["error"]
 
 
 async def test_without_cwd_a_program_runs_where_the_daemon_does(start: StartDaemon) -> None:
