@@ -972,6 +972,7 @@ CALLBACK_FORM = "an absolute http:// or https:// URL, in ASCII and with no space
 
 
 @expects(f"{CALLBACK_FORM}, of {MAX_CALLBACK_URL} characters at most")
+@functools.lru_cache(256)  # Most callers name the same URL each time.
 def callback_host(value: Any) -> str:
     """The host of a callback URL; see `host_of`."""
     require(re.fullmatch("[!-~]+", value) and len(value) <= MAX_CALLBACK_URL)
