@@ -65,12 +65,14 @@ Who owns which task or thread
     Scheduler          one for each schedule that is due; `run` awaits them
     Consumer           its dispatcher, and one for each attempt that is not plain or takes longer
                        than PLAIN_S; `stop` awaits all of them
-    Settler            one for each outcome that could not be stored yet; `wait` awaits them
+    Settler            one for each outcome that is stored on NATS, or could not be stored yet; `wait`
+                       awaits them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpRequest        one that sends its body, if that is streamed; awaited at the end of the block
                        of HttpResponse, or where no answer has come
     Conversation       one from its first request on; Server.drain waits until it has answered,
-                       `close` awaits it
+                       `close` awaits it. Without that one, on NATS one for each call that is stored:
+                       it ends by itself, and is answered then
     Acceptor           one for each client until its connection is there; `settle` awaits them
     CheckedResolver    a thread for each name that is being looked up; a stop waits for none
     Program            one that feeds it; `talk` awaits it
@@ -78,12 +80,18 @@ Who owns which task or thread
                        gone; a stop waits for none
     BackupRoutes,      a thread for each piece of a copy, and for each scrape; the request awaits
     QueueRoutes        it, and a stop does not
-    Reloader           a thread for each reading of the file; a stop waits for none
+    Reloader,          a thread for each reading of the file, and for each look at what it names; a
+    ConfigWarnings     stop waits for none
+    keep_house         a thread each time that memory is given back; nobody waits for it
     end_abandoned      at the start a thread, which it waits for as long as that is worth it
     first_connected    one for each address that is tried; it awaits them
+    SqliteQueue        a thread that opens the file; `open` awaits it, and a stop does not
     Writer             one thread, which alone touches SQLite once it is open; `close` joins it.
                        While it makes a copy, one that has the copy's pieces written to disk
+    discard_copy_later a thread for each copy that is done with; nobody waits for it
+    LogWriter          one thread, which writes the log; `close` waits for it, LOG_S at most
     NatsKeeper         lanes, leases, deadlines, news of changes, room; its `stop` awaits all five
+    finish_within      one for work that has a time limit; it awaits its end
     nats-py            its own, one for each subscription among them; NatsLink.close ends them
 
 Units: `*_s` seconds as float, `*_at` Unix time in seconds, `*_deadline` and `until` monotonic,
