@@ -65,14 +65,14 @@ Who owns which task or thread
     Scheduler          one for each schedule that is due; `run` awaits them
     Consumer           its dispatcher, and one for each attempt that is not plain or takes longer
                        than PLAIN_S; `stop` awaits all of them
-    Settler            one for each outcome that is stored on NATS, or could not be stored yet; `wait`
-                       awaits them
+    Settler            one for each outcome that is stored on NATS, or could not be stored yet;
+                       `wait` awaits them
     FunctionDirectory  one for each look-up or scale-up under way; who asked awaits it
     HttpRequest        one that sends its body, if that is streamed; awaited at the end of the block
                        of HttpResponse, or where no answer has come
     Conversation       one from its first request on; Server.drain waits until it has answered,
-                       `close` awaits it. Without that one, on NATS one for each call that is stored:
-                       it ends by itself, and is answered then
+                       `close` awaits it. Without it, on NATS one for each call that is stored: it
+                       ends by itself
     Acceptor           one for each client until its connection is there; `settle` awaits them
     CheckedResolver    a thread for each name that is being looked up; a stop waits for none
     Program            one that feeds it; `talk` awaits it
@@ -3848,7 +3848,7 @@ def scrape(
     return prometheus_client.generate_latest(lasting) + prometheus_client.generate_latest(now)
 
 
-# --- Threads --------------------------------------------------------------------------------------
+# --- Threads and tasks ----------------------------------------------------------------------------
 
 
 def begin_thread(name: str, work: Callable[[Unpack[Ts]], object], *arguments: Unpack[Ts]) -> bool:
@@ -3888,6 +3888,12 @@ def in_thread(
     if not begin_thread(name, run):
         raise Shortage("this machine may have no more threads")
     return result
+
+
+async def cancel_and_wait(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait for its end. What it raises is left alone."""
+    task.cancel()
+    await asyncio.wait({task})
 
 
 # --- Timers ---------------------------------------------------------------------------------------
@@ -14885,7 +14891,7 @@ class HttpRequest:
                 # Taken note of, or asyncio would log it where we were cancelled.
                 self.answer.exception()
             if self._sending is not None:
-                await ended(self._sending)
+                await cancel_and_wait(self._sending)
             raise
 
     def lost(self) -> bool:
@@ -14948,7 +14954,7 @@ class HttpResponse:
         if self._sending is not None:
             if not self._sending.done():
                 self._connection.abort()
-            await ended(self._sending)
+            await cancel_and_wait(self._sending)
         self.release()
 
     def release(self) -> None:
@@ -15022,12 +15028,6 @@ def told_length(headers: Headers) -> int:
 def too_long(keep: int) -> RequestFailed:
     """The error for an answer that is too long to be held."""
     return RequestFailed(FailureKind.TOO_LONG, f"answered more than {keep} bytes")
-
-
-async def ended(task: asyncio.Task[None]) -> None:
-    """Cancel a task, and wait for its end."""
-    task.cancel()
-    await asyncio.wait({task})
 
 
 async def send_body(connection: PeerConnection, body: AsyncIterator[bytes], chunked: bool) -> None:
@@ -15737,8 +15737,7 @@ class Program:
                     feeding.result()
                 self._require_room()
         finally:
-            feeding.cancel()
-            await asyncio.wait({feeding})
+            await cancel_and_wait(feeding)
 
     async def take_rest(self) -> None:
         """Give processes that it has left behind COMMAND_GRACE_S to write, then kill them.
@@ -18596,9 +18595,8 @@ class Conversation:
         if self._exchange is not None:
             self._exchange.give_up(self._clients.application.given_up(self._exchange))
         self.close()
-        if (task := self._task) is not None:
-            task.cancel()
-            await asyncio.wait([task])
+        if self._task is not None:
+            await cancel_and_wait(self._task)
 
     # With the task.
 
