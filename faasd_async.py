@@ -13889,7 +13889,7 @@ class TimeLimit:
 
 READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
 MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
-BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say
+BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say (RFC 9110)
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
 HEAD_ENDS = re.compile(rb"\n\r?\n")
 # The first line of an answer that is no interim one; such may stand before it.
@@ -14733,7 +14733,7 @@ class Pool:
 # What is sent to a peer, and what comes back.
 
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")  # RFC 9110 9.2.2
-BODILESS = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that don't say that they have no body
+BODILESS_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")  # Without a body, they don't say so.
 # Packed headers in whose place a request has its own.
 FRAMING_NAMES = b"content-length|transfer-encoding|host|connection"
 FRAMING = re.compile(rb"\n(?:%b): [^\n]*" % FRAMING_NAMES, re.IGNORECASE)
@@ -14807,7 +14807,7 @@ def request_message(
         length = TOLD_LENGTH.search(b"\n" + headers)
         framing = b"Transfer-Encoding: chunked\r\n"
         lines.append(framing if length is None else b"Content-Length: %b\r\n" % length[1])
-    elif body or method not in BODILESS:
+    elif body or method not in BODILESS_METHODS:
         lines.append(b"Content-Length: %d\r\n" % len(body))
     lines.append(b"\r\n" if keepalive else b"Connection: close\r\n\r\n")
     if isinstance(body, bytes):
@@ -17746,7 +17746,6 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SERVER_LINE = f"Server: {SERVER}\r\n"
 ENCODER = json.JSONEncoder(ensure_ascii=False)  # to make one takes longer than most documents
 TURN_S = 0.001  # for which a long answer that is made keeps all others waiting
-WITHOUT_BODY = (204, 304)  # answers that have none (RFC 9110 15.3.5, 15.4.5)
 PLAIN_ID = re.compile(r"[A-Za-z0-9_.~-]*")  # RFC 3986 2.3
 
 
@@ -17762,7 +17761,7 @@ class Response(NamedTuple):
     @property
     def bare(self) -> bool:
         """Whether it has no headers but those in `lines`, and may have a body."""
-        return not self.headers and self.reason is None and self.status not in WITHOUT_BODY
+        return not self.headers and self.reason is None and self.status not in BODILESS_CODES
 
 
 def respond(status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Response:
@@ -18306,7 +18305,7 @@ class Exchange:
             self._send(b"%b%b\r\n%b" % (head, answer.lines, body))
             return
         framing = ""
-        if answer.status in WITHOUT_BODY or self.method == "HEAD":
+        if answer.status in BODILESS_CODES or self.method == "HEAD":
             if body and self.method == "HEAD":
                 framing = f"Content-Length: {len(body)}\r\n"
             body = b""
@@ -18321,7 +18320,7 @@ class Exchange:
         """
         self._settle()
         framing = ""
-        bodiless = answer.status in WITHOUT_BODY or self.method == "HEAD"
+        bodiless = answer.status in BODILESS_CODES or self.method == "HEAD"
         if not bodiless and "Content-Length" not in answer.headers:
             self._chunked = self.version >= (1, 1)
             framing = "Transfer-Encoding: chunked\r\n" if self._chunked else ""
