@@ -3086,7 +3086,7 @@ def shorten(data: bytes, keep: int) -> bytes:
     return leave_middle_out(data, data, len(data), keep)
 
 
-class Kept:
+class Excerpt:
     """Collects what comes piece by piece: its size, and `keep` bytes of its beginning and end."""
 
     def __init__(self, keep: int) -> None:
@@ -3104,7 +3104,7 @@ class Kept:
         if len(self._end) > 2 * self._keep:
             del self._end[: -self._keep]
 
-    def whole(self) -> bytes:
+    def content(self) -> bytes:
         """All that has come, or its beginning and end where that is more than `keep` bytes."""
         end = bytes(self._start[len(self._end) :] + self._end)
         return leave_middle_out(bytes(self._start), end, self.size, self._keep)
@@ -15008,14 +15008,14 @@ async def gather(
     With `whole`, more than `keep` bytes raise RequestFailed. `tell` is told of each piece as it
     comes.
     """
-    kept = Kept(keep)
+    excerpt = Excerpt(keep)
     while piece := await read():
-        kept.add(piece)
+        excerpt.add(piece)
         if tell is not None:
             tell(piece)
-        if whole and kept.size > keep:
+        if whole and excerpt.size > keep:
             raise too_long(keep)
-    return kept.whole(), kept.size
+    return excerpt.content(), excerpt.size
 
 
 def told_length(headers: Headers) -> int:
@@ -15666,7 +15666,7 @@ class PipeReader:
 
     def __init__(self, pipe: IO[bytes], keep: int, tell: Tell[bytes] | None) -> None:
         self.keep = keep
-        self.kept = Kept(keep)
+        self.excerpt = Excerpt(keep)
         self._tell = tell
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -15683,10 +15683,10 @@ class PipeReader:
         if not chunk:
             self.close()
             return
-        self.kept.add(chunk)
+        self.excerpt.add(chunk)
         if self._tell is not None:
             self._tell(chunk)
-        if self.kept.size > self.keep and not self.overflowed.done():
+        if self.excerpt.size > self.keep and not self.overflowed.done():
             self.overflowed.set_result(None)
 
     def close(self) -> None:
@@ -15925,8 +15925,8 @@ def command_outcome(
 ) -> Outcome:
     """The outcome of a program that has ended."""
     code = program.exited.result()
-    body = program.stdout.kept.whole()
-    stderr = program.stderr.kept.whole()
+    body = program.stdout.excerpt.content()
+    stderr = program.stderr.excerpt.content()
     error = None
     if code != 0:
         body = body or stderr

@@ -28,7 +28,7 @@ import faasd_async
 from faasd_async import (
     CallbackConfig,
     Decision,
-    Kept,
+    Excerpt,
     Lanes,
     Origin,
     Outcome,
@@ -968,11 +968,11 @@ def test_without_one_valid_traceparent_there_is_no_trace(parents: list[str]) -> 
 def test_what_comes_in_pieces_is_shortened_as_a_whole(pieces: list[str], keep: int) -> None:
     """However it is cut; to no more bytes than are kept, in whole characters."""
     text = "".join(pieces).encode()
-    kept = Kept(keep)
+    excerpt = Excerpt(keep)
     for piece in pieces:
-        kept.add(piece.encode())
-    assert kept.size == len(text)
-    short = kept.whole()
+        excerpt.add(piece.encode())
+    assert excerpt.size == len(text)
+    short = excerpt.content()
     assert short == shorten(text, keep)
     assert len(short) <= keep or short == text
     if len(text) <= keep:
