@@ -2853,8 +2853,8 @@ def decide(
     if outcome.ok:
         return SUCCEEDED
     internal = outcome.header(b"x-openfaas-internal") is not None
-    passing = not outcome.final and (internal or outcome.status in policy.codes)
-    if not passing or attempt >= max_attempts:
+    transient = not outcome.final and (internal or outcome.status in policy.codes)
+    if not transient or attempt >= max_attempts:
         late = outcome.status == 504 and not outcome.answered
         return Decision("timeout" if late else "error")
     retry_after = None
@@ -5963,7 +5963,7 @@ SELECT_BY_CALL_ID = f"""
     ORDER BY seq DESC LIMIT :limit
 """
 SELECT_OUTPUT = "SELECT body, stderr FROM outputs WHERE seq = ?"
-SELECT_RESULT = """
+SELECT_ANSWER = """
     SELECT status, error, http_status, response_bytes, coalesce(headers, x''), coalesce(body, x'')
     FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
 """
@@ -6006,7 +6006,7 @@ REDRIVE_CALLS = f"""
         AND EXISTS (SELECT 1 FROM requests WHERE requests.seq = calls.seq)
     RETURNING seq, work, function, namespace, concurrency_key
 """
-SELECT_ANSWER = """
+SELECT_FOR_RESEND = """
     SELECT status, work, callback_url, failure_url, callback_status, response_bytes,
         length(body), headers IS NOT NULL
     FROM calls LEFT JOIN outputs USING (seq) WHERE seq = ?
@@ -6136,7 +6136,7 @@ def step_answer(file: SqliteFile, call_id: str) -> StoredAnswer:
     """What the function answered. HttpError: 404, 409, 410."""
     seq = find_seq(file, call_id)
     status, error, http_status, size, headers, body = file.db.execute(
-        SELECT_RESULT, (seq,)
+        SELECT_ANSWER, (seq,)
     ).fetchone()
     require_whole(status, error, len(body), size)
     return StoredAnswer(http_status, unpack_headers(headers), body)
@@ -6228,7 +6228,7 @@ def step_resend(file: SqliteFile, call_id: str) -> None:
     """Have the outcome of a call delivered once more. HttpError: 404, 409, 410."""
     seq = find_seq(file, call_id)
     status, work, callback_url, failure_url, callback_status, size, kept, headed = file.db.execute(
-        SELECT_ANSWER, (seq,)
+        SELECT_FOR_RESEND, (seq,)
     ).fetchone()
     target = callback_target(status, callback_url, failure_url)
     if work is not None:
@@ -18516,8 +18516,8 @@ class Clients:
     def leave(self) -> None:
         """Have each answer, from now on, be the last on its connection."""
         self.leaving = True
-        for peer in self.connections:
-            peer.conversation.leave()
+        for connection in self.connections:
+            connection.conversation.leave()
 
 
 class Conversation:
@@ -18897,8 +18897,8 @@ class Acceptor:
 
     def _make_room(self) -> None:
         """Close connections that are idle: their clients can open them again."""
-        idle = (peer for peer in list(self._connections) if peer.make_way())
-        for _ in itertools.islice(idle, ACCEPT_AT_ONCE):
+        closed = (connection for connection in list(self._connections) if connection.make_way())
+        for _ in itertools.islice(closed, ACCEPT_AT_ONCE):
             pass
         self.go_on()
 
@@ -18957,8 +18957,8 @@ class Server:
     async def give_up_bodies(self) -> None:
         """Refuse requests whose bodies do not come, until this is cancelled."""
         while True:
-            for peer in list(self._connections):
-                peer.give_up_body()
+            for connection in list(self._connections):
+                connection.give_up_body()
             await asyncio.sleep(BODY_STUCK_S)
 
     async def drain(self) -> None:
@@ -18971,10 +18971,9 @@ class Server:
         self._news = news = asyncio.Event()
         while True:
             left_s = until - time.monotonic()
-            lingering = left_s > 0 and any(
-                not peer.conversation.asked for peer in self._connections
-            )
-            if not lingering and not any(peer.conversation.busy for peer in self._connections):
+            conversations = [connection.conversation for connection in self._connections]
+            lingering = left_s > 0 and not all(one.asked for one in conversations)
+            if not lingering and not any(one.busy for one in conversations):
                 return
             news.clear()
             with contextlib.suppress(TimeoutError):
@@ -18985,7 +18984,7 @@ class Server:
         """End what is still under way."""
         self.stop_listening()
         await self._acceptor.settle()
-        await asyncio.gather(*(peer.conversation.stop() for peer in self._connections))
+        await asyncio.gather(*(client.conversation.stop() for client in self._connections))
 
 
 # --- HTTP front -----------------------------------------------------------------------------------
@@ -19044,7 +19043,7 @@ def stored_reply(
     return respond(200, ours, body)
 
 
-def found_headers(call_id: str) -> dict[str, str]:
+def location_headers(call_id: str) -> dict[str, str]:
     """Headers that tell a client where its call is."""
     return {"X-Call-Id": call_id, "Location": call_path(call_id)}
 
@@ -19159,14 +19158,14 @@ async def stream_answer(
     started = time.perf_counter()
     http = request.http
     transport = http.transport
-    passed_on: Response  # once the answer has come
+    head: Response  # once the answer has come
     try:
         with TimeLimit(limit):
             async with await answering as answer:
                 duration_s = time.perf_counter() - started
-                passed_on = passed_answer(answer, ours, duration_s)
-                allow_origin(passed_on.headers, request.trusted_origin)
-                await copy_body(answer, http, passed_on)
+                head = passed_answer(answer, ours, duration_s)
+                allow_origin(head.headers, request.trusted_origin)
+                await copy_body(answer, http, head)
     except RequestFailed as exc:
         error = f"{who} {exc.text}"
         if not transport.is_closing():
@@ -19174,7 +19173,7 @@ async def stream_answer(
         if not http.begun:
             raise HttpError(exc.status, error) from None
         http.break_off()
-    return passed_on
+    return head
 
 
 async def copy_body(answer: HttpResponse, http: Exchange, head: Response) -> None:
@@ -19872,7 +19871,7 @@ class CallRoutes:
         """Queue a final call again."""
         call_id = request.parts[0]
         await self.records.redrive(call_id)
-        return respond(202, found_headers(call_id))
+        return respond(202, location_headers(call_id))
 
     async def resend_callback(self, request: Request) -> Response:
         """Deliver the outcome once more."""
@@ -22343,7 +22342,7 @@ class ScheduleRoutes:
             call_id = await self.scheduler.fire_now(name)
             log_with(logging.INFO, "schedule run by hand", schedule=name, call_id=call_id)
             answer = {"schedule": name, "call_id": call_id}
-            return reply(answer, 202, found_headers(call_id))
+            return reply(answer, 202, location_headers(call_id))
         await self.scheduler.pause(name, action == "pause")
         log.info("schedule %s: %sd", name, action)
         return reply({"schedule": name, "paused": action == "pause"})
