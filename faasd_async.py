@@ -2474,6 +2474,11 @@ class Outcome(NamedTuple):
                 return value.decode("latin-1")
         return None
 
+    @property
+    def internal(self) -> bool:
+        """Whether one of OpenFaaS's own parts has answered, in place of the function."""
+        return self.header(b"x-openfaas-internal") is not None
+
 
 class Decision(NamedTuple):
     """What follows from an outcome: a final status, or another attempt after `delay_s`."""
@@ -2852,8 +2857,7 @@ def decide(
     """
     if outcome.ok:
         return SUCCEEDED
-    internal = outcome.header(b"x-openfaas-internal") is not None
-    transient = not outcome.final and (internal or outcome.status in policy.codes)
+    transient = not outcome.final and (outcome.internal or outcome.status in policy.codes)
     if not transient or attempt >= max_attempts:
         late = outcome.status == 504 and not outcome.answered
         return Decision("timeout" if late else "error")
@@ -16445,11 +16449,6 @@ def kept_headers(headers: Headers) -> Headers:
     return tuple(forward_headers(headers, CONTENT_LENGTH))
 
 
-def has_header(headers: Headers, lower_name: bytes) -> bool:
-    """Whether there is a header with this name."""
-    return any(name.lower() == lower_name for name, _ in headers)
-
-
 def unanswered(exc: RequestFailed, who: str, duration_s: float) -> Outcome:
     """The outcome of an attempt that got no answer."""
     error = f"{who} {exc.text}"
@@ -16565,12 +16564,13 @@ class FunctionCaller:
         started: float,
     ) -> Outcome:
         """The outcome of an attempt that was answered."""
-        if function.provided and has_header(response.headers, b"x-openfaas-internal"):
-            self.directory.expire()  # The function may have no replicas any more.
         error = None if ok else f"function {function.name} answered {response.status}"
         headers = kept_headers(response.headers)
         duration_s = time.monotonic() - started
-        return Outcome(response.status, ok, duration_s, headers, body, size, error=error)
+        outcome = Outcome(response.status, ok, duration_s, headers, body, size, error=error)
+        if function.provided and outcome.internal:
+            self.directory.expire()  # The function may have no replicas any more.
+        return outcome
 
 
 def succeeded(function: Function, status: int) -> bool:
