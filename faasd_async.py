@@ -17030,27 +17030,32 @@ class CallbackJob:
 
     def ask(self, claim: Claim, on_status: Tell[int]) -> tuple[HttpClient, HttpRequest]:
         """Begin the POST; to this daemon itself, if the host is one of its names. RequestFailed."""
-        config = self.settings()
+        config = self.settings().callback
         url, host = callback_url(claim.target)
         headers = self._headers(claim, url)
-        if host in config.callback.gateway_hosts:
-            if not calls_function(url):
-                raise RequestFailed(FailureKind.FORBIDDEN, "to this daemon are for functions only")
-            own = self.own_url
-            url = url.with_scheme("http").with_host(own.host or "").with_port(own.port)
-            if claim.hops >= config.callback.max_hops:
-                reason = "of this chain end here: callback.max_hops"
-                raise RequestFailed(FailureKind.FORBIDDEN, reason)
-            headers += b"%b: %d\n" % (HOPS.encode(), claim.hops + 1)
-            if config.auth.login and config.auth.invoke:
-                url = url.with_user(None)
-                headers += b"Authorization: %b\n" % config.auth.login.encode("latin-1")
-            return self.own, self.own.begin("POST", url, headers, claim.body)
-        if not callback_allowed(host, None, config.callback):
+        if host in config.gateway_hosts:
+            return self.own, self._ask_ourselves(claim, url, headers)
+        if not callback_allowed(host, None, config):
             raise RequestFailed(FailureKind.FORBIDDEN, f"to {host} are not allowed")
-        tls = config.callback.tls
+        tls = config.tls
         request = self.http.begin("POST", url, headers, claim.body, tls=tls, on_status=on_status)
         return self.http, request
+
+    def _ask_ourselves(self, claim: Claim, url: yarl.URL, headers: bytes) -> HttpRequest:
+        """Begin the POST to a function of this daemon, wherever that listens. RequestFailed."""
+        config = self.settings()
+        if not calls_function(url):
+            raise RequestFailed(FailureKind.FORBIDDEN, "to this daemon are for functions only")
+        if claim.hops >= config.callback.max_hops:
+            reason = "of this chain end here: callback.max_hops"
+            raise RequestFailed(FailureKind.FORBIDDEN, reason)
+        headers += b"%b: %d\n" % (HOPS.encode(), claim.hops + 1)
+        if config.auth.login and config.auth.invoke:
+            url = url.with_user(None)
+            headers += b"Authorization: %b\n" % config.auth.login.encode("latin-1")
+        own = self.own_url
+        url = url.with_scheme("http").with_host(own.host or "").with_port(own.port)
+        return self.own.begin("POST", url, headers, claim.body)
 
     def _headers(self, claim: Claim, url: yarl.URL) -> bytes:
         """The end-to-end headers of the function's answer, and ours, which replace some of them."""
