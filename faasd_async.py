@@ -2333,9 +2333,9 @@ def script_warnings(config: Config) -> Iterator[str]:
 
 def script_trouble(program: str) -> str | None:
     """What is wrong with a script's first line."""
-    if interpreter := missing_interpreter(program):
-        return f"its first line names {interpreter}, which is not there"
     line = first_line(program)
+    if interpreter := missing_interpreter(line):
+        return f"its first line names {interpreter}, which is not there"
     if line is None or b"\0" in line or line.startswith(b"#!"):  # There is a NUL in any ELF file's.
         return None
     return NO_INTERPRETER
@@ -2352,11 +2352,14 @@ def first_line(program: str) -> bytes | None:
         return None
 
 
-def missing_interpreter(program: str) -> str | None:
-    """The interpreter in a script's first line, where there is none. A carriage return counts."""
-    line = first_line(program) or b""
+def missing_interpreter(line: bytes | None) -> str | None:
+    """The interpreter that a script's first line names, if it is not there. A carriage return is
+    part of its name.
+    """
+    if line is None or not line.startswith(b"#!"):
+        return None
     interpreter = os.fsdecode(line[2:].strip(b" \t\n").split(b" ")[0])
-    if not line.startswith(b"#!") or not interpreter or Path(interpreter).exists():
+    if not interpreter or Path(interpreter).exists():
         return None
     return interpreter.replace("\r", "\\r")
 
@@ -15963,7 +15966,7 @@ def start_failure(function: Function, exc: Exception) -> Exception:
     missing = number == errno.ENOENT and path != function.cwd
     if missing and (program := find_program(function)):
         missing = False
-        interpreter = missing_interpreter(program) or "what loads it"
+        interpreter = missing_interpreter(first_line(program)) or "what loads it"
         hint = f" (its interpreter is missing: {interpreter})"
     elif number == errno.ENOEXEC:
         hint = f" ({NO_INTERPRETER})"
