@@ -263,7 +263,6 @@ MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (c
 MAX_STDERR_BYTES = 64 * KIB  # of one command
 LAST_LINE = 200  # characters of its last line, which become the record's `error`
 PIPE_BYTES = 64 * KIB  # read from a command at once: what a pipe holds (pipe(7))
-MAX_REPLICAS = 5  # of a stream: what JetStream allows
 MAX_VARIABLE_BYTES = 128 * KIB  # of one environment variable: MAX_ARG_STRLEN of execve(2)
 SMALL_BODY_BYTES = 64 * KIB  # a sync body up to this size is read first, a larger one is streamed
 DEBUG_BODY_BYTES = 4 * KIB  # of a body in the log, with write_debug
@@ -283,7 +282,7 @@ POOL_IDLE_S = 4.0  # below the 5 s after which uvicorn and Node close an idle co
 STALLED_S = 10.0  # A commit that takes longer means that the disk hangs.
 SILENCE_S = 15  # between the kernel's looks whether a silent connection's other end is there; Go's
 HALF_CLOSED_S = 1.0  # between looks whether a client that sends no more has gone for good
-PROBED = tuple(2**n for n in range(7))  # the looks since a last write that write to find out
+PROBED = tuple(2**n for n in range(7))  # of these looks since a write, the ones that write again
 LINGER_S = 1.0  # in which a client that has connected before a stop may still ask
 HOUSEKEEPING_S = 60.0
 CLOCK_CHECK_S = 30.0  # the longest sleep towards a wall-clock time: notices a clock that was set
@@ -842,7 +841,7 @@ def rfc3339(at: float | None) -> str | None:
 
 def count_of(number: int, noun: str) -> str:
     """A number with its noun: 1 queue, 2 queues."""
-    return f"{number} {noun}" + "s" * (number != 1)
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def brief(seconds: float | None) -> str:
@@ -1690,6 +1689,9 @@ class StoreConfig:
     path: str | None = key(queue_file)
 
 
+MAX_REPLICAS = 5  # of a stream: what JetStream allows
+
+
 @dataclass(frozen=True, kw_only=True)
 class NatsConfig:
     """[nats]: the JetStream servers that keep the queue where `store.backend` is "nats"."""
@@ -1816,7 +1818,12 @@ class CallsConfig:
     def kept_s(self, status: str, callback_status: str) -> float:
         """How long the record of a call that has ended in these states is kept."""
         failed = status in FAILED or callback_status == "failed"
-        return max(self.keep, self.keep_failed) if failed else self.keep
+        return self.failed_kept_s if failed else self.keep
+
+    @property
+    def failed_kept_s(self) -> float:
+        """How long it is kept after a failure."""
+        return max(self.keep, self.keep_failed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2724,6 +2731,12 @@ def failure_document(failure: Failure) -> dict[str, Any]:
     return shown
 
 
+def past_document(past: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a call's history as the API shows it."""
+    times = {name: rfc3339(past[name]) for name in ("started_at", "completed_at")}
+    return {**past, **times}
+
+
 def record_document(record: CallRecord) -> dict[str, Any]:
     """A record as the API shows it."""
     shown = record._asdict()
@@ -2731,10 +2744,8 @@ def record_document(record: CallRecord) -> dict[str, Any]:
         shown["failures"] = list(map(failure_document, failures))
     for name in ("created_at", "started_at", "completed_at", "due_at", "scheduled_for"):
         shown[name] = rfc3339(shown[name])
-    history = shown.pop("history")
-    if history:
-        times = ("started_at", "completed_at")
-        shown["history"] = [{**was, **{at: rfc3339(was[at]) for at in times}} for was in history]
+    if history := shown.pop("history"):
+        shown["history"] = list(map(past_document, history))
     shown["duration_seconds"] = shown.pop("duration_s")
     for name in ("app", "traceparent", "concurrency_key"):
         if shown[name] is None:
@@ -6334,9 +6345,7 @@ def step_prune(file: SqliteFile) -> int:
     now = time.time()
     calls = file.settings().calls
     gone: list[tuple[int, str, str, str]] = []
-    for statement, kept_s in zip(
-        PRUNE_CALLS, (calls.keep, calls.kept_s("error", "none")), strict=True
-    ):
+    for statement, kept_s in zip(PRUNE_CALLS, (calls.keep, calls.failed_kept_s), strict=True):
         where = (now - kept_s, BATCH - len(gone))
         gone += file.db.execute(statement, where).fetchall()
     for _, lane, status, callback_status in gone:
@@ -16031,7 +16040,8 @@ class FunctionLimits:
         room = dict(self._limits())
         if adaptive:
             for name, learned in self._learned.items():
-                room[name] = min(room.get(name, 1 << 30), int(learned.limit))
+                most = int(learned.limit)
+                room[name] = min(room.get(name, most), most)
         for name, running in self._running.items():
             if name in room:
                 room[name] = max(0, room[name] - running)
@@ -17250,9 +17260,8 @@ class Settler:
     def _follow(
         self, storing: Awaitable[bool], claim: Claim, outcome: Outcome | None, decision: Decision
     ) -> None:
-        # SqliteQueue gives futures, thousands a second.
-        known = storing if isinstance(storing, asyncio.Future) else None
-        future = known or asyncio.ensure_future(storing)
+        # Of SqliteQueue it is a future, thousands of times a second, of NatsQueue a coroutine.
+        future = storing if isinstance(storing, asyncio.Future) else asyncio.ensure_future(storing)
         self._storing.add(future)
         future.add_done_callback(
             functools.partial(self._stored, claim, outcome, decision, self._times_told)
@@ -17428,10 +17437,11 @@ class Consumer:
         all that they make room for is claimed at once, in the transaction that stores their
         outcomes.
         """
+        enough = QUIET_ROUNDS if self._queue.IN_STEP else 1
         quiet = 0  # rounds in which none has ended
         for _ in range(MOST_ROUNDS):
             running = len(self._running)
-            if not running or quiet == (QUIET_ROUNDS if self._queue.IN_STEP else 1):
+            if not running or quiet == enough:
                 return
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._running) == running else 0
@@ -19730,10 +19740,12 @@ class WaitReasons:
         if record.status != "queued":
             return None
         stats = (await self.records.stats()).get(record.queue)
-        if stats is not None and stats.paused:
-            return f"queue {record.queue}, which is paused"
-        held_back = stats.held_back.get(record.lane) if stats is not None else None
-        return held_back or self._room(record) or self._turn(record)
+        if stats is not None:
+            if stats.paused:
+                return f"queue {record.queue}, which is paused"
+            if held_back := stats.held_back.get(record.lane):
+                return held_back
+        return self._room(record) or self._turn(record)
 
     def _room(self, record: CallRecord) -> str | None:
         """What has no room for a call; None: there is room."""
@@ -19994,9 +20006,10 @@ class QueueRoutes:
             number = await self.queue.purge(name)
             log_with(logging.INFO, "queue purged", queue=name, cancelled=number)
             return reply({"queue": name, "cancelled": number})
-        await self.queue.pause(name, action == "pause")
-        log.info("queue %s: %sd", name, action)
-        return reply({"queue": name, "paused": action == "pause"})
+        paused = action == "pause"
+        await self.queue.pause(name, paused)
+        log.info("queue %s: %s", name, "paused" if paused else "resumed")
+        return reply({"queue": name, "paused": paused})
 
     async def expose(self, request: Request) -> Response:
         """All metrics, in the format of Prometheus."""
@@ -20054,7 +20067,7 @@ class StatsRoutes:
             "version": VERSION,
             "may_act": request.may_act,
             "trouble": trouble,
-            "complaints": [*self._complaints(trouble)],
+            "complaints": list(self._complaints(trouble)),
             "started_at": rfc3339(activity.begun_at),
             "uptime_seconds": round(time.time() - activity.begun_at, 3),
             "memory_bytes": resident_bytes(),
@@ -20139,6 +20152,13 @@ ELSEWHERE = (
 )
 
 
+def half_of(output: Output, stream: str | None) -> bytes:
+    """What was written to one of OUTPUT_STREAMS; None: to both, for people."""
+    if stream is None:
+        return readable(output)
+    return output.body if stream == "stdout" else output.stderr
+
+
 @dataclass(frozen=True)
 class LogRoutes:
     """What functions write."""
@@ -20158,9 +20178,7 @@ class LogRoutes:
         if stream and follow:
             raise HttpError(400, "stream: what is followed are stdout and stderr together")
         if not follow:
-            output = await self.records.output(call_id)
-            alone = {"stdout": output.body, "stderr": output.stderr}
-            return respond(200, headers, alone.get(stream or "", readable(output)))
+            return respond(200, headers, half_of(await self.records.output(call_id), stream))
         record = await self.records.lookup(call_id)
         head = respond(200, headers | {"X-Accel-Buffering": "no"})
         if request.http.method == "HEAD":
@@ -20491,7 +20509,7 @@ class RestRoutes:
         """The provider's functions that are not hidden by ours, with our counts."""
         for document in documents:
             if document["name"] not in configured:
-                key = f"{document['name']}.{document['namespace']}"
+                key = function_key(document["name"], document["namespace"])
                 yield document | {"invocationCount": self.metrics.functions.started[key]}
 
 
@@ -22304,8 +22322,9 @@ class Scheduler:
             after = max(time.time(), state.last_at)
             begun = state.definition == schedule.definition
             active = begun and schedule.enabled and not state.paused
-            coming = itertools.islice(next_instants(schedule, after), SHOWN_NEXT * active)
-            documents.append(schedule_document(schedule, state, list(coming)))
+            coming = next_instants(schedule, after) if active else ()
+            shown = list(itertools.islice(coming, SHOWN_NEXT))
+            documents.append(schedule_document(schedule, state, shown))
         return documents
 
     async def fire_now(self, name: str) -> str:
@@ -22351,9 +22370,10 @@ class ScheduleRoutes:
             log_with(logging.INFO, "schedule run by hand", schedule=name, call_id=call_id)
             answer = {"schedule": name, "call_id": call_id}
             return reply(answer, 202, location_headers(call_id))
-        await self.scheduler.pause(name, action == "pause")
-        log.info("schedule %s: %sd", name, action)
-        return reply({"schedule": name, "paused": action == "pause"})
+        paused = action == "pause"
+        await self.scheduler.pause(name, paused)
+        log.info("schedule %s: %s", name, "paused" if paused else "resumed")
+        return reply({"schedule": name, "paused": paused})
 
 
 # --- Routes and sockets ---------------------------------------------------------------------------
