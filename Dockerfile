@@ -15,8 +15,9 @@ USER 65534:65534
 VOLUME /var/lib/faasd-async
 EXPOSE 8080
 STOPSIGNAL SIGTERM
+# Not by way of a proxy, which Docker may have set in the environment.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=10s CMD \
-    ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/healthz', timeout=12)"]
+    ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8080, timeout=12); c.request('GET', '/healthz'); exit(c.getresponse().status != 200)"]
 # As process 1 it handles signals and reaps what its functions leave behind: no init is needed.
 ENTRYPOINT ["faasd-async"]
 # Every address of the container, whatever the file says: who reaches it is what `ports:` decides.

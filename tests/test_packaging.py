@@ -1,5 +1,6 @@
 """What is shipped: a wheel that has everything, a script that says what it lacks, an image that can be built."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import DEVNULL, PIPE, SCRIPT, UNMEASURED, Finished, run, start_program
+from conftest import DEVNULL, PIPE, SCRIPT, UNMEASURED, Finished, StartDaemon, run, start_program
 
 from faasd_async import OLDEST_AIOHTTP
 
@@ -154,3 +155,16 @@ async def test_what_compose_mounts_is_there() -> None:
     mounted = re.findall(r"^ +- \./([^:]+):", (ROOT / "compose.yaml").read_text(), re.MULTILINE)
     assert mounted == ["config.example.toml"]
     assert (ROOT / mounted[0]).is_file()
+
+
+async def test_the_image_knows_whether_its_daemon_is_well(daemon: StartDaemon) -> None:
+    """Also where Docker has set a proxy for all its containers, which can't reach the daemon."""
+    (words,) = re.findall(r"^HEALTHCHECK .*\\\n +(\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    python, *arguments, program = json.loads(words)
+    assert (python, program.count("8080")) == ("python", 1)
+    gateway = await daemon("")
+    proxies = ("HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1")
+    for port, code in ((gateway.url.rpartition(":")[2], 0), ("1", 1)):
+        check = (sys.executable, *arguments, program.replace("8080", port))
+        result = await run("env", "-u", "no_proxy", "-u", "NO_PROXY", *proxies, *check)
+        assert result.code == code, result
