@@ -668,10 +668,13 @@ def parse_deadline(value: Any) -> float:
 
 @expects('an age such as "24h" or "7d", or ' + TIME_FORM)
 def parse_since(value: Any) -> float:
-    """Unix time of a moment, or of now minus a duration."""
+    """Unix time of a moment, or of now minus a duration.
+
+    In a query, the plus of what `date -Iseconds` prints reads as a space.
+    """
     if value[-1:] in ("s", "m", "h", "d"):
         return time.time() - duration(value)
-    return parse_when(value)
+    return parse_when(re.sub(r"(:[0-9.]+) (?=[0-9]{2}:[0-9]{2}\Z)", r"\1+", value))
 
 
 @expects(

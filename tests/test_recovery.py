@@ -611,6 +611,23 @@ async def test_a_time_may_be_in_lower_case(daemon: StartDaemon, function: Server
     assert len(found["calls"]) == 4
 
 
+async def test_a_filter_takes_the_time_that_date_prints(daemon: StartDaemon, function: Server) -> None:
+    """`?since=$(date -Iseconds)` has a plus in it, which is a space in a query."""
+    gateway = await daemon(settings(function))
+    await gateway.submit("it")
+    for since, number in (
+        ("2020-01-01T00:00:00+00:00", 1),
+        ("2020-01-01T00:00:00%2B00:00", 1),
+        ("2020-01-01T00:00:00-03:30", 1),
+        ("2020-01-01%2000:00:00.5+02:00", 1),
+        ("2120-01-01T00:00:00+02:00", 0),
+    ):
+        reply = await ask(gateway.url, f"/system/calls?since={since}")
+        assert (reply.status, len(json.loads(reply.body)["calls"])) == (200, number), since
+    for since in ("2020-01-01T00:00:00", "2020-01-01+02:00", "2020-01-01+02:00:00"):
+        assert (await ask(gateway.url, f"/system/calls?since={since}")).status == 400, since
+
+
 async def test_a_duration_may_have_days(daemon: StartDaemon, function: Server) -> None:
     """In a header, a filter and the file: `1d12h` is 36 hours."""
     gateway = await daemon(settings(function, '[calls]\nkeep = "7d"'))
