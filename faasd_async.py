@@ -18065,6 +18065,8 @@ class AsciiTargets:
             if left:
                 rest = data[left:]
                 yield data[:left], rest
+                if not rest:
+                    return
                 data = rest
                 continue
             if left == 0 and data:

@@ -10,6 +10,8 @@ import pytest
 from conftest import PATIENCE, Daemon, StartDaemon, ask, connection, raw
 from test_peers import peer
 
+import faasd_async
+
 # The bytes of Latin-1 and of UTF-8, what is neither, and what is written in percent beside them.
 TARGET = b"/caf\xe9/\xc3\xa9/\xff\x80//../%e9%25?q=\xe9&\xfe=%ff+?#\xf0"
 FOUND = b'{"name": "far", "namespace": "openfaas-fn", "replicas": 1, "availableReplicas": 1}'
@@ -135,6 +137,17 @@ async def test_what_comes_before_such_a_target_may_have_any_form(gateway: Daemon
             answers = await asyncio.wait_for(reader.read(), PATIENCE)
         assert answers.count(b"HTTP/1.1 200 OK") == b"".join(sent).count(b"Host"), sent
         assert await lines.next() == b"POST /base/\xe9 HTTP/1.1"
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 1 << 20])
+def test_a_piece_of_a_body_is_parsed_once(length: int) -> None:
+    """Not again and again with nothing, until all of the body has come."""
+    data = b"\xff\x00\xfe/ \xe9"
+    parsed: list[bytes] = []
+    for piece, _ in faasd_async.AsciiTargets().pieces(data, lambda: max(0, length - sum(map(len, parsed)))):
+        parsed.append(piece)
+    assert b"".join(parsed) == data
+    assert len(parsed) <= 2
 
 
 async def test_in_routes_of_our_own_such_bytes_are_what_they_are_in_percent(gateway: Daemon) -> None:
