@@ -73,7 +73,7 @@ Who owns which task or thread
     Conversation       one from its first request on; Server.drain waits until it has answered,
                        `close` awaits it. Without it, on NATS one for each call that is stored: it
                        ends by itself
-    Acceptor           one for each client until its connection is there; `settle` awaits them
+    Acceptor           one for each client until its connection is there; `wait` awaits them
     CheckedResolver    a thread for each name that is being looked up; a stop waits for none
     Program            one that feeds it; `talk` awaits it
     CommandRunner      a thread for each start of a program, and for the end of one whose call has
@@ -13906,7 +13906,7 @@ class TimeLimit:
 # client, and the way in know aiohttp: its parser, which is C, and its streams. What its
 # ClientSession does besides costs three times as much as all that is done here.
 
-READ_BYTES = 64 * KIB  # of an answer that wait here until somebody reads them
+READ_BYTES = 64 * KIB  # of a body that wait here until somebody reads them
 MAX_HEAD_BYTES = 4 * MAX_HEADER_BYTES  # of an answer, interim ones included
 BODILESS_CODES = (204, 304)  # of answers that have no body, whatever their heads say (RFC 9110)
 HEADS = re.compile(rb".+?(?:\r?\n\r?\n|\Z)", re.DOTALL)  # parts of data that may end heads
@@ -15373,9 +15373,10 @@ class HttpClient:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._unix_path = unix_path
-        self._resolver = resolver or CheckedResolver(lambda host, address: True, DNS_CACHE_S)
+        anywhere = CheckedResolver(lambda host, address: True, DNS_CACHE_S)
+        self._resolver = resolver or anywhere
         # A proxy's address is not checked: whoever starts the daemon has chosen it.
-        self._proxy_resolver = CheckedResolver(lambda host, address: True, DNS_CACHE_S)
+        self._proxy_resolver = anywhere
         self._environment = environment or {}  # which may name proxies
         self._proxies = proxies_of(self._environment)
         self._pool = Pool(keepalive_s)
@@ -18310,7 +18311,7 @@ class Exchange:
         """Whether the client waits to be told before it sends its body."""
         return self.headers.get("Expect", "").lower() == "100-continue" and self.version >= (1, 1)
 
-    def _settle(self) -> None:
+    def _close_if_unclear(self) -> None:
         """Have an answer be the last if nobody can tell what comes behind it.
 
         A client that waits, and is answered instead, may go on with its body or with the next
@@ -18321,7 +18322,7 @@ class Exchange:
 
     def send(self, answer: Response, ours: bool = False) -> None:
         """Send an answer whose body is whole, `ours` or passed on. Raises ConnectionResetError."""
-        self._settle()
+        self._close_if_unclear()
         body = answer.body
         if ours and self.head.usual and answer.bare and self.keep_alive:
             head = bare_head(answer.status, len(body), int(time.time()))
@@ -18341,7 +18342,7 @@ class Exchange:
 
         Raises ConnectionResetError.
         """
-        self._settle()
+        self._close_if_unclear()
         framing = ""
         bodiless = answer.status in BODILESS_CODES or self.method == "HEAD"
         if not bodiless and "Content-Length" not in answer.headers:
@@ -18942,7 +18943,7 @@ class Acceptor:
         self._sockets.clear()
         self.go_on()
 
-    async def settle(self) -> None:
+    async def wait(self) -> None:
         """Wait until all who were accepted are among the connections."""
         await asyncio.gather(*self._arriving)
 
@@ -18989,7 +18990,7 @@ class Server:
 
         Who has connected but not asked yet can't know that we stop, and gets LINGER_S.
         """
-        await self._acceptor.settle()
+        await self._acceptor.wait()
         until = time.monotonic() + LINGER_S
         self._news = news = asyncio.Event()
         while True:
@@ -19006,7 +19007,7 @@ class Server:
     async def close(self) -> None:
         """End what is still under way."""
         self.stop_listening()
-        await self._acceptor.settle()
+        await self._acceptor.wait()
         await asyncio.gather(*(client.conversation.stop() for client in self._connections))
 
 
