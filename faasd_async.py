@@ -19327,10 +19327,11 @@ class Front:
         origin = self._trusted_origin(http)
         if origin is not None and is_preflight(http):
             return Admitted(config, answer_preflight, (), origin, True)
-        route, match, allowed = self._find(head)
-        may_act = self._guard(http, route.access if route else Access.VIEW)
-        if route is None or match is None:
-            raise no_route(allowed)
+        found = self._find(head)
+        may_act = self._guard(http, found[0].access if found else Access.VIEW)
+        if found is None:
+            raise no_route(self._methods(head))
+        route, match = found
         parts = decoded(match.groups(""))
         store = route.store if origin is None else None
         admitted = Admitted(config, route.handler, parts, origin, may_act, store)
@@ -19339,26 +19340,29 @@ class Front:
             head.prompt = store is not None
         return admitted
 
-    def _find(self, head: RequestHead) -> tuple[Route | None, re.Match[str] | None, Sequence[str]]:
-        """The first route that fits; else the methods of those whose path does."""
+    def _find(self, head: RequestHead) -> tuple[Route, re.Match[str]] | None:
+        """The first route that fits a request, and what its pattern finds there."""
         path = head.target.partition("?")[0]
         wanted = "GET" if head.method == "HEAD" else head.method
-        allowed: list[str] = []
         for route in self._routes:
             match = route.pattern.fullmatch(path)
             if match and route.method in ("*", wanted):
-                return route, match, allowed
-            if match and route.method not in allowed:
-                allowed.append(route.method)
-        return None, None, allowed
+                return route, match
+        return None
+
+    def _methods(self, head: RequestHead) -> Sequence[str]:
+        """The methods of the routes that fit a request's path."""
+        path = head.target.partition("?")[0]
+        fitting = [route.method for route in self._routes if route.pattern.fullmatch(path)]
+        return list(dict.fromkeys(fitting))
 
     def _trusted_origin(self, http: Exchange) -> str | None:
         """The origin of the page that asks, if its scripts may read the answer."""
         origin = http.headers.get("Origin")
         if origin is None or origin.lower() not in self._settings().gateway.trusted_origins:
             return None
-        route, _, _ = self._find(http.head)
-        return origin if route is not None and route.cors else None
+        found = self._find(http.head)
+        return origin if found is not None and found[0].cors else None
 
     def _guard(self, http: Exchange, access: Access) -> bool:
         """Whether who asks may act, not only look. Raises HttpError: 401, 403, 421."""
