@@ -20462,28 +20462,48 @@ class RestRoutes:
     async def _read(
         self, request: Request, resource: str, name: str, configured: Mapping[str, Function]
     ) -> Response:
-        documents = self._own_documents()
-        if self.provider.url is not None:
-            if resource not in ("info", "functions"):
-                return await self._pass_on(request)
-            answer = await self._ask(request, "GET", b"")
-            if answer.status != 200:
-                return passed(answer, answer.status)
-            documents[resource] = parse_provided(answer, request.target, resource)
-        elif resource == "logs":
-            return respond(200, {"Content-Type": "application/x-ndjson"})
-        elif resource == "namespace" and name in documents["namespaces"]:
-            return reply({"name": name, "labels": {}, "annotations": {}})
-        elif resource in ("function", "namespace"):
-            raise HttpError(404, f"no such {resource}: it is not in the configuration")
+        if self.provider.url is None:
+            return await self._read_own(resource, name, configured)
+        if resource not in ("info", "functions"):
+            return await self._pass_on(request)
+        answer = await self._ask(request, "GET", b"")
+        if answer.status != 200:
+            return passed(answer, answer.status)
         if resource == "info":
-            arch = os.uname().machine
-            return reply({"provider": documents["info"], "version": OWN_VERSION, "arch": arch})
+            return self._info(parse_provided(answer, request.target, parse_json))
+        provided = parse_provided(answer, request.target, parse_functions)
+        return await self._functions(configured, provided)
+
+    async def _read_own(
+        self, resource: str, name: str, configured: Mapping[str, Function]
+    ) -> Response:
+        """What is answered if there is no provider. Raises HttpError(404)."""
+        namespace = self.settings().gateway.namespace
+        if resource == "info":
+            ours = {"provider": "faasd-async", "orchestration": "processes", "version": OWN_VERSION}
+            return self._info(ours)
         if resource == "functions":
-            ours = map(self._document, configured.values())
-            provided = self._counted(documents["functions"], configured)
-            return await reply_in_turns(itertools.chain(ours, provided))
-        return reply(documents[resource])
+            return await self._functions(configured, ())
+        if resource == "namespaces":
+            return reply([namespace])
+        if resource == "namespace" and name == namespace:
+            return reply({"name": name, "labels": {}, "annotations": {}})
+        if resource == "secrets":
+            return reply([])
+        if resource == "logs":
+            return respond(200, {"Content-Type": "application/x-ndjson"})
+        raise HttpError(404, f"no such {resource}: it is not in the configuration")
+
+    def _info(self, provider: object) -> Response:
+        arch = os.uname().machine
+        return reply({"provider": provider, "version": OWN_VERSION, "arch": arch})
+
+    async def _functions(
+        self, configured: Mapping[str, Function], provided: Iterable[dict[str, Any]]
+    ) -> Response:
+        """The file's functions, and those of the provider that these do not hide."""
+        ours = map(self._document, configured.values())
+        return await reply_in_turns(itertools.chain(ours, self._counted(provided, configured)))
 
     async def _write(self, request: Request, resource: str) -> Response:
         config = self.settings().gateway
@@ -20503,12 +20523,6 @@ class RestRoutes:
         headers = forward_headers(request.http.head.raw_headers, COMPUTED)
         answering = self.provider.request(request.http.method, request.target, headers)
         return await stream_answer(request, answering, {}, Limit(None), "the provider")
-
-    def _own_documents(self) -> dict[str, Any]:
-        """What is answered if there is no provider, by resource."""
-        info = {"provider": "faasd-async", "orchestration": "processes", "version": OWN_VERSION}
-        namespaces = [self.settings().gateway.namespace]
-        return {"functions": [], "namespaces": namespaces, "secrets": [], "info": info}
 
     def _document(self, function: Function) -> dict[str, Any]:
         return function_document(function, self.metrics.functions.started[function.key])
@@ -20533,11 +20547,15 @@ def require_readable(resource: str, reads: bool) -> None:
         raise HttpError(405, reason, {"Allow": allowed})
 
 
-def parse_provided(answer: Fetched, target: str, resource: str) -> object:
-    """What the provider says of itself or its functions. ProviderAway: it says something else."""
+def parse_functions(body: bytes) -> Sequence[dict[str, Any]]:
+    """The functions in an answer of a provider. Raises ValueError."""
+    return function_list(parse_json(body))
+
+
+def parse_provided(answer: Fetched, target: str, parse: Callable[[bytes], T]) -> T:
+    """What the provider says. ProviderAway: it says something else."""
     try:
-        document = parse_json(answer.body)
-        return function_list(document) if resource == "functions" else document
+        return parse(answer.body)
     except ValueError as exc:
         raise ProviderAway(f"the provider's answer to {target}: {exc}") from None
 
