@@ -1115,9 +1115,9 @@ def is_own_address(address: Address | None) -> bool:
     return source_address(family, (str(address), 9)) == str(address)
 
 
-# --- Secrets --------------------------------------------------------------------------------------
-# Passwords, keys, certificates and headers, which stand in files of their own, tables of texts, and
-# documents that hold them.
+# --- Files and secrets ----------------------------------------------------------------------------
+# What stands in files of its own (documents, passwords, headers, keys, certificates), TLS with
+# these, and tables of texts.
 
 
 @expects("JSON")
@@ -3745,16 +3745,18 @@ class Metrics:
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
         counter = functools.partial(prometheus_client.Counter, registry=self.registry)
-        counted = functools.partial(LoopCounter, self.registry)
+        loop_counter = functools.partial(LoopCounter, self.registry)
         self.functions = FunctionCalls(self.registry)
         self.running = RunningAttempts(self.registry)
-        self.submitted = counted("queue_worker_messages_submitted", "Calls accepted.", "queue_name")
-        self.processed = counted(
+        self.submitted = loop_counter(
+            "queue_worker_messages_submitted", "Calls accepted.", "queue_name"
+        )
+        self.processed = loop_counter(
             "queue_worker_messages_processed", "Attempts that ended.", "queue_name"
         )
         self.retries = counter("faasd_async_retries", "Attempts that led to another.")
-        self.calls = counted("faasd_async_calls", "Calls that ended.", "status", FINAL)
-        self.callbacks = counted(
+        self.calls = loop_counter("faasd_async_calls", "Calls that ended.", "status", FINAL)
+        self.callbacks = loop_counter(
             "faasd_async_callbacks",
             "Callbacks that reached a final state.",
             "status",
@@ -18070,17 +18072,17 @@ class AsciiTargets:
                     return
                 data = rest
                 continue
-            if left == 0 and data:
+            if left == 0 and data:  # A request begins.
                 line, newline, rest = data.partition(b"\n")
                 if not newline and BEGINNING.fullmatch(line):
                     data = self._keep(line)
                     break
                 data = ascii_line(line + newline) + rest
             # Neither a head nor a body in chunks ends before this.
-            found = (self._last + data).find(HEAD_END)
-            end = found + len(HEAD_END) - len(self._last)
+            at = (self._last + data).find(HEAD_END)
+            end = at + len(HEAD_END) - len(self._last)
             rest = data[end:]
-            if found < 0 or not may_have_high_line(rest):
+            if at < 0 or not may_have_high_line(rest):
                 break
             yield data[:end], rest
             data = rest
@@ -18135,12 +18137,13 @@ class RequestReader:
             return
         if self.stalled:
             self._kept += data
-        elif self._strangers >= MAX_STRANGERS:
+        elif self._strangers >= MAX_STRANGERS:  # To look for known heads does not pay here.
             self._parse(data)
         elif not self._at_start:
             left = self._body_left()
             self._parse(data)
-            # Of longer data the parser may keep a part back.
+            # The next request begins with the next data if this was the rest of a body. Of longer
+            # data the parser may keep a part back.
             ends_body = left == len(data) <= READ_BYTES
             self._at_start = ends_body and self.whole and not self.stalled
         elif not self._take_known(data):

@@ -24,8 +24,8 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # In the order of reading. One whose capability is not there is absent.
 SECTIONS = (
-    "Constants", "Errors", "Values", "URLs and hosts", "Secrets", "Cron expressions", "Configuration",
-    "Configuration file", "Domain data", "Rules", "Schedule rules", "Logging, sd_notify", "Metrics",
+    "Constants", "Errors", "Values", "URLs and hosts", "Files and secrets", "Cron expressions",
+    "Configuration", "Configuration file", "Domain data", "Rules", "Schedule rules", "Logging, sd_notify", "Metrics",
     "Threads and tasks", "Timers", "Queue seam",
     "SQLite index", "SQLite file", "SQLite limits", "SQLite statements", "SQLite work", "SQLite records",
     "SQLite schedules", "SQLite copies", "SQLite move", "SQLite writer", "SQLite queue",
