@@ -302,6 +302,7 @@ BATCH = 500  # calls that one step of a bulk operation takes before others get t
 BULK_PERIOD_S = 0.045  # from one such step to the next: 11,000 calls a second, a tenth of the time
 # Changes of calls that are told one by one: nobody follows more, and calls need the time.
 CHANGES_PER_SECOND = 500
+MAX_FAILING = 1_000  # hosts that are remembered because their last callback failed
 MAX_FAILURES = 20  # failed attempts and deliveries that a call's record keeps
 SCAN_WINDOW = 20_000  # rows that one step of a list request reads
 
@@ -17018,8 +17019,17 @@ class CallbackJob:
     own_url: yarl.URL
     metrics: Metrics
     rng: random.Random = field(default_factory=random.Random)
-    # Hosts whose last delivery failed: they get few slots.
-    failing: set[str] = field(default_factory=set)
+    # Hosts whose last delivery failed, the newest last: they get few slots.
+    failing: dict[str, None] = field(default_factory=dict)
+
+    def failed(self, host: str) -> None:
+        """Remember that a delivery has failed. The last one to a host may be cancelled meanwhile,
+        so that of many hosts the oldest are forgotten.
+        """
+        self.failing.pop(host, None)
+        self.failing[host] = None
+        if len(self.failing) > MAX_FAILING:
+            del self.failing[next(iter(self.failing))]
 
     def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
         """See Job: one host gets at most three quarters of the slots, one that fails an eighth.
@@ -17127,7 +17137,7 @@ class CallbackJob:
         if decision.delay_s is None:
             level = logging.DEBUG if outcome.ok else logging.WARNING
             message = f"callback {decision.status}"
-            self.failing.discard(claim.lane)
+            self.failing.pop(claim.lane, None)
             self.metrics.callbacks.count(decision.status)
             self.metrics.activity.ends[CALLBACKS, decision.status] += 1
         if not log.isEnabledFor(level):
@@ -17182,7 +17192,7 @@ class Delivering:
             await asyncio.sleep(RETRY_STORE_S)
             return None
         except RequestFailed as exc:
-            self._job.failing.add(self._claim.lane)
+            self._job.failed(self._claim.lane)
             forbidden = exc.kind is FailureKind.FORBIDDEN
             who = "callbacks" if forbidden else "the callback URL"
             return unanswered(exc, who, time.monotonic() - self._started)
@@ -17207,7 +17217,7 @@ class Delivering:
         return response.status, response.headers
 
     def _answered(self, status: int, headers: Headers) -> Outcome:
-        self._job.failing.discard(self._claim.lane)
+        self._job.failing.pop(self._claim.lane, None)
         ok = 200 <= status < 300
         error = None if ok else f"the callback URL answered {status}"
         return Outcome(status, ok, time.monotonic() - self._started, headers, error=error)

@@ -27,6 +27,7 @@ from conftest import (
     run,
     to_toml,
 )
+from operating import cancel
 
 CREDENTIALS = "sink-user:s%3Acret%40word"  # user `sink-user`, password `s:cret@word`
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -330,6 +331,24 @@ async def test_a_dead_receiver_does_not_hold_up_other_callbacks(
         await gateway.submit("echo", X_Callback_Url=refused)
     call_id = await gateway.submit("echo", X_Callback_Url=sink.url)
     assert (await sink.wait_for(1))[0].call_id == call_id
+
+
+async def test_of_hosts_that_have_failed_the_oldest_are_forgotten(
+    daemon: StartDaemon, function: Server, refused: str, sink: Server
+) -> None:
+    """The last callback to one may be cancelled: nothing would tell that it works again, and no memory is for ever."""
+    settings = f'[functions.echo]\nurl = "{function.url}"\n[callback]\nmin_wait = "1h"\nmax_wait = "1h"'
+    gateway = await daemon(settings, before="faasd_async.MAX_FAILING = 1")
+    await sink.stop()
+    for url in (sink.url, refused):
+        call_id = await gateway.submit("echo", X_Callback_Url=url)
+        await gateway.until(call_id, lambda record: record["callback"]["attempts"] > 0)
+        assert await cancel(gateway, call_id) == 202
+    await sink.start()
+    sink.behaviour = never
+    for _ in range(4):
+        await gateway.submit("echo", X_Callback_Url=sink.url)
+    await sink.until(lambda: sink.running == 4, "as many deliveries as to any host")
 
 
 async def test_a_callback_url_that_is_none_is_given_up(daemon: StartDaemon, function: Server, sink: Server) -> None:
