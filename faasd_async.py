@@ -17200,20 +17200,21 @@ class Delivering:
     async def _deliver(self) -> tuple[int, Headers]:
         """Status and headers of the receiver's answer. Raises RequestFailed, Shortage.
 
-        The status line decides, whatever becomes of the rest.
+        The status line decides, whatever becomes of the rest: of us, too, if this is cancelled.
         """
         limit = callback_limit(self._job.timeout(CALLBACKS))
         try:
             with TimeLimit(limit, self._started):
                 client, request = self._asked or self._ask()
                 response = await client.finish(request)
-        except RequestFailed:
+        except (RequestFailed, asyncio.CancelledError):
             if self._first_lines:
                 return self._first_lines[-1], ()
             raise
         async with response:
             if not response.whole:
-                await response.discard()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await response.discard()
         return response.status, response.headers
 
     def _answered(self, status: int, headers: Headers) -> Outcome:

@@ -351,6 +351,42 @@ async def test_of_hosts_that_have_failed_the_oldest_are_forgotten(
     await sink.until(lambda: sink.running == 4, "as many deliveries as to any host")
 
 
+STATUS_LINE_ONLY = b"HTTP/1.1 200 OK\r\nX-Long: "
+NO_BODY_YET = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+
+
+@pytest.mark.parametrize("said", [STATUS_LINE_ONLY, NO_BODY_YET])
+async def test_a_stop_does_not_undo_what_a_status_line_has_said(
+    daemon: StartDaemon, function: Server, said: bytes
+) -> None:
+    """A callback that was answered with 2xx is delivered, though the rest of the answer is waited for."""
+    deliveries = 0
+    answered = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal deliveries
+        await reader.readuntil(b"\r\n\r\n")
+        deliveries += 1
+        writer.write(said)
+        await writer.drain()
+        answered.set()
+        await reader.read()  # until the daemon hangs up
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as receiver:
+        url = f"http://127.0.0.1:{receiver.sockets[0].getsockname()[1]}"
+        settings = f'[functions.echo]\nurl = "{function.url}"\n[gateway]\ndrain_timeout = "0s"'
+        gateway = await daemon(settings, before=f"faasd_async.DISCARD_S = {PATIENCE}")
+        call_id = await gateway.submit("echo", X_Callback_Url=url)
+        await answered.wait()
+        for _ in range(3):  # then it has read what was there before
+            assert (await ask(gateway.url, "/healthz")).status == 200
+        await gateway.terminate()
+        await gateway.start()
+        callback = (await gateway.final(call_id))["callback"]
+        assert (callback["status"], callback["attempts"], deliveries) == ("delivered", 1, 1)
+
+
 async def test_a_callback_url_that_is_none_is_given_up(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """Whoever has stored it: the call ends in its own way, the callback fails, and the record says why."""
     gateway = await daemon(f'[functions.echo]\nurl = "{function.url}"\n[callback]\nattempts = 1')
