@@ -8136,6 +8136,8 @@ def plain_nats_error(exc: Exception) -> str:
     text = str(exc).removeprefix("nats: ").strip("'")
     if isinstance(exc, TimeoutError) and text in ("", "timeout"):
         return f"it has not answered within {NATS_CONNECT_S} s"
+    if isinstance(exc, ConnectionError) and exc.errno:
+        return os.strerror(exc.errno).lower()
     return re.sub(r"^\[SSL: \w+\] |\.? \(_ssl\.c:\d+\)$", "", text) or type(exc).__name__
 
 
@@ -8480,7 +8482,7 @@ class NatsLink:
     def _open_client(self) -> nats.aio.client.Client:
         """The client. Raises StoreError before there is one."""
         if self._client is None:
-            raise StoreError("NATS is away")
+            raise StoreError(self.away)
         return self._client
 
     @property
@@ -8521,7 +8523,7 @@ class NatsLink:
         """Publish, with no answer; `head` as of `nats_head`. Raises StoreError."""
         client = self._open_client
         if not client.is_connected:
-            raise StoreError(self.away or "NATS is away")
+            raise StoreError(self.away)
         if len(payload) > client.max_payload:
             raise StoreError("the NATS server takes no message of this size")
         self._writer.publish(subject, reply, head, payload)

@@ -285,8 +285,9 @@ async def test_a_daemon_that_starts_before_its_server_gets_ready_later(
     gateway = await hosts(one_function(function, schedule), server.url)
     await gateway.wait_for_log("WARNING schedules wait: NATS is away")
     reply = await ask(gateway.url, "/readyz")
-    assert_refused(reply, 503, "nats")
-    assert_refused(await post(gateway, "/async-function/it"), 503)
+    assert_refused(reply, 503, "nats is away: connection refused")
+    assert_refused(await post(gateway, "/async-function/it"), 503, "nats is away: connection refused", limit=2000)
+    assert "can't be reached: connection refused" in gateway.log
     await server.start()
     await works_again(gateway)
     assert gateway.log.count("schedules wait") <= 3  # a line for each reason
