@@ -14717,8 +14717,7 @@ class Peer:
 class Pool:
     """Peers by origin; of many, those that were met last."""
 
-    def __init__(self, keepalive_s: float) -> None:
-        self._keepalive_s = keepalive_s
+    def __init__(self) -> None:
         self._peers: OrderedDict[Origin, Peer] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -14734,13 +14733,13 @@ class Pool:
     def _filled(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._keepalive_s / 4, self._sweep)
+            self._timer = loop.call_later(POOL_IDLE_S / 4, self._sweep)
 
     def _sweep(self) -> None:
         """Close what has been idle for too long."""
         self._timer = None
         for peer in self._peers.values():
-            peer.sweep(time.monotonic() - self._keepalive_s)
+            peer.sweep(time.monotonic() - POOL_IDLE_S)
         if any(peer.idle for peer in self._peers.values()):
             self._filled()
 
@@ -15371,7 +15370,6 @@ class HttpClient:
     def __init__(
         self,
         *,
-        keepalive_s: float = POOL_IDLE_S,
         unix_path: str | None = None,
         tls: ssl.SSLContext | None = None,
         resolver: CheckedResolver | None = None,
@@ -15384,7 +15382,7 @@ class HttpClient:
         self._proxy_resolver = anywhere
         self._environment = environment or {}  # which may name proxies
         self._proxies = proxies_of(self._environment)
-        self._pool = Pool(keepalive_s)
+        self._pool = Pool()
         self._tls = tls  # None: with the system's CAs, made when it is needed
         self._destination = functools.lru_cache(MAX_ORIGINS)(self._find_destination)
 

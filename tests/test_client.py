@@ -888,14 +888,15 @@ def test_a_function_may_have_a_connection_for_each_call(run: Scenario, trusting:
     run(scenario())
 
 
-def test_an_idle_connection_is_closed_in_time(run: Scenario, trusting: None) -> None:
+def test_an_idle_connection_is_closed_in_time(run: Scenario, trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the peer would do so."""
 
     async def scenario() -> None:
-        async with Peer(keepalive_s=0.1) as peer:
+        async with Peer() as peer:
             await (await first(peer)).ended()
             assert [met.idle for met in peer.client._pool._peers.values()] == [deque()]
 
+    monkeypatch.setattr(faasd_async, "POOL_IDLE_S", 0.1)
     run(scenario())
 
 
