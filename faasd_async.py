@@ -13196,7 +13196,7 @@ class NatsStream:
 
     async def sweep(self, consumers: NatsConsumers) -> None:
         """Delete messages that a server which was killed has brought back, and find lost ones."""
-        await find_callbacks(consumers, self._subjects, self._blocks)
+        await find_lanes(consumers, self._subjects, self._blocks)
         await sweep_records(self._link, self._blocks, self._calls)
         await sweep_later(self._link, self._subjects, self._blocks)
 
@@ -13236,15 +13236,15 @@ async def retire_receivers(
         await consumers.retire(CALLBACKS, lane)
 
 
-async def find_callbacks(
-    consumers: NatsConsumers, subjects: NatsSubjects, blocks: NatsBlocks
-) -> None:
-    """Find callbacks that wait in no lane: their daemon has died while that was retired."""
+async def find_lanes(consumers: NatsConsumers, subjects: NatsSubjects, blocks: NatsBlocks) -> None:
+    """Find calls and callbacks that wait in no lane: their daemon has died while a host's was
+    retired, or somebody has deleted its consumer while no daemon ran.
+    """
     for root in UNFINISHED:
-        async for subject, _ in blocks.names(root, nats_token(CALLBACKS)):
+        async for subject, _ in blocks.names(root):
             _, queue, lane, own_id = subjects.split(subject)
-            if nats_name(queue) == CALLBACKS and is_own_id(own_id):
-                await consumers.ensure(root, CALLBACKS, nats_name(lane))
+            if is_own_id(own_id):
+                await consumers.ensure(root, nats_name(queue), nats_name(lane))
 
 
 class NatsChores(NamedTuple):

@@ -349,6 +349,29 @@ async def test_what_an_administrator_deletes_is_made_again(
         assert (await gateway.final(call_id))["status"] == "success"
 
 
+async def test_calls_whose_consumers_are_deleted_while_no_daemon_runs_are_found(
+    hosts: StartHost, server: NatsServer, function: Server
+) -> None:
+    """At the next start, those that are due as well as those that have their time still to come."""
+    one = await hosts(one_function(function, "[queues.other]\n[queues.third]"))
+    for queue in ("faas-request", "other"):
+        await post(one, f"/system/queues/{queue}/pause")
+    ids = [
+        await one.submit("it"),
+        await one.submit("it", X_Queue="other"),
+        await one.submit("it", X_Queue="third", X_Delay="1s"),
+    ]
+    await one.terminate()
+    async with server.jetstream() as jetstream:
+        for consumer in await jetstream.consumers_info(STREAM):
+            await jetstream.delete_consumer(STREAM, consumer.name)
+    await one.start()
+    for queue in ("faas-request", "other"):
+        await post(one, f"/system/queues/{queue}/resume")
+    for call_id in ids:
+        assert (await one.final(call_id))["status"] == "success"
+
+
 @pytest.mark.parametrize("what", ["stream", "messages"])
 async def test_a_pause_outlives_the_stream_that_it_is_stored_in(
     hosts: StartHost, server: NatsServer, function: Server, what: str
