@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -151,9 +152,11 @@ def fork_server(library: str = "", prefix: tuple[str, ...] = ()) -> ForkServer:
 
 
 def pytest_sessionfinish() -> None:
-    """End the fork servers, before what they cover is counted."""
+    """End the fork servers, before what they cover is counted, and let go of ports."""
     for server in fork_servers.values():
         server.close()
+    for port in addresses:
+        port.close()
 
 
 async def start_program(
@@ -231,6 +234,38 @@ async def faasd(
     return await finish(process, stdin)
 
 
+# ---- ports ---------------------------------------------------------------------------------------
+
+
+class Port:
+    """A port of 127.0.0.1 that nobody else gets while its owner is down, not even by chance.
+
+    It is bound as long as this is open: a server can listen on it all the same, since both say SO_REUSEADDR.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        while True:
+            self.number = random.randrange(10_000, 32_000)  # below those that Linux gives to clients
+            with contextlib.suppress(OSError):
+                self._socket.bind(("127.0.0.1", self.number))
+                break
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+    def close(self) -> None:
+        """Others may have it."""
+        self._socket.close()
+
+
+addresses: list[Port] = []  # of daemons, held until all tests are over
+
+
+def free_address() -> str:
+    """An address to listen on, for a daemon that cannot tell which port it got, or gets the same one again."""
+    addresses.append(Port())
+    return f"127.0.0.1:{addresses[-1].number}"
+
+
 # ---- the daemon ----------------------------------------------------------------------------------
 
 
@@ -256,7 +291,7 @@ class Daemon:
         self.fork = True  # False: it gets an interpreter of its own
         self.pass_fds: Sequence[int] = ()  # open files that it inherits under the same numbers
         self.lines: list[str] = []  # the log of all processes so far
-        self.url = ""  # of the first listener; changes with every start unless the port is kept
+        self.url = ""  # of the first listener; changes with every start unless the settings have a port
         self.process: Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._log_ended = False
@@ -282,11 +317,9 @@ class Daemon:
         """All that was logged so far."""
         return "\n".join(self.lines)
 
-    async def start(self, *, same_port: bool = False) -> None:
+    async def start(self) -> None:
         """Start on what the last process left behind; return once it listens."""
         assert self.process is None, "the daemon runs already"
-        if same_port:
-            self.configure(to_toml(merge(self.settings, {"gateway": {"listen": urlsplit(self.url).netloc}})))
         first_line = len(self.lines)
         await self.spawn()
         line = await self.wait_for_log("listening on ", first_line)
@@ -646,13 +679,6 @@ def with_descriptors(daemon: Daemon, most: int) -> Iterator[None]:
             resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
 
 
-def free_address() -> str:
-    """An address to listen on, for a daemon that cannot tell which port it got."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 @pytest.fixture
 async def systemd(tmp_path: Path) -> AsyncIterator[ServiceManager]:
     """A service manager that listens."""
@@ -739,6 +765,7 @@ class Server:
         self.most_running = 0  # the most there ever were at once
         self.cancelled = 0  # requests whose client went away before the answer
         self.port = 0
+        self._place: Port | None = None  # which it keeps when it is stopped
         self._news = asyncio.Condition()  # notified for each arrival and each end of a request
         self._runner: web.ServerRunner | None = None
 
@@ -757,14 +784,21 @@ class Server:
         server = web.Server(self._handle, auto_decompress=False, handler_cancellation=True, access_log=None)
         self._runner = web.ServerRunner(server, shutdown_timeout=0.01)  # 0 would wait for ever
         await self._runner.setup()
+        self._place = self._place or Port()
+        self.port = self._place.number
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
-        self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         """Close all connections; from now on new ones are refused."""
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    async def close(self) -> None:
+        """End of the test."""
+        await self.stop()
+        if self._place is not None:
+            self._place.close()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         arrived = time.monotonic()
@@ -807,7 +841,7 @@ async def function() -> AsyncIterator[Server]:
     server = Server()
     await server.start()
     yield server
-    await server.stop()
+    await server.close()
 
 
 @pytest.fixture
@@ -816,7 +850,7 @@ async def sink() -> AsyncIterator[Server]:
     server = Server()
     await server.start()
     yield server
-    await server.stop()
+    await server.close()
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ import collections
 import contextlib
 import json
 import os
-import random
 import re
 import signal
-import socket
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -27,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 import nats
 import pytest
-from conftest import DEFAULTS, DEVNULL, PATIENCE, PIPE, Daemon, Reply, Server, ask, merge, run, to_toml
+from conftest import DEFAULTS, DEVNULL, PATIENCE, PIPE, Daemon, Port, Reply, Server, ask, merge, run, to_toml
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 
@@ -37,27 +35,6 @@ STREAM = "faas-request"  # the default of `nats.stream`
 RESERVES = ("faas.slot.@reserve.0", "faas.slot.@reserve.1")
 LONGEST_LINE = 2**20
 PAYLOADS = frozenset((b"PUB", b"HPUB", b"MSG", b"HMSG"))  # the NATS commands with a second part
-
-
-class Port:
-    """A port that nobody else gets while its owner is down, not even by chance.
-
-    It is outside of the range from which Linux gives ports to clients, and bound as long as this
-    is open: a server can listen on it all the same, since both say SO_REUSEADDR.
-    """
-
-    def __init__(self) -> None:
-        self._socket = socket.socket()
-        while True:
-            self.number = random.randrange(10_000, 32_000)
-            with contextlib.suppress(OSError):
-                self._socket.bind(("127.0.0.1", self.number))
-                break
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-
-    def close(self) -> None:
-        """Others may have it."""
-        self._socket.close()
 
 
 # ---- servers -------------------------------------------------------------------------------------

@@ -152,6 +152,11 @@ class Provider:
         self._idle.clear()
         self._used.clear()
 
+    async def close(self) -> None:
+        """End of the test."""
+        await self.stop()
+        await self.server.close()
+
     def deploy(self, name: str, behaviour: Behaviour = ok, **more: Any) -> Deployed:
         """Add or replace a function, with these attributes."""
         function = Deployed(name, behaviour=behaviour, **more)
@@ -461,7 +466,7 @@ async def running_provider() -> AsyncIterator[Provider]:
     try:
         yield provider
     finally:
-        await provider.stop()
+        await provider.close()
 
 
 def credential_files(folder: Path, name: str, user: str, password: str) -> str:

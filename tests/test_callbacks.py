@@ -744,7 +744,7 @@ async def test_a_receiver_gets_the_headers_that_the_file_has_for_it(
     for text in (gateway.log, record):
         assert "t0ken" not in text
         assert "an0ther" not in text
-    await other.stop()
+    await other.close()
 
 
 async def test_headers_for_a_receiver_are_sent_as_they_stand_in_the_file(

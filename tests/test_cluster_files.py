@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, Daemon, merge, to_toml
-from jetstream import PROGRAM, Port, ended, eventually
+from conftest import SCRIPT, Daemon, Port, merge, to_toml
+from jetstream import PROGRAM, ended, eventually
 
 pytestmark = pytest.mark.no_cover  # the program runs in the daemons
 

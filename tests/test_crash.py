@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, run
+from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, free_address, run
 
 CALLS = 1000
 KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 12))  # 200 for the long form
@@ -259,7 +259,9 @@ async def test_an_interrupted_last_attempt_does_not_leave_the_call_hanging(
 async def test_what_a_call_was_sent_with_survives_kill_9(daemon: StartDaemon, function: Server) -> None:
     """Path, query, headers and body are on disk, and so is the time at which it was accepted."""
     function.behaviour = gate = Gate()
-    gateway = await daemon(f'[functions.it]\nurl = "{function.url}"\n[queues.faas-request]\nmax_inflight = 1')
+    kept = f'[gateway]\nlisten = "{free_address()}"'
+    one_slot = "[queues.faas-request]\nmax_inflight = 1"
+    gateway = await daemon(f'{kept}\n[functions.it]\nurl = "{function.url}"\n{one_slot}')
     await gateway.submit("it")
     await function.wait_for(1)
     body = bytes(range(256))
@@ -268,7 +270,7 @@ async def test_what_a_call_was_sent_with_survives_kill_9(daemon: StartDaemon, fu
     assert before["status"] == "queued"
     await gateway.kill()
     gate.open()
-    await gateway.start(same_port=True)
+    await gateway.start()
     after = await gateway.final(call_id)
     assert (after["status"], after["created_at"], after["request_bytes"]) == ("success", before["created_at"], 256)
     (request,) = (request for request in function.requests if request.call_id == "trace-1")

@@ -285,7 +285,7 @@ async def live() -> AsyncIterator[Server]:
     server = Server()
     await server.start()
     yield server
-    await server.stop()
+    await server.close()
 
 
 @pytest.mark.parametrize("slots", [2, 16])

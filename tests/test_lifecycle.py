@@ -1055,9 +1055,7 @@ async def test_an_address_in_use_is_one_clear_line(daemon: StartDaemon, tmp_path
 
 async def test_an_address_that_includes_another_is_one_clear_line(daemon: StartDaemon, tmp_path: Path) -> None:
     """Both can be bound, but one can be listened on: the exit code is that of an address in use."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_address().rpartition(":")[2]
     gateway = await daemon(f'[gateway]\nlisten = ["0.0.0.0:{port}", "127.0.0.1:{port}"]', start=False)
     await gateway.spawn()
     assert await gateway.ended() == 75

@@ -483,7 +483,7 @@ async def test_the_late_outcome_of_a_frozen_host_is_refused(hosts: StartHost, fu
     assert await one.record(call_id) == await other.record(call_id) == before
     assert (await ask(one.url, f"/system/calls/{call_id}/log")).body == b"from the other"
     assert [request.body for request in receiver.requests] == [b"from the other"]
-    await receiver.stop()
+    await receiver.close()
 
 
 async def test_the_callback_of_a_dead_host_is_sent_by_another(hosts: StartHost, function: Server, sink: Server) -> None:

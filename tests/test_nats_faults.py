@@ -28,6 +28,7 @@ from conftest import (
     WallClock,
     ask,
     assert_refused,
+    free_address,
     ok,
 )
 from jetstream import (
@@ -55,6 +56,7 @@ pytestmark = pytest.mark.no_cover  # the program runs in the daemons
 KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 6))  # 200 for the long form
 LONG_PATIENCE_S = 4 * PATIENCE  # on a server that is full, where much waits for what else
 MANY = "[queues.faas-request]\nmax_inflight = 16\n[retry]\nattempts = 1000\n"
+KEPT = '[gateway]\nlisten = "{}"\n'  # the address of a host that comes back
 
 
 async def ready(gateway: Daemon) -> bool:
@@ -727,24 +729,24 @@ async def test_a_cluster_loses_nothing_with_its_leader(cluster: Cluster, hosts: 
 
 async def test_a_host_that_is_killed_under_load_loses_nothing(hosts: StartHost, function: Server) -> None:
     """What it ran, and only that, may run twice."""
-    pair = [await hosts(one_function(function, MANY)) for _ in range(2)]
+    pair = [await hosts(one_function(function, MANY + at)) for at in (KEPT.format(free_address()), "")]
     async with Load(*pair) as load:
         for _ in range(3):
             await load.more()
             await pair[0].kill()
-            await pair[0].start(same_port=True)
+            await pair[0].start()
         await load.more()
     await all_ended_well(pair[1], load, function, twice=3 * 16)
 
 
 async def test_a_host_that_stops_under_load_loses_and_repeats_nothing(hosts: StartHost, function: Server) -> None:
     """An orderly stop waits for what runs; what it has not begun runs elsewhere."""
-    pair = [await hosts(one_function(function, MANY)) for _ in range(2)]
+    pair = [await hosts(one_function(function, MANY + at)) for at in (KEPT.format(free_address()), "")]
     async with Load(*pair) as load:
         for _ in range(3):
             await load.more()
             assert await pair[0].terminate() == 0
-            await pair[0].start(same_port=True)
+            await pair[0].start()
         await load.more()
     await all_ended_well(pair[1], load, function)
 
@@ -901,7 +903,7 @@ class Stage:
         for host in self.hosts:
             await host.close()
         await self.network.close()
-        await asyncio.gather(self.server.close(), self.function.stop(), self.sink.stop())
+        await asyncio.gather(self.server.close(), self.function.close(), self.sink.close())
 
     async def calls(self) -> list[dict[str, Any]]:
         """The records of all calls but the one that prepared it, as the second host sees them."""

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 from aiohttp import web
 from browser import CHROMIUM, DRIVER, Browser, chromium
-from conftest import SCRIPT, Daemon, Gate, Request, Server, StartDaemon, answer, ask, run
+from conftest import SCRIPT, Daemon, Gate, Request, Server, StartDaemon, answer, ask, free_address, run
 from jetstream import StartHost
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
@@ -162,7 +162,8 @@ async def browser(driver: webdriver.Chrome) -> AsyncIterator[Browser]:
 @pytest.fixture
 async def page(browser: Browser, daemon: StartDaemon, function: Server) -> Page:
     """The page of a daemon whose function `it` is the test's server."""
-    return Page(browser, await daemon(SETTINGS.format(url=function.url), before="faasd_async.PING_S = 0.1"))
+    kept = f'{SETTINGS.format(url=function.url)}[gateway]\nlisten = "{free_address()}"\n'
+    return Page(browser, await daemon(kept, before="faasd_async.PING_S = 0.1"))
 
 
 @pytest.fixture
@@ -279,7 +280,7 @@ async def test_a_daemon_that_comes_back_is_shown_again(page: Page) -> None:
     await gateway.terminate()
     await browser.shows("doesn't answer", "#notice")
     assert await page.states() == ["delayed"]
-    await gateway.start(same_port=True)
+    await gateway.start()
     await gateway.submit("it", X_Delay="1h")
     await page.rows(2)
     await browser.shows("live", "#live")

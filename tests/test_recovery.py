@@ -299,8 +299,8 @@ async def test_an_address_that_is_not_there_yet_is_worth_another_try(daemon: Sta
 
 async def test_a_port_that_is_still_in_use_is_worth_another_try(daemon: StartDaemon) -> None:
     """Also where it is one of several addresses; once it is free, the daemon starts."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    address = free_address()
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
         gateway = await daemon(f'[gateway]\nlisten = ["127.0.0.1:0", "{address}"]', start=False)
         await refuses_for_now(gateway, address)
     await gateway.start()
