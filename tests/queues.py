@@ -53,7 +53,7 @@ REQUESTS = "faas-request"
 
 # How long anything that is waited for may take before the test fails. Never reached when all is
 # well.
-PATIENCE = 20.0
+PATIENCE = 30.0
 
 ANSWER_HEADERS = ((b"Content-Type", b"text/plain"), (b"X-Twice", b"1"), (b"X-Twice", b"2"))
 OK = Outcome(200, True, 0.25, ANSWER_HEADERS, b"done", 4)

@@ -144,8 +144,9 @@ async def test_one_acknowledgement_can_be_swallowed(
     await publish(client, number)
     with pytest.raises(NoAnswer):
         await client.jetstream().publish("work.a", b"x", timeout=0.2)
-    assert len(network.swallowed) == 1
+    await network.until(lambda: network.swallowed, "the acknowledgement")
     await publish(client)
+    assert len(network.swallowed) == 1
     assert await stored(server) == number + 2
 
 
