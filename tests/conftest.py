@@ -822,12 +822,13 @@ class Server:
             self._news.notify_all()
 
     async def until(self, condition: Callable[[], bool], what: str = "condition") -> None:
-        """Wait until `condition`, which is about this server's attributes, holds."""
+        """Wait until `condition`, which is about this server's attributes, holds; for longer while requests come."""
+        deadline = time.monotonic() + 10 * PATIENCE
         async with self._news:
-            try:
-                await asyncio.wait_for(self._news.wait_for(condition), PATIENCE)
-            except TimeoutError:
-                raise AssertionError(f"{what} not met with {len(self.requests)} requests") from None
+            with contextlib.suppress(TimeoutError):
+                while not condition() and time.monotonic() < deadline:
+                    await asyncio.wait_for(self._news.wait(), PATIENCE)
+        assert condition(), f"{what} not met with {len(self.requests)} requests"
 
     async def wait_for(self, number: int) -> list[Request]:
         """The requests as soon as there are at least `number` of them."""
