@@ -5103,10 +5103,16 @@ def next_start_at(file: SqliteFile, name: str, rate: Rate, now: float) -> float:
     return first_start(rate, file.index.next_starts.get(name, 0.0), now)
 
 
-def count_starts(file: SqliteFile, name: str, rate: Rate, number: int, now: float) -> None:
-    """Count calls of a queue or lane as started now."""
+def note_starts(file: SqliteFile, name: str, rate: Rate, number: int, now: float) -> float:
+    """Note in memory that calls of a queue or lane start now; when the next one may."""
     at = next_start(rate, file.index.next_starts.get(name, 0.0), number, now)
     file.index.next_starts[name] = at
+    return at
+
+
+def count_starts(file: SqliteFile, name: str, rate: Rate, number: int, now: float) -> None:
+    """Count calls of a queue or lane as started now."""
+    at = note_starts(file, name, rate, number, now)
     file.db.execute(SAVE_START, (name, at))
 
 
@@ -5152,8 +5158,7 @@ def step_start(file: SqliteFile, lane: str, rate: Rate) -> float:
     """See WorkQueue.start. It is on disk with the next queued call of the function that starts."""
     now = time.time()
     if starts_left(file, lane, rate, now):
-        at = next_start(rate, file.index.next_starts.get(lane, 0.0), 1, now)
-        file.index.next_starts[lane] = at
+        note_starts(file, lane, rate, 1, now)
         return 0.0
     return next_start_at(file, lane, rate, now) - now
 
@@ -5623,8 +5628,10 @@ def step_claim(
     count_claims(file, queue, claims, rates, now)
     lanes = index.lanes[queue]
     next_at = lanes.next_at()
+    # What is due now was left because of `limit`: of that nobody has to be told.
     wakes = [next_at if next_at > now else float("inf")]
-    if lanes.total and len(claims) == most < limit:
+    at_its_rate = most < limit and len(claims) == most  # The queue's own rate has left the rest.
+    if at_its_rate and lanes.total:
         wakes.append(next_start_at(file, queue, rates[""], now))
     for lane in held:
         at = file.head(queue, lane)
