@@ -14722,7 +14722,7 @@ class Peer:
 
 
 class Pool:
-    """Peers by origin; of many, those that were met last."""
+    """Peers by origin; of many, those that were first met last."""
 
     def __init__(self) -> None:
         self._peers: OrderedDict[Origin, Peer] = OrderedDict()
@@ -17379,9 +17379,7 @@ class Running:
 class Consumer:
     """Claims the work of one queue, and runs it. It has a free slot before it claims."""
 
-    def __init__(
-        self, name: str, queue: WorkQueue, job: Job, busy: Callable[[], int] = lambda: 1
-    ) -> None:
+    def __init__(self, name: str, queue: WorkQueue, job: Job, busy: Callable[[], int]) -> None:
         self.name = name
         self._queue = queue
         self._job = job

@@ -505,7 +505,7 @@ async def test_an_end_is_stored_though_a_cancellation_comes_with_it(store: type[
     async with open_bench(Bench, store, tmp_path) as bench:
         await bench.enqueue("a")
         job = OneAttempt()
-        consumer = Consumer(REQUESTS, bench.queue, job)
+        consumer = Consumer(REQUESTS, bench.queue, job, busy=lambda: 1)
         claim = await asyncio.wait_for(job.begun, PATIENCE)
         job.end(OK)
         consumer.cancel(claim.receipt)
