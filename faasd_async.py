@@ -16476,10 +16476,9 @@ def kept_headers(headers: Headers) -> Headers:
     return tuple(forward_headers(headers, CONTENT_LENGTH))
 
 
-def unanswered(exc: RequestFailed, who: str, duration_s: float) -> Outcome:
-    """The outcome of an attempt that got no answer."""
-    error = f"{who} {exc.text}"
-    return Outcome(exc.status, False, duration_s, error=error, answered=False, final=exc.final)
+def unanswered(status: int, error: str, duration_s: float = 0.0, final: bool = False) -> Outcome:
+    """The outcome of an attempt that got no answer; `status` stands for that."""
+    return Outcome(status, False, duration_s, error=error, answered=False, final=final)
 
 
 # How many bytes of an answer are kept, by whether it is a success, and whether it has to be whole;
@@ -16554,8 +16553,8 @@ class FunctionCaller:
                     ok = succeeded(function, response.status)
                     body, size = await response.read(*keep(ok), tell)
         except RequestFailed as exc:
-            who = f"function {function.name}"
-            return unanswered(exc, who, time.monotonic() - started)
+            error = f"function {function.name} {exc.text}"
+            return unanswered(exc.status, error, time.monotonic() - started, exc.final)
         return self._outcome(function, response, ok, body, size, started)
 
     def plain_outcome(
@@ -16899,7 +16898,7 @@ class Invoking:
             job.limits.rest(claim.lane, RETRY_STORE_S)
             return None
         except HttpError as exc:  # It can't be woken.
-            return Outcome(exc.status, False, 0.0, error=exc.text, answered=False)
+            return unanswered(exc.status, exc.text)
 
     async def _until_ready(self) -> Function | None:
         """The function, once it may run. None: it does not exist."""
@@ -16924,11 +16923,10 @@ class Invoking:
         """
         claim = self._claim
         if not self._job.shared:
-            error = f"function {claim.function} does not exist any more"
-            return Outcome(404, False, 0.0, error=error, answered=False)
+            return unanswered(404, f"function {claim.function} does not exist any more")
         self._job.limits.rest(claim.lane, UNKNOWN_S)
-        error = f"function {claim.function} does not exist at host {socket.gethostname()}"
-        return Outcome(502, False, 0.0, error=error, answered=False)
+        host = socket.gethostname()
+        return unanswered(502, f"function {claim.function} does not exist at host {host}")
 
     async def _run(self, function: Function) -> Outcome:
         job = self._job
@@ -17202,7 +17200,8 @@ class Delivering:
             self._job.failed(self._claim.lane)
             forbidden = exc.kind is FailureKind.FORBIDDEN
             who = "callbacks" if forbidden else "the callback URL"
-            return unanswered(exc, who, time.monotonic() - self._started)
+            duration_s = time.monotonic() - self._started
+            return unanswered(exc.status, f"{who} {exc.text}", duration_s, exc.final)
 
     async def _deliver(self) -> tuple[int, Headers]:
         """Status and headers of the receiver's answer. Raises RequestFailed, Shortage.
@@ -17534,7 +17533,7 @@ class Consumer:
             pass  # by `stop`; or by `cancel`, and then the queue refuses what follows
         except Exception:
             log.exception("attempt of call %s failed in this program itself", claim.call_id)
-            outcome = Outcome(500, False, 0.0, error="internal error", answered=False)
+            outcome = unanswered(500, "internal error")
         self._ended(claim, outcome)
 
     def _ended(self, claim: Claim, outcome: Outcome | None) -> None:
