@@ -23121,7 +23121,8 @@ class Client:
         if response.status >= 300:
             reason = refusal.decode(errors="replace").strip()
             if place := response.getheader("Location"):  # such as a proxy's that wants https
-                reason = f"{self._url} redirects to {place}"
+                code = f"{response.status} {response.reason}"
+                reason = f"{self._url} answered {code}, which leads to {place}"
             raise HttpError(response.status, reason or f"{response.status} {response.reason}")
 
     def _connect(self) -> http.client.HTTPConnection:

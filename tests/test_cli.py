@@ -628,9 +628,10 @@ async def test_a_daemon_is_found_behind_a_proxy_that_speaks_tls(cli: Cli, tmp_pa
 
 async def test_a_redirect_is_told_and_not_followed(function: Server) -> None:
     """A proxy may want https: the body of a POST would be lost on the way."""
-    function.behaviour = answer(308, b"<html>", Location="https://functions.example/system/queues")
+    place = "https://functions.example/system/queues"
+    function.behaviour = answer(308, b"<html>", Location=place)
     done = await faasd("queues", "--url", function.url)
-    told = f"faasd-async: {function.url} redirects to https://functions.example/system/queues\n"
+    told = f"faasd-async: {function.url} answered 308 Permanent Redirect, which leads to {place}\n"
     assert (done.code, done.err) == (1, told)
 
 
