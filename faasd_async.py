@@ -18489,7 +18489,11 @@ def refusal(exc: HttpProcessingError) -> bytes:
 def address_of(transport: asyncio.BaseTransport) -> str | None:
     """The address of a client; None: it has come through a Unix socket."""
     peer = transport.get_extra_info("peername")
-    return peer[0] if isinstance(peer, tuple) else None
+    if not isinstance(peer, tuple):
+        return None
+    host: str = peer[0]
+    # A socket that takes both, such as one of systemd's, writes IPv4 so (RFC 4291 2.5.5.2).
+    return host.removeprefix("::ffff:") if "." in host else host
 
 
 async def discard_rest(content: Content) -> None:

@@ -188,6 +188,19 @@ async def test_a_program_does_not_inherit_the_sockets(daemon: StartDaemon, held:
     assert await gateway.terminate() == 0
 
 
+async def test_a_socket_for_both_kinds_of_addresses_shows_neither(daemon: StartDaemon, function: Server) -> None:
+    """`ListenStream=8080` is one: functions are told an IPv4 address in its own form all the same."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        await activated(daemon, listener, f'[functions.it]\nurl = "{function.url}"')
+        port = listener.getsockname()[1]
+        for url, address in ((f"http://127.0.0.1:{port}", "127.0.0.1"), (f"http://[::1]:{port}", "::1")):
+            for route, status in (("function", 200), ("async-function", 202)):
+                number = len(function.requests)
+                assert (await ask(url, f"/{route}/it", method="POST")).status == status
+                called = (await function.wait_for(number + 1))[number]
+                assert called.headers["X-Forwarded-For"] == address
+
+
 async def test_the_real_socket_activation_works(daemon: StartDaemon, function: Server) -> None:
     """systemd's own tool listens; the first client starts the daemon and is answered by it."""
     address = free_address()
