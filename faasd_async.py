@@ -22531,8 +22531,11 @@ def unlink_left_over(path: Path) -> None:
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
-def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
-    """The sockets of one address of gateway.listen; files get this mode. Raises OSError."""
+def bound_sockets(address: str, mode: int, alone: bool) -> Iterator[socket.socket]:
+    """The sockets of one address of gateway.listen; files get this mode. Raises OSError.
+
+    An address that is `alone` on its port may be for IPv4, too: [::] is.
+    """
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:"))
         unlink_left_over(path)
@@ -22552,7 +22555,8 @@ def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
             continue
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            both = host == "[::]" and alone
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
         sock.bind(name)
         yield sock
 
@@ -22560,9 +22564,11 @@ def bound_sockets(address: str, mode: int) -> Iterator[socket.socket]:
 def new_sockets(config: GatewayConfig) -> list[socket.socket]:
     """The sockets of gateway.listen. Raises ListenError; ConfigError if no restart would help."""
     sockets: list[socket.socket] = []
+    ports = Counter(address.rpartition(":")[2] for address in config.listen)
     for address in config.listen:
+        alone = ports[address.rpartition(":")[2]] == 1
         try:
-            sockets += bound_sockets(address, config.socket_mode)
+            sockets += bound_sockets(address, config.socket_mode, alone)
         except OSError as exc:
             line = f"gateway.listen: {address}: {exc.strerror or exc}"
             if isinstance(exc, PermissionError):  # such as a port below 1024: it will not be right

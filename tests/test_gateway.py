@@ -25,10 +25,12 @@ from conftest import (
     Reply,
     Request,
     Server,
+    ServiceManager,
     StartDaemon,
     answer,
     ask,
     connection,
+    free_address,
     never,
     parse,
     raw,
@@ -234,6 +236,21 @@ async def test_the_clients_address_is_appended_to_the_forwarded_ones(gateway: Da
     for call in await both_ways(gateway, function, "X-Forwarded-For: 192.0.2.7"):
         first, last = ", ".join(call.request.headers.getall("X-Forwarded-For")).split(", ")
         assert (first, last.split(":")[0]) == ("192.0.2.7", "127.0.0.1")
+
+
+@pytest.mark.parametrize("hosts", [["[::]"], ["0.0.0.0", "[::]"], ["[::]", "127.0.0.1"], [""]])
+async def test_all_addresses_are_those_of_ipv4_too(
+    daemon: StartDaemon, function: Server, systemd: ServiceManager, hosts: list[str]
+) -> None:
+    """[::] is both, as for systemd and Go, unless something else in the list has the port."""
+    port = free_address().rpartition(":")[2]
+    listen = json.dumps([f"{host}:{port}" for host in hosts])
+    settings = f'[gateway]\nlisten = {listen}\n[functions.it]\nurl = "{function.url}"'
+    gateway = await daemon(settings, env={"NOTIFY_SOCKET": str(systemd.path)}, start=False)
+    await gateway.spawn()
+    await systemd.wait_for("READY=1")
+    for url in (f"http://127.0.0.1:{port}", f"http://[::1]:{port}"):
+        assert (await ask(url, "/function/it")).status == 200
 
 
 async def test_the_host_that_was_asked_is_forwarded(gateway: Daemon, function: Server) -> None:
