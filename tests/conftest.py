@@ -43,6 +43,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from forkserver import Forked, ForkServer
+from hypothesis import HealthCheck, settings
 from multidict import CIMultiDict
 
 from faasd_async import import_libraries
@@ -64,6 +65,12 @@ import_libraries()  # Many tests use parts of the daemon.
 
 # The tests that take long, marked so, run only when somebody asks for them.
 LONG_TESTS = bool(os.environ.get("FAASD_ASYNC_LONG_TESTS"))
+
+# What hypothesis tries is the same each time, and may take as long as the machine needs to make it up.
+settings.register_profile(
+    "house", derandomize=not LONG_TESTS, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("house")
 
 # How long anything that is waited for may take before the test fails. Never reached when all is
 # well, so it is long enough for a busy machine, and no test depends on its value.
