@@ -8394,6 +8394,7 @@ class NatsLink:
     """
 
     def __init__(self, config: NatsConfig) -> None:
+        self.stream = config.stream  # all that is stored is in this one
         self._config = config
         self._client: nats.aio.client.Client | None = None  # until it is closed
         self._reader: NatsReader  # these, of the client
@@ -8551,15 +8552,6 @@ class NatsLink:
             self._answers.forget(number)
             raise
         return answer
-
-    async def gather(self, subject: str, payload: bytes) -> list[NatsMessage]:
-        """Publish, and wait for all answers. NatsRefused: TOO_MANY, or nobody answers."""
-        many: list[NatsMessage] = []
-        end = await self.request(subject, payload, many=many)
-        if end.status not in NO_MORE:
-            reason = end.headers.get("Description") or "nobody answers for the stream"
-            raise NatsRefused(int(end.status), f"messages can't be read: {reason}")
-        return many
 
     async def api(self, verb: str, body: object = None) -> dict[str, Any]:
         """A request of JetStream's API, and its answer. Raises NatsRefused, StoreError."""
@@ -8826,6 +8818,11 @@ async def ensure_stream(link: NatsLink, config: NatsConfig) -> str:
     return str(there["metadata"][TIMED_SINCE])
 
 
+async def stream_state(link: NatsLink) -> dict[str, Any]:
+    """How much the stream has, as servers say it."""
+    return dict((await link.api(f"STREAM.INFO.{link.stream}"))["state"])
+
+
 async def sync_promise(link: NatsLink, config: NatsConfig) -> tuple[bool, str]:
     """Whether accepted calls survive a power cut, as far as can be known, and why.
 
@@ -8858,6 +8855,128 @@ async def check_promise(link: NatsLink, config: NatsConfig) -> str | None:
         raise ConfigError([f"nats.require_sync: {why}"])
     log.log(logging.INFO if safe else logging.WARNING, "NATS: %s", why)
     return None if safe else why
+
+
+# --- NATS documents -------------------------------------------------------------------------------
+# Single messages: the last one of a subject, and those that are none of ours.
+
+
+class Note(NamedTuple):
+    """A small document, and the sequence that a write over it has to name."""
+
+    seq: int
+    document: dict[str, Any]
+
+
+class StoredMessage(NamedTuple):
+    """A message as the stream has it."""
+
+    subject: str
+    seq: int
+    data: bytes
+
+
+def stored_message(message: NatsMessage) -> StoredMessage:
+    """A stored message that a server has sent because it was asked for it."""
+    headers = message.headers
+    return StoredMessage(headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data)
+
+
+async def direct_message(link: NatsLink, **body: object) -> StoredMessage | None:
+    """The one stored message that any server of the stream gives for this request; None: none.
+
+    Raises StoreError.
+    """
+    place = f"$JS.API.DIRECT.GET.{link.stream}"
+    message = await link.request(place, json.dumps(body).encode())
+    if not message.status:
+        return stored_message(message)
+    if message.status == "404":
+        return None
+    reason = message.headers.get("Description") or "nobody answers for the stream"
+    raise StoreError(f"NATS: {reason}")
+
+
+async def direct_messages(link: NatsLink, **body: object) -> list[NatsMessage]:
+    """The stored messages that any server of the stream gives for this request.
+
+    NatsRefused: TOO_MANY, or nobody answers.
+    """
+    many: list[NatsMessage] = []
+    place = f"$JS.API.DIRECT.GET.{link.stream}"
+    end = await link.request(place, json.dumps(body).encode(), many=many)
+    if end.status not in NO_MORE:
+        reason = end.headers.get("Description") or "nobody answers for the stream"
+        raise NatsRefused(int(end.status), f"messages can't be read: {reason}")
+    return many
+
+
+async def next_message(link: NatsLink, pattern: str, first_seq: int = 1) -> StoredMessage | None:
+    """The first message with this sequence or a later one whose subject matches."""
+    return await direct_message(link, next_by_subj=pattern, seq=first_seq)
+
+
+async def last_message(link: NatsLink, subject: str, direct: bool) -> StoredMessage | None:
+    """The last message of a subject.
+
+    Not `direct`: the leader answers, which knows of all that was stored.
+    """
+    if direct:
+        return await direct_message(link, last_by_subj=subject)
+    try:
+        answer = await link.api(f"STREAM.MSG.GET.{link.stream}", {"last_by_subj": subject})
+    except NatsRefused as exc:
+        if exc.code in NOT_THERE:
+            return None
+        raise
+    found = answer["message"]
+    return StoredMessage(found["subject"], found["seq"], base64.b64decode(found.get("data", "")))
+
+
+async def delete_message(link: NatsLink, seq: int) -> None:
+    """Delete exactly this message, if it is there.
+
+    A purge of its subject would not do: the server then forgets which other messages of the same
+    consumer were given back, until their leases run out.
+    """
+    with contextlib.suppress(NatsRefused):
+        await link.api(f"STREAM.MSG.DELETE.{link.stream}", {"seq": seq, "no_erase": True})
+
+
+def tell_set_aside(metrics: Metrics, subject: str, why: object, kind: str = "none of ours") -> None:
+    """Log and count a message that nobody can do anything with."""
+    log.error("NATS: a message on %s is %s: set aside: %s", subject, kind, why)
+    metrics.set_aside.inc()
+
+
+class NatsStrays:
+    """Sets aside messages that are none of ours: they are logged, counted and deleted."""
+
+    def __init__(self, link: NatsLink, subjects: NatsSubjects, metrics: Metrics) -> None:
+        self._link = link
+        self._metrics = metrics
+        self._records = subjects.every("call")[:-1]
+
+    async def call(self, subject: str, seq: int, data: bytes) -> Stored | None:
+        """The call in a message; None: there is none, and the message is set aside."""
+        try:
+            return unpack_call(data, seq if subject.startswith(self._records) else None)
+        except ValueError as exc:
+            await self.set_aside(subject, seq, exc)
+            return None
+
+    async def note(self, subject: str, seq: int, data: bytes, names: Iterable[str]) -> Note | None:
+        """The note in a message, with these keys; None: there is none, and it is set aside."""
+        try:
+            return Note(seq, unpack_note(data, names))
+        except ValueError as exc:
+            await self.set_aside(subject, seq, exc)
+            return None
+
+    async def set_aside(self, subject: str, seq: int, why: object) -> None:
+        """Log, count and delete a message that nobody can do anything with."""
+        tell_set_aside(self._metrics, subject, why)
+        await delete_message(self._link, seq)
 
 
 # --- NATS lanes -----------------------------------------------------------------------------------
@@ -9249,10 +9368,9 @@ async def gather_all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
 class NatsPulls:
     """Asks consumers for messages."""
 
-    def __init__(self, link: NatsLink, stream: str) -> None:
+    def __init__(self, link: NatsLink) -> None:
         self.inbox = f"_INBOX.{new_id()}"  # consumer and number follow
         self._link = link
-        self._stream = stream
         self._count = 0
 
     def number(self) -> str:
@@ -9262,7 +9380,7 @@ class NatsPulls:
 
     async def ask(self, lane: NatsLane, number: str, body: object) -> None:
         """Ask the consumer of a lane for messages."""
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{lane.consumer}"
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._link.stream}.{lane.consumer}"
         reply = f"{self.inbox}.{lane.consumer}.{number}"
         self._link.send(subject, json.dumps(body).encode(), reply)
 
@@ -9320,9 +9438,8 @@ class NatsLanes:
         self._link = link
         self._settings = settings
         self._wake = wake
-        self.stream = settings().nats.stream
         self._replies = replies
-        self._pulls = NatsPulls(link, self.stream)
+        self._pulls = NatsPulls(link)
         self._started = False
 
     async def start(self) -> None:
@@ -9556,22 +9673,22 @@ def consumer_differences(
     ]
 
 
-async def delete_consumer(link: NatsLink, stream: str, name: str) -> None:
+async def delete_consumer(link: NatsLink, name: str) -> None:
     """Delete a consumer, if it is there. Raises StoreError."""
     try:
-        await link.api(f"CONSUMER.DELETE.{stream}.{name}")
+        await link.api(f"CONSUMER.DELETE.{link.stream}.{name}")
     except NatsRefused as exc:
         if exc.code not in NOT_THERE:
             raise
 
 
-async def is_gone(link: NatsLink, stream: str, name: str) -> bool:
+async def is_gone(link: NatsLink, name: str) -> bool:
     """Whether an unlisted consumer is really gone: pages of the list shift while others are made.
 
     Raises StoreError.
     """
     try:
-        await link.api(f"CONSUMER.INFO.{stream}.{name}")
+        await link.api(f"CONSUMER.INFO.{link.stream}.{name}")
     except NatsRefused as exc:
         if exc.code in NOT_THERE:
             return True
@@ -9594,7 +9711,6 @@ class NatsConsumers:
         self._subjects = subjects
         self._settings = settings
         self._lanes = lanes
-        self._stream = settings().nats.stream
         self._known: dict[str, float] = {}  # consumers that are there, and their leases
         self._looks: dict[str, Mapping[str, Any]] = {}  # their settings when these were right last
         self._paused: set[str] = set()  # by an administrator
@@ -9629,10 +9745,10 @@ class NatsConsumers:
             if exc.code in (0, *NOT_THERE):
                 raise
             if exc.code != OTHER_CONSUMER:
-                place = f"consumer {consumer} of stream {self._stream} can't be made"
-                how = f"see who is in its place: nats consumer ls {self._stream}"
+                place = f"consumer {consumer} of stream {self._link.stream} can't be made"
+                how = f"see who is in its place: nats consumer ls {self._link.stream}"
                 raise NatsRefused(exc.code, f"{place} ({exc}); {how}") from None
-            there = await self._link.api(f"CONSUMER.INFO.{self._stream}.{consumer}")
+            there = await self._link.api(f"CONSUMER.INFO.{self._link.stream}.{consumer}")
             await self._agree(there["config"], config)
         self._known[consumer] = lease
         if root == "work":
@@ -9640,13 +9756,13 @@ class NatsConsumers:
 
     async def _write(self, config: Mapping[str, Any], action: str) -> None:
         """Make a consumer or change it: a server does either, unless it is told which."""
-        body = {"stream_name": self._stream, "config": config, "action": action}
+        body = {"stream_name": self._link.stream, "config": config, "action": action}
         name = config["durable_name"]
-        await self._link.api(f"CONSUMER.DURABLE.CREATE.{self._stream}.{name}", body)
+        await self._link.api(f"CONSUMER.DURABLE.CREATE.{self._link.stream}.{name}", body)
 
     def _check(self, has: Mapping[str, Any], wants: Mapping[str, Any]) -> None:
         """Raise ConfigError for a consumer that keeps calls back."""
-        if differences := consumer_differences(self._stream, has, wants):
+        if differences := consumer_differences(self._link.stream, has, wants):
             raise ConfigError(differences)
         self._looks[wants["durable_name"]] = has
 
@@ -9671,14 +9787,14 @@ class NatsConsumers:
         silent: set[str] = set()  # those that are there, and have no leader just now
         offset, total = 0, 1
         while offset < total:
-            answer = await self._link.api(f"CONSUMER.LIST.{self._stream}", {"offset": offset})
+            answer = await self._link.api(f"CONSUMER.LIST.{self._link.stream}", {"offset": offset})
             consumers |= {info["name"]: info for info in answer["consumers"] or ()}
             silent.update(answer.get("missing") or ())
             offset, total = offset + max(1, answer["limit"]), answer["total"]
         consumers = {name: info for name, info in consumers.items() if OWN_CONSUMER.fullmatch(name)}
         self._tell_paused({name for name, info in consumers.items() if info.get("paused")})
         missing = self._known.keys() - consumers.keys() - silent
-        gone = {name for name in missing if await is_gone(self._link, self._stream, name)}
+        gone = {name for name in missing if await is_gone(self._link, name)}
         for lane in {nats_name(name.split("+")[2]) for name in gone if RECEIVER.match(name)}:
             async with self._making:  # Another daemon has retired it.
                 for name in await self._let_go(CALLBACKS, lane):
@@ -9706,7 +9822,7 @@ class NatsConsumers:
     def _tell_paused(self, paused: set[str]) -> None:
         """Log once which consumers an administrator has paused."""
         for name in sorted(paused - self._paused):
-            how = resume_consumer(self._stream, name)
+            how = resume_consumer(self._link.stream, name)
             log.warning("NATS: consumer %s is paused on the server, its calls wait: %s", name, how)
         for name in sorted(self._paused - paused):
             log.info("NATS: consumer %s is not paused any more", name)
@@ -9716,7 +9832,7 @@ class NatsConsumers:
         """See QueueStats."""
         why = "consumer %s, which is paused on the NATS server: %s"
         return {
-            lane.name: why % (lane.consumer, resume_consumer(self._stream, lane.consumer))
+            lane.name: why % (lane.consumer, resume_consumer(self._link.stream, lane.consumer))
             for lane in lanes
             if lane.consumer in self._paused
         }
@@ -9731,7 +9847,7 @@ class NatsConsumers:
             for root in ("later", "work"):
                 consumer = consumer_name(root, queue, name)
                 self._known.pop(consumer, None)
-                await delete_consumer(self._link, self._stream, consumer)
+                await delete_consumer(self._link, consumer)
             await self._let_go(queue, name)
 
     async def _let_go(self, queue: str, name: str) -> Sequence[str]:
@@ -9751,9 +9867,7 @@ class NatsConsumers:
 
     async def _has_messages(self, queue: str, name: str) -> bool:
         for root in ("work", "later"):
-            body = {"next_by_subj": self._subjects.lane(root, queue, name), "seq": 1}
-            place = f"$JS.API.DIRECT.GET.{self._stream}"
-            if (await self._link.request(place, json.dumps(body).encode())).status != "404":
+            if await next_message(self._link, self._subjects.lane(root, queue, name)):
                 return True
         return False
 
@@ -9814,14 +9928,12 @@ def named_subjects(answer: bytes) -> Iterator[tuple[str, int]]:
             yield match[1].decode(), int(match[2])
 
 
-async def subject_counts(
-    link: NatsLink, stream: str, pattern: str
-) -> AsyncIterator[tuple[str, int]]:
+async def subject_counts(link: NatsLink, pattern: str) -> AsyncIterator[tuple[str, int]]:
     """The subjects that match a pattern, and how many messages each has."""
     offset = 0
     while True:
         body = json.dumps({"subjects_filter": pattern, "offset": offset}).encode()
-        message = await link.request(f"$JS.API.STREAM.INFO.{stream}", body)
+        message = await link.request(f"$JS.API.STREAM.INFO.{link.stream}", body)
         before = offset
         for named in named_subjects(message.data):
             offset += 1
@@ -9880,10 +9992,9 @@ def announced(messages: Sequence[NatsMessage]) -> int:
 class NatsBlocks:
     """Finds messages of calls by the time in their ids."""
 
-    def __init__(self, link: NatsLink, subjects: NatsSubjects, stream: str) -> None:
+    def __init__(self, link: NatsLink, subjects: NatsSubjects) -> None:
         self._link = link
         self._subjects = subjects
-        self.stream = stream
 
     def _patterns(self, scope: Scope, times: Sequence[str]) -> list[str]:
         return [
@@ -9893,15 +10004,12 @@ class NatsBlocks:
             for time in times
         ]
 
-    async def gather(self, **body: object) -> list[NatsMessage]:
-        """Messages as they are stored. NatsRefused: more match than a server gives at once."""
-        place = f"$JS.API.DIRECT.GET.{self.stream}"
-        return await self._link.gather(place, json.dumps(body).encode())
-
     async def _count(self, scope: Scope, times: Sequence[str]) -> float:
         """How many messages match; infinity: more than a server gives at once."""
         try:
-            found = await self.gather(multi_last=self._patterns(scope, times), batch=1)
+            found = await direct_messages(
+                self._link, multi_last=self._patterns(scope, times), batch=1
+            )
         except NatsRefused as exc:
             if exc.code != TOO_MANY:
                 raise
@@ -9947,7 +10055,7 @@ class NatsBlocks:
         """
         if not scope.lanes:
             return
-        state = (await self._link.api(f"STREAM.INFO.{self.stream}"))["state"]
+        state = await stream_state(self._link)
         is_small = state.get("num_subjects", 0) <= SMALL_STORE
         may_be_few = is_small or scope.lanes != ("*",) or "call" not in scope.roots
         weight = await self._weigh(scope, "", most) if may_be_few else math.inf
@@ -9999,9 +10107,9 @@ class NatsBlocks:
         """The messages of a block. If some move while they are read, it is read once more."""
         patterns = self._patterns(scope, block_times(block))
         try:
-            found = await self.gather(multi_last=patterns)
+            found = await direct_messages(self._link, multi_last=patterns)
             if len(found) < announced(found):
-                found = await self.gather(multi_last=patterns)
+                found = await direct_messages(self._link, multi_last=patterns)
             return found
         except NatsRefused as exc:
             if exc.code != TOO_MANY:
@@ -10009,12 +10117,14 @@ class NatsBlocks:
         subjects = [subject async for subject, _ in self._names(scope, block)]
         found = []
         for begin in range(0, len(subjects), NAMED_SUBJECTS):
-            found += await self.gather(multi_last=subjects[begin : begin + NAMED_SUBJECTS])
+            found += await direct_messages(
+                self._link, multi_last=subjects[begin : begin + NAMED_SUBJECTS]
+            )
         return found
 
     async def _names(self, scope: Scope, block: str) -> AsyncIterator[tuple[str, int]]:
         for pattern in self._patterns(scope, block_times(block)):
-            async for named in subject_counts(self._link, self.stream, pattern):
+            async for named in subject_counts(self._link, pattern):
                 yield named
 
     async def names(self, root: str, queue: str = "*") -> AsyncIterator[tuple[str, int]]:
@@ -10027,17 +10137,12 @@ class NatsBlocks:
             async for named in self._names(scope, block):
                 yield named
         if self._subjects.since:
-            async for named in subject_counts(
-                self._link, self.stream, self._subjects.untimed(root)
-            ):
+            async for named in self.older(root):
                 yield named
 
-    async def older(self, root: str) -> AsyncIterator[str]:
-        """The subjects of messages with a root of calls that an earlier version has stored."""
-        async for subject, _ in subject_counts(
-            self._link, self.stream, self._subjects.untimed(root)
-        ):
-            yield subject
+    def older(self, root: str) -> AsyncIterator[tuple[str, int]]:
+        """As `names`, of calls that an earlier version has stored."""
+        return subject_counts(self._link, self._subjects.untimed(root))
 
     def span(self, first_at: float = 0.0, last_at: float = END_OF_TIME) -> Span:
         """The times that ids of calls may have which were accepted between these two."""
@@ -10049,98 +10154,14 @@ class NatsBlocks:
         """The tokens of the lanes that a function has, in any namespace."""
         names: list[str] = []
         while True:
-            answer = await self._link.api(f"CONSUMER.NAMES.{self.stream}", {"offset": len(names)})
+            answer = await self._link.api(
+                f"CONSUMER.NAMES.{self._link.stream}", {"offset": len(names)}
+            )
             names.extend(answer["consumers"] or ())
             if not answer["consumers"] or len(names) >= answer["total"]:
                 break
         lanes = {name.split("+")[2] for name in names if OWN_CONSUMER.fullmatch(name)}
         return sorted(one for one in lanes if nats_name(one).rpartition(".")[0] == function)
-
-
-# --- NATS documents -------------------------------------------------------------------------------
-# Single messages: the last one of a subject, and those that are none of ours.
-
-
-class Note(NamedTuple):
-    """A small document, and the sequence that a write over it has to name."""
-
-    seq: int
-    document: dict[str, Any]
-
-
-async def last_message(
-    link: NatsLink, stream: str, subject: str, direct: bool
-) -> tuple[str, int, bytes] | None:
-    """The last message of a subject: its own subject, sequence and bytes.
-
-    Not `direct`: the leader answers, which knows of all that was stored.
-    """
-    body = json.dumps({"last_by_subj": subject}).encode()
-    if direct:
-        message = await link.request(f"$JS.API.DIRECT.GET.{stream}", body)
-        headers = message.headers
-        if status := headers.get("Status"):
-            if status == "404":
-                return None
-            raise StoreError(f"NATS: {headers.get('Description', status)}")
-        return headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data
-    try:
-        answer = await link.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject})
-    except NatsRefused as exc:
-        if exc.code in NOT_THERE:
-            return None
-        raise
-    found = answer["message"]
-    return found["subject"], found["seq"], base64.b64decode(found.get("data", ""))
-
-
-async def delete_message(link: NatsLink, stream: str, seq: int) -> None:
-    """Delete exactly this message, if it is there.
-
-    A purge of its subject would not do: the server then forgets which other messages of the same
-    consumer were given back, until their leases run out.
-    """
-    with contextlib.suppress(NatsRefused):
-        await link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
-
-
-def tell_set_aside(metrics: Metrics, subject: str, why: object, kind: str = "none of ours") -> None:
-    """Log and count a message that nobody can do anything with."""
-    log.error("NATS: a message on %s is %s: set aside: %s", subject, kind, why)
-    metrics.set_aside.inc()
-
-
-class NatsStrays:
-    """Sets aside messages that are none of ours: they are logged, counted and deleted."""
-
-    def __init__(
-        self, link: NatsLink, subjects: NatsSubjects, stream: str, metrics: Metrics
-    ) -> None:
-        self._link = link
-        self._stream = stream
-        self._metrics = metrics
-        self._records = subjects.every("call")[:-1]
-
-    async def call(self, subject: str, seq: int, data: bytes) -> Stored | None:
-        """The call in a message; None: there is none, and the message is set aside."""
-        try:
-            return unpack_call(data, seq if subject.startswith(self._records) else None)
-        except ValueError as exc:
-            await self.set_aside(subject, seq, exc)
-            return None
-
-    async def note(self, subject: str, seq: int, data: bytes, names: Iterable[str]) -> Note | None:
-        """The note in a message, with these keys; None: there is none, and it is set aside."""
-        try:
-            return Note(seq, unpack_note(data, names))
-        except ValueError as exc:
-            await self.set_aside(subject, seq, exc)
-            return None
-
-    async def set_aside(self, subject: str, seq: int, why: object) -> None:
-        """Log, count and delete a message that nobody can do anything with."""
-        tell_set_aside(self._metrics, subject, why)
-        await delete_message(self._link, self._stream, seq)
 
 
 # --- NATS records ---------------------------------------------------------------------------------
@@ -10298,9 +10319,8 @@ class NatsCalls:
         self._link = link
         self._subjects = subjects
         self._settings = settings
-        self.stream = settings().nats.stream
         self._direct = settings().nats.replicas == 1  # a follower may be behind
-        self.strays = NatsStrays(link, subjects, self.stream, metrics)
+        self.strays = NatsStrays(link, subjects, metrics)
 
     def now(self) -> float:
         """The time by the servers' clock, which decides about deadlines and delays."""
@@ -10313,7 +10333,7 @@ class NatsCalls:
 
     async def used_bytes(self) -> int:
         """How many bytes the stream takes."""
-        return int((await self._link.api(f"STREAM.INFO.{self.stream}"))["state"]["bytes"])
+        return int((await stream_state(self._link))["bytes"])
 
     async def require_room(self, number: int) -> None:
         """Raise StoreError if so many bytes more would leave too few for callbacks."""
@@ -10335,7 +10355,7 @@ class NatsCalls:
 
     async def read(self, subject: str) -> Stored | None:
         """The last call on a subject, which may have wildcards. What is no call is set aside."""
-        while found := await last_message(self._link, self.stream, subject, self._direct):
+        while found := await last_message(self._link, subject, self._direct):
             if stored := await self.strays.call(*found):
                 return stored
         return None
@@ -10346,7 +10366,7 @@ class NatsCalls:
 
     async def noted(self, subject: str, *names: str) -> Note | None:
         """A small document with these keys, if it is there."""
-        while found := await last_message(self._link, self.stream, subject, self._direct):
+        while found := await last_message(self._link, subject, self._direct):
             if note := await self.strays.note(*found, names):
                 return note
         return None
@@ -10452,12 +10472,12 @@ class NatsCalls:
 
     async def purge(self, subject: str) -> None:
         """Delete the message of a subject."""
-        if found := await last_message(self._link, self.stream, subject, self._direct):
-            await delete_message(self._link, self.stream, found[1])
+        if found := await last_message(self._link, subject, self._direct):
+            await delete_message(self._link, found.seq)
 
     async def subjects(self, pattern: str) -> list[str]:
         """The subjects that match a pattern."""
-        return [subject async for subject, _ in subject_counts(self._link, self.stream, pattern)]
+        return [subject async for subject, _ in subject_counts(self._link, pattern)]
 
     async def own_ids(self, call_id: str) -> list[str]:
         """The ids of the calls with this id or call id, newest first."""
@@ -10512,34 +10532,23 @@ async def nats_result(calls: NatsCalls, call_id: str) -> StoredAnswer:
     return StoredAnswer(call.http_status, unpack_headers(parts.answer_headers), parts.output)
 
 
-class WorkMessage(NamedTuple):
-    """A work message as the stream has it."""
-
-    subject: str
-    seq: int
-    data: bytes
-
-
 class NatsWaiting:
     """Reads work messages that wait."""
 
-    def __init__(self, link: NatsLink, subjects: NatsSubjects, stream: str) -> None:
+    def __init__(self, link: NatsLink, subjects: NatsSubjects) -> None:
         self._link = link
         self._subjects = subjects
-        self._stream = stream
 
-    async def between(self, pattern: str, first: int, last: int) -> list[WorkMessage]:
+    async def between(self, pattern: str, first: int, last: int) -> list[StoredMessage]:
         """The messages of a subject with wildcards from one sequence to another."""
-        found: list[WorkMessage] = []
+        found: list[StoredMessage] = []
         while first <= last:
-            body = json.dumps({"next_by_subj": pattern, "seq": first, "batch": BATCH}).encode()
-            for message in await self._link.gather(f"$JS.API.DIRECT.GET.{self._stream}", body):
-                headers = message.headers
-                seq = int(headers["Nats-Sequence"])
-                if seq > last:
+            batch = {"next_by_subj": pattern, "seq": first, "batch": BATCH}
+            for message in map(stored_message, await direct_messages(self._link, **batch)):
+                if message.seq > last:
                     return found
-                found.append(WorkMessage(headers["Nats-Subject"], seq, message.data))
-                first = seq + 1
+                found.append(message)
+                first = message.seq + 1
             if len(found) % BATCH or not found:
                 break
         return found
@@ -10552,9 +10561,7 @@ class NatsWaiting:
             places.append(("later", lane.name + ASIDE, 1))
         for root, name, seq in places:
             place = self._subjects.lane(root, lane.queue, name)
-            body = json.dumps({"next_by_subj": place, "seq": seq}).encode()
-            message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
-            if "Status" not in message.headers:
+            if message := await next_message(self._link, place, seq):
                 found.append(message.data)
         due = []
         for data in found:
@@ -10627,7 +10634,8 @@ class NatsLists:
     def __init__(
         self, link: NatsLink, subjects: NatsSubjects, settings: Settings, calls: NatsCalls
     ) -> None:
-        self.blocks = NatsBlocks(link, subjects, settings().nats.stream)
+        self.blocks = NatsBlocks(link, subjects)
+        self._link = link
         self._subjects = subjects
         self._settings = settings
         self._calls = calls
@@ -10642,7 +10650,7 @@ class NatsLists:
         parts: list[list[tuple[str, str]]] = []
         for root in roots if self._subjects.since else ():
             part: list[tuple[str, str]] = []
-            async for subject in self.blocks.older(root):
+            async for subject, _ in self.blocks.older(root):
                 _, queue, lane, own_id = self._subjects.split(subject)
                 name = nats_name(lane).rpartition(".")[0]
                 fits = filters.queue in (None, nats_name(queue)) and queue[0] != "@"
@@ -10726,7 +10734,9 @@ class NatsLists:
 
     async def _read_all(self, places: Mapping[str, str]) -> list[Stored]:
         """The calls at these places, or wherever they have gone since."""
-        found = await self._unpack(await self.blocks.gather(multi_last=list(places.values())))
+        found = await self._unpack(
+            await direct_messages(self._link, multi_last=list(places.values()))
+        )
         for own_id in places.keys() - found.keys():
             if stored_now := await self._calls.current(own_id):
                 found[own_id] = stored_now
@@ -10744,7 +10754,7 @@ class NatsLists:
             places = [self._subjects.record(stored.call) for stored in found.values()]
             for begin in range(0, len(places), NAMED_SUBJECTS):
                 named = places[begin : begin + NAMED_SUBJECTS]
-                found |= await self._unpack(await self.blocks.gather(multi_last=named))
+                found |= await self._unpack(await direct_messages(self._link, multi_last=named))
         return [found[own_id] for own_id in sorted(found, reverse=True)]
 
     async def _unpack(
@@ -10950,10 +10960,10 @@ class NatsMessages:
     async def forget_deadline(self, call: NatsCall) -> None:
         """Have no message come at a deadline that was kept, which may be years ahead."""
         if call.deadline_at is not None:
-            place, stream = self._subjects.deadline("later", call.id), self._lanes.stream
+            place = self._subjects.deadline("later", call.id)
             with contextlib.suppress(StoreError):  # Then one comes, and leads to nothing.
-                if found := await last_message(self._link, stream, place, direct=False):
-                    await delete_message(self._link, stream, found[1])
+                if found := await last_message(self._link, place, direct=False):
+                    await delete_message(self._link, found.seq)
 
     async def answer_unacked(
         self, queue: str, name: str, seq: int, count: int, verb: bytes
@@ -10967,10 +10977,10 @@ class NatsMessages:
         if verb == NAK:
             lane.given_back.add(seq)
             turns.ready[name] = lane
-        place = f"{self._lanes.stream}.{lane.consumer}"
+        place = f"{self._link.stream}.{lane.consumer}"
         await self._link.request(f"$JS.ACK.{place}.1.{seq}.{count}.0.0", verb)
 
-    async def store_again(self, queue: str, name: str, message: WorkMessage) -> None:
+    async def store_again(self, queue: str, name: str, message: StoredMessage) -> None:
         """Store a message once more, behind those that wait, unless it has changed."""
         with contextlib.suppress(NatsRefused):
             subject, seq, data = message
@@ -11031,13 +11041,11 @@ class NatsKeys:
         self,
         link: NatsLink,
         subjects: NatsSubjects,
-        stream: str,
         calls: NatsCalls,
         messages: NatsMessages,
     ) -> None:
         self._link = link
         self._subjects = subjects
-        self._stream = stream
         self._calls = calls
         self._messages = messages
 
@@ -11141,7 +11149,7 @@ class NatsKeys:
             if place is None and note is None:
                 return
             if place is None:
-                await delete_message(self._link, self._stream, note.seq if note else 0)
+                await delete_message(self._link, note.seq if note else 0)
                 note = None  # Whoever lined up meanwhile saw it taken: look once more.
             elif note is not None and place.document["id"] == note.document["id"]:
                 await self._calls.purge(self._subjects.key_line(key, place.document["id"]))
@@ -11154,16 +11162,10 @@ class NatsKeys:
 
     async def _first(self, key: str) -> Note | None:
         """The first place in the line."""
-        pattern = self._subjects.key_line(key, "*")
-        body = json.dumps({"next_by_subj": pattern, "seq": 1}).encode()
-        while True:
-            message = await self._link.request(f"$JS.API.DIRECT.GET.{self._stream}", body)
-            headers = message.headers
-            if "Status" in headers:
-                return None
-            place_in_line = (headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data)
-            if note := await self._calls.strays.note(*place_in_line, PLACE_IN_LINE):
+        while found := await next_message(self._link, self._subjects.key_line(key, "*")):
+            if note := await self._calls.strays.note(*found, PLACE_IN_LINE):
                 return note
+        return None
 
     async def _hand_out(self, key: str, place: Note) -> bool:
         """Have a call that waited for a key claimed. False: it does not wait any more."""
@@ -11676,10 +11678,9 @@ class NatsSlots:
 
     async def give_back(self, queue: str, number: int) -> None:
         """Give a slot back, and have other daemons told."""
-        stream = self._settings().nats.stream
         with contextlib.suppress(StoreError):  # Then its lease runs out.
             async with self._changing:
-                await delete_message(self._link, stream, self._seqs.pop((queue, number), 0))
+                await delete_message(self._link, self._seqs.pop((queue, number), 0))
             self._news.tell(wake=queue)
 
     async def renew(self) -> None:
@@ -12488,9 +12489,8 @@ class NatsIntake:
         """
         if self._settings().nats.replicas > 1:  # A follower may be behind.
             return await self._calls.anywhere(call.id) is not None
-        body = {"multi_last": self._subjects.places(call), "batch": 1}
-        place = f"$JS.API.DIRECT.GET.{self._calls.stream}"
-        return bool(await self._link.gather(place, json.dumps(body).encode()))
+        places = self._subjects.places(call)
+        return bool(await direct_messages(self._link, multi_last=places, batch=1))
 
     async def _store(self, stored: Stored, over: int = 0) -> str:
         """Store a call with its notes: its key first, the call itself last.
@@ -12753,7 +12753,7 @@ class NatsTakeover:
             return
         if message.reply:
             self._taken += 1
-            answer = {"stream": self._settings().nats.stream, "seq": self._taken}
+            answer = {"stream": self._link.stream, "seq": self._taken}
             with contextlib.suppress(StoreError):
                 self._link.send(message.reply, json.dumps(answer).encode())
 
@@ -12826,7 +12826,7 @@ class NatsRecovery:
                 count = delivered["consumer_seq"]
                 await self._messages.answer_unacked(queue, name, message.seq, count, verb)
 
-    async def _verb(self, queue: str, message: WorkMessage, forgotten: bool) -> bytes | None:
+    async def _verb(self, queue: str, message: StoredMessage, forgotten: bool) -> bytes | None:
         """How to answer a message that was delivered before; None: its owner lives, and has it.
 
         `forgotten`: the server may not know that it was delivered. Then what we have claimed is
@@ -12862,13 +12862,13 @@ async def sweep_records(link: NatsLink, blocks: NatsBlocks, calls: NatsCalls) ->
     They would be taken for the call's record once the newer one has gone. There are none unless the
     stream has more messages than subjects.
     """
-    state = (await link.api(f"STREAM.INFO.{blocks.stream}"))["state"]
+    state = await stream_state(link)
     if state["messages"] <= state.get("num_subjects", 0):
         return
     async for subject, number in blocks.names("call"):
         if number > 1:
             await calls.read(subject)  # A stray on top of a record is set aside.
-            await link.api(f"STREAM.PURGE.{blocks.stream}", {"filter": subject, "keep": 1})
+            await link.api(f"STREAM.PURGE.{link.stream}", {"filter": subject, "keep": 1})
 
 
 async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks) -> None:
@@ -12881,7 +12881,7 @@ async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks
     gone: list[tuple[str, int]] = []  # subject, and the sequence of the record, which came later
 
     async def look() -> None:
-        for message in await blocks.gather(multi_last=list(places)):
+        for message in await direct_messages(link, multi_last=list(places)):
             headers = message.headers
             with contextlib.suppress(ValueError):  # Whoever reads it by itself sets it aside.
                 if unpack_call(message.data).call.status in FINAL:
@@ -12897,7 +12897,7 @@ async def sweep_later(link: NatsLink, subjects: NatsSubjects, blocks: NatsBlocks
     if places:
         await look()
     for subject, seq in gone:
-        await link.api(f"STREAM.PURGE.{blocks.stream}", {"filter": subject, "seq": seq})
+        await link.api(f"STREAM.PURGE.{link.stream}", {"filter": subject, "seq": seq})
 
 
 # --- NATS room ------------------------------------------------------------------------------------
@@ -12931,16 +12931,16 @@ async def publish_missed(link: NatsLink, blocks: NatsBlocks, most: float) -> Non
         if number >= most:
             break
         if len(places) == SWEPT_AT_ONCE:
-            await publish_missed_of(link, blocks, places)
+            await publish_missed_of(link, places)
             places = []
     if places:
-        await publish_missed_of(link, blocks, places)
+        await publish_missed_of(link, places)
 
 
-async def publish_missed_of(link: NatsLink, blocks: NatsBlocks, places: Sequence[str]) -> None:
+async def publish_missed_of(link: NatsLink, places: Sequence[str]) -> None:
     """Store those of these subjects' messages again that have missed their time."""
     before = rfc3339(link.clock.now() - MISSED_S) or ""
-    for message in await blocks.gather(multi_last=places):
+    for message in await direct_messages(link, multi_last=places):
         headers = message.headers
         due_at = headers.get("Nats-Schedule", "").removeprefix("@at ")
         if not due_at or due_at > before:
@@ -13001,7 +13001,7 @@ class NatsReserve:
 
     async def _purge(self, number: int) -> None:
         body = {"filter": self._place(number)}
-        await self._link.api(f"STREAM.PURGE.{self._calls.stream}", body)
+        await self._link.api(f"STREAM.PURGE.{self._link.stream}", body)
 
     async def keep(self) -> None:
         """Give the reserve up when there is no room, and store it again as soon as there is."""
@@ -13192,9 +13192,8 @@ class NatsStream:
 
     async def is_edited(self) -> bool:
         """Whether somebody has edited it since the last look, or made another. StoreError."""
-        name = self._settings().nats.stream
         before = self._config
-        self._config = (await self._link.api(f"STREAM.INFO.{name}"))["config"]
+        self._config = (await self._link.api(f"STREAM.INFO.{self._link.stream}"))["config"]
         return self._config != before
 
     async def begin(self) -> None:
@@ -13524,12 +13523,11 @@ class NatsFigures:
         return StoreFigures(servers, self._used_bytes, None, round(age_s, 3))
 
     async def _measure(self) -> None:
-        stream = self._settings().nats.stream
-        self._used_bytes = (await self._link.api(f"STREAM.INFO.{stream}"))["state"]["bytes"]
+        self._used_bytes = int((await stream_state(self._link))["bytes"])
         self._asked_at = time.monotonic()
 
     async def copy(self) -> IO[bytes]:
-        command = f"nats stream backup {self._settings().nats.stream} FOLDER"
+        command = f"nats stream backup {self._link.stream} FOLDER"
         raise HttpError(501, f"the queue is a stream on NATS: back it up there, with {command}")
 
 
@@ -13571,7 +13569,7 @@ class NatsQueue:
         self._lists = NatsLists(self._link, self._subjects, settings, self._calls)
         self._stream = NatsStream(self._link, settings, self._subjects, self._calls, self._lists)
         self._pruning = NatsPruning(settings, self._calls, self._lists)
-        self._waiting = NatsWaiting(self._link, self._subjects, settings().nats.stream)
+        self._waiting = NatsWaiting(self._link, self._subjects)
         self._parts: NatsParts  # these, once open
         self._keeper: NatsKeeper
         self._notice: str | None = None  # what servers do not promise
@@ -13612,7 +13610,7 @@ class NatsQueue:
         lanes = NatsLanes(link, settings, replies, self._wake)
         consumers = NatsConsumers(link, subjects, settings, lanes)
         messages = NatsMessages(link, subjects, consumers, lanes, replies, self._metrics)
-        keys = NatsKeys(link, subjects, settings().nats.stream, calls, messages)
+        keys = NatsKeys(link, subjects, calls, messages)
         ends = NatsEnds(settings, calls, messages, news, keys)
         holdings = NatsHoldings()
         owners = NatsOwners(link, subjects, settings, holdings, messages)

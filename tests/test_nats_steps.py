@@ -207,7 +207,7 @@ async def test_a_key_whose_call_was_never_stored_is_free_for_another_body(bench:
 async def receivers(bench: Bench) -> set[str]:
     """The consumers for callbacks that the server has, and the lanes that the queue knows."""
     queue = queue_of(bench)
-    answer = await queue._link.api(f"CONSUMER.NAMES.{queue._calls.stream}")
+    answer = await queue._link.api(f"CONSUMER.NAMES.{queue._link.stream}")
     names = {name for name in answer["consumers"] or () if CALLBACKS in name}
     return names | {*queue._parts.lanes.queues[CALLBACKS].lanes}
 
@@ -298,7 +298,7 @@ async def test_a_callback_is_sent_that_was_stored_just_when_its_lane_was_retired
     await bench.run()
     for name in await receivers(bench):
         if "+" in name:
-            await queue._link.api(f"CONSUMER.DELETE.{queue._calls.stream}.{name}")
+            await queue._link.api(f"CONSUMER.DELETE.{queue._link.stream}.{name}")
     if crash:
         await bench.crash()
     assert (await take_callback(bench)).call_id == "first"

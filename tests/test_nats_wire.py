@@ -85,7 +85,8 @@ async def test_what_loses_a_cancellation_is_cancelled_again() -> None:
 
 async def test_that_nobody_answers_is_not_taken_for_no_messages(server: NatsServer) -> None:
     """As while a stream has no leader. What a list shows would be missing without a word."""
-    link = NatsLink(faasd_async.NatsConfig(servers=(server.url,), publish_timeout=PATIENCE))
+    config = faasd_async.NatsConfig(servers=(server.url,), stream="nothing", publish_timeout=PATIENCE)
+    link = NatsLink(config)
 
     async def never() -> None:
         """There is no other connection."""
@@ -93,7 +94,9 @@ async def test_that_nobody_answers_is_not_taken_for_no_messages(server: NatsServ
     await link.open(never)
     try:
         with pytest.raises(faasd_async.NatsRefused, match="nobody answers"):
-            await link.gather("$JS.API.DIRECT.GET.nothing", b'{"multi_last": ["a"]}')
+            await faasd_async.direct_messages(link, multi_last=["a"])
+        with pytest.raises(faasd_async.StoreError, match="nobody answers"):
+            await faasd_async.next_message(link, "a")
     finally:
         await link.close()
 
