@@ -11388,41 +11388,40 @@ class NatsEnds:
 
     async def retry(self, held: Held, outcome: Outcome | None, delay_s: float) -> bool:
         """Queue a call or a callback again."""
-        call, parts = held.stored.call, held.stored.parts
-        call = call._replace(due_at=self._calls.now() + delay_s, owner=None)
-        if held.queue == CALLBACKS:
-            call = retried_callback(call, outcome, self._calls.now())
-        else:
-            call = retried_call(call, outcome, self._calls.now())
-            keep = self._calls.keep_output
-            if outcome is not None:
-                answer = Parts(
-                    output=shorten(outcome.body, keep), stderr=shorten(outcome.stderr, keep)
-                )
-                if not self._calls.fit(call, with_request(answer, parts))[1].has_request:
-                    answer = Parts()
-                parts = with_request(answer, parts)
         is_call = held.queue != CALLBACKS
-        kept = with_request(parts, Parts()) if is_call else parts
-        seq = await self._write(held, call, kept)
+        now = self._calls.now()
+        call = held.stored.call._replace(due_at=now + delay_s, owner=None)
+        if is_call:  # Its message has the request, its record what the attempt gave.
+            call = retried_call(call, outcome, now)
+            parts = self._retried_parts(call, held.stored.parts, outcome)
+            seq = await self._write(held, call, with_request(parts, Parts()))
+        else:  # Its record has all.
+            call = retried_callback(call, outcome, now)
+            parts = Parts()
+            seq = await self._write(held, call, held.stored.parts)
         if seq is None:
             return False
-        if delay_s <= 0 and outcome is None:
+        await self._messages.deadline(call)
+        if outcome is None and delay_s <= 0:
             await self._messages.give_back(held.queue, held.lane, held.delivery)
-            await self._messages.deadline(call)
             self._news.wake(held.queue)
             return True
-        if outcome is None:
-            await self._messages.deadline(call)
-        again = Stored(seq, call, parts if is_call else Parts())
-        if delay_s <= 0:
-            await self._messages.store("work", again, held.queue, held.lane, f"{call.id}-{seq}")
-        else:
-            await self._messages.later(again, held.queue, held.lane)
+        root = "later" if delay_s > 0 else "work"
+        again = Stored(seq, call, parts)
+        await self._messages.store(root, again, held.queue, held.lane, f"{call.id}-{seq}")
         if is_call:
             await self.keys.release(call)
         self._messages.ack(held.delivery)
         return True
+
+    def _retried_parts(self, call: NatsCall, parts: Parts, outcome: Outcome | None) -> Parts:
+        """The request of a call, and what its last attempt gave, if both fit into a message."""
+        if outcome is None:
+            return parts
+        keep = self._calls.keep_output
+        answer = Parts(output=shorten(outcome.body, keep), stderr=shorten(outcome.stderr, keep))
+        fits = self._calls.fit(call, with_request(answer, parts))[1].has_request
+        return with_request(answer if fits else Parts(), parts)
 
     async def callback_interrupted(self, record: Stored) -> bytes:
         """After a daemon has died while it sent a callback; how to answer its message.
