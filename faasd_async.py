@@ -4105,6 +4105,11 @@ class WorkQueue(Protocol):
         """Why nothing can be stored; None: it can. After a failure it makes another attempt."""
 
 
+def room_of(room: Mapping[str, int], lane: str, otherwise: int) -> int:
+    """How much room a lane has; `room` is that of WorkQueue.claim, and may say nothing of it."""
+    return room.get(lane, room.get("", otherwise))
+
+
 class CallRecords(Protocol):
     """What is known of calls, and what an operator does with them.
 
@@ -5137,7 +5142,7 @@ def room_at_rates(
             lanes.put(lane, now)
     for lane in rates.keys() & lanes.waiting.keys():
         most = starts_left(file, lane, rates[lane], now)
-        left[lane] = min(most, room.get(lane, room.get("", limit)))
+        left[lane] = min(most, room_of(room, lane, limit))
     if rate := rates.get(""):
         limit = min(limit, starts_left(file, queue, rate, now))
     return limit, left
@@ -9303,7 +9308,7 @@ class NatsTurns:
 
     def room(self, lane: str) -> int:
         """How much room a lane had at the last claim."""
-        return self._room.get(lane, self._room.get("", 1))
+        return room_of(self._room, lane, 1)
 
     def want(self, wanted: bool, room: Mapping[str, int]) -> None:
         """Note whether the last claim would have taken more, and the room that lanes had."""
@@ -9321,7 +9326,7 @@ class NatsTurns:
         while limit > 0 and self.ready:
             name, lane = self.ready.popitem(last=False)
             share = max(1, limit // (len(self.ready) + 1))
-            free = left.get(name, left.get("", limit))
+            free = room_of(left, name, limit)
             if not lane.promising:
                 continue
             if free <= 0:
@@ -9435,9 +9440,9 @@ class NatsLanes:
         self.queues: defaultdict[str, NatsTurns] = defaultdict(NatsTurns)
         self.paused: set[str] = set()
         self.by_consumer: dict[str, NatsLane] = {}
+        self.wake = wake  # tells that a queue may have something to claim
         self._link = link
         self._settings = settings
-        self._wake = wake
         self._replies = replies
         self._pulls = NatsPulls(link)
         self._started = False
@@ -9468,12 +9473,8 @@ class NatsLanes:
         turns.recount()
         if lane.promising and lane.name not in turns.ready:
             turns.ready[lane.name] = lane
-            self._wake(lane.queue)
+            self.wake(lane.queue)
         await self._park(turns, lane)
-
-    def wake(self, queue: str) -> None:
-        """Wake the consumer of a queue."""
-        self._wake(queue)
 
     def pause(self, queue: str, paused: bool) -> None:
         """Hold a queue, or let it go on."""
@@ -9481,7 +9482,7 @@ class NatsLanes:
             self.paused.add(queue)
         else:
             self.paused.discard(queue)
-        self._wake(queue)
+        self.wake(queue)
 
     def expect(self, queue: str, name: str, seq: int) -> None:
         """We have stored a message: wake its queue, if it was not sent to somebody already."""
@@ -9490,7 +9491,7 @@ class NatsLanes:
         if lane.expect(seq):
             turns.ready[name] = lane
             if turns.wanted:  # else the next claim looks by itself, once something has ended
-                self._wake(queue)
+                self.wake(queue)
 
     def expect_later(self, queue: str, name: str) -> None:
         """We have stored a message that is not due yet."""
@@ -9509,7 +9510,7 @@ class NatsLanes:
             for lane, number in shares:
                 deliveries = lane.inbox.take(number)
                 taken += [(lane, delivery) for delivery in deliveries]
-                left[lane.name] = left.get(lane.name, left.get("", limit)) - len(deliveries)
+                left[lane.name] = room_of(left, lane.name, limit) - len(deliveries)
                 if lane.promising:
                     turns.ready[lane.name] = lane
         for lane in held:
@@ -9581,15 +9582,14 @@ class NatsLanes:
                 self.queues[lane.queue].note(lane)
             return message.status != "408"
         consumer, delivery = read_delivery(message)
-        arrived = self.by_consumer.get(consumer)
-        if arrived is None:
+        lane = self.by_consumer.get(consumer)
+        if lane is None:
             return True
-        lane = arrived
         pulled = lane.arrive(delivery)
         turns = self.queues[lane.queue]
         turns.promise(lane)
         if self._wants(turns, lane):
-            self._wake(lane.queue)
+            self.wake(lane.queue)
             return True
         return pulled
 
@@ -9603,7 +9603,7 @@ class NatsLanes:
                 with contextlib.suppress(StoreError):  # Then `poll` does it.
                     await self._park(turns, lane)
             elif self._wants(turns, lane):  # now, though not when it came
-                self._wake(lane.queue)
+                self.wake(lane.queue)
             elif not lane.inbox.pulling:
                 await self.release(lane)
 
@@ -9612,7 +9612,7 @@ class NatsLanes:
         for lane in self.by_consumer.values():
             lane.inbox.lose()
             self.queues[lane.queue].promise(lane)
-            self._wake(lane.queue)
+            self.wake(lane.queue)
 
     async def close(self) -> None:
         """Give all back that is not claimed."""
@@ -10371,11 +10371,6 @@ class NatsCalls:
                 return note
         return None
 
-    async def note(self, subject: str, *names: str) -> dict[str, Any] | None:
-        """A small document with these keys, without its sequence."""
-        noted = await self.noted(subject, *names)
-        return noted.document if noted else None
-
     def kept_s(self, call: NatsCall) -> float:
         """How long the record of a finished call is kept."""
         return self._settings().calls.kept_s(call.status, call.callback_status)
@@ -10935,7 +10930,7 @@ class NatsMessages:
         place = self._subjects.place("later", call.queue, lane, call.id)
         await self._link.publish(place, pack_call(call, stored.parts, stored.seq))
 
-    async def later(self, stored: Stored, queue: str, lane: str) -> None:
+    async def store_later(self, stored: Stored, queue: str, lane: str) -> None:
         """Have a call or callback delivered again when it is due."""
         await self.store("later", stored, queue, lane, f"{stored.call.id}-{stored.seq}")
 
@@ -10943,13 +10938,13 @@ class NatsMessages:
         """Say that the work is done: its message is deleted."""
         self._replies.ack(delivery)
 
-    async def callback(self, stored: Stored) -> None:
+    async def store_callback(self, stored: Stored) -> None:
         """Store the work message of a callback, after the record that says it is pending."""
         lane = callback_lane(stored.call.callback_target or "")
         bare = stored._replace(parts=Parts())
         await self.store("work", bare, CALLBACKS, lane, f"{stored.call.id}-{stored.seq}")
 
-    async def deadline(self, call: NatsCall) -> None:
+    async def store_deadline(self, call: NatsCall) -> None:
         """Have a message come at the time by which a call has to have started."""
         if call.deadline_at is not None:
             place = self._subjects.deadline("later", call.id)
@@ -11363,7 +11358,7 @@ class NatsEnds:
         call = stored.call
         claimed = call.owner is not None or call.callback_attempts
         if call.callback_status == "pending" and not claimed:
-            await self._messages.callback(stored)
+            await self._messages.store_callback(stored)
         if call.call_id != call.id or call.idempotency_key is not None:
             await self._calls.keep_notes(call)
         if call.concurrency_key is not None:
@@ -11401,7 +11396,7 @@ class NatsEnds:
             seq = await self._write(held, call, held.stored.parts)
         if seq is None:
             return False
-        await self._messages.deadline(call)
+        await self._messages.store_deadline(call)
         if outcome is None and delay_s <= 0:
             await self._messages.give_back(held.queue, held.lane, held.delivery)
             self._news.wake(held.queue)
@@ -11843,7 +11838,7 @@ class NatsClaims:
         if call.status == "queued":
             if call.due_at > self._calls.now():
                 again = Stored(record.seq, call, with_request(record.parts, request))
-                await self._messages.later(again, call.queue, call.lane)
+                await self._messages.store_later(again, call.queue, call.lane)
                 await self.keys.release(call)
                 self._messages.ack(delivery)
                 return None
@@ -11954,10 +11949,6 @@ class Taking(NamedTuple):
     rates: Mapping[str, Rate]
     made: list[Claim]  # so far
 
-    def left_of(self, lane: str, otherwise: int) -> int:
-        """The room that a lane has; `otherwise`, if nothing is said of it."""
-        return self.left.get(lane, self.left.get("", otherwise))
-
 
 class NatsTaker:
     """Claims the work of queues, in turns."""
@@ -12026,7 +12017,7 @@ class NatsTaker:
         if rate := taking.rates.get(""):
             rates[queue] = rate
         booked: dict[str, int] = {}
-        free = {name: taking.left_of(name, 1) for name in rates}
+        free = {name: room_of(left, name, 1) for name in rates}
         try:
             for name, rate in rates.items():
                 booked[name] = await self._book(taking, name, rate, limit)
@@ -12054,7 +12045,7 @@ class NatsTaker:
             return await self._rates.start(name, rate, limit if turns.ready else 0)
         if name not in turns.ready:
             return 0
-        most = min(limit, taking.left_of(name, limit))
+        most = min(limit, room_of(taking.left, name, limit))
         return await self._rates.start(name, rate, min(most, max(1, turns.lanes[name].waiting)))
 
     async def _claim(self, taking: Taking, limit: int) -> None:
@@ -12280,7 +12271,7 @@ class NatsOperator:
             await self._calls.keep_notes(call)
         return first
 
-    async def redrive_one(self, call_id: str) -> None:
+    async def redrive_by_id(self, call_id: str) -> None:
         """See CallRecords."""
         stored = await self._calls.find(call_id)
         if not stored.call.finished or await self._claims.keys.is_kept(stored.call):
@@ -12312,14 +12303,14 @@ class NatsOperator:
         # would lead to nothing before the record is written, so it comes a little later; once the
         # record is written, a second one comes at once.
         lane = callback_lane(call.callback_target)
-        await self._messages.later(Stored(stored.seq, fresh, Parts()), CALLBACKS, lane)
+        await self._messages.store_later(Stored(stored.seq, fresh, Parts()), CALLBACKS, lane)
         try:
             seq = await self._calls.write(fresh, parts, stored.seq)
         except NatsChanged:
             raise HttpError(409, "the call has changed meanwhile") from None
-        await self._messages.callback(Stored(seq, fresh, parts))
+        await self._messages.store_callback(Stored(seq, fresh, parts))
 
-    async def cancel_all(self, call_id: str) -> int:
+    async def cancel_by_id(self, call_id: str) -> int:
         """See CallRecords."""
         record = await self._calls.current(call_id)
         if record is not None:
@@ -12519,7 +12510,7 @@ class NatsIntake:
         await self._messages.store(root, stored, call.queue, call.lane)
         self._calls.changes.note(call)
         if call.deadline_at is not None:
-            await self._messages.deadline(call)
+            await self._messages.store_deadline(call)
 
     async def adopt(self, call: NatsCall, parts: Parts, digest: str) -> None:
         """Take over a call from another store that has ended, and whose callback is pending.
@@ -12546,9 +12537,9 @@ class NatsIntake:
         await self._note_ended(call, digest)
         if call.due_at > self._calls.now():
             lane = callback_lane(call.callback_target or "")
-            await self._messages.later(Stored(seq, call, Parts()), CALLBACKS, lane)
+            await self._messages.store_later(Stored(seq, call, Parts()), CALLBACKS, lane)
         else:
-            await self._messages.callback(Stored(seq, call, parts))
+            await self._messages.store_callback(Stored(seq, call, parts))
 
     async def _note_ended(self, call: NatsCall, digest: str) -> None:
         """Store the notes of a final call. If another call has its key by now, that stays so."""
@@ -13089,8 +13080,8 @@ async def learn_pauses(calls: NatsCalls, subjects: NatsSubjects, lanes: NatsLane
     """Hold the queues that are paused by what is stored."""
     known = set(lanes.paused)
     for subject in await calls.subjects(subjects.pauses):
-        if note := await calls.note(subject, "queue", "paused"):
-            lanes.pause(note["queue"], note["paused"])
+        if note := await calls.noted(subject, "queue", "paused"):
+            lanes.pause(note.document["queue"], note.document["paused"])
     tell_paused(lanes.paused - known)
 
 
@@ -13471,13 +13462,13 @@ class NatsFigures:
         settings: Settings,
         consumers: NatsConsumers,
         lanes: NatsLanes,
-        messages: NatsWaiting,
+        waiting: NatsWaiting,
     ) -> None:
         self._link = link
         self._settings = settings
         self._consumers = consumers
         self._lanes = lanes
-        self._messages = messages
+        self._waiting = waiting
         self._stats: Mapping[str, QueueStats] = {}
         self._used_bytes = 0
         self._asked_at = time.monotonic()  # when the stream was last, or we began
@@ -13506,7 +13497,7 @@ class NatsFigures:
         for name in {*lanes.queues, *lanes.paused} - {DEADLINES}:
             busy = [lane for lane in lanes.queues[name].lanes.values() if lane.waiting]
             waiting = {lane.name: lane.waiting for lane in busy}
-            heads = await asyncio.gather(*map(self._messages.head, busy))
+            heads = await asyncio.gather(*map(self._waiting.head, busy))
             paused = name in lanes.paused
             if waiting or paused:
                 oldest_at = min(heads, default=float("inf"))
@@ -13712,10 +13703,10 @@ class NatsQueue:
         return await nats_request(self._calls, call_id)
 
     async def cancel(self, call_id: str) -> int:
-        return await self._parts.operator.cancel_all(call_id)
+        return await self._parts.operator.cancel_by_id(call_id)
 
     async def redrive(self, call_id: str) -> None:
-        await self._parts.operator.redrive_one(call_id)
+        await self._parts.operator.redrive_by_id(call_id)
 
     async def resend(self, call_id: str) -> None:
         await self._parts.operator.resend(call_id)
