@@ -7238,49 +7238,6 @@ class SqliteQueue:
 # follows from its attempt is stored; a crash between two steps leads to its redelivery. A record is
 # written by compare-and-set on its sequence, so whoever loses a race has done nothing.
 
-# -- messages
-
-NATS_REQUIRED = (2, 12)  # the first version with schedules and message TTLs
-NATS_CONNECT_S = 2  # until another server is tried
-PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
-NATS_LATE_S = 0.01  # until a stored message is known to its consumer
-MAX_CALL_BYTES = 128 * KIB  # of a message beside its parts: URLs, and the history of redrives
-KEPT_WHEN_FULL_BYTES = 256  # of an output, while servers have no room
-PROBE_BYTES = 64 * KIB  # stored to see whether there is room
-# Beside two leases: how long a record stays after its time, unseen. A server that is killed may
-# bring back what it had deleted within the last two minutes (seen with 2.15).
-FENCE_S = 150.0
-# Servers count nanoseconds in 64 bits: to the year 2262, and in TTLs 292 years. What is later for
-# them has passed long ago.
-FAR_S = 9e9
-SETTLED_S = 3.0  # of our connection: by then all daemons that live have connected again, too
-CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
-RESEND_S = 2.0  # in which a record is written, once that has been prepared
-CLAIM_AGAIN_S = 0.5  # after which a claim that could not be stored is tried again
-POLL_S = 1.0  # between looks at all lanes
-IDLE_LOOKS = 2  # looks that are left out while nothing happens: each costs 2 ms of CPU
-OWN_CONSUMER = re.compile(r"(work|later)\+[^+]+\+[^+]+")  # the name of one: root, queue and lane
-WATCHED_S = 5 * POLL_S  # how long other daemons are told of changes after they have asked for it
-TELL_ENDED_S = 0.005  # for which calls that have ended are collected before others are told
-MANY_ENDED = 100  # calls that have ended, in one message
-TELL_S = 0.05  # for which changes are collected before they are told
-KNOWN_CHANGES = 4 * CHANGES_PER_SECOND  # calls of which it is known what was told last
-DEADLINES = "@deadlines"  # the queue of deadlines that pass
-MANY_NATS_REQUESTS = 64  # under way at once for an operator
-# Consumers that a stream may have: for each function in a queue one for its work and one for what
-# is not due yet, and so for each host that is called back. A server's own default is 1,000.
-MANY_CONSUMERS = 100_000
-MANY_GIVEN_BACK = 1000  # messages of a lane that are watched until somebody has them
-NAMED_SUBJECTS = 1000  # in one request for records or its answer: a server takes 1,024
-# Codes of JetStream's errors.
-WRONG_SEQUENCE = (10071, 10164)  # somebody else has written the subject
-NO_REPLICAS = 10074  # the server is alone
-OTHER_CONSUMER = 10148  # one of this name is there, with other settings
-NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
-FULL = (10002, 10023, 10047)  # the account, or the server, has no room
-TOO_MANY = 413  # a status: more messages match than one request may ask for
-NO_MORE = ("204", "404")  # statuses: these were all, or none matches
-
 
 @functools.lru_cache(MAX_SEEN)
 def nats_token(name: str) -> str:
@@ -7684,8 +7641,6 @@ def with_request(parts: Parts, request: Parts) -> Parts:
 
 
 # --- NATS subjects --------------------------------------------------------------------------------
-# -- where everything is
-
 # Messages by their subjects, after nats.prefix, and when they go. TIME are five tokens, QUEUE and
 # LANE one each, see `nats_token`.
 #
@@ -7698,6 +7653,8 @@ def with_request(parts: Parts, request: Parts) -> Parts:
 #     slot.@key, @line, @rate   who has a key, who waits for it, a next start    passed on, past
 #     queue.NAME, sched.NAME    a pause, the state of a schedule                 never
 #     news, owner.OWNER         what daemons tell and ask each other             not stored
+
+DEADLINES = "@deadlines"  # the queue of deadlines that pass
 
 # A subject has the time in an id as five tokens of so many hex digits. Calls with the same first
 # token are of the same 50 days, with the same two of 4.7 hours, then of 65 s, of 4.1 s, of 16 ms.
@@ -7869,6 +7826,9 @@ class NatsSubjects:
 # its inner parts this needs three: the reader `_ps`, to which it hands what it has read, the number
 # `_id` of a subscription, and `_transport`, to which it writes.
 
+NATS_CONNECT_S = 2  # until another server is tried
+POLL_S = 1.0  # between looks at all lanes, and until what has failed is tried again
+CLOCKS_DIFFER_S = 2.0  # A server's clock that differs by less is taken for ours.
 PUB_ACK = re.compile(rb'\{"stream":"[^"]*", ?"seq":([0-9]+)\}')  # that says no more than this
 
 
@@ -8025,6 +7985,16 @@ def nats_head(headers: Mapping[str, object]) -> bytes:
 
 
 # -- answers
+
+
+# Codes of JetStream's errors.
+WRONG_SEQUENCE = (10071, 10164)  # somebody else has written the subject
+NO_REPLICAS = 10074  # the server is alone
+OTHER_CONSUMER = 10148  # one of this name is there, with other settings
+NOT_THERE = (10014, 10037, 10059)  # a consumer, a message, the stream
+FULL = (10002, 10023, 10047)  # the account, or the server, has no room
+TOO_MANY = 413  # a status: more messages match than one request may ask for
+NO_MORE = ("204", "404")  # statuses: these were all, or none matches
 
 
 class NatsRefused(StoreError):
@@ -8239,9 +8209,8 @@ async def finish_within(wait_s: float, work: Coroutine[Any, Any, None]) -> None:
 
 
 # --- NATS connection ------------------------------------------------------------------------------
-# -- connection
 
-
+PROBE_BYTES = 64 * KIB  # stored to see whether there is room
 # It tries servers until one answers, and keeps nothing to be sent later.
 NATS_OPTIONS: Mapping[str, Any] = {
     "connect_timeout": NATS_CONNECT_S,
@@ -8672,8 +8641,12 @@ def read_certificates_again(client: nats.aio.client.Client, config: NatsConfig) 
 
 # --- NATS stream ----------------------------------------------------------------------------------
 
+NATS_REQUIRED = (2, 12)  # the first version with schedules and message TTLs
 TIMED_SINCE = "faasd-async-timed-since"  # in the stream's metadata; empty: from its beginning
 UPGRADE_S = 60  # that a host may take to bring a stream up to date
+# Consumers that a stream may have: for each function in a queue one for its work and one for what
+# is not due yet, and so for each host that is called back. A server's own default is 1,000.
+MANY_CONSUMERS = 100_000
 
 
 def stream_config(config: NatsConfig) -> dict[str, Any]:
@@ -8985,6 +8958,9 @@ class NatsStrays:
 
 
 # --- NATS lanes -----------------------------------------------------------------------------------
+
+NATS_LATE_S = 0.01  # until a stored message is known to its consumer
+MANY_GIVEN_BACK = 1000  # messages of a lane that are watched until somebody has them
 
 
 def lease_s(config: Config, queue: str) -> float:
@@ -9424,7 +9400,9 @@ class NatsReplies:
 
 
 # --- NATS turns -----------------------------------------------------------------------------------
-# -- whose turn it is
+# Whose turn it is.
+
+PARKED_S = 30.0  # how long a pull waits at the server before it is asked again
 
 
 class NatsLanes:
@@ -9625,6 +9603,7 @@ class NatsLanes:
 # --- NATS consumers -------------------------------------------------------------------------------
 # What stands for a lane on the server.
 
+OWN_CONSUMER = re.compile(r"(work|later)\+[^+]+\+[^+]+")  # the name of one: root, queue and lane
 RECEIVER = re.compile(rf"(work|later)\+{CALLBACKS}\+")  # how the name of one for callbacks begins
 
 
@@ -9897,8 +9876,8 @@ class NatsConsumers:
 
 
 # --- NATS names -----------------------------------------------------------------------------------
-# -- which messages there are, by their subjects
-
+# Which messages there are, by their subjects.
+#
 # What may be many is asked for by blocks of time, newest first. A block is all times in
 # milliseconds that begin with the same hex digits; one more digit makes it a sixteenth as long. So
 # no answer takes long, and the newest calls cost the same however many calls there are.
@@ -9911,6 +9890,7 @@ SAMPLE = "00"  # calls whose time has this as its last token. (Those of full hou
 SAMPLE_OF = 256  # One call in so many is in the sample.
 AHEAD_S = 86_400.0  # by which the clock of whoever made an id may differ from ours
 SMALL_STORE = 10_000  # messages that may be weighed all at once
+NAMED_SUBJECTS = 1000  # in one request for records or its answer: a server takes 1,024
 NAMES_IN_AN_ANSWER = 100_000  # A server names no more subjects at once.
 NAMES_AT_ONCE = 500  # names that are read before others get their turn
 NAMED = re.compile(rb'"([^"]+)":(\d+)')
@@ -10166,6 +10146,12 @@ class NatsBlocks:
 
 # --- NATS records ---------------------------------------------------------------------------------
 
+WATCHED_S = 5 * POLL_S  # how long other daemons are told of changes after they have asked for it
+TELL_S = 0.05  # for which changes are collected before they are told
+KNOWN_CHANGES = 4 * CHANGES_PER_SECOND  # calls of which it is known what was told last
+TELL_ENDED_S = 0.005  # for which calls that have ended are collected before others are told
+MANY_ENDED = 100  # calls that have ended, in one message
+
 
 def tell_daemons(link: NatsLink, subjects: NatsSubjects, **news: object) -> None:
     """Tell other daemons something that is not stored, if the servers can be reached."""
@@ -10284,6 +10270,17 @@ class NatsChanges:
                 told = [pack_fields(change.call) for change in changes]
                 seqs = [change.seq for change in changes]
                 tell_daemons(self._link, self._subjects, changes=told, seqs=seqs, missed=missed)
+
+
+MANY_NATS_REQUESTS = 64  # under way at once for an operator
+MAX_CALL_BYTES = 128 * KIB  # of a message beside its parts: URLs, and the history of redrives
+KEPT_WHEN_FULL_BYTES = 256  # of an output, while servers have no room
+# Beside two leases: how long a record stays after its time, unseen. A server that is killed may
+# bring back what it had deleted within the last two minutes (seen with 2.15).
+FENCE_S = 150.0
+# Servers count nanoseconds in 64 bits: to the year 2262, and in TTLs 292 years. What is later for
+# them has passed long ago.
+FAR_S = 9e9
 
 
 def fit_call(call: NatsCall, parts: Parts, most: int) -> tuple[NatsCall, Parts]:
@@ -10566,7 +10563,7 @@ class NatsWaiting:
 
 
 # --- NATS lists -----------------------------------------------------------------------------------
-# -- calls that match
+# Calls that match a filter.
 
 UNFINISHED = ("work", "later")
 RECORDS = ("call",)
@@ -10788,7 +10785,8 @@ class NatsLists:
 
 
 # --- NATS work ------------------------------------------------------------------------------------
-# -- work
+
+CLAIM_AGAIN_S = 0.5  # after which a claim that could not be stored is tried again
 
 
 class NatsNews:
@@ -11464,6 +11462,8 @@ class NatsEnds:
 # --- NATS owners ----------------------------------------------------------------------------------
 # Which daemon has claimed what.
 
+SETTLED_S = 3.0  # of our connection: by then all daemons that live have connected again, too
+
 
 def process_id() -> str:
     """A unique name of this process: hash of boot and namespace, PID, start time, random bits."""
@@ -12122,7 +12122,8 @@ class NatsTaker:
 
 
 # --- NATS operators -------------------------------------------------------------------------------
-# -- steps of operators and people
+
+RESEND_S = 2.0  # in which a record is written, once that has been prepared
 
 
 async def change_all(
@@ -12375,7 +12376,6 @@ async def end_late_call(
 
 
 # --- NATS intake ----------------------------------------------------------------------------------
-# -- the way in
 
 
 def nats_call(call: Invocation, offset_s: float) -> NatsCall:
@@ -13060,7 +13060,9 @@ class NatsReserve:
 
 
 # --- NATS upkeep ----------------------------------------------------------------------------------
-# -- what goes on by itself
+# What goes on by itself.
+
+IDLE_LOOKS = 2  # looks that are left out while nothing happens: each costs 2 ms of CPU
 
 
 async def renew_leases(
@@ -13416,7 +13418,7 @@ class NatsKeeper:
 
 
 # --- NATS figures ---------------------------------------------------------------------------------
-# -- what servers say of the queue, or have said last
+# What servers say of the queue, or have said last.
 
 
 async def nats_trouble(link: NatsLink, calls: NatsCalls, subjects: NatsSubjects) -> str | None:
@@ -13540,7 +13542,6 @@ class NatsParts(NamedTuple):
 
 
 # --- NATS queue -----------------------------------------------------------------------------------
-# -- the seam in front of them
 
 
 class NatsQueue:
