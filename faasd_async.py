@@ -8754,44 +8754,66 @@ async def upgrade_stream(link: NatsLink, config: NatsConfig) -> dict[str, Any]:
     return dict(there)
 
 
+def require_jetstream(server: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a server that can't keep the queue, by what it says of itself."""
+    # One of a cluster may leave JetStream to others.
+    if not (server.get("jetstream") or server.get("cluster")):
+        raise ConfigError(["nats.servers: the server has no JetStream"])
+    version = server["version"]
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < NATS_REQUIRED:
+        raise ConfigError([f"nats: the server is {version}: the queue needs 2.12 or later"])
+
+
+def lacks_subjects(config: NatsConfig, there: Mapping[str, Any]) -> bool:
+    """Whether a stream has only some of our subjects, as an older version has made it."""
+    return set(there.get("subjects", ())) < set(NatsSubjects(config).stored)
+
+
+def stream_differences(config: NatsConfig, there: Mapping[str, Any]) -> list[str]:
+    """A line for each setting of a stream with which it can't keep the queue, and what to do."""
+    wants = stream_config(config) | dict.fromkeys(STREAM_UNSET)
+    del wants["metadata"]  # There it may have more.
+    del wants["max_consumers"]  # A server does not let it be changed.
+    wants["subjects"] = sorted(wants["subjects"])
+    subjects = wants["subjects"] if lacks_subjects(config, there) else there.get("subjects", ())
+    has = {**there, "subjects": sorted(subjects)}
+    return [
+        stream_difference(config, name, has.get(name), wants[name])
+        for name in differing(has, wants)
+    ]
+
+
+def tell_few_consumers(config: NatsConfig, there: Mapping[str, Any]) -> None:
+    """Log that a stream may not have as many consumers as we want."""
+    if (most := there.get("max_consumers")) != MANY_CONSUMERS:
+        log.warning(
+            "NATS: stream %s was made with max_consumers = %s, not %d: few functions and callback "
+            "hosts fit into it",
+            config.stream,
+            most,
+            MANY_CONSUMERS,
+        )
+
+
 async def ensure_stream(link: NatsLink, config: NatsConfig) -> str:
     """Make the stream, or check the one that is there. What NatsSubjects.begin is to be told.
 
     Its settings are not changed; what it lacks, as older versions made it, is added.
     Raises StoreError, ConfigError.
     """
-    # A server of a cluster may leave JetStream to others.
-    if not (link.info.get("jetstream") or link.info.get("cluster")):
-        raise ConfigError(["nats.servers: the server has no JetStream"])
-    version = link.info["version"]
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < NATS_REQUIRED:
-        raise ConfigError([f"nats: the server is {version}: the queue needs 2.12 or later"])
-    wanted = stream_config(config)
+    require_jetstream(link.info)
     try:
         there = (await link.api(f"STREAM.INFO.{config.stream}"))["config"]
     except NatsRefused as exc:
         if exc.code not in NOT_THERE:
             raise
         there = await make_stream(link, config)
-    wanted.pop("metadata")
-    wanted |= dict.fromkeys(STREAM_UNSET)
-    is_older = set(there.get("subjects", ())) < set(wanted["subjects"])
-    there["subjects"] = sorted(wanted["subjects"] if is_older else there.get("subjects", ()))
-    wanted["subjects"] = sorted(wanted["subjects"])
-    has, most = there.get("max_consumers"), wanted.pop("max_consumers")
-    if has != most:  # A server does not let it be changed.
-        text = (
-            "was made with max_consumers = %s, not %d: few functions and callback hosts fit into it"
-        )
-        log.warning(f"NATS: stream %s {text}", config.stream, has, most)
-    if differences := [
-        stream_difference(config, name, there.get(name), wanted[name])
-        for name in differing(there, wanted)
-    ]:
-        link.room.judge(differences[0])
+    tell_few_consumers(config, there)
+    differences = stream_differences(config, there)
+    link.room.judge(differences[0] if differences else None)
+    if differences:
         raise ConfigError(differences)
-    link.room.judge(None)
-    if is_older or TIMED_SINCE not in there.get("metadata", {}):
+    if lacks_subjects(config, there) or TIMED_SINCE not in there.get("metadata", {}):
         there = await upgrade_stream(link, config)
     return str(there["metadata"][TIMED_SINCE])
 
@@ -9603,13 +9625,18 @@ class NatsLanes:
 # --- NATS consumers -------------------------------------------------------------------------------
 # What stands for a lane on the server.
 
-OWN_CONSUMER = re.compile(r"(work|later)\+[^+]+\+[^+]+")  # the name of one: root, queue and lane
-RECEIVER = re.compile(rf"(work|later)\+{CALLBACKS}\+")  # how the name of one for callbacks begins
+OWN_CONSUMER = re.compile(r"(work|later)\+[^+]+\+[^+]+")  # the name of one of ours
 
 
 def consumer_name(root: str, queue: str, lane: str) -> str:
     """The name of a lane's consumer."""
     return f"{root}+{nats_token(queue)}+{nats_token(lane)}"
+
+
+def split_consumer(name: str) -> tuple[str, str, str]:
+    """Root, queue and lane of a consumer, by its name."""
+    root, queue, lane = name.split("+")
+    return root, nats_name(queue), nats_name(lane)
 
 
 def resume_consumer(stream: str, name: str) -> str:
@@ -9650,6 +9677,22 @@ def consumer_differences(
         f"{start} {key} = {json.dumps(has.get(key))}, the queue needs {required(wants[key])}: {how}"
         for key in differing(has, wants)
     ]
+
+
+async def list_consumers(link: NatsLink) -> tuple[dict[str, Mapping[str, Any]], set[str]]:
+    """What servers say of our consumers, by name, and those of which they only say that they are
+    there: these have no leader just now. Raises StoreError.
+    """
+    consumers: dict[str, Mapping[str, Any]] = {}
+    silent: set[str] = set()
+    offset, total = 0, 1
+    while offset < total:
+        answer = await link.api(f"CONSUMER.LIST.{link.stream}", {"offset": offset})
+        infos = {info["name"]: info for info in answer["consumers"] or ()}
+        consumers |= {name: infos[name] for name in infos if OWN_CONSUMER.fullmatch(name)}
+        silent.update(answer.get("missing") or ())
+        offset, total = offset + max(1, answer["limit"]), answer["total"]
+    return consumers, silent
 
 
 async def delete_consumer(link: NatsLink, name: str) -> None:
@@ -9762,41 +9805,37 @@ class NatsConsumers:
         Those that somebody has deleted are made again; those that are not ours are left alone.
         Raises StoreError; ConfigError for those of ours that somebody has changed.
         """
-        consumers: dict[str, dict[str, Any]] = {}
-        silent: set[str] = set()  # those that are there, and have no leader just now
-        offset, total = 0, 1
-        while offset < total:
-            answer = await self._link.api(f"CONSUMER.LIST.{self._link.stream}", {"offset": offset})
-            consumers |= {info["name"]: info for info in answer["consumers"] or ()}
-            silent.update(answer.get("missing") or ())
-            offset, total = offset + max(1, answer["limit"]), answer["total"]
-        consumers = {name: info for name, info in consumers.items() if OWN_CONSUMER.fullmatch(name)}
+        consumers, silent = await list_consumers(self._link)
         self._tell_paused({name for name, info in consumers.items() if info.get("paused")})
         missing = self._known.keys() - consumers.keys() - silent
         gone = {name for name in missing if await is_gone(self._link, name)}
-        for lane in {nats_name(name.split("+")[2]) for name in gone if RECEIVER.match(name)}:
-            async with self._making:  # Another daemon has retired it.
-                for name in await self._let_go(CALLBACKS, lane):
-                    gone.discard(name)
-                    consumers.pop(name, None)
+        of_callbacks = {lane for _, queue, lane in map(split_consumer, gone) if queue == CALLBACKS}
+        for lane in of_callbacks:  # Another daemon has retired it.
+            async with self._making:
+                settled = await self._let_go(CALLBACKS, lane)
+            gone.difference_update(settled)
+            for name in settled:
+                consumers.pop(name, None)
+        await self._look_at(consumers, gone)
+        return consumers
+
+    async def _look_at(self, consumers: Mapping[str, Mapping[str, Any]], gone: set[str]) -> None:
+        """Count what consumers have, and make those that are gone again. ConfigError: as `poll`."""
         problems: dict[str, None] = {}
         in_order = sorted(consumers.keys() | gone, reverse=True)  # work before later
         for number, name in enumerate(in_order):
             if number % CONSUMERS_AT_ONCE == 0:
                 await asyncio.sleep(0)
-            root, *names = name.split("+")
-            queue, lane = map(nats_name, names)
             if name in gone:
                 log.warning("NATS: consumer %s is gone, and made again", name)
-                await self._make_again(root, queue, lane, name)
+                await self._make_again(*split_consumer(name))
                 continue
             try:
-                await self._count(root, queue, lane, consumers[name])
+                await self._count(consumers[name])
             except ConfigError as exc:  # The others are looked at all the same.
                 problems |= dict.fromkeys(exc.problems)
         if problems:
             raise ConfigError(list(problems))
-        return consumers
 
     def _tell_paused(self, paused: set[str]) -> None:
         """Log once which consumers an administrator has paused."""
@@ -9835,8 +9874,8 @@ class NatsConsumers:
         for consumer in consumers.values():
             self._known.pop(consumer, None)
         if await self._has_messages(queue, name):
-            for root, consumer in consumers.items():
-                await self._make_again(root, queue, name, consumer)
+            for root in consumers:
+                await self._make_again(root, queue, name)
         else:
             for consumer in consumers.values():
                 self._looks.pop(consumer, None)
@@ -9850,14 +9889,17 @@ class NatsConsumers:
                 return True
         return False
 
-    async def _make_again(self, root: str, queue: str, name: str, consumer: str) -> None:
+    async def _make_again(self, root: str, queue: str, name: str) -> None:
+        consumer = consumer_name(root, queue, name)
         if lane := self._lanes.by_consumer.get(consumer):
             lane.inbox.lose()
         await self._make(root, queue, name, consumer)
 
-    async def _count(self, root: str, queue: str, name: str, info: Mapping[str, Any]) -> None:
-        lease = lease_s(self._settings(), queue)
+    async def _count(self, info: Mapping[str, Any]) -> None:
+        """Take over how many messages a consumer has, if it has our settings. ConfigError: not."""
         consumer, has = info["name"], info["config"]
+        root, queue, name = split_consumer(consumer)
+        lease = lease_s(self._settings(), queue)
         wants = consumer_config(consumer, self._subjects.lane(root, queue, name), lease)
         if self._known.get(consumer) != lease:
             await self._agree(has, wants)
@@ -9865,14 +9907,16 @@ class NatsConsumers:
         elif self._looks.get(consumer) != has:  # Somebody has edited it.
             self._check(has, wants)
         if root == "work":
-            lane = await self._lanes.know(queue, name, info["name"])
+            lane = await self._lanes.know(queue, name, consumer)
             await self._lanes.count(lane, info)
             return
-        lane_name = name.removesuffix(ASIDE)
-        await self._ensure("work", queue, lane_name)
-        lane = self._lanes.queues[queue].lanes[lane_name]
-        count = lane.count_later if lane_name == name else lane.count_aside
-        count(info["num_pending"])
+        bare = name.removesuffix(ASIDE)
+        await self._ensure("work", queue, bare)
+        lane = self._lanes.queues[queue].lanes[bare]
+        if bare == name:
+            lane.count_later(info["num_pending"])
+        else:
+            lane.count_aside(info["num_pending"])
 
 
 # --- NATS names -----------------------------------------------------------------------------------
@@ -12780,9 +12824,9 @@ class NatsRecovery:
         """
         await self._claims.keys.look_after()
         for name, info in consumers.items():
-            root, queue, lane = name.split("+")
+            root, queue, lane = split_consumer(name)
             if root == "work" and info["delivered"]["stream_seq"]:
-                await self._recover_lane(nats_name(queue), nats_name(lane), info, restarted)
+                await self._recover_lane(queue, lane, info, restarted)
 
     async def store_forgotten(self, lanes: Iterable[NatsLane]) -> None:
         """Store messages again that were given back and that the server has forgotten."""
@@ -13226,8 +13270,8 @@ async def retire_receivers(
     for number, (name, info) in enumerate(looks.items()):
         if number % CONSUMERS_AT_ONCE == 0:
             await asyncio.sleep(0)
-        if RECEIVER.match(name):
-            lane = nats_name(name.split("+")[2])
+        _, queue, lane = split_consumer(name)
+        if queue == CALLBACKS:
             unused[lane] = min(unused_s(info), unused.get(lane, math.inf))
     idle = [lane for lane, seconds in unused.items() if seconds >= IDLE_RECEIVER_S]
     for lane in idle[:MANY_RETIRED]:
