@@ -9255,8 +9255,8 @@ class NatsTurns:
         """Calls of all lanes, and those that are being stored."""
         return self.reserved + sum(lane.waiting for lane in self.lanes.values())
 
-    def full(self, most: int) -> bool:
-        """Whether as many calls wait as may. If not, the caller stores one more.
+    def admit(self, most: int) -> bool:
+        """Count in a call that the caller stores. False: as many wait as may.
 
         There may be a thousand lanes, so they are not counted each time, but when half of the calls
         have come for which there was room at the last count, and after `recount`.
@@ -9265,9 +9265,10 @@ class NatsTurns:
             room = most - self.waiting
             self._is_full = room <= 0
             self._left = room if self._is_full else (room + 1) // 2
-        if not self._is_full:
-            self._left -= 1
-        return self._is_full
+        if self._is_full:
+            return False
+        self._left -= 1
+        return True
 
     def recount(self) -> None:
         """Have lanes counted again: other daemons store calls, too."""
@@ -11593,10 +11594,11 @@ class NatsOwners:
         self._holdings = holdings
         self._messages = messages
 
-    async def has_lost(self, call: NatsCall, delivery: Delivery) -> bool:
+    async def may_take_over(self, call: NatsCall, delivery: Delivery) -> bool:
         """Whether the daemon that has claimed a call does not have it any more.
 
-        If it may have, the message is put off, to ask again later.
+        If it may have, the message is put off, to ask again later; if we have it, the message takes
+        the place of the one that we had.
         """
         owner = call.owner or ""
         if owner == self._holdings.owner:
@@ -11887,7 +11889,7 @@ class NatsClaims:
                 self._messages.ack(delivery)
                 return None
             return await self._started(record, delivery, request)
-        if await self._owners.has_lost(call, delivery):
+        if await self._owners.may_take_over(call, delivery):
             if call.owner == self.holdings.owner:  # We claimed it, and the answer got lost: run it.
                 return call
             await self._messages.answer(lane, delivery, await self.interrupted(record, request))
@@ -11900,10 +11902,10 @@ class NatsClaims:
         if call.callback_status != "pending":
             self._messages.ack(delivery)
             return None
-        if call.owner == self.holdings.owner and await self._owners.has_lost(call, delivery):
+        if call.owner == self.holdings.owner and await self._owners.may_take_over(call, delivery):
             return call  # We claimed it, and the answer got lost: it was never sent.
         if call.owner is not None:
-            if await self._owners.has_lost(call, delivery):
+            if await self._owners.may_take_over(call, delivery):
                 await self._messages.answer(lane, delivery, await self.callback_interrupted(record))
             return None
         return call._replace(
@@ -12506,7 +12508,7 @@ class NatsIntake:
             if key is not None:
                 return await self._known(key, stored)
         turns = self._lanes.queues[call.queue]
-        if turns.full(self._settings().queue(call.queue).max_pending):
+        if not turns.admit(self._settings().queue(call.queue).max_pending):
             if await self._is_known(stored.call):
                 return call.call_id
             raise queue_full(call.queue)
