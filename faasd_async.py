@@ -9740,28 +9740,29 @@ class NatsConsumers:
         self._making = asyncio.Lock()  # one consumer at a time
         self._lined_up = 0  # callers that wait for this lock
 
-    async def ensure(self, root: str, queue: str, name: str) -> None:
+    async def ensure(self, root: str, queue: str, lane: str) -> None:
         """Make the consumer of a lane unless it is there. Raises StoreError."""
         try:
-            await self._ensure(root, queue, name)
+            await self._ensure(root, queue, lane)
         except ConfigError as exc:
             raise StoreError(exc.problems[0]) from None
 
-    async def _ensure(self, root: str, queue: str, name: str) -> None:
-        consumer = consumer_name(root, queue, name)
+    async def _ensure(self, root: str, queue: str, lane: str) -> None:
+        consumer = consumer_name(root, queue, lane)
         if consumer in self._known and not self._lined_up:
             return
         self._lined_up += 1  # Who comes later does not overtake.
         try:
             async with self._making:
                 if consumer not in self._known:
-                    await self._make(root, queue, name, consumer)
+                    await self._make(root, queue, lane)
         finally:
             self._lined_up -= 1
 
-    async def _make(self, root: str, queue: str, name: str, consumer: str) -> None:
+    async def _make(self, root: str, queue: str, lane: str) -> None:
+        consumer = consumer_name(root, queue, lane)
         lease = lease_s(self._settings(), queue)
-        config = consumer_config(consumer, self._subjects.lane(root, queue, name), lease)
+        config = consumer_config(consumer, self._subjects.lane(root, queue, lane), lease)
         try:
             await self._write(config, "create")
         except NatsRefused as exc:
@@ -9775,7 +9776,7 @@ class NatsConsumers:
             await self._agree(there["config"], config)
         self._known[consumer] = lease
         if root == "work":
-            await self._lanes.know(queue, name, consumer)
+            await self._lanes.know(queue, lane, consumer)
 
     async def _write(self, config: Mapping[str, Any], action: str) -> None:
         """Make a consumer or change it: a server does either, unless it is told which."""
@@ -9856,7 +9857,7 @@ class NatsConsumers:
             if lane.consumer in self._paused
         }
 
-    async def retire(self, queue: str, name: str) -> None:
+    async def retire(self, queue: str, lane: str) -> None:
         """Delete the consumers of a lane, unless something waits there; what comes makes new ones.
 
         Whoever stores a message looks afterwards whether its lane was retired meanwhile. Raises
@@ -9864,37 +9865,36 @@ class NatsConsumers:
         """
         async with self._making:
             for root in ("later", "work"):
-                consumer = consumer_name(root, queue, name)
+                consumer = consumer_name(root, queue, lane)
                 self._known.pop(consumer, None)
                 await delete_consumer(self._link, consumer)
-            await self._let_go(queue, name)
+            await self._let_go(queue, lane)
 
-    async def _let_go(self, queue: str, name: str) -> Sequence[str]:
+    async def _let_go(self, queue: str, lane: str) -> Sequence[str]:
         """Forget a lane whose consumers are gone, or make them again; their names."""
-        consumers = {root: consumer_name(root, queue, name) for root in ("work", "later")}
+        consumers = {root: consumer_name(root, queue, lane) for root in ("work", "later")}
         for consumer in consumers.values():
             self._known.pop(consumer, None)
-        if await self._has_messages(queue, name):
+        if await self._has_messages(queue, lane):
             for root in consumers:
-                await self._make_again(root, queue, name)
+                await self._make_again(root, queue, lane)
         else:
             for consumer in consumers.values():
                 self._looks.pop(consumer, None)
                 self._lanes.by_consumer.pop(consumer, None)
-            self._lanes.queues[queue].forget(name)
+            self._lanes.queues[queue].forget(lane)
         return list(consumers.values())
 
-    async def _has_messages(self, queue: str, name: str) -> bool:
+    async def _has_messages(self, queue: str, lane: str) -> bool:
         for root in ("work", "later"):
-            if await next_message(self._link, self._subjects.lane(root, queue, name)):
+            if await next_message(self._link, self._subjects.lane(root, queue, lane)):
                 return True
         return False
 
-    async def _make_again(self, root: str, queue: str, name: str) -> None:
-        consumer = consumer_name(root, queue, name)
-        if lane := self._lanes.by_consumer.get(consumer):
-            lane.inbox.lose()
-        await self._make(root, queue, name, consumer)
+    async def _make_again(self, root: str, queue: str, lane: str) -> None:
+        if known := self._lanes.by_consumer.get(consumer_name(root, queue, lane)):
+            known.inbox.lose()
+        await self._make(root, queue, lane)
 
     async def _count(self, info: Mapping[str, Any]) -> None:
         """Take over how many messages a consumer has, if it has our settings. ConfigError: not."""
