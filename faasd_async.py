@@ -10495,8 +10495,11 @@ class NatsCalls:
 
     async def keep_notes(self, call: NatsCall) -> None:
         """Have the notes of a call, on its key and foreign id, last as long as its record."""
+        subjects = self._subjects.notes(call)
+        if not subjects:
+            return
         limit = {"Nats_TTL": f"{max(1, round(self.kept_s(call)))}s"} if call.status in FINAL else {}
-        for subject in self._subjects.notes(call):
+        for subject in subjects:
             note = await self.noted(subject, "id")
             if note and note.document["id"] == call.id:  # Another call may have the key by now.
                 body = json.dumps(note.document).encode()
@@ -10543,7 +10546,7 @@ class NatsCalls:
 
 
 async def nats_request(calls: NatsCalls, call_id: str) -> StoredRequest:
-    """See CallRecords."""
+    """See CallRecords.request."""
     stored = await calls.find(call_id)
     parts = stored.parts
     if not parts.has_request and not stored.call.finished:
@@ -10563,8 +10566,9 @@ async def nats_output(calls: NatsCalls, call_id: str, keep: int) -> Output:
 
 
 async def nats_result(calls: NatsCalls, call_id: str) -> StoredAnswer:
-    """See CallRecords."""
-    call, parts = (await calls.find(call_id))[1:3]
+    """See CallRecords.answer."""
+    stored = await calls.find(call_id)
+    call, parts = stored.call, stored.parts
     require_whole(call.status, call.error, len(parts.output), call.response_bytes)
     return StoredAnswer(call.http_status, unpack_headers(parts.answer_headers), parts.output)
 
@@ -11402,10 +11406,8 @@ class NatsEnds:
         claimed = call.owner is not None or call.callback_attempts
         if call.callback_status == "pending" and not claimed:
             await self._messages.store_callback(stored)
-        if call.call_id != call.id or call.idempotency_key is not None:
-            await self._calls.keep_notes(call)
-        if call.concurrency_key is not None:
-            await self.keys.release(call)
+        await self._calls.keep_notes(call)
+        await self.keys.release(call)
         if delivery is not None:
             self._messages.ack(delivery)
 
@@ -12138,15 +12140,13 @@ class NatsTaker:
         """
         attempts = [self._attempt(*item) for item in taken]
         results = [await self._conclude(attempt) for attempt in attempts]
-        rest = [
-            number
-            for number, result in enumerate(results)
-            if result is None or isinstance(result, NatsChanged)
-        ]
-        if rest:
-            again = [self._claims.begin(*taken[number], results[number] is None) for number in rest]
-            begun = await asyncio.gather(*again, return_exceptions=True)
-            for number, result in zip(rest, begun, strict=True):
+        untried = [number for number, result in enumerate(results) if result is None]
+        mistaken = [n for n, result in enumerate(results) if isinstance(result, NatsChanged)]
+        if untried or mistaken:
+            begins = [self._claims.begin(*taken[number], fresh=True) for number in untried]
+            begins += [self._claims.begin(*taken[number], fresh=False) for number in mistaken]
+            begun = await asyncio.gather(*begins, return_exceptions=True)
+            for number, result in zip(untried + mistaken, begun, strict=True):
                 results[number] = result
         return results
 
@@ -12555,8 +12555,7 @@ class NatsIntake:
         root = "later" if call.due_at > self._calls.now() else "work"
         await self._messages.store(root, stored, call.queue, call.lane)
         self._calls.changes.note(call)
-        if call.deadline_at is not None:
-            await self._messages.store_deadline(call)
+        await self._messages.store_deadline(call)
 
     async def adopt(self, call: NatsCall, parts: Parts, digest: str) -> None:
         """Take over a call from another store that has ended, and whose callback is pending.
@@ -13229,7 +13228,7 @@ class NatsStream:
         self._config: Mapping[str, Any] = {}  # as it was when it was looked at last
 
     async def is_edited(self) -> bool:
-        """Whether somebody has edited it since the last look, or made another. StoreError."""
+        """Whether it was edited, or made anew, since the last look. Raises StoreError."""
         before = self._config
         self._config = (await self._link.api(f"STREAM.INFO.{self._link.stream}"))["config"]
         return self._config != before
