@@ -23091,8 +23091,9 @@ def find_daemon(args: Arguments) -> tuple[str, str | None]:
     # A named daemon gets no credentials of another one. Only what a client needs is read from the
     # file: it may not be allowed to read the daemon's other secrets.
     path = args.config or (None if address else default_config())
-    flags = {"user_file": args.user_file, "password_file": args.password_file}
-    if flags := {name: file for name, file in flags.items() if file}:
+    files = {"user_file": args.user_file, "password_file": args.password_file}
+    flags = {name: file for name, file in files.items() if file}
+    if flags:
         config = load_config(path, ("gateway",))
         auth = parse_config({"auth": flags}).auth
     else:
@@ -23126,8 +23127,7 @@ class Client:
 
     def __init__(self, args: Arguments) -> None:
         self._url, login = find_daemon(args)
-        late_at = time.monotonic() + args.timeout if args.timeout else None
-        self._deadline: float | None = late_at
+        self._deadline = time.monotonic() + (args.timeout or math.inf)
         self._headers = {"User-Agent": USER_AGENT}
         if login:
             self._headers["Authorization"] = login
@@ -23214,17 +23214,15 @@ class Client:
 
     def _left_s(self) -> float | None:
         """What is left of --timeout; None: there is none. Raises TimeoutError."""
-        if self._deadline is None:
-            return None
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError
-        return left_s
+        return None if left_s == math.inf else left_s
 
     @property
     def late(self) -> bool:
         """Whether --timeout is over."""
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        return time.monotonic() >= self._deadline
 
     def _failure(self, exc: Exception) -> str:
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
@@ -23691,10 +23689,8 @@ def write_outcome(client: Client, record: Mapping[str, Any], as_json: bool) -> N
     output = client.ask(f"{path}/log?stream=stdout")
     stderr = client.ask(f"{path}/log?stream=stderr")
     if as_json:
-        texts = {"output": output, "stderr": stderr}
-        write_json(
-            {**record, **{name: text.decode("utf-8", "replace") for name, text in texts.items()}}
-        )
+        texts = [text.decode(errors="replace") for text in (output, stderr)]
+        write_json({**record, "output": texts[0], "stderr": texts[1]})
         return
     failed = record["status"] != "success"
     write(b"" if failed and output == stderr else output)  # See `readable`.
@@ -23875,6 +23871,18 @@ def complaints_of(stats: Mapping[str, Any]) -> Iterator[str]:
         yield f"the disk has {brief_size(free_bytes)} left: df -h {stats['store']['place']}"
 
 
+def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on what is wrong with a queue."""
+    name, depth = queue["name"], queue["depth"]
+    if queue.get("paused"):
+        yield f"queue {name} is paused: faasd-async queues resume {name}"
+    elif depth and not queue["inflight"] and queue["oldest_seconds"] > STUCK_S:
+        age = brief(queue["oldest_seconds"])
+        yield f"queue {name} is stuck, its oldest call is due since {age}: faasd-async calls"
+    if depth > NEARLY_FULL * queue.get("max_pending", math.inf):
+        yield f"queue {name} is nearly full: {depth} of {queue['max_pending']} wait"
+
+
 def hints_of(stats: Mapping[str, Any]) -> Iterator[str]:
     """Lines on what may be of interest, though the daemon is well."""
     yield from stats["warnings"]
@@ -23897,18 +23905,6 @@ def hints_of_schedules(schedules: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         last = schedule["runs"][0]["status"] if schedule["runs"] else None
         if last in ("error", "timeout"):
             yield f"schedule {name}: its last run failed: faasd-async calls --schedule {name}"
-
-
-def complaints_of_queue(queue: Mapping[str, Any]) -> Iterator[str]:
-    """Lines on what is wrong with a queue."""
-    name, depth = queue["name"], queue["depth"]
-    if queue.get("paused"):
-        yield f"queue {name} is paused: faasd-async queues resume {name}"
-    elif depth and not queue["inflight"] and queue["oldest_seconds"] > STUCK_S:
-        age = brief(queue["oldest_seconds"])
-        yield f"queue {name} is stuck, its oldest call is due since {age}: faasd-async calls"
-    if depth > NEARLY_FULL * queue.get("max_pending", math.inf):
-        yield f"queue {name} is nearly full: {depth} of {queue['max_pending']} wait"
 
 
 # --- Schedule commands ----------------------------------------------------------------------------
@@ -24136,7 +24132,7 @@ CALLBACKS_AT_ONCE = 4  # fewer, as their answers may be large
 
 
 def nothing(about: object) -> None:
-    """Does nothing: here nobody runs calls, or waits for their ends."""
+    """Do nothing: here nobody runs calls, or waits for their ends."""
 
 
 class Move:
@@ -24555,9 +24551,12 @@ class Parser(argparse.ArgumentParser):
 def commands_for(words: Sequence[str]) -> Sequence[Command]:
     """The commands that a line may mean: to make the parsers of all takes a third of a start."""
     first = words[0] if words else ""
-    names = ("", first, f"{first}s" if f"{first}s" in GROUPS else first)
-    meant = [command for command in COMMANDS if command.words.split(" ")[0] in names]
-    return meant if len(meant) > 1 else COMMANDS  # else it is an option, nothing, or a typing error
+    if f"{first}s" in GROUPS:
+        first += "s"
+    meant = [command for command in COMMANDS if command.words.partition(" ")[0] == first]
+    if not first or not meant:  # It is an option, nothing, or a typing error.
+        return COMMANDS
+    return [COMMANDS[0], *meant]
 
 
 def make_parser(
