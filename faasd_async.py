@@ -261,6 +261,7 @@ MAX_HEADERS = 128
 TOO_MANY_HEADERS = f"more than {MAX_HEADERS} headers"
 MAX_RESPONSE_BYTES = 16 * MIB  # what an answer may weigh that has to be held (callback, command)
 MAX_STDERR_BYTES = 64 * KIB  # of one command
+KEPT_WHEN_FULL_BYTES = 256  # of an output, while the queue has no room
 LAST_LINE = 200  # characters of its last line, which become the record's `error`
 PIPE_BYTES = 64 * KIB  # read from a command at once: what a pipe holds (pipe(7))
 MAX_VARIABLE_BYTES = 128 * KIB  # of one environment variable: MAX_ARG_STRLEN of execve(2)
@@ -395,6 +396,13 @@ class StoreError(Exception):
     """The queue could not store or read: disk full, file damaged, thread gone. Nothing was done."""
 
 
+class NoRoom(StoreError):
+    """The disk is full: what is left of it is kept for what makes room again."""
+
+    def __init__(self) -> None:
+        super().__init__("the disk is full: what is left of it is kept for calls that are stored")
+
+
 class StoreLocked(StoreError):
     """Another process holds the file. Exit code 75."""
 
@@ -415,6 +423,9 @@ class HttpError(Exception):
         self.status = status
         self.text = text
         self.headers = dict(headers or {})
+
+
+Refusal = HttpError | NoRoom  # why a call is not stored
 
 
 class NotNow(HttpError):
@@ -4600,6 +4611,100 @@ class Place:
                 raise sqlite3.OperationalError(f"{path} {reason}")
 
 
+KEPT_BYTES = 16 * MIB  # of the disk that new calls leave to those that are stored,
+KEPT_SHARE = 8  # or one part in so many of a smaller disk
+LOG_BYTES = 4 * MIB  # that the log takes where nobody minds, and a little more
+LOOK_S = 1.0  # between looks at a disk that has much room
+ROOM_WAIT_S = 0.5  # after which an outcome that was refused is tried again
+CALL_BYTES = 4 * KIB  # that are counted for a call, beside its body
+ROW_BYTES = 32 * KIB  # of the log that are counted for a row that is deleted, or two pages less
+SELECT_PAGES = """
+    SELECT page_size, page_count, freelist_count
+    FROM pragma_page_size, pragma_page_count, pragma_freelist_count
+"""
+
+
+class Room:
+    """What may still be stored, so that a disk which the queue has filled gets empty by itself.
+
+    What ends calls, cancels or forgets them has to be stored as well: on a disk without any room
+    nothing would ever change. So new calls leave some of it, and outcomes half of that. The rest is
+    for what makes room. It is no use against others who fill the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept = 0  # bytes that new calls leave
+        self._left = -1  # bytes of calls that may come
+        self._disk = 0  # bytes by which the log may grow
+        self._log = path.with_name(f"{path.name}-wal")
+        self._log_bytes = 0  # that it has, and could give back
+        self._look_at = 0.0  # monotonic
+        self._refused = False  # something was, lately
+        self.full = False  # new calls are refused
+
+    @property
+    def scarce(self) -> bool:
+        """Whether so little is left that calls should leave less than they took."""
+        return self._left < self._kept // 2
+
+    @property
+    def little(self) -> bool:
+        """Whether the log should take no more of it than it has to."""
+        return self._refused or self.scarce or self._disk < LOG_BYTES
+
+    def look(self, db: sqlite3.Connection) -> None:
+        """See what there is: now and then, and each time when it is little."""
+        now = time.monotonic()
+        if not self.little and now < self._look_at:
+            return
+        self._look_at = now + LOOK_S
+        self._measure(db)
+        if self.full and self._left > self._kept // 4:
+            self.full = False
+            log.warning("%s: there is room again, and new calls are taken", self._path)
+        elif not self.full and self._left + self._log_bytes < CALL_BYTES:
+            self.full = True
+            kept = f"what is left of its disk is kept for the calls in it ({self._kept} bytes)"
+            log.error("%s: %s: new ones are refused", self._path, kept)
+
+    def _measure(self, db: sqlite3.Connection) -> None:
+        """What is stored takes its size twice: in the log, and in pages of the file."""
+        page_bytes, pages, free_pages = db.execute(SELECT_PAGES).fetchone()
+        self._refused = False
+        self._kept = 0  # if nobody can tell
+        self._left = self._disk = sys.maxsize
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self._path)
+            if not disk.f_blocks:
+                return
+            self._log_bytes = self._log.stat().st_size
+            growth = page_bytes * pages - self._path.stat().st_size  # once all of the log is there
+            self._disk = disk.f_bavail * disk.f_frsize - max(0, growth)
+            self._kept = min(KEPT_BYTES, disk.f_blocks * disk.f_frsize // KEPT_SHARE)
+            with_free = self._disk + page_bytes * free_pages
+            self._left = min(self._disk - self._kept // 2, (with_free - self._kept) // 2)
+
+    def take_call(self, size: int) -> bool:
+        """Whether a new call with a body of `size` may be stored: then it is counted."""
+        return not self.full and self._take(size + CALL_BYTES, self._left)
+
+    def take_outcome(self, size: int) -> bool:
+        """Whether an outcome of so many bytes may be stored: then it is counted."""
+        return self._take(size, self._left + self._kept // 4)
+
+    def _take(self, size: int, left: int) -> bool:
+        if size > left:
+            self._refused = True
+            return False
+        self._left -= size
+        return True
+
+    def rows(self) -> int:
+        """How many rows, up to a batch, may be deleted at once: the log has to have room."""
+        return max(1, min(BATCH, self._disk // ROW_BYTES))
+
+
 # --- SQLite file ----------------------------------------------------------------------------------
 
 SCHEMA_VERSION = 4
@@ -4704,6 +4809,7 @@ PRAGMAS = (
     "synchronous = FULL",
     "wal_autocheckpoint = 500",  # 2 MiB, where `checkpoint` finds no pause for it
     "journal_size_limit = 67108864",
+    "secure_delete = FAST",  # otherwise all that is deleted may be written once more, as zeros
     "temp_store = MEMORY",  # there may be no place for temporary files
 )
 CHECKPOINT_ROWS = 800  # 1 MiB of the log, from 32 callers at a time: a millisecond's work
@@ -4852,6 +4958,7 @@ class SqliteFile:
         self.stale = False  # the index may differ from the file: the next transaction rebuilds it
         self._suspect = False  # the file may be damaged
         self._place: Place  # once open
+        self.room = Room(path)
         self.news = News()  # what this transaction leads to
         self.last_seq = 0  # the number of the newest row
         self._carried = 0  # rows changed until the last checkpoint
@@ -4931,6 +5038,7 @@ class SqliteFile:
     def prepare(self) -> None:
         """Check, in a new transaction, that what it stores will stay. Raises sqlite3.Error."""
         self._place.require()
+        self.room.look(self.db)
         if self.stale:
             self.rebuild()
 
@@ -4991,17 +5099,18 @@ class SqliteFile:
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             self._suspect = True
 
-    def checkpoint(self) -> None:
-        """Copy what is new in the log to the file, if it is much. To be called in a pause.
+    def checkpoint(self, pause: bool) -> None:
+        """Copy what is new in the log to the file, if it is much, in a pause.
 
         Otherwise SQLite does it in a COMMIT, and callers wait for that. If it fails, it is tried
-        again.
+        again. Where the disk has little room, all is copied, and the log gives its own back.
         """
         changed = self.db.total_changes
-        if changed - self._carried >= CHECKPOINT_ROWS:
+        if self.room.little or (pause and changed - self._carried >= CHECKPOINT_ROWS):
             self._carried = changed
+            how = "TRUNCATE" if self.room.little else "PASSIVE"
             with contextlib.suppress(sqlite3.Error):
-                self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                self.db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
 
     def take_news(self) -> News:
         """What the committed transaction leads to. The next one begins with nothing."""
@@ -5091,6 +5200,18 @@ def pass_turns(file: SqliteFile, places: Iterable[tuple[str, str, str | None]]) 
     for function, namespace, key in dict.fromkeys(places):
         if key is not None:
             pass_turn(file, KeyPlace(function, namespace, key))
+
+
+# -- room
+
+
+def keep_output(file: SqliteFile) -> int:
+    """Up to how many bytes outputs are kept, and requests of calls that ended well.
+
+    On a disk that is nearly full, a call that ends should leave less than it took.
+    """
+    keep = file.settings().calls.keep_output
+    return min(keep, KEPT_WHEN_FULL_BYTES) if file.room.scarce else keep
 
 
 # -- rates
@@ -5529,30 +5650,39 @@ def end_row(end: End, was: str, lane: str | None, now: float) -> Sequence[object
 
 
 # --- SQLite work ----------------------------------------------------------------------------------
-# Each step is a part of a transaction, and raises HttpErrors before it changes anything.
+# Each step is a part of a transaction, and raises a Refusal before it changes anything.
 
 
-def enqueue_calls(file: SqliteFile, calls: Sequence[Invocation]) -> list[str | HttpError]:
-    """Store calls without an idempotency key; the call ids to answer with, or a 429."""
-    answers: list[str | HttpError] = []
+def refusal_of(file: SqliteFile, call: Invocation, left: int) -> Refusal | None:
+    """Why a new call is not stored in a queue that takes so many more; None: it is."""
+    if left <= 0:
+        return queue_full(call.queue)
+    return None if file.room.take_call(len(call.body)) else NoRoom()
+
+
+def enqueue_calls(file: SqliteFile, calls: Sequence[Invocation]) -> list[str | Refusal]:
+    """Store calls without an idempotency key; the call ids to answer with, or why there is none."""
+    answers: list[str | Refusal] = []
     new: list[Invocation] = []
     room: dict[str, int] = {}
     for call in calls:
         left = room.get(call.queue)
         if left is None:
             left = queue_room(file, call.queue)
-        if left > 0:
+        refusal = refusal_of(file, call, left)
+        if refusal is None:
             room[call.queue] = left - 1
             new.append(call)
-        known = left > 0 or file.db.execute(SELECT_ID, (call.id,)).fetchone()
-        answers.append(call.call_id if known else queue_full(call.queue))
+        elif file.db.execute(SELECT_ID, (call.id,)).fetchone():
+            refusal = None
+        answers.append(refusal or call.call_id)
     for some in pieces(new):
         insert_calls(file, some)
     return answers
 
 
 def step_enqueue_once(file: SqliteFile, call: Invocation) -> str:
-    """Store the first call with its idempotency key; that one's call id. HttpError: 422, 429."""
+    """Store the first call with its key; that one's call id. HttpError: 422, 429. NoRoom."""
     digest = hashlib.blake2b(call.body, digest_size=16).digest()
     place = (call.function, call.namespace, call.idempotency_key)
     taken = file.db.execute(SELECT_KEY, place).fetchone()
@@ -5560,8 +5690,8 @@ def step_enqueue_once(file: SqliteFile, call: Invocation) -> str:
         raise HttpError(422, OTHER_BODY)
     if taken:
         return str(taken[0])
-    if queue_room(file, call.queue) <= 0:
-        raise queue_full(call.queue)
+    if refusal := refusal_of(file, call, queue_room(file, call.queue)):
+        raise refusal
     insert_calls(file, [call], digest)
     return call.call_id
 
@@ -5804,10 +5934,25 @@ class Completion(NamedTuple):
         target = callback_target(status, claim.callback_url, claim.failure_url)
         return End(receipt, ended, outcome.size, target)
 
+    def stored_bytes(self, keep: int) -> int:
+        """How much of the answer is kept, at most: all of it for a callback."""
+        size = len(self.outcome.body)
+        return size if self.claim.callback_url or self.claim.failure_url else min(size, keep)
 
-def complete_calls(file: SqliteFile, completions: Sequence[Completion]) -> list[bool]:
+
+def complete_calls(file: SqliteFile, completions: Sequence[Completion]) -> Sequence[bool | NoRoom]:
     """Make calls final. False: the claim is not valid any more."""
-    keep = file.settings().calls.keep_output
+    keep = keep_output(file)
+    fits = [file.room.take_outcome(item.stored_bytes(keep)) for item in completions]
+    for item in itertools.compress(completions, map(operator.not_, fits)):
+        file.index.wake(item.claim.queue, time.time() + ROOM_WAIT_S)  # Then it is tried again.
+    valid = iter(end_attempts(file, list(itertools.compress(completions, fits))))
+    return [next(valid) if fit else NoRoom() for fit in fits]
+
+
+def end_attempts(file: SqliteFile, completions: Sequence[Completion]) -> list[bool]:
+    """Make calls final, and keep what they gave."""
+    keep = keep_output(file)
     ends = [completion.end() for completion in completions]
     valid = end_calls(file, "running", ends)
     outputs: dict[int, KeptOutput | None] = {}
@@ -5837,7 +5982,7 @@ def deliver_callbacks(file: SqliteFile, completions: Sequence[Completion]) -> li
     for status, number in Counter([completion.status for completion in ended]).items():
         file.tally.move(CALLBACKS, "pending", status, number)
     file.news.changed.extend([completion.receipt.seq for completion in ended])
-    keep = file.settings().calls.keep_output
+    keep = keep_output(file)
     if long := [item.receipt.seq for item in ended if len(item.claim.body) > keep]:
         cut_outputs(file, long)
     return valid
@@ -5868,7 +6013,7 @@ def step_retry(file: SqliteFile, claim: Claim, outcome: Outcome, delay_s: float)
     if not requeue(file, claim, RETRY_CALL, delay_s, *told):
         return False
     seq = cast(Receipt, claim.receipt).seq
-    save_outputs(file, {seq: kept_output(outcome, file.settings().calls.keep_output)})
+    save_outputs(file, {seq: kept_output(outcome, keep_output(file))})
     return True
 
 
@@ -5935,7 +6080,7 @@ def drop_rows(file: SqliteFile, statement: str, seqs: Sequence[int]) -> None:
 
 def cut_outputs(file: SqliteFile, seqs: Sequence[int]) -> None:
     """Cut answers down to calls.keep_output, once no callback needs the whole of them."""
-    keep = file.settings().calls.keep_output
+    keep = keep_output(file)
     long = file.db.execute(SELECT_LONG_OUTPUTS, (json.dumps(seqs), keep)).fetchall()
     for seq, body in long:
         file.db.execute(CUT_OUTPUT, (shorten(body, keep), seq))
@@ -6362,9 +6507,10 @@ def step_prune(file: SqliteFile) -> int:
     """Delete one batch of final records past their time and give free pages back."""
     now = time.time()
     calls = file.settings().calls
+    most = file.room.rows()
     gone: list[tuple[int, str, str, str]] = []
     for statement, kept_s in zip(PRUNE_CALLS, (calls.keep, calls.failed_kept_s), strict=True):
-        where = (now - kept_s, BATCH - len(gone))
+        where = (now - kept_s, most - len(gone))
         gone += file.db.execute(statement, where).fetchall()
     for _, lane, status, callback_status in gone:
         file.tally.move(lane, status, None)
@@ -6377,7 +6523,7 @@ def step_prune(file: SqliteFile) -> int:
 
 def give_room_back(file: SqliteFile) -> int:
     """Give up to two pages for each row of a batch back to the file system. 1: that was as many."""
-    most = 2 * BATCH
+    most = 2 * file.room.rows()
     free = file.db.execute("PRAGMA freelist_count").fetchone()[0]
     for _ in range(min(free, most)):
         # Python's module steps this statement once, which frees one page, whatever its argument.
@@ -6414,7 +6560,7 @@ def step_schedules(file: SqliteFile) -> Mapping[str, ScheduleState]:
 def step_save_schedule(file: SqliteFile, state: ScheduleState, calls: Sequence[Invocation]) -> int:
     """Store a state, and the calls that led to it. 0: somebody else has written it meanwhile.
 
-    HttpError: 429. All of the calls are stored, or none.
+    Raises HttpError: 429. NoRoom. All of the calls are stored, or none.
     """
     if step_schedule(file, state.name).revision != state.revision:
         return 0
@@ -6422,6 +6568,8 @@ def step_save_schedule(file: SqliteFile, state: ScheduleState, calls: Sequence[I
     for queue, number in counts.items():
         if number > queue_room(file, queue):
             raise queue_full(queue)
+    if calls and not file.room.take_call(sum(len(call.body) for call in calls)):
+        raise NoRoom
     for some in pieces(calls):
         insert_calls(file, some)
     packed = pack_schedule(state)
@@ -6696,10 +6844,10 @@ def do_steps(file: SqliteFile, batch: Sequence[Entry]) -> list[Answers]:
 
 
 def do_step(file: SqliteFile, step: Callable[..., Any], arguments: Sequence[Any]) -> object:
-    """What a step returns, or the HttpError that it raises before it changes anything."""
+    """What a step returns, or the refusal that it raises before it changes anything."""
     try:
         return step(file, *arguments)
-    except HttpError as exc:
+    except (HttpError, NoRoom) as exc:
         return exc
 
 
@@ -6801,7 +6949,7 @@ class Outbox:
         return future
 
     def share(
-        self, step: Callable[[SqliteFile, Sequence[T]], Sequence[R | HttpError]], item: T
+        self, step: Callable[[SqliteFile, Sequence[T]], Sequence[R | Refusal]], item: T
     ) -> asyncio.Future[R]:
         """As `submit`, for a step that does many items at once, and answers for each."""
         if self.closed:
@@ -6928,8 +7076,7 @@ class Writer:
         batch = self._next_batch()
         self._busy_since = time.monotonic()
         self._commit(batch, whole=True)
-        if not self._inbox.qsize():
-            self._file.checkpoint()
+        self._file.checkpoint(pause=not self._inbox.qsize())
 
     def _copy(self, asked: asyncio.Future[IO[bytes]]) -> None:
         rollbacks = self._rollbacks
@@ -7130,10 +7277,10 @@ class SqliteQueue:
         return None
 
     async def failing(self) -> str | None:
-        if self._writer.failure is not None:
+        if self._writer.failure is not None or self._file.room.full:
             with contextlib.suppress(StoreError):
                 await self._steps.submit(step_probe)
-        failure = self._writer.failure
+        failure = self._writer.failure or (str(NoRoom()) if self._file.room.full else None)
         return f"the queue can't store: {failure}" if failure else None
 
     def lookup(self, call_id: str) -> Awaitable[CallRecord]:
@@ -10319,7 +10466,6 @@ class NatsChanges:
 
 MANY_NATS_REQUESTS = 64  # under way at once for an operator
 MAX_CALL_BYTES = 128 * KIB  # of a message beside its parts: URLs, and the history of redrives
-KEPT_WHEN_FULL_BYTES = 256  # of an output, while servers have no room
 # Beside two leases: how long a record stays after its time, unseen. A server that is killed may
 # bring back what it had deleted within the last two minutes (seen with 2.15).
 FENCE_S = 150.0

@@ -27,6 +27,7 @@ from conftest import (
     ok,
     run,
 )
+from operating import cancel
 
 CALM = {"/healthz": 200, "/readyz": 200}
 UNABLE = {"/healthz": 200, "/readyz": 503}  # a restart would not help
@@ -160,6 +161,73 @@ async def test_a_full_disk_refuses_calls_and_loses_none(
     await assert_unable(gateway, function, "full")
     await disk.mend("full")
     await assert_well(gateway, accepted, function)
+
+
+SOON = '[calls]\nkeep = "1s"\nkeep_failed = "1s"'  # what has ended is forgotten
+HOUSEKEEPING = "faasd_async.HOUSEKEEPING_S = 0.1"
+
+
+async def submit_until_full(gateway: Daemon) -> list[str]:
+    """As many calls as there is room for: large ones, then small ones."""
+    accepted: list[str] = []
+    for size in (16 * PAGE, 0):  # Where there is no room for the one, there may be for the other.
+        refused = 0
+        while refused < 3:  # The first time, the log gives back what it has no use for.
+            reply = await submit(gateway, bytes(size))
+            refused = 0 if reply.status == 202 else refused + 1
+            accepted += [reply.headers["X-Call-Id"]] if reply.status == 202 else []
+    assert_refused(reply, 503, "the disk is full", "is kept for calls that are stored")
+    ready = await ask(gateway.url, "/readyz")
+    assert (ready.status, b"the disk is full" in ready.body) == (503, True)
+    return accepted
+
+
+async def until_emptied(gateway: Daemon) -> None:
+    """New calls are taken again, large ones too."""
+    async with asyncio.timeout(PATIENCE):
+        while (await submit(gateway, bytes(16 * PAGE))).status == 503:  # noqa: ASYNC110 — nothing tells
+            await asyncio.sleep(0.05)
+    assert (await ask(gateway.url, "/readyz")).status == 200
+    assert not [line for line in gateway.lines if "can't be stored" in line]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_disk_that_the_queue_has_filled_gets_empty_by_itself(
+    daemon: StartDaemon, disk: Disk, function: Server, gate: Gate, killed: bool
+) -> None:
+    """What is stored is cancelled, ends and is forgotten in room that is kept for it; then new calls are taken."""
+    gateway = await daemon(settings(function, f"{disk.settings}\n{SOON}"), before=f"{disk.before}\n{HOUSEKEEPING}")
+    accepted = await submit_until_full(gateway)
+    assert len(accepted) > 10
+    assert len([line for line in gateway.lines if "new ones are refused" in line]) == 1
+    if killed:
+        await gateway.kill()
+        await gateway.start()
+        assert (await submit(gateway)).status == 503
+    assert await cancel(gateway, accepted.pop()) == 202
+    gate.open()
+    await until_emptied(gateway)
+    await function.until(lambda: {request.call_id for request in function.requests} >= set(accepted), "all other calls")
+
+
+async def test_answers_that_fill_a_disk_wait_for_room(
+    daemon: StartDaemon, disk: Disk, function: Server, sink: Server
+) -> None:
+    """They have to be called back whole, so they are not stored until others are; to cancel works meanwhile."""
+    receiver = Gate()
+    sink.behaviour = receiver
+    function.behaviour = answer(200, bytes(64 * PAGE))
+    more = f"{disk.settings}\n{SOON}"
+    gateway = await daemon(settings(function, more), before=f"{disk.before}\n{HOUSEKEEPING}")
+    queue = "/system/queues/faas-request"
+    assert (await ask(gateway.url, f"{queue}/pause", method="POST")).status == 200
+    accepted = [await gateway.submit("it", X_Callback_Url=sink.url) for _ in range(25)]
+    assert (await ask(gateway.url, f"{queue}/resume", method="POST")).status == 200
+    await gateway.wait_for_log("can't be stored yet: the disk is full: what is left of it is kept")
+    assert await cancel(gateway, accepted.pop()) == 202
+    receiver.open()
+    await sink.until(lambda: {request.call_id for request in sink.requests} >= set(accepted), "all other answers")
+    assert {len(request.body) for request in sink.requests if request.call_id in accepted} == {64 * PAGE}
 
 
 async def test_what_is_read_from_a_full_disk_makes_nothing_ready(
