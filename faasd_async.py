@@ -24358,7 +24358,7 @@ async def move_calls(file: SqliteFile, config: Config) -> Move:
     await queue.open(nothing, nothing, nothing)
     try:
         if reason := await queue.failing():
-            raise StoreError(reason)
+            raise StoreError(f"{show_urls(config.nats.servers)}: {reason}")
         await move.run()
     except StoreError as exc:
         progress = (
