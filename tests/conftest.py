@@ -84,7 +84,7 @@ SYSTEMD = ("NOTIFY_SOCKET", "JOURNAL_STREAM")  # meant for pytest, if it has the
 DEFAULTS: dict[str, Any] = {
     "gateway": {"listen": "127.0.0.1:0", "hosts": ["gateway.example"]},
     "retry": {"min_wait": "50ms", "max_wait": "200ms"},
-    "callback": {"min_wait": "50ms", "max_wait": "200ms"},
+    "callback": {"min_wait": "50ms", "max_wait": "200ms", "attempts": 1000},  # ten would be over in a second
 }
 
 

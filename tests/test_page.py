@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 from aiohttp import web
 from browser import CHROMIUM, DRIVER, Browser, chromium
-from conftest import SCRIPT, Daemon, Gate, Request, Server, StartDaemon, answer, ask, free_address, run
+from conftest import PATIENCE, SCRIPT, Daemon, Gate, Request, Server, StartDaemon, answer, ask, free_address, run
 from jetstream import StartHost
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
@@ -133,6 +133,12 @@ class Relay:
                     self.streams.discard(transport)
                     self.closed.set()
         return response
+
+    async def tells(self, text: str) -> None:
+        """Wait until a stream has told this. The page may know already: it looks by itself, too."""
+        async with asyncio.timeout(PATIENCE):
+            while text not in self.told:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     def cut(self) -> None:
         """Break off what there is, and what will be tried."""
@@ -310,7 +316,7 @@ async def test_a_stream_that_a_proxy_keeps_to_itself_is_none(page: Page, sink: S
     await page.open(at=sink.url)
     call = await gateway.submit("it", X_Delay="1h")
     await page.rows(1)
-    assert call in relay.told
+    await relay.tells(call)
     assert "every 5 s" in await browser.text("#live")
 
 
