@@ -14023,6 +14023,9 @@ def invalid(text: str) -> RequestFailed:
     return RequestFailed(FailureKind.INVALID, text)
 
 
+END_ITS_ANSWER = "end its answer"  # what a peer has yet to do once the head has come: TimeLimit
+
+
 class Limit(NamedTuple):
     """How long something may take."""
 
@@ -14036,9 +14039,19 @@ class TimeLimit:
     For what comes late see `call_in_time`.
     """
 
-    __slots__ = ("_cancelling", "_expired", "_grace", "_limit", "_started", "_sweep", "_task")
+    __slots__ = (
+        "_cancelling",
+        "_expired",
+        "_grace",
+        "_limit",
+        "_started",
+        "_sweep",
+        "_task",
+        "yet_to",
+    )
 
     def __init__(self, limit: Limit, started: float | None = None) -> None:
+        self.yet_to = "answer"  # what the peer does next, in words for the reason
         self._limit = limit
         self._started = started  # monotonic; None: with the block
         self._task: asyncio.Task[Any] | None = None  # that runs the block, until it ends
@@ -14047,7 +14060,7 @@ class TimeLimit:
         self._grace: asyncio.TimerHandle | None = None
         self._expired = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> TimeLimit:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
         assert task is not None
@@ -14057,6 +14070,7 @@ class TimeLimit:
             self._sweep = sweep(loop, self._limit.seconds)
             spent_s = 0.0 if self._started is None else time.monotonic() - self._started
             self._sweep.add(self, spent_s)
+        return self
 
     def expire(self, late_s: float) -> None:
         """See Expiring."""
@@ -14090,7 +14104,8 @@ class TimeLimit:
             if self._limit.key:
                 limit = f"within {self._limit.key} ({self._limit.seconds:g}s)"
             more = "".join(getattr(exc, "__notes__", ()))  # such as what had yet to come
-            raise RequestFailed(FailureKind.TIMEOUT, f"did not answer {limit}{more}") from None
+            reason = f"did not {self.yet_to} {limit}{more}"
+            raise RequestFailed(FailureKind.TIMEOUT, reason) from None
 
 
 # --- HTTP parsing ---------------------------------------------------------------------------------
@@ -16033,8 +16048,9 @@ class CommandRunner:
         started = time.perf_counter()
         program: Program | None = None
         try:
-            with TimeLimit(command_limit(function, limit)):
+            with TimeLimit(command_limit(function, limit)) as time_limit:
                 process = await self._start(function, request)
+                time_limit.yet_to = "end"  # which is its answer
                 program = self._follow(function, process, keep, tell)
                 await program.talk(request.body)
             await program.take_rest()
@@ -16414,8 +16430,9 @@ class Provider:
         """Send a request, and read its answer. Raises ProviderAway if there is none."""
         headers = [(b"Content-Type", b"application/json")]
         try:
-            with TimeLimit(Limit(limit_s or PROVIDER_S)):
+            with TimeLimit(Limit(limit_s or PROVIDER_S)) as time_limit:
                 async with await self.request(method, target, headers, body) as response:
+                    time_limit.yet_to = END_ITS_ANSWER
                     answer, _ = await response.read(MAX_RESPONSE_BYTES, whole=True)
         except RequestFailed as exc:
             raise ProviderAway(f"the provider {exc.text}") from None
@@ -16727,9 +16744,10 @@ class FunctionCaller:
             if function.command:
                 most = max(keep(False)[0], MAX_RESPONSE_BYTES)
                 return await self.commands.run(function, request, limit, most, tell)
-            with TimeLimit(limit, started):
+            with TimeLimit(limit, started) as time_limit:
                 asked = asked or self.begin(function, request)
                 async with await self.finish(function, asked) as response:
+                    time_limit.yet_to = END_ITS_ANSWER
                     ok = succeeded(function, response.status)
                     body, size = await response.read(*keep(ok), tell)
         except RequestFailed as exc:
@@ -18046,6 +18064,15 @@ def no_route(allowed: Sequence[str]) -> HttpError:
         return HttpError(405, f"this route takes {methods}", {"Allow": methods})
     reason = "no such route: calls go to /function/NAME or /async-function/NAME"
     return HttpError(404, reason)
+
+
+def accepts(headers: CIMultiDictProxy[str], name: str, item: str) -> bool:
+    """Whether a header such as Accept names an item, in whatever case, and not to rule it out."""
+    for entry in ",".join(headers.getall(name, ())).lower().split(","):
+        named, *parameters = (part.strip() for part in entry.split(";"))
+        if named == item:
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
 
 
 def printable(value: str) -> str:
@@ -19386,8 +19413,9 @@ async def stream_answer(
     transport = http.transport
     head: Response  # once the answer has come
     try:
-        with TimeLimit(limit):
+        with TimeLimit(limit) as time_limit:
             async with await answering as answer:
+                time_limit.yet_to = END_ITS_ANSWER
                 duration_s = time.perf_counter() - started
                 head = passed_answer(answer, ours, duration_s)
                 allow_origin(head.headers, request.trusted_origin)
@@ -19772,7 +19800,7 @@ class FunctionRoutes:
         """The answer to a call that is stored."""
         self.intake.stored(call)
         lines = accepted_lines(call_id, call.start_time)
-        if call.app is not None or "application/json" in http.headers.get("Accept", ""):
+        if call.app is not None or accepts(http.headers, "Accept", "application/json"):
             return reply({"call_id": call_id}, 202)._replace(lines=lines)
         return Response(202, CIMultiDict(), lines=lines)
 
@@ -20089,7 +20117,7 @@ class CallRoutes:
     async def show_request(self, request: Request) -> Response:
         """The body that the function was asked with, or all else of the request as JSON."""
         stored = await self.records.request(request.parts[0])
-        if "application/json" not in request.headers.get("Accept", ""):
+        if not accepts(request.http.headers, "Accept", "application/json"):
             return stored_reply(stored.headers, stored.body)
         document = {
             "method": stored.method,
@@ -22036,7 +22064,7 @@ class PageRoutes:
         """The page, or that the browser has it already."""
         if self._headers["ETag"] in request.headers.get("If-None-Match", ""):
             return respond(304, self._headers)
-        if "gzip" in request.headers.get("Accept-Encoding", ""):
+        if accepts(request.http.headers, "Accept-Encoding", "gzip"):
             packed = {**self._headers, "Content-Encoding": "gzip"}
             return respond(200, packed, self._packed)
         return respond(200, self._headers, self._body)
@@ -22650,7 +22678,7 @@ def route_table(to: Handlers) -> Sequence[Route]:
     """All routes there are. The first that fits is taken."""
     return (
         route("POST", "/async-function/…", INVOKE, to.functions.queue, to.functions.store),
-        route("DELETE", "/async-function/{call}", INVOKE, to.calls.cancel_call),
+        route("DELETE", "/async-function/(…)", INVOKE, to.calls.cancel_call),  # no id: no such call
         route("*", "/async-function/…", INVOKE, to.functions.refuse),
         route("*", "/function/…", INVOKE, to.functions.call),
         route("*", "/r/{name}/…", INVOKE, to.fn.call),

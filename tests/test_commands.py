@@ -289,6 +289,7 @@ async def test_an_async_command_that_takes_too_long_is_a_timeout(daemon: StartDa
     record = await gateway.final(await gateway.submit("it"))
     await family.started()
     assert (record["status"], record["http_status"]) == ("timeout", 504)
+    assert record["error"] == "function it did not end within functions.it.exec_timeout (1s)"
     await family.dead()
 
 

@@ -108,6 +108,13 @@ async def test_only_post_and_delete_make_sense_on_the_async_route(gateway: Daemo
     assert function.requests == []
 
 
+async def test_no_id_is_an_unknown_call(gateway: Daemon) -> None:
+    """DELETE is allowed there: a 405 whose `Allow` names it would say that it is not."""
+    reply = await ask(gateway.url, "/async-function/", method="DELETE")
+    assert reply.status == 404
+    assert_one_line(reply, "no call with this id")
+
+
 # ---- bodies ----------------------------------------------------------------------------------------------------
 
 POST = b"POST /async-function/echo HTTP/1.1\r\nHost: x\r\n"  # to be followed by the headers that matter

@@ -659,6 +659,27 @@ async def test_a_client_that_wants_json_gets_the_id_in_the_body(gateway: Daemon)
     assert json.loads(reply.body) == {"call_id": reply.headers["X-Call-Id"]}
 
 
+@pytest.mark.parametrize(
+    ("accept", "wanted"),
+    [
+        (["APPLICATION/JSON"], True),
+        (["application/json; q=0.5"], True),
+        (["text/html, application/json;charset=utf-8"], True),
+        (["text/html", "application/json"], True),
+        (["application/json;q=0"], False),
+        (["text/plain, application/json ; q=0.000"], False),
+        (["application/jsonl, x-application/json"], False),
+    ],
+)
+async def test_a_wish_for_json_is_read_as_http_says(gateway: Daemon, accept: list[str], wanted: bool) -> None:
+    """Its case does not count, a weight of 0 rules it out, and it may stand among others (RFC 9110 12.5.1)."""
+    headers = [f"Accept: {value}" for value in accept]
+    reply = await ask(gateway.url, "/async-function/echo", *headers, method="POST")
+    assert (reply.status, reply.body != b"") == (202, wanted)
+    record = await ask(gateway.url, f"{reply.headers['Location']}/request", *headers)
+    assert record.headers.get("Content-Type", "").startswith("application/json") == wanted
+
+
 async def test_curls_accept_header_asks_for_no_body(gateway: Daemon) -> None:
     """`Accept: */*` is no wish for JSON."""
     reply = await ask(gateway.url, "/async-function/echo", "Accept: */*", method="POST")

@@ -70,14 +70,16 @@ LONG_HEADER = "answered with a header longer than 32768 bytes"
 BROKEN, NO_HTTP = "broke off the connection", "did not answer in valid HTTP"
 LATE = "did not answer within "  # and then the key that said for how long
 UNCONNECTED, UNKNOWN = "no connection was made", "no name server answered"
-QUEUE_LATE, CALLBACK_LATE = f"{LATE}queues.faas-request.timeout (2s)", f"{LATE}callback.timeout (2s)"
+UNENDED = "did not end its answer within "
+QUEUE_LIMIT = "queues.faas-request.timeout (2s)"
+QUEUE_LATE, CALLBACK_LATE = f"{LATE}{QUEUE_LIMIT}", f"{LATE}callback.timeout (2s)"
 
 # What a peer does after it has read a request; the status that a sync caller sees (None: a 200 that does not look
 # whole), and what the records of an async call and of a callback say.
 PEERS: dict[str, tuple[Serve, int | None, str]] = {
     "hangs": (says(b""), 504, LATE),
     "drips-its-head": (says(OK + b"X-Long: ", b"x", 0.02), 504, LATE),
-    "drips-its-body": (says(CHUNKED, b"1\r\nx\r\n", 0.02), None, LATE),
+    "drips-its-body": (says(CHUNKED, b"1\r\nx\r\n", 0.02), None, UNENDED),
     "only-asks-for-more": (says(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01), 504, LATE),
     "hangs-up": (says(b"", None), 502, BROKEN),
     "breaks-off-in-the-head": (says(OK + b"Content-Len", None), 502, BROKEN),
@@ -107,7 +109,9 @@ PEERS: dict[str, tuple[Serve, int | None, str]] = {
 
 # What the record says of a call whose function does that.
 CALLS = {
-    name: ("timeout", 504, f"function {name} {QUEUE_LATE}") if why == LATE else ("error", 502, f"function {name} {why}")
+    name: ("timeout", 504, f"function {name} {why}{QUEUE_LIMIT}")
+    if why in (LATE, UNENDED)
+    else ("error", 502, f"function {name} {why}")
     for name, (_, _, why) in PEERS.items()
 }
 
@@ -181,6 +185,7 @@ async def test_a_sync_caller_of_a_bad_function_is_told_in_time(gateway: Daemon, 
     calls = asyncio.create_task(at_once(peers, call))
     assert (await ask(gateway.url, "/function/well")).status == 200
     assert await calls == {name: status for name, (_, status, _) in PEERS.items()}
+    assert f"function drips-its-body {UNENDED}gateway.upstream_timeout (2s)" in gateway.log
 
 
 async def test_the_record_of_a_call_of_a_bad_function_says_why(gateway: Daemon, peers: dict[str, str]) -> None:
