@@ -199,6 +199,7 @@ async def test_a_disk_that_the_queue_has_filled_gets_empty_by_itself(
     gateway = await daemon(settings(function, f"{disk.settings}\n{SOON}"), before=f"{disk.before}\n{HOUSEKEEPING}")
     accepted = await submit_until_full(gateway)
     assert len(accepted) > 10
+    await gateway.wait_for_log("new ones are refused")
     assert len([line for line in gateway.lines if "new ones are refused" in line]) == 1
     if killed:
         await gateway.kill()
