@@ -3546,8 +3546,9 @@ class LoopCounter:
     goes through a copy, which is made in one step.
 
     It costs a tenth of one of the library's, which threads may share. Those of `known` labels are
-    there from the start: to Prometheus, a counter that appears as 1 has not increased. Other labels
-    are names of functions and queues that exist: nobody else can add to them without end.
+    there from the start, and those of `show` from then on: to Prometheus, a counter that appears as
+    1 has not increased. Other labels are names of functions and queues that exist: nobody else can
+    add to them without end.
     """
 
     def __init__(
@@ -3567,6 +3568,11 @@ class LoopCounter:
     def count(self, value: str) -> None:
         """Count one more of this label."""
         self._counts[value] += 1
+
+    def show(self, values: Iterable[str]) -> None:
+        """Have these labels there, at 0 if none of them has been counted."""
+        for value in values:
+            self._counts.setdefault(value, 0)
 
     def collect(self) -> Iterable[Metric]:
         """What a scrape sees."""
@@ -3855,6 +3861,7 @@ def scraped(
         store.age_seconds
     )
     for name in queues:
+        oldest.labels(name).set(0)
         paused.labels(name).set(0)
     for function in functions:
         number = 1 if function.replicas is None else function.replicas
@@ -20254,6 +20261,8 @@ class QueueRoutes:
     async def expose(self, request: Request) -> Response:
         """All metrics, in the format of Prometheus."""
         queues = self.settings().queues
+        for counter in (self.metrics.submitted, self.metrics.processed):
+            counter.show(queues)
         stats, store = await asyncio.gather(self.queue.stats(), self.queue.storage.figures())
         functions = list(self.directory.all())
         figures = (self.metrics.registry, stats, store, queues, functions)

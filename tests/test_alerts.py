@@ -31,12 +31,15 @@ async def test_what_alerts_are_about_is_there_to_be_scraped(daemon: StartDaemon)
         while "faasd_async_schedule_missed_total{" not in metrics:  # once the clock is looked at
             metrics = (await ask(gateway.url, "/metrics")).body.decode()
     expressions = " ".join(re.findall(r"expr: (.*)", RULES.read_text()))
-    queues_that_wait = {"faasd_async_oldest_seconds"}
-    used = set(re.findall(r"faasd_async_\w+", expressions)) - queues_that_wait
+    used = set(re.findall(r"faasd_async_\w+", expressions))
     assert used - set(re.findall(r"^(\w+)", metrics, re.MULTILINE)) == set()
     for status in ("error", "timeout"):
         assert f'\nfaasd_async_calls_total{{status="{status}"}} 0.0\n' in metrics
     assert '\nfaasd_async_callbacks_total{status="failed"} 0.0\n' in metrics
+    for queue in ("faas-request", "held"):
+        assert f'\nqueue_worker_messages_submitted_total{{queue_name="{queue}"}} 0.0\n' in metrics
+        assert f'\nqueue_worker_messages_processed_total{{queue_name="{queue}"}} 0.0\n' in metrics
+        assert f'\nfaasd_async_oldest_seconds{{queue="{queue}"}} 0.0\n' in metrics
     assert re.findall(r'^faasd_async_queue_paused{queue="(.*)"} (.*)', metrics, re.MULTILINE) == [
         ("faas-request", "0.0"),
         ("held", "1.0"),
