@@ -1745,7 +1745,7 @@ class QueueConfig:
     """[queues.NAME]: concurrency, the time limit of a call, how much may wait, and who is next."""
 
     max_inflight: int = key(count, 1)
-    max_inflight_global: int | None = key(count)  # of all daemons on one NATS together
+    max_inflight_global: int | None = key(count)  # of all daemons on one NATS together, or of one
     timeout: float = key(positive, "5m")
     max_pending: int = key(count, 100_000)
     rate: Rate | None = key(rate)  # of starts; of all daemons on one NATS together
@@ -2785,6 +2785,13 @@ def fn_document(record: CallRecord) -> dict[str, Any]:
     }
 
 
+def most_inflight(config: QueueConfig) -> int:
+    """How many calls of a queue this daemon runs at once, whether others share the queue or not."""
+    if config.max_inflight_global is None:
+        return config.max_inflight
+    return min(config.max_inflight, config.max_inflight_global)
+
+
 def queue_document(
     name: str,
     stats: QueueStats,
@@ -2799,7 +2806,7 @@ def queue_document(
         "depth": stats.depth,
         "inflight": inflight,
         "oldest_seconds": round(max(0.0, now - stats.oldest_at), 3),
-        "max_inflight": config.max_inflight,
+        "max_inflight": most_inflight(config),
         "paused": stats.paused,
         "rate": config.rate.text if config.rate else None,
         "functions": stats.waiting,
@@ -17000,9 +17007,9 @@ class InvocationJob:
     rng: random.Random = field(default_factory=random.Random)
 
     def room(self, name: str, lanes: Iterable[str]) -> tuple[int, Mapping[str, int]]:
-        """See Job: the queue's max_inflight, and that of its functions."""
+        """See Job: the queue's limit, and those of its functions."""
         config = self.settings().queue(name)
-        return config.max_inflight, self.limits.room(config.adaptive)
+        return most_inflight(config), self.limits.room(config.adaptive)
 
     def rates(self, name: str) -> Mapping[str, Rate]:
         """See Job."""
@@ -19998,8 +20005,9 @@ class WaitReasons:
         """What has no room for a call; None: there is room."""
         config = self.settings().queue(record.queue)
         running = self.inflight().get(record.queue, 0)
-        if running >= config.max_inflight:
-            return f"room in queue {record.queue}, which runs {running} of {config.max_inflight}"
+        most = most_inflight(config)
+        if running >= most:
+            return f"room in queue {record.queue}, which runs {running} of {most}"
         if self.limits.room(config.adaptive).get(record.lane, 1):
             return None
         if not self.limits.full(record.lane):

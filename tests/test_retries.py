@@ -2,11 +2,12 @@
 
 import email.utils
 import itertools
+import json
 import time
 
 import pytest
 from aiohttp import web
-from conftest import Gate, Request, Server, StartDaemon, answer, never
+from conftest import Gate, Request, Server, StartDaemon, answer, ask, never
 
 # Where the passing of time is itself the thing, it is this much: long enough to tell from a busy machine's delays.
 UNIT = 0.5
@@ -239,6 +240,21 @@ async def test_a_function_never_sees_more_calls_than_its_queue_allows(
     for call_id in calls:
         assert (await gateway.final(call_id))["status"] == "success"
     assert (function.most_running, len(function.requests)) == (limit, 20)
+
+
+async def test_a_limit_of_all_daemons_is_that_of_the_only_one(daemon: StartDaemon, function: Server) -> None:
+    """`max_inflight_global` counts where nobody shares the queue, too, and is what is shown."""
+    function.behaviour = gate = Gate()
+    limits = "[queues.faas-request]\nmax_inflight = 4\nmax_inflight_global = 2"
+    gateway = await daemon(settings(function, limits))
+    calls = [await gateway.submit("it") for _ in range(20)]
+    await function.wait_for(2)
+    queues = json.loads((await ask(gateway.url, "/system/queues")).body)["queues"]
+    assert [(queue["inflight"], queue["max_inflight"]) for queue in queues[:1]] == [(2, 2)]
+    gate.open()
+    for call_id in calls:
+        assert (await gateway.final(call_id))["status"] == "success"
+    assert (function.most_running, len(function.requests)) == (2, 20)
 
 
 async def test_four_at_once_by_default(daemon: StartDaemon, function: Server) -> None:
