@@ -21,6 +21,7 @@ from conftest import (
     Request,
     Server,
     StartDaemon,
+    answer,
     ask,
     connection,
     never,
@@ -554,6 +555,18 @@ async def test_a_function_that_takes_too_long_is_a_gateway_timeout(daemon: Start
     assert reply.status == 504
     assert_one_line(reply, "slow")
     await function.until(lambda: function.cancelled == 1, "disconnect")
+
+
+async def test_a_function_is_not_blamed_for_a_client_that_does_not_read(daemon: StartDaemon, function: Server) -> None:
+    """Its answer is cut at `upstream_timeout` all the same, and the log says who was waited for."""
+    function.behaviour = answer(body=b"x" * (64 * 1024 * KIB))
+    gateway = await daemon(f'[gateway]\nupstream_timeout = "1s"\n[functions.it]\nurl = "{function.url}"')
+    async with connection(gateway.url) as (_, writer):
+        writer.write(b"GET /function/it HTTP/1.1\r\nHost: x\r\n\r\n")
+        reason = "function it did not end its answer within gateway.upstream_timeout (1s): its client has not taken"
+        async with asyncio.timeout(PATIENCE):
+            while reason not in gateway.log:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("status", [502, 504])
