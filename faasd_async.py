@@ -4677,7 +4677,7 @@ class Room:
         if self.full and self._left > self._kept // 4:
             self.full = False
             log.warning("%s: there is room again, and new calls are taken", self._path)
-        elif not self.full and self._left + self._log_bytes < CALL_BYTES:
+        elif not self.full and self._left + self._log_bytes < self._kept // 8:
             self.full = True
             kept = f"what is left of its disk is kept for the calls in it ({self._kept} bytes)"
             log.error("%s: %s: new ones are refused", self._path, kept)
