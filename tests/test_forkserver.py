@@ -48,7 +48,8 @@ def seen_from_outside(pid: int) -> dict[str, object]:
 async def seen_with_all_threads(pid: int) -> dict[str, object]:
     """The same, as soon as what the daemon begins with is done, for which it has more threads."""
     deadline = time.monotonic() + PATIENCE
-    while (seen := seen_from_outside(pid))["Threads"] != ALL_THREADS:
+    begun = {"Threads": ALL_THREADS, "SigBlk": "\t" + "0" * 16}
+    while any((seen := seen_from_outside(pid))[name] != value for name, value in begun.items()):
         assert time.monotonic() < deadline, seen
         await asyncio.sleep(0.01)
     return seen
