@@ -466,10 +466,11 @@ class RequestFailed(Exception):
 
     STATUSES: Mapping[FailureKind, int] = {FailureKind.TIMEOUT: 504, FailureKind.FORBIDDEN: 403}
 
-    def __init__(self, kind: FailureKind, text: str) -> None:
+    def __init__(self, kind: FailureKind, text: str, stderr: bytes = b"") -> None:
         super().__init__(text)
         self.kind = kind
         self.text = text
+        self.stderr = stderr  # of a program that was cut short
         self.status = self.STATUSES.get(kind, 502)
         # Another attempt would end the same way.
         self.final = kind in (FailureKind.MISSING, FailureKind.TOO_LONG)
@@ -16069,10 +16070,13 @@ class CommandRunner:
                 await program.talk(request.body)
             await program.take_rest()
         except RequestFailed as exc:
-            if program is None or await program.end():
+            if program is None:
                 raise
-            reason = f"{exc.text}, and its process {program.pid} can't be killed"
-            raise RequestFailed(exc.kind, reason) from None
+            reason = exc.text
+            if not await program.end():
+                reason = f"{reason}, and its process {program.pid} can't be killed"
+            stderr = program.stderr.excerpt.content()
+            raise RequestFailed(exc.kind, with_last_line(reason, stderr), stderr) from None
         finally:
             if program is not None:
                 await self._bury(program, function.name)
@@ -16171,19 +16175,19 @@ def command_outcome(
     if code != 0:
         body = body or stderr
         how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-        last = last_line(stderr)
-        error = f"function {function.name}: {how}" + (f": {last}" if last else "")
+        error = with_last_line(f"function {function.name}: {how}", stderr)
     content_type = looks_like(body) if error else command_content_type(function, request, body)
     headers = ((b"Content-Type", content_type),)
     status = 500 if error else 200
     return Outcome(status, not error, duration_s, headers, body, len(body), stderr, error)
 
 
-def last_line(written: bytes) -> str:
-    """The last line that is not blank, for people: cut, and without control characters."""
+def with_last_line(reason: str, written: bytes) -> str:
+    """A reason, and the last line that is not blank: cut, and without control characters."""
     lines = [line for line in written.splitlines() if line.strip()]
     last = lines[-1].decode(errors="replace") if lines else ""
-    return "".join(char if char.isprintable() else " " for char in last).strip()[:LAST_LINE]
+    shown = "".join(char if char.isprintable() else " " for char in last).strip()[:LAST_LINE]
+    return f"{reason}: {shown}" if shown else reason
 
 
 def start_failure(function: Function, exc: Exception) -> Exception:
@@ -16766,7 +16770,8 @@ class FunctionCaller:
                     body, size = await response.read(*keep(ok), tell)
         except RequestFailed as exc:
             error = f"function {function.name} {exc.text}"
-            return unanswered(exc.status, error, time.monotonic() - started, exc.final)
+            outcome = unanswered(exc.status, error, time.monotonic() - started, exc.final)
+            return outcome._replace(stderr=exc.stderr)
         return self._outcome(function, response, ok, body, size, started)
 
     def plain_outcome(
@@ -18082,10 +18087,11 @@ def no_route(allowed: Sequence[str]) -> HttpError:
 
 def accepts(headers: CIMultiDictProxy[str], name: str, item: str) -> bool:
     """Whether a header such as Accept names an item, in whatever case, and not to rule it out."""
-    for entry in ",".join(headers.getall(name, ())).lower().split(","):
-        named, *parameters = (part.strip() for part in entry.split(";"))
-        if named == item:
-            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    for value in headers.getall(name, ()):
+        for entry in value.lower().split(","):
+            named, *parameters = (part.strip() for part in entry.split(";"))
+            if named == item:
+                return not any(re.fullmatch(r"q=0(\.0*)?", one) for one in parameters)
     return False
 
 

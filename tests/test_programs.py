@@ -649,6 +649,19 @@ async def test_the_time_limit_is_for_the_program_not_for_what_it_leaves_behind(s
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
 
 
+async def test_what_a_program_complained_of_before_its_time_was_over_is_kept(start: StartDaemon) -> None:
+    """It tells where the program hangs: in the record, the log and the reason. A callback has no body all the same."""
+    script = "echo half an answer; echo connecting >&2; echo 'waiting for the lock' >&2; sleep 60"
+    gateway = await start(program("sh", "-c", script, exec_timeout="1s", more={"retry": {"attempts": 1}}))
+    record = await gateway.final(await gateway.submit("it"))
+    reason = "function it did not end within functions.it.exec_timeout (1s): waiting for the lock"
+    assert (record["status"], record["error"], record["response_bytes"]) == ("timeout", reason, 0)
+    log = (await ask(gateway.url, f"/system/calls/{record['call_id']}/log")).body
+    assert log == b"connecting\nwaiting for the lock\n"
+    reply = await ask(gateway.url, "/function/it")
+    assert (reply.status, reply.body.decode()) == (504, f"{reason}\n")
+
+
 async def test_a_child_that_becomes_somebody_else_does_not_keep_a_program(user: User, kin: Kin) -> None:
     """It can't be killed with the group; its program has ended all the same."""
     script = f'{JOIN} "$ROOT" --reuid=0 sh -c "echo up >&3; read -r _ <&4" & read -r _; echo done'
