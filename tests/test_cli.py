@@ -62,7 +62,8 @@ class Cli:
 @pytest.fixture
 async def cli(daemon: StartDaemon, function: Server) -> Cli:
     """The command line, for a daemon with the function `it` and the command `upper`."""
-    return Cli(await daemon(f'{UPPER}[functions.it]\nurl = "{function.url}"\n[retry]\nattempts = 1\n[queues.slow]'))
+    few = "[retry]\nattempts = 1\n[callback]\nattempts = 2\n"
+    return Cli(await daemon(f'{UPPER}[functions.it]\nurl = "{function.url}"\n{few}[queues.slow]'))
 
 
 # ---- invoke ----------------------------------------------------------------------------------------------------
