@@ -258,7 +258,8 @@ async def take_callback(bench: Bench) -> Claim:
 async def test_callbacks_to_receivers_that_are_forgotten_all_the_time_are_sent_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By two hosts that forget them between any two steps."""
+    """By two hosts that forget them between any two steps. What was on its way to a host just then comes again."""
+    bench.config.set(ack_wait="5s")
     monkeypatch.setattr(faasd_async, "IDLE_RECEIVER_S", 0.001)
     monkeypatch.setattr(faasd_async, "POLL_S", 0.02)
     other = Bench(bench.store, bench.config)
@@ -270,13 +271,14 @@ async def test_callbacks_to_receivers_that_are_forgotten_all_the_time_are_sent_o
         while True:
             with contextlib.suppress(StoreError):  # A server fails to make what it still deletes.
                 return await one.queue.complete(work, OK, status)
+            await asyncio.sleep(0.01)
 
     async def run(one: Bench, share: Sequence[str]) -> None:
         for name in share:
             await one.enqueue(name, callback_url=f"http://host{int(name) % 3}.example.org/")
         while len(sent) < len(names):
             for work in await one.claims(3):
-                assert await end(one, work, "success")
+                await end(one, work, "success")  # False on a machine that is slower than a lease: it is claimed again.
             ended = [work.call_id for work in await one.claims(3, CALLBACKS) if await end(one, work, "delivered")]
             sent.extend(ended)
             if ended:  # A busy machine takes its time for all of them.
