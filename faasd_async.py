@@ -4101,6 +4101,12 @@ class WorkQueue(Protocol):
         ask again, unless `room` is the reason.
         """
 
+    def nothing_waits(self, name: str) -> bool:
+        """Whether a claim would find nothing, and `wake` will tell as soon as one would.
+
+        False if that is not known. Never waits.
+        """
+
     def start(self, lane: str, rate: Rate) -> Awaitable[float]:
         """Count the start of a call that was never queued, if its rate allows one.
 
@@ -4537,7 +4543,7 @@ class Tally:
 
     def __init__(self, numbers: Mapping[tuple[str, str], int]) -> None:
         self.numbers = Counter(numbers)
-        self._changed: set[tuple[str, str]] = set()
+        self._changes: Counter[tuple[str, str]] = Counter()  # since the last transaction
 
     def move(self, lane: str, was: str | None, status: str | None, number: int = 1) -> None:
         """Count records out of one state and into another. Those in None and "none" don't count."""
@@ -4545,12 +4551,13 @@ class Tally:
             if state not in (None, "none"):
                 place = (lane, str(state))
                 self.numbers[place] += change
-                self._changed.add(place)
+                self._changes[place] += change
 
     def take_changed(self) -> list[tuple[str, str, int]]:
         """The counts that differ from those in the file."""
-        changed = [(*place, self.numbers[place]) for place in self._changed]
-        self._changed.clear()
+        changes = self._changes.items()
+        changed = [(*place, self.numbers[place]) for place, change in changes if change]
+        self._changes.clear()
         return changed
 
 
@@ -5288,6 +5295,8 @@ def count_claims(
     file: SqliteFile, queue: str, claims: Sequence[Claim], rates: Mapping[str, Rate], now: float
 ) -> None:
     """Count claimed calls as started, for their lanes and their queue."""
+    if not rates:
+        return
     for lane, number in Counter([claim.lane for claim in claims]).items():
         if rate := rates.get(lane):
             count_starts(file, lane, rate, number, now)
@@ -5338,6 +5347,8 @@ class RowsStatement:
 
     def run(self, db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> int:
         """Execute it for these rows; how many rows were changed."""
+        if len(rows) == 1:
+            return db.execute(self._texts[1], rows[0]).rowcount
         most = MOST_ROWS
         if self._body is not None and sum([len(row[self._body]) for row in rows]) > MOST_BYTES:
             most = 1
@@ -7141,11 +7152,11 @@ class Writer:
         except Exception as exc:
             self._failed(batch, exc)
             return
-        self._clock.accept(ahead)
         if db.total_changes != changes:  # To read succeeds on a full disk, too.
             self._failure = None
             self._observe_commit(time.perf_counter() - started)
         self._tell(answers)
+        self._clock.accept(ahead)
 
     def _failed(self, batch: list[Entry], exc: Exception) -> None:
         """Nothing of a transaction happened, as it failed: try its parts, or tell who waits."""
@@ -7229,6 +7240,7 @@ class SqliteQueue:
         self._writer: Writer  # these once open
         self._steps: Outbox
         self._wake: Tell[str]
+        self._awaited: set[str] = set()  # queues whose work is on its way to the writer
 
     async def open(self, wake: Tell[str], stop: Tell[Hashable], final: Tell[Ended]) -> None:
         """See WorkQueue. Raises StoreError, StoreLocked."""
@@ -7257,11 +7269,17 @@ class SqliteQueue:
     def _wake_early(self, queue: str) -> None:
         """Have the consumer claim in the transaction that stores what it is to claim."""
         if self._writer.failure is None:
+            self._awaited.add(queue)
             self._wake(queue)
+
+    def nothing_waits(self, name: str) -> bool:
+        file = self._file  # The index of a stale one may lack what waits, until the next step.
+        return name not in self._awaited and not file.stale and file.index.seems_empty(name)
 
     def claim(
         self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
     ) -> Awaitable[Sequence[Claim]]:
+        self._awaited.discard(name)
         return self._steps.submit(step_claim, name, limit, room, rates)
 
     def start(self, lane: str, rate: Rate) -> Awaitable[float]:
@@ -13743,8 +13761,6 @@ class NatsParts(NamedTuple):
     news: NatsNews
     peers: NatsPeers
     takeover: NatsTakeover
-    schedules: NatsSchedules
-    figures: NatsFigures
 
 
 # --- NATS queue -----------------------------------------------------------------------------------
@@ -13769,6 +13785,8 @@ class NatsQueue:
         self._waiting = NatsWaiting(self._link, self._subjects)
         self._parts: NatsParts  # these, once open
         self._keeper: NatsKeeper
+        self.schedules: NatsSchedules
+        self.storage: NatsFigures
         self._notice: str | None = None  # what servers do not promise
         self._closed = True
 
@@ -13831,9 +13849,9 @@ class NatsQueue:
             news=news,
             peers=NatsPeers(link, subjects, lanes, holdings, operator, news),
             takeover=NatsTakeover(link, subjects, settings, intake, self._metrics),
-            schedules=NatsSchedules(link, subjects, calls, intake),
-            figures=NatsFigures(link, settings, consumers, lanes, self._waiting),
         )
+        self.schedules = NatsSchedules(link, subjects, calls, intake)
+        self.storage = NatsFigures(link, settings, consumers, lanes, self._waiting)
         chores = NatsChores(self._begin, self._stream, self._parts.peers, renew, recovery, expire)
         self._keeper = NatsKeeper(link, settings, consumers, lanes, chores, calls.changes)
 
@@ -13862,6 +13880,9 @@ class NatsQueue:
     async def adopt(self, call: NatsCall, parts: Parts, digest: str) -> None:
         """See NatsIntake."""
         await self._parts.intake.adopt(call, parts, digest)
+
+    def nothing_waits(self, name: str) -> bool:
+        return False
 
     async def claim(
         self, name: str, limit: int, room: Mapping[str, int], rates: Mapping[str, Rate]
@@ -13931,7 +13952,7 @@ class NatsQueue:
         await self._parts.peers.pause(name, paused)
 
     async def stats(self) -> Mapping[str, QueueStats]:
-        return await self._parts.figures.stats()
+        return await self.storage.stats()
 
     def watch(self, tell: Tell[Changes] | None) -> None:
         self._calls.changes.watch(tell)
@@ -13942,14 +13963,6 @@ class NatsQueue:
 
     async def prune(self) -> int:
         return await self._pruning.prune()
-
-    @property
-    def schedules(self) -> NatsSchedules:
-        return self._parts.schedules
-
-    @property
-    def storage(self) -> NatsFigures:
-        return self._parts.figures
 
 
 # --- HTTP failures --------------------------------------------------------------------------------
@@ -17601,7 +17614,7 @@ class Consumer:
         self._job = job
         self._busy = busy  # tells how many consumers have work
         self._wake = asyncio.Event()
-        self._settler = Settler(queue, job, self._wake.set)
+        self._settler = Settler(queue, job, self.look_again)
         self._running: dict[Hashable, Running] = {}  # by receipt
         # Receipts that were cancelled since a claim began; None: none is under way.
         self._revoked: set[Hashable] | None = None
@@ -17619,6 +17632,11 @@ class Consumer:
         """There may be something to claim: so the queue works, perhaps again."""
         self._wake.set()
         self._settler.tell()
+
+    def look_again(self) -> None:
+        """There may be room again, for what waits."""
+        if not self._queue.nothing_waits(self.name):
+            self._wake.set()
 
     def cancel(self, receipt: Hashable) -> None:
         """End the attempt of a claim whose work was cancelled, if this queue has it.
@@ -17756,7 +17774,7 @@ class Consumer:
     def _ended(self, claim: Claim, outcome: Outcome | None) -> None:
         """Free the slot, and have the outcome stored."""
         del self._running[claim.receipt]
-        self._wake.set()
+        self.look_again()
         self._settler.settle(claim, outcome)
 
 
@@ -17801,10 +17819,10 @@ class Consumers:
         elif name in self._consumers:
             self._consumers[name].wake()
 
-    def wake_all(self) -> None:
-        """Wake all consumers."""
+    def look_again(self) -> None:
+        """There may be room again, in any queue."""
         for consumer in self._consumers.values():
-            consumer.wake()
+            consumer.look_again()
 
     def cancel(self, receipt: Hashable) -> None:
         """End the attempt of a claim whose work was cancelled."""
@@ -18796,9 +18814,9 @@ class Clients:
 class Conversation:
     """What a client asks over its connection is answered, one after the other.
 
-    A task does that, from the first request on. Most requests, though, have a call stored, and that
-    is all: to wake the task for one, and have it wait again, would take as long as all that is done
-    for it here. They are answered without it.
+    A task does that, from the first request on that needs it. Most requests, though, have a call
+    stored, and that is all: to have a task begin or wake up for one would take as long as all that
+    is done for it here. They are answered without it.
     """
 
     def __init__(self, clients: Clients, flow: Flow, reader: RequestReader) -> None:
@@ -18820,7 +18838,7 @@ class Conversation:
     @property
     def busy(self) -> bool:
         """Whether something is being answered."""
-        return self._task is not None and (self._waiting is None or self._storing is not None)
+        return self._storing is not None or (self._task is not None and self._waiting is None)
 
     def begin(self, address: str | None) -> None:
         """The connection is open."""
@@ -18828,10 +18846,8 @@ class Conversation:
 
     def go_on(self) -> None:
         """Something has come: answer it, unless it has to wait for its turn."""
-        if self._task is None:
-            self.asked = True
-            self._task = self._loop.create_task(self._answer_all(), name="answers of a client")
-        elif self._waiting is not None and self._storing is None and not self._store():
+        self.asked = True
+        if not self.busy and not self._store():
             self._wake()
 
     def expect_no_more(self) -> None:
@@ -18923,7 +18939,9 @@ class Conversation:
     def _wake(self) -> None:
         """There is something to do for the task."""
         waiting, self._waiting = self._waiting, None
-        if waiting is not None and not waiting.done():  # else the task is cancelled
+        if self._task is None:
+            self._task = self._loop.create_task(self._answer_all(), name="answers of a client")
+        elif waiting is not None and not waiting.done():  # else the task is cancelled
             waiting.set_result(None)
 
     def _refuse(self, exc: HttpProcessingError) -> None:
@@ -18964,11 +18982,9 @@ class Conversation:
         if not storing.http.keep_alive:
             self.close()
         self._make_room()
-        if self.over or self._no_more:
-            self._wake()
-        elif not self._reader.arrived:
+        if self.over or not (self._no_more or self._reader.arrived):
             self._rest()
-        elif not self._store():
+        elif self._no_more or not self._store():
             self._wake()
 
     # With or without.
@@ -19094,20 +19110,25 @@ class ClientConnection(asyncio.Protocol):
 
 BACKLOG = 1024  # connections that wait to be accepted
 ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
+IN_A_ROW_S = 0.002  # To look in vain for one more takes as long as to accept one.
 CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
 BODY_STUCK_S = 3.0  # in which, at a stop, something of a request's body has to come
 CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
 
 
-def descriptors_left(sock: socket.socket) -> bool:
-    """Whether half of our descriptors are free: what a client asks may take another one.
-
-    The kernel gives the lowest free number. Raises OSError if there is none.
+def is_spare(descriptor: int) -> bool:
+    """Whether half of our descriptors were free when the kernel gave us this one, as it gives the
+    lowest: what a client asks may take another one.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most == resource.RLIM_INFINITY or descriptor < most // 2
+
+
+def descriptors_left(sock: socket.socket) -> bool:
+    """Whether half of our descriptors are free. Raises OSError if there is none."""
     lowest = os.dup(sock.fileno())
     os.close(lowest)
-    return most == resource.RLIM_INFINITY or lowest < most // 2
+    return is_spare(lowest)
 
 
 class Acceptor:
@@ -19125,6 +19146,9 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
         self._arriving: set[asyncio.Task[None]] = set()  # accepted, no connection yet
+        self._spare = True  # whether there were descriptors enough when one was accepted last
+        self._accepted_at = 0.0  # the loop's time then
+        self._at_once = 1
         self._again: asyncio.TimerHandle | None = None  # while clients have to wait
         self._full = RecurringWarning(CLIENTS_WAIT, CLIENTS_WAIT_AGAIN_S)
 
@@ -19133,17 +19157,26 @@ class Acceptor:
         sock.setblocking(False)
         sock.listen(BACKLOG)
         self._sockets.append(sock)
-        self._loop.add_reader(sock, self._accept, sock)
+        self._loop.add_reader(sock, self._accept_some, sock)
 
-    def _accept(self, sock: socket.socket, most: int = ACCEPT_AT_ONCE) -> None:
-        """Accept clients that wait at a socket."""
+    def _accept_some(self, sock: socket.socket) -> None:
+        """Accept a client that waits at a socket: more, if clients come one after the other."""
+        now = self._loop.time()
+        in_a_row = now - self._accepted_at < IN_A_ROW_S
+        self._accepted_at = now
+        self._at_once = min(2 * self._at_once, ACCEPT_AT_ONCE) if in_a_row else 1
+        self._accept(sock, self._at_once)
+
+    def _accept(self, sock: socket.socket, most: int) -> None:
+        """Accept up to so many clients that wait at a socket."""
         try:
             for _ in range(most):
                 alone = not self._connections and not self._arriving
-                if not descriptors_left(sock) and not alone:
+                if not (self._spare or alone or descriptors_left(sock)):
                     self._pause(errno.EMFILE)
                     return
                 client, _ = sock.accept()
+                self._spare = is_spare(client.fileno())
                 task = self._loop.create_task(self._connect(client), name="a client that comes")
                 self._arriving.add(task)
                 task.add_done_callback(self._arriving.discard)
@@ -19181,7 +19214,7 @@ class Acceptor:
             self._again.cancel()
             self._again = None
             for sock in self._sockets:
-                self._loop.add_reader(sock, self._accept, sock)
+                self._loop.add_reader(sock, self._accept_some, sock)
 
     def stop(self) -> None:
         """Accept no more, after those who wait: they can't know that we stop."""
@@ -23029,7 +23062,7 @@ class Daemon:
         self._queue = make_queue(config, self.settings, self._metrics)
         self._consumers = Consumers(self.settings, self._queue, self._ended)
         self._hub = EventHub(self._queue)
-        self._limits = FunctionLimits(self.settings, self._consumers.wake_all)
+        self._limits = FunctionLimits(self.settings, self._consumers.look_again)
         resolver = CheckedResolver(self._callback_allowed)
         self._callback_http = HttpClient(resolver=resolver, environment=os.environ)
 
