@@ -315,6 +315,7 @@ class QueueMachine(RuleBasedStateMachine):
             if row.work == queue:
                 due[row.lane].append(row)
         free = {lane: min(len(rows), room.get(lane, room.get("", limit))) for lane, rows in due.items()}
+        assert not self.bench.queue.nothing_waits(queue)
         found = self.run(self.bench.claims(limit, queue, room))
         assert len(found) == min(limit, sum(free.values()))
         for lane, number in Counter(work.lane for work in found).items():
@@ -374,6 +375,7 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             row.status, row.attempts = "queued", row.attempts - (not charged)
             row.deadline_at = None if charged else row.kept_deadline_at
+        self.tick()  # That may have passed meanwhile.
 
     def pick_id(self, pick: int) -> tuple[str, list[Row]]:
         """An id of any call there is or of none, shared or not; with it the calls that it means."""

@@ -306,6 +306,23 @@ async def test_work_that_can_not_be_ended_does_not_take_others_down(sqlite: Sqli
     assert [await sqlite.status(call_id) for call_id in "abc"] == ["running", "success", "queued"]
 
 
+async def test_a_queue_says_whether_a_claim_would_find_nothing(sqlite: SqliteBench) -> None:
+    """Also while what was stored is on its way, and after a claim of which nothing was stored."""
+    queue = sqlite.queue
+    assert queue.nothing_waits(REQUESTS)
+    storing = asyncio.ensure_future(queue.enqueue(invocation("a")))
+    assert not queue.nothing_waits(REQUESTS)
+    await storing
+    db = queue._file.db
+    db.execute("CREATE TEMP TRIGGER late AFTER INSERT ON counts BEGIN SELECT RAISE(ABORT, 'too late'); END")
+    with pytest.raises(StoreError, match="too late"):
+        await sqlite.claim()
+    db.execute("DROP TRIGGER late")
+    assert not queue.nothing_waits(REQUESTS)
+    assert await sqlite.claim() == ["a"]
+    assert queue.nothing_waits(REQUESTS)
+
+
 async def test_a_bulk_is_done_in_few_commits(sqlite: SqliteBench) -> None:
     """One for each batch: neither one for each call, nor one that all the others wait for."""
     await asyncio.gather(*(sqlite.enqueue() for _ in range(2000)))
