@@ -5319,6 +5319,11 @@ MOST_ROWS = 32  # of one statement; a power of two, as all their numbers are
 MOST_BYTES = 2**20  # of their bodies: SQLite makes a copy of all values before it begins
 
 
+def in_json(seqs: Sequence[int]) -> str:
+    """Numbers of rows, for `json_each`. Python writes a list of them as JSON does."""
+    return str([*seqs])
+
+
 def pieces(items: Sequence[T], most: int = MOST_ROWS) -> Iterator[Sequence[T]]:
     """Split a sequence into pieces of `most`, and the rest into powers of two.
 
@@ -5864,9 +5869,9 @@ def charge(
         return []
     file.news.changed.extend(seqs)
     if queue == CALLBACKS:
-        file.db.execute(CLAIM_CALLBACKS, (json.dumps(seqs),))
+        file.db.execute(CLAIM_CALLBACKS, (in_json(seqs),))
         return [callback_claim(*row) for row in rows]
-    file.db.execute(CLAIM_CALLS, (round(now, 6), json.dumps(seqs)))
+    file.db.execute(CLAIM_CALLS, (round(now, 6), in_json(seqs)))
     for lane, number in lanes.items():
         file.tally.move(lane, "queued", "running", number)
     return [call_claim(*row) for row in rows]
@@ -6101,13 +6106,13 @@ def save_outputs(file: SqliteFile, outputs: Mapping[int, KeptOutput | None]) -> 
 def drop_rows(file: SqliteFile, statement: str, seqs: Sequence[int]) -> None:
     """Delete rows that belong to these calls."""
     if seqs:
-        file.db.execute(statement, (json.dumps(seqs),))
+        file.db.execute(statement, (in_json(seqs),))
 
 
 def cut_outputs(file: SqliteFile, seqs: Sequence[int]) -> None:
     """Cut answers down to calls.keep_output, once no callback needs the whole of them."""
     keep = keep_output(file)
-    long = file.db.execute(SELECT_LONG_OUTPUTS, (json.dumps(seqs), keep)).fetchall()
+    long = file.db.execute(SELECT_LONG_OUTPUTS, (in_json(seqs), keep)).fetchall()
     for seq, body in long:
         file.db.execute(CUT_OUTPUT, (shorten(body, keep), seq))
 
@@ -6293,7 +6298,7 @@ def step_lookup(file: SqliteFile, call_id: str) -> CallRecord:
 
 def read_changed(file: SqliteFile, seqs: Sequence[int]) -> list[CallRecord]:
     """The records of these rows for `Changes`, in this order, without rows that are gone."""
-    where = {"seqs": json.dumps(seqs), "now": time.time()}
+    where = {"seqs": in_json(seqs), "now": time.time()}
     rows = {row[-1]: row for row in file.db.execute(SELECT_CHANGED, where).fetchall()}
     return [read_record(rows[seq])._replace(history=(), failures=()) for seq in seqs if seq in rows]
 
@@ -6363,7 +6368,7 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
 
     Whoever does it now is told after the commit.
     """
-    rows = [WorkRow(*row) for row in file.db.execute(SELECT_WORK, (json.dumps(seqs),)).fetchall()]
+    rows = [WorkRow(*row) for row in file.db.execute(SELECT_WORK, (in_json(seqs),)).fetchall()]
     calls = [row for row in rows if row.work != CALLBACKS]
     cancel_calls(file, calls)
     cancel_callbacks(file, [row.seq for row in rows if row.work == CALLBACKS])
@@ -6379,7 +6384,7 @@ def cancel_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
 
 def cancel_calls(file: SqliteFile, rows: Sequence[WorkRow]) -> None:
     """Make these calls final, and have that told."""
-    file.db.execute(CANCEL_CALLS, (stamp(), json.dumps([row.seq for row in rows])))
+    file.db.execute(CANCEL_CALLS, (stamp(), in_json([row.seq for row in rows])))
     for (lane, was), number in Counter([(row.lane, row.status) for row in rows]).items():
         file.tally.move(lane, was, "cancelled", number)
     file.news.ended.extend([row.ended("cancelled") for row in rows])
@@ -6388,7 +6393,7 @@ def cancel_calls(file: SqliteFile, rows: Sequence[WorkRow]) -> None:
 def cancel_callbacks(file: SqliteFile, seqs: Sequence[int]) -> None:
     """Give up the callbacks of these calls."""
     if seqs:
-        file.db.execute(CANCEL_CALLBACKS, (json.dumps(seqs),))
+        file.db.execute(CANCEL_CALLBACKS, (in_json(seqs),))
         file.tally.move(CALLBACKS, "pending", "failed", len(seqs))
         cut_outputs(file, seqs)
 
@@ -6396,7 +6401,7 @@ def cancel_callbacks(file: SqliteFile, seqs: Sequence[int]) -> None:
 def redrive_rows(file: SqliteFile, seqs: Sequence[int]) -> int:
     """Queue again, as if new, those of these rows that are final and have their request."""
     now = time.time()
-    where = {"seqs": json.dumps(seqs), "now": now}
+    where = {"seqs": in_json(seqs), "now": now}
     finished = file.db.execute(SELECT_REDRIVEN, (where["seqs"],)).fetchall()
     for lane, status, callback_status, number in finished:
         file.tally.move(lane, status, "queued", number)
