@@ -19115,7 +19115,7 @@ class ClientConnection(asyncio.Protocol):
 
 BACKLOG = 1024  # connections that wait to be accepted
 ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
-IN_A_ROW_S = 0.002  # To look in vain for one more takes as long as to accept one.
+ALONE_S = 0.01  # Without another one before: to look in vain for one more would hold it up.
 CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
 BODY_STUCK_S = 3.0  # in which, at a stop, something of a request's body has to come
 CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
@@ -19153,7 +19153,6 @@ class Acceptor:
         self._arriving: set[asyncio.Task[None]] = set()  # accepted, no connection yet
         self._spare = True  # whether there were descriptors enough when one was accepted last
         self._accepted_at = 0.0  # the loop's time then
-        self._at_once = 1
         self._again: asyncio.TimerHandle | None = None  # while clients have to wait
         self._full = RecurringWarning(CLIENTS_WAIT, CLIENTS_WAIT_AGAIN_S)
 
@@ -19165,12 +19164,11 @@ class Acceptor:
         self._loop.add_reader(sock, self._accept_some, sock)
 
     def _accept_some(self, sock: socket.socket) -> None:
-        """Accept a client that waits at a socket: more, if clients come one after the other."""
+        """Accept a client that waits at a socket: all of them, if another one came just now."""
         now = self._loop.time()
-        in_a_row = now - self._accepted_at < IN_A_ROW_S
+        alone = now - self._accepted_at > ALONE_S
         self._accepted_at = now
-        self._at_once = min(2 * self._at_once, ACCEPT_AT_ONCE) if in_a_row else 1
-        self._accept(sock, self._at_once)
+        self._accept(sock, 1 if alone else ACCEPT_AT_ONCE)
 
     def _accept(self, sock: socket.socket, most: int) -> None:
         """Accept up to so many clients that wait at a socket."""
