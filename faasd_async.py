@@ -14039,9 +14039,15 @@ def broken(exc: Exception | None) -> RequestFailed:
     return RequestFailed(FailureKind.BROKEN, text)
 
 
+def no_http(text: str, exc: HttpProcessingError) -> str:
+    """A text with the parser's reason, which does not repeat what was sent."""
+    reason = re.search(r"([A-Z][^\n:]*):(\n\n| b['\"])", str(exc))
+    return f"{text}: {reason[1]}" if reason else text
+
+
 def no_answer(exc: HttpProcessingError, data: bytes) -> RequestFailed:
     """Why what has come is no valid answer."""
-    text = "did not answer in valid HTTP"
+    text = no_http("did not answer in valid HTTP", exc)
     if isinstance(exc, LineTooLong):
         text = f"answered with a header longer than {MAX_HEADER_BYTES} bytes"
     elif "Too many headers" in str(exc):
@@ -18102,7 +18108,7 @@ def call_path(call_id: str) -> str:
 def no_route(allowed: Sequence[str]) -> HttpError:
     """The error for a request that no route fits; `allowed`: methods that fit its path."""
     if allowed:
-        methods = ", ".join(allowed)
+        methods = ", ".join(allowed).replace("GET", "GET, HEAD")
         return HttpError(405, f"this route takes {methods}", {"Allow": methods})
     reason = "no such route: calls go to /function/NAME or /async-function/NAME"
     return HttpError(404, reason)
@@ -18722,10 +18728,10 @@ def refused_head(exc: HttpProcessingError) -> tuple[int, str]:
     if "Too many headers" in str(exc):
         return 431, f"there are {TOO_MANY_HEADERS}"
     if isinstance(exc, BadHttpMethod) and re.search(r"b'[!#-~]+ [!-~]+ HTTP/1\.[01]'", str(exc)):
-        return 501, "no method of HTTP has this name"
+        return 501, "no method of HTTP has this name, in capitals as they are written"
     if "'Host' header" in str(exc):
         return 400, "a request in HTTP/1.1 has one Host header, and only one"
-    return 400, "this is not a valid HTTP request"
+    return 400, no_http("this is not a valid HTTP request", exc)
 
 
 def refusal(exc: HttpProcessingError) -> bytes:
@@ -19380,8 +19386,8 @@ def body_errors() -> Iterator[None]:
         yield
     except RequestFailed:
         raise HttpError(408, "no body within gateway.read_timeout", HANG_UP) from None
-    except HttpProcessingError:
-        raise HttpError(400, "the request's body is not valid HTTP", HANG_UP) from None
+    except HttpProcessingError as exc:
+        raise HttpError(400, no_http("the body is not valid HTTP", exc), HANG_UP) from None
 
 
 async def body_chunks(http: Exchange, timeout_s: float) -> AsyncIterator[bytes]:
@@ -20718,7 +20724,7 @@ class EventRoutes:
 
 # The resources, and how they may be used where the TOML file is all there is.
 READABLE = ("functions", "function", "info", "namespaces", "namespace", "secrets", "logs")
-WITHOUT_PROVIDER = dict.fromkeys(READABLE, "GET") | {"scale-function": ""}
+WITHOUT_PROVIDER = dict.fromkeys(READABLE, "GET, HEAD") | {"scale-function": ""}
 
 
 @dataclass(frozen=True)

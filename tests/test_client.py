@@ -523,12 +523,16 @@ def test_an_answer_wins_over_the_reset_that_follows_it(run: Scenario) -> None:
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-NO_HTTP, BROKEN = (
-    (FailureKind.INVALID, "did not answer in valid HTTP"),
-    (FailureKind.BROKEN, "broke off the connection"),
-)
+BROKEN = (FailureKind.BROKEN, "broke off the connection")
 LONG_HEADER = (FailureKind.INVALID, "answered with a header longer than 32768 bytes")
 LONG_HEAD = (FailureKind.INVALID, "answered with headers longer than 131072 bytes")
+
+
+def no_http(reason: str) -> tuple[FailureKind, str]:
+    """What is told of an answer that the parser refuses for a reason."""
+    return FailureKind.INVALID, f"did not answer in valid HTTP: {reason}"
+
+
 BAD: dict[str, tuple[bytes, tuple[FailureKind, str]]] = {
     "nothing": (b"", BROKEN),
     "half a head": (b"HTTP/1.1 200 OK\r\nContent-", BROKEN),
@@ -536,9 +540,13 @@ BAD: dict[str, tuple[bytes, tuple[FailureKind, str]]] = {
     "half a chunk": (CHUNKED + b"9\r\nhalf", BROKEN),
     "no last chunk": (CHUNKED + b"2\r\nok\r\n", BROKEN),
     "only interim answers": (b"HTTP/1.1 100 Continue\r\n\r\n", BROKEN),
-    "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", NO_HTTP),
-    "a bad chunk": (CHUNKED + b"zz\r\n", NO_HTTP),
-    "two lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 5\r\n\r\n", NO_HTTP),
+    "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", no_http("Expected HTTP/, RTSP/ or ICE/")),
+    "a bad chunk": (CHUNKED + b"zz\r\n", no_http("Invalid character in chunk size")),
+    "no header": (b"HTTP/1.1 200 OK\r\nX y\r\n\r\n", no_http("Invalid header token")),
+    "two lengths": (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 5\r\n\r\n",
+        no_http("Duplicate Content-Length"),
+    ),
     "a long header": (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**16, LONG_HEADER),
     "many headers": (
         b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000,

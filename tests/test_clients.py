@@ -273,6 +273,28 @@ async def test_what_gateways_do_not_do_is_refused(gateway: Daemon, function: Ser
     assert function.requests == []
 
 
+SLIPS = {
+    "bare line feeds": (b"GET /healthz HTTP/1.1\nHost: localhost\n\n", "Expected CRLF after version"),
+    "no colon": (b"GET /healthz HTTP/1.1\r\nWhat\r\n\r\n", "Invalid header token"),
+    "a space": (b"GET /function/a b HTTP/1.1\r\n\r\n", "Expected HTTP/"),
+    "a folded header": (b"GET /healthz HTTP/1.1\r\nX: secret\r\n secret\r\n\r\n", "Unexpected whitespace"),
+    "a method in small letters": (b"get /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", "in capitals"),
+    "a bad chunk": (POST + CHUNKED + b"\r\nzz\r\n", "Invalid character in chunk size"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+async def test_who_writes_a_request_by_hand_is_told_what_is_wrong_with_it(gateway: Daemon, name: str) -> None:
+    """In the one line that says that it is no valid request, which repeats nothing of what was sent."""
+    request, reason = SLIPS[name]
+    async with connection(gateway.url) as (reader, writer):
+        writer.write(request)
+        (reply,) = replies(await everything(reader))
+    assert reason in reply.body.decode()
+    assert reply.body.count(b"\n") == 1
+    assert b"secret" not in reply.body
+
+
 CLEAR = {
     "plain": (POST + b"Content-Length: 0\r\n\r\n", 0),
     "a blank line before": (b"\r\n\r\n" + POST + b"Content-Length: 0\r\n\r\n", 0),

@@ -109,6 +109,15 @@ async def test_only_post_and_delete_make_sense_on_the_async_route(gateway: Daemo
     assert function.requests == []
 
 
+async def test_what_can_be_got_can_be_asked_for_its_head(gateway: Daemon) -> None:
+    """Allow names both methods, and both are answered."""
+    for path in ("/healthz", "/system/calls", "/system/functions", "/metrics"):
+        reply = await ask(gateway.url, path, method="DELETE")
+        assert (reply.status, reply.headers["Allow"]) == (405, "GET, HEAD"), path
+        assert_one_line(reply)
+        assert (await ask(gateway.url, path, method="HEAD")).status == 200, path
+
+
 async def test_no_id_is_an_unknown_call(gateway: Daemon) -> None:
     """DELETE is allowed there: a 405 whose `Allow` names it would say that it is not."""
     reply = await ask(gateway.url, "/async-function/", method="DELETE")

@@ -88,23 +88,47 @@ PEERS: dict[str, tuple[Serve, int | None, str]] = {
     "one-endless-header": (says(OK + b"X-Long: ", b"x" * 4096), 502, LONG_HEADER),
     "headers-without-end": (says(OK, b"X-Many: " + b"x" * 4096 + b"\r\n"), 502, TOO_LONG_A_HEAD),
     "too-many-headers": (says(OK + b"X-Many: x\r\n" * 1000 + EMPTY, None), 502, "answered with more than 128 headers"),
-    "no-http": (says(b"SSH-2.0-OpenSSH_9.6\r\n", None), 502, NO_HTTP),
-    "no-head": (says(b"just text", None), 502, NO_HTTP),
-    "two-lengths": (says(OK + b"Content-Length: 2\r\nContent-Length: 5\r\n\r\nhello", None), 502, NO_HTTP),
-    "negative-length": (says(OK + b"Content-Length: -2\r\n\r\nhello", None), 502, NO_HTTP),
-    "length-and-coding": (says(OK + b"Transfer-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", None), 502, NO_HTTP),
+    "no-http": (says(b"SSH-2.0-OpenSSH_9.6\r\n", None), 502, f"{NO_HTTP}: Expected HTTP/, RTSP/ or ICE/"),
+    "no-head": (says(b"just text", None), 502, f"{NO_HTTP}: Expected HTTP/, RTSP/ or ICE/"),
+    "two-lengths": (
+        says(OK + b"Content-Length: 2\r\nContent-Length: 5\r\n\r\nhello", None),
+        502,
+        f"{NO_HTTP}: Duplicate Content-Length",
+    ),
+    "negative-length": (
+        says(OK + b"Content-Length: -2\r\n\r\nhello", None),
+        502,
+        f"{NO_HTTP}: Invalid character in Content-Length",
+    ),
+    "length-and-coding": (
+        says(OK + b"Transfer-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", None),
+        502,
+        f"{NO_HTTP}: Content-Length can't be present with Transfer-Encoding",
+    ),
     "status-of-nothing": (says(b"HTTP/1.1 000 What\r\n" + EMPTY, None), 502, "answered 000, which is no answer"),
     "switches-protocols": (
         says(b"HTTP/1.1 101 Yes\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"),
         502,
         "answered 101, which is no answer",
     ),
-    "a-later-version": (says(b"HTTP/1.2 200 OK\r\n" + EMPTY, None), 502, NO_HTTP),
-    "bad-chunk": (says(CHUNKED + b"zz\r\nhello\r\n0\r\n\r\n", None), None, NO_HTTP),
-    "two-digit-status": (says(b"HTTP/1.1 99 What\r\n" + EMPTY, None), 502, NO_HTTP),
-    "header-without-colon": (says(OK + b"What\r\n" + EMPTY, None), 502, NO_HTTP),
-    "zero-byte-in-a-header": (says(OK + b"X-Odd: a\0b\r\n" + EMPTY, None), 502, NO_HTTP),
-    "header-in-a-header": (says(OK + b"X-Odd: a\rSet-Cookie: b\r\n" + EMPTY, None), 502, NO_HTTP),
+    "a-later-version": (says(b"HTTP/1.2 200 OK\r\n" + EMPTY, None), 502, f"{NO_HTTP}: Invalid HTTP version"),
+    "bad-chunk": (
+        says(CHUNKED + b"zz\r\nhello\r\n0\r\n\r\n", None),
+        None,
+        f"{NO_HTTP}: Invalid character in chunk size",
+    ),
+    "two-digit-status": (says(b"HTTP/1.1 99 What\r\n" + EMPTY, None), 502, f"{NO_HTTP}: Invalid status code"),
+    "header-without-colon": (says(OK + b"What\r\n" + EMPTY, None), 502, f"{NO_HTTP}: Invalid header token"),
+    "zero-byte-in-a-header": (
+        says(OK + b"X-Odd: a\0b\r\n" + EMPTY, None),
+        502,
+        f"{NO_HTTP}: Invalid HTTP header",
+    ),
+    "header-in-a-header": (
+        says(OK + b"X-Odd: a\rSet-Cookie: b\r\n" + EMPTY, None),
+        502,
+        f"{NO_HTTP}: Missing expected LF after header value",
+    ),
 }
 
 # What the record says of a call whose function does that.

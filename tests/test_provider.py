@@ -1620,7 +1620,7 @@ async def test_without_a_provider_nothing_can_be_changed(alone: Daemon) -> None:
 async def test_without_a_provider_a_refusal_tells_what_is_allowed(alone: Daemon) -> None:
     """What can't be read either allows nothing (RFC 9110 10.2.1), and what does not exist is no 405."""
     for method, path, status, allowed in (
-        ("POST", "functions", 405, "GET"),
+        ("POST", "functions", 405, "GET, HEAD"),
         ("POST", "scale-function/echo", 405, ""),
         ("GET", "scale-function/echo", 405, ""),
         ("GET", "scale-function/nosuch", 405, ""),
