@@ -19121,7 +19121,7 @@ class ClientConnection(asyncio.Protocol):
 
 BACKLOG = 1024  # connections that wait to be accepted
 ACCEPT_AT_ONCE = 64  # of them, before other things have their turn
-ALONE_S = 0.01  # Without another one before: to look in vain for one more would hold it up.
+ALONE_S = 0.01  # Who comes so long after another is alone: no look for more holds it up.
 CLIENTS_WAIT = "clients wait to be accepted: %s (LimitNOFILE=, ulimit -n)"
 BODY_STUCK_S = 3.0  # in which, at a stop, something of a request's body has to come
 CLIENTS_WAIT_AGAIN_S = 60.0  # between two lines that say so
