@@ -19763,6 +19763,13 @@ class Forwarded(NamedTuple):
     headers: Sequence[Header]
 
 
+class Asked(NamedTuple):
+    """What a request asks for, and what that follows from beside its head."""
+
+    config: Config
+    controls: Controls
+
+
 def forwarded_headers(
     head: RequestHead, drop: frozenset[bytes], address: str | None
 ) -> Sequence[Header]:
@@ -19787,6 +19794,15 @@ def forwarded_headers(
     return headers
 
 
+def queued_target(head: RequestHead) -> tuple[str, str]:
+    """The name of the function that is to be called later, and what follows it."""
+    known: tuple[str, str] | None = head.notes.get("queued")
+    if known is None:
+        known = split_target(head.target.removeprefix("/async-function/"))
+        head.notes["queued"] = known
+    return known
+
+
 @dataclass(frozen=True)
 class FunctionRoutes:
     """/function/… straight through, /async-function/… into the queue."""
@@ -19805,13 +19821,13 @@ class FunctionRoutes:
 
     async def queue(self, request: Request) -> Response:
         """POST /async-function/NAME: 202 once the call is stored."""
-        name, target = self._queued(request.http.head)
+        name, target = queued_target(request.http.head)
         return await self.accept(request, await self.find(name, stale=True), target)
 
     def store(self, http: Exchange, config: Config) -> Storing | None:
         """The same, see Application. Raises HttpError before it has done anything."""
         head = http.head
-        name, target = self._queued(head)
+        name, target = queued_target(head)
         function = self.directory.at_hand(name)
         if function is None or function.command:
             return None
@@ -19823,14 +19839,6 @@ class FunctionRoutes:
         call = self.intake.invocation(function, target, headers, body, controls)
         call_id = asyncio.ensure_future(self.intake.queue.enqueue(call))
         return Storing(http, call, call_id, self._accepted)
-
-    def _queued(self, head: RequestHead) -> tuple[str, str]:
-        """The name of the function that is to be called, and what follows it."""
-        known: tuple[str, str] | None = head.notes.get("queued")
-        if known is None:
-            known = split_target(head.target.removeprefix("/async-function/"))
-            head.notes["queued"] = known
-        return known
 
     async def refuse(self, request: Request) -> Response:
         """Any other method on /async-function/…."""
@@ -19958,13 +19966,16 @@ class FunctionRoutes:
 
     def _controls(self, head: RequestHead, app: str | None) -> Controls:
         """What a request asks for. Raises HttpError(400)."""
-        asks: bool | None = head.notes.get("asks")
-        if asks is None:
-            asks = not ASKING.isdisjoint(map(str.lower, head.headers))
-            head.notes["asks"] = asks
-        if asks or app is not None:
-            return self.intake.controls(head.headers, app)
-        return NO_CONTROLS  # as most do
+        config = self.settings()
+        known: Asked | None = head.notes.get("asked")
+        if known is not None and known.config is config and known.controls.app == app:
+            return known.controls
+        controls = NO_CONTROLS
+        if app is not None or not ASKING.isdisjoint(map(str.lower, head.headers)):
+            controls = self.intake.controls(head.headers, app)
+        if controls.deadline_at is None:  # else it may have passed when the head comes again
+            head.notes["asked"] = Asked(config, controls)
+        return controls
 
     def _call_headers(self, http: Exchange) -> CallHeaders:
         """The headers for the function, without those that name its call."""

@@ -232,6 +232,20 @@ async def test_a_reload_changes_what_is_known(daemon: StartDaemon, function: Ser
         assert [(await caller.ask(queued()))[0] for _ in range(2)] == [202] * 2
 
 
+async def test_a_reload_forbids_what_a_known_head_asks_for(daemon: StartDaemon, function: Server) -> None:
+    """Its callback may not be sent any more."""
+    settings = QUEUES.format(most=100, url=function.url)
+    gateway = await daemon(settings)
+    await pause(gateway)
+    asked = queued(b"abc", b"X-Callback-Url: http://192.0.2.1/")
+    async with client(gateway) as caller:
+        assert [(await caller.ask(asked))[0] for _ in range(3)] == [202] * 3
+        await reload(gateway, settings + "\n[callback]\ndeny = ['192.0.2.0/24']")
+        answers = [await caller.ask(asked) for _ in range(2)]
+        assert [status for status, _, _ in answers] == [400] * 2
+        assert b"deny" in answers[0][2]
+
+
 async def test_a_body_that_is_too_long_is_so_each_time(daemon: StartDaemon, function: Server) -> None:
     """One byte more than gateway.max_payload."""
     gateway = await daemon(f"[gateway]\nmax_payload = 3\n{QUEUES.format(most=100, url=function.url)}")
