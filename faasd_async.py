@@ -5977,13 +5977,12 @@ def complete_calls(file: SqliteFile, completions: Sequence[Completion]) -> Seque
     fits = [file.room.take_outcome(item.stored_bytes(keep)) for item in completions]
     for item in itertools.compress(completions, map(operator.not_, fits)):
         file.index.wake(item.claim.queue, time.time() + ROOM_WAIT_S)  # Then it is tried again.
-    valid = iter(end_attempts(file, list(itertools.compress(completions, fits))))
+    valid = iter(end_attempts(file, list(itertools.compress(completions, fits)), keep))
     return [next(valid) if fit else NoRoom() for fit in fits]
 
 
-def end_attempts(file: SqliteFile, completions: Sequence[Completion]) -> list[bool]:
-    """Make calls final, and keep what they gave."""
-    keep = keep_output(file)
+def end_attempts(file: SqliteFile, completions: Sequence[Completion], keep: int) -> list[bool]:
+    """Make calls final, and keep up to so many bytes of what each gave."""
     ends = [completion.end() for completion in completions]
     valid = end_calls(file, "running", ends)
     outputs: dict[int, KeptOutput | None] = {}
@@ -9067,19 +9066,27 @@ def stored_message(message: NatsMessage) -> StoredMessage:
     return StoredMessage(headers["Nats-Subject"], int(headers["Nats-Sequence"]), message.data)
 
 
+def direct_get(link: NatsLink) -> str:
+    """Where any server of the stream gives messages."""
+    return f"$JS.API.DIRECT.GET.{link.stream}"
+
+
+def described(refusal: NatsMessage) -> str:
+    """Why a server has given none."""
+    return refusal.headers.get("Description") or "nobody answers for the stream"
+
+
 async def direct_message(link: NatsLink, **body: object) -> StoredMessage | None:
     """The one stored message that any server of the stream gives for this request; None: none.
 
     Raises StoreError.
     """
-    place = f"$JS.API.DIRECT.GET.{link.stream}"
-    message = await link.request(place, json.dumps(body).encode())
+    message = await link.request(direct_get(link), json.dumps(body).encode())
     if not message.status:
         return stored_message(message)
     if message.status == "404":
         return None
-    reason = message.headers.get("Description") or "nobody answers for the stream"
-    raise StoreError(f"NATS: {reason}")
+    raise StoreError(f"NATS: {described(message)}")
 
 
 async def direct_messages(link: NatsLink, **body: object) -> list[NatsMessage]:
@@ -9088,11 +9095,9 @@ async def direct_messages(link: NatsLink, **body: object) -> list[NatsMessage]:
     NatsRefused: TOO_MANY, or nobody answers.
     """
     many: list[NatsMessage] = []
-    place = f"$JS.API.DIRECT.GET.{link.stream}"
-    end = await link.request(place, json.dumps(body).encode(), many=many)
+    end = await link.request(direct_get(link), json.dumps(body).encode(), many=many)
     if end.status not in NO_MORE:
-        reason = end.headers.get("Description") or "nobody answers for the stream"
-        raise NatsRefused(int(end.status), f"messages can't be read: {reason}")
+        raise NatsRefused(int(end.status), f"messages can't be read: {described(end)}")
     return many
 
 
