@@ -2025,47 +2025,47 @@ async def test_a_bulk_takes_only_what_came_in_its_time(bench: Bench) -> None:
 
 async def test_many_calls_are_cancelled_exactly(bench: Bench) -> None:
     """More than one batch of them; those between them keep their place."""
-    await mixed_up(bench, 1100)
+    await mixed_up(bench, 550)
     filters = CallFilter(function="mine")
-    assert await bench.queue.cancel_matching(filters) == BulkResult(1100, 1100)
-    assert await states(bench, function="mine") == {"cancelled": 1100}
-    assert await states(bench, function="other") == {"queued": 1100}
-    assert Counter(end.function for end in bench.ended) == {"mine": 1100}
-    assert await bench.waiting() == {"other.openfaas-fn": 1100}
+    assert await bench.queue.cancel_matching(filters) == BulkResult(550, 550)
+    assert await states(bench, function="mine") == {"cancelled": 550}
+    assert await states(bench, function="other") == {"queued": 550}
+    assert Counter(end.function for end in bench.ended) == {"mine": 550}
+    assert await bench.waiting() == {"other.openfaas-fn": 550}
 
 
 async def test_many_calls_are_queued_again_exactly(bench: Bench) -> None:
     """More than one batch of them; those between them stay as they ended."""
-    await mixed_up(bench, 1100)
+    await mixed_up(bench, 550)
     await bench.queue.purge(REQUESTS)
     filters = CallFilter(statuses=("cancelled",), function="mine")
-    assert await bench.queue.redrive_matching(filters) == BulkResult(1100, 1100)
-    assert await states(bench, function="mine") == {"queued": 1100}
-    assert await states(bench, function="other") == {"cancelled": 1100}
+    assert await bench.queue.redrive_matching(filters) == BulkResult(550, 550)
+    assert await states(bench, function="mine") == {"queued": 550}
+    assert await states(bench, function="other") == {"cancelled": 550}
     work = await bench.claims(5000)
-    assert len({item.id for item in work}) == len(work) == 1100
+    assert len({item.id for item in work}) == len(work) == 550
 
 
 @measured_elsewhere
 async def test_a_bulk_ends_though_what_it_did_matches_still(bench: Bench) -> None:
     """Every call is taken once."""
-    await mixed_up(bench, 600)
+    await mixed_up(bench, 300)
     filters = CallFilter(call_id="batch", statuses=("queued", "cancelled"))
     async with asyncio.timeout(PATIENCE):
-        assert await bench.queue.cancel_matching(filters) == BulkResult(1200, 1200)
-        assert await bench.queue.redrive_matching(filters) == BulkResult(1200, 1200)
-    assert len(await bench.claim(5000)) == 1200
+        assert await bench.queue.cancel_matching(filters) == BulkResult(600, 600)
+        assert await bench.queue.redrive_matching(filters) == BulkResult(600, 600)
+    assert len(await bench.claim(5000)) == 600
 
 
 @measured_elsewhere
 async def test_others_are_served_while_a_bulk_goes_on(bench: Bench) -> None:
     """Who has one call does not wait for the end of many."""
-    await mixed_up(bench, 1500)
+    await mixed_up(bench, 1000)
     bulk = asyncio.ensure_future(bench.queue.cancel_matching(CallFilter(call_id="batch")))
     await bench.enqueue("a", queue="other")
     assert await bench.claim(queue="other") == ["a"]
     assert not bulk.done()
-    assert await bulk == BulkResult(3000, 3000)
+    assert await bulk == BulkResult(2000, 2000)
 
 
 async def test_a_bulk_redrive_wakes_its_queues(bench: Bench) -> None:
@@ -2155,9 +2155,9 @@ async def test_purging_a_queue_cancels_what_waits(bench: Bench) -> None:
 
 async def test_purging_a_long_queue_cancels_all_of_it(bench: Bench) -> None:
     """In however many steps; every call's end is told."""
-    await asyncio.gather(*(bench.enqueue() for _ in range(1200)))
-    assert await bench.queue.purge(REQUESTS) == 1200
-    assert (await bench.claim(), len(bench.ended)) == ([], 1200)
+    await asyncio.gather(*(bench.enqueue() for _ in range(600)))
+    assert await bench.queue.purge(REQUESTS) == 600
+    assert (await bench.claim(), len(bench.ended)) == ([], 600)
 
 
 async def test_purging_an_empty_queue_does_nothing(bench: Bench) -> None:
@@ -2408,13 +2408,13 @@ async def test_prune_removes_request_and_output_as_well(bench: Bench) -> None:
 
 async def test_prune_comes_to_an_end(bench: Bench) -> None:
     """One small batch at a time, until nothing is left."""
-    await asyncio.gather(*(bench.enqueue() for _ in range(1200)))
+    await asyncio.gather(*(bench.enqueue() for _ in range(600)))
     await bench.queue.purge(REQUESTS)
     bench.config.set({"keep": "1ns"})
     steps = []
     while number := await bench.queue.prune():
         steps.append(number)
-    assert (sum(steps), await bench.listed()) == (1200, [])
+    assert (sum(steps), await bench.listed()) == (600, [])
     assert len(steps) > 1
 
 
