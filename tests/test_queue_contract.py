@@ -300,6 +300,7 @@ async def test_an_empty_lane_leaves_its_share_to_others(bench: Bench) -> None:
     assert len(await bench.claim(20)) == 20
 
 
+@measured_elsewhere
 async def test_a_queue_has_room_for_many_functions(bench: Bench) -> None:
     """More than the thousand consumers that a NATS server grants a stream by itself."""
     names = [f"f{number}" for number in range(1010)]
@@ -2023,6 +2024,7 @@ async def test_a_bulk_takes_only_what_came_in_its_time(bench: Bench) -> None:
     assert sorted(await bench.claim()) == ["a", "b", "c"]
 
 
+@measured_elsewhere
 async def test_many_calls_are_cancelled_exactly(bench: Bench) -> None:
     """More than one batch of them; those between them keep their place."""
     await mixed_up(bench, 550)
@@ -2034,6 +2036,7 @@ async def test_many_calls_are_cancelled_exactly(bench: Bench) -> None:
     assert await bench.waiting() == {"other.openfaas-fn": 550}
 
 
+@measured_elsewhere
 async def test_many_calls_are_queued_again_exactly(bench: Bench) -> None:
     """More than one batch of them; those between them stay as they ended."""
     await mixed_up(bench, 550)
