@@ -1001,7 +1001,7 @@ def starts_of(text: str, lateness: list[float], seconds: float, wanted: int = 10
 
 
 @pytest.mark.no_cover  # It runs thousands of times what others run once. Measured, it takes twice as long.
-@pytest.mark.parametrize("text", ["10/1m", "1/7s", "600/1m", "20/1s", "500/1m"])
+@pytest.mark.parametrize("text", ["10/1m", "1/7s", "20/1s", "500/1m"])
 @DETERMINISTIC
 @given(lateness=st.lists(st.floats(0.0001, 0.05), min_size=1, max_size=20))
 def test_a_rate_is_held_over_many_periods(text: str, lateness: list[float]) -> None:
