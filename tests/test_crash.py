@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import web
 from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, free_address, run
 
-CALLS = 1000
+CALLS = 400
 KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 12))  # 200 for the long form
 DELAY_S = 0.2
 
@@ -41,7 +41,7 @@ async def final_records(daemon: Daemon, calls: list[str]) -> list[dict[str, Any]
     return list(await asyncio.gather(*map(one, calls)))
 
 
-async def test_a_thousand_queued_calls_survive_kill_9(daemon: StartDaemon, function: Server) -> None:
+async def test_hundreds_of_queued_calls_survive_kill_9(daemon: StartDaemon, function: Server) -> None:
     """Killed in the middle of them and started again, the daemon runs every one."""
     function.behaviour = gate = Gate(passing=CALLS // 4)
     gateway = await daemon(f'[functions.it]\nurl = "{function.url}"')
