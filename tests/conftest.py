@@ -14,6 +14,7 @@ of tests that do not say where their queue is have it on a NATS server, see jets
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import os
 import random
@@ -120,6 +121,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", text)
     config.addinivalue_line("markers", "long: it runs with FAASD_ASYNC_LONG_TESTS=1 only")
     config.addinivalue_line("markers", "no_cover: what pytest's own process does is not measured")
+    config.addinivalue_line("markers", "unmeasured: nor is what the test starts, which others run as well")
+    config.addinivalue_line("markers", "measured: what gets an interpreter of its own is measured, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -134,8 +137,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.path.name != "test_readme.py")
     for item in items:
-        if {"daemon", "hosts"} & {*getattr(item, "fixturenames", ())}:
+        if {"daemon", "hosts"} & {*getattr(item, "fixturenames", ())} or item.get_closest_marker("unmeasured"):
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spare each collection of garbage what stays: the modules, and thousands of tests."""
+    gc.collect()
+    gc.freeze()
+
+
+interpreters_are_measured = False  # for that they would take twice as long to start
+
+
+@pytest.fixture(autouse=True)
+def measure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have coverage look at what the test starts as it is marked: that costs a daemon a third of its time."""
+    if request.node.get_closest_marker("unmeasured"):
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    if request.node.get_closest_marker("measured"):
+        monkeypatch.setattr(sys.modules[__name__], "interpreters_are_measured", True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -148,14 +170,18 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-fork_servers: dict[tuple[str, tuple[str, ...]], ForkServer] = {}  # of this process, by what they are made with
+fork_servers: dict[tuple[str, tuple[str, ...], bool], ForkServer] = {}  # of this process, by what they are made with
 
 
 def fork_server(library: str = "", prefix: tuple[str, ...] = ()) -> ForkServer:
-    """The one that starts programs with this library preloaded, and was itself started by this prefix."""
-    if (library, prefix) not in fork_servers:
-        fork_servers[library, prefix] = ForkServer(library, prefix)
-    return fork_servers[library, prefix]
+    """The one that starts programs with this library preloaded, and was itself started by this prefix.
+
+    Those of tests that are not measured have another one.
+    """
+    made_with = library, prefix, "COVERAGE_PROCESS_CONFIG" in os.environ
+    if made_with not in fork_servers:
+        fork_servers[made_with] = ForkServer(library, prefix)
+    return fork_servers[made_with]
 
 
 def pytest_sessionfinish() -> None:
@@ -193,6 +219,8 @@ async def start_program(
         server = fork_server(common["env"].get("LD_PRELOAD", ""), server_prefix)
         if server.can_start(common["env"]):
             return await server.start(*words, before=before, **common)
+    if not interpreters_are_measured:
+        common["env"] = {name: value for name, value in common["env"].items() if name != "COVERAGE_PROCESS_CONFIG"}
     if before:
         script = f"import sys, faasd_async\n{before}\nsys.exit(faasd_async.main(sys.argv[1:]))"
         program: tuple[str, ...] = (sys.executable, "-c", script)

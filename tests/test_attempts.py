@@ -188,6 +188,7 @@ async def test_a_call_can_be_cancelled_while_an_earlier_attempt_of_it_dies(
     assert (await gateway.final(call_id))["status"] == "success"
 
 
+@pytest.mark.unmeasured
 async def test_attempts_that_die_late_keep_no_slot(daemon: StartDaemon, clinging: Clinging) -> None:
     """Each dies after its call has ended; a queue of two slots goes on after five of them."""
     gateway = await daemon(settings(clinging, "[queues.faas-request]\nmax_inflight = 2"), before=UNTIL_DEAD)

@@ -48,6 +48,7 @@ async def gateway(daemon: StartDaemon) -> Daemon:
 # ---- the route -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 async def test_a_backup_that_is_taken_while_calls_come_is_a_store_of_its_own(daemon: StartDaemon) -> None:
     """What was accepted before is in it, and runs where a daemon starts with it; the daemon goes on meanwhile."""
     gateway = await daemon(SETTINGS + "[queues.later]", start=False)

@@ -105,6 +105,7 @@ async def test_bytes_above_127_are_shown_in_percent(gateway: Daemon) -> None:
     assert json.loads(shown.body)["target"] == written
 
 
+@pytest.mark.unmeasured
 async def test_requests_with_such_targets_may_follow_each_other_in_any_pieces(gateway: Daemon, lines: Lines) -> None:
     """Together in one piece, byte by byte, and in pieces that begin in one request and end in another."""
     requests = [post(b"function", b"near", b"/%d\xe9" % number, last=number == 3) for number in range(4)]

@@ -655,6 +655,7 @@ async def ended(gateway: Daemon) -> dict[str, int]:
     return {status: int(float(number)) for status, number in found}
 
 
+@pytest.mark.unmeasured
 async def test_a_cancellation_that_races_with_the_end_has_one_winner(gateway: Daemon, function: Server) -> None:
     """A call that was cancelled with a 202 never succeeds, and each call ends once."""
     won: collections.Counter[str] = collections.Counter()

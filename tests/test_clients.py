@@ -62,6 +62,7 @@ def replies(data: bytes) -> list[Reply]:
 SLOW = 2000
 
 
+@pytest.mark.unmeasured
 async def test_thousands_that_drip_their_headers_do_not_keep_others_from_being_served(
     daemon: StartDaemon, function: Server
 ) -> None:
@@ -357,6 +358,7 @@ async def test_a_body_behind_many_requests_is_read(gateway: Daemon, function: Se
     assert function.requests[-1].body == b"hello"
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("first", [GET + b"\r\n", POST + LENGTH + b"\r\nhello"], ids=["GET", "POST"])
 @pytest.mark.parametrize("ahead", [14, 16, 20, 31, 40])
 async def test_a_body_that_looks_like_a_request_stays_one(
@@ -414,6 +416,7 @@ async def test_a_bomb_of_headers_is_refused_and_not_kept(daemon: StartDaemon, fu
 STRANGERS = 100_000 if LONG else 5_000
 
 
+@pytest.mark.unmeasured
 async def test_names_of_no_functions_leave_nothing_behind(gateway: Daemon) -> None:
     """Somebody who tries all names makes neither the memory nor the metrics grow."""
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, PYTHON, Server, StartDaemon, ask, connection, run
 
+pytestmark = pytest.mark.unmeasured  # test_programs.py has all of it
+
 MIB = 2**20
 
 

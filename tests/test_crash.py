@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import web
 from conftest import PATIENCE, Daemon, Gate, Request, Server, StartDaemon, answer, free_address, run
+
+pytestmark = pytest.mark.unmeasured  # what it does with calls is measured where it is not killed all the time
 
 CALLS = 400
 KILLS = int(os.environ.get("FAASD_ASYNC_KILLS", 12))  # 200 for the long form

@@ -64,6 +64,7 @@ async def ask_for_unknown_names(gateway: Daemon, number: int, kind: str) -> None
         assert reply.status == 404, reply
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("cache", [ONE_HOUR, NO_TIME], ids=["look-ups cached", "look-ups made anew"])
 async def test_unknown_names_do_not_push_out_a_function_that_is_called(
     start: StartGateway, provider: Provider, env: Deployed, cache: str

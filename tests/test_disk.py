@@ -191,6 +191,7 @@ async def until_emptied(gateway: Daemon) -> None:
     assert not [line for line in gateway.lines if "can't be stored" in line]
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("killed", [False, True])
 async def test_a_disk_that_the_queue_has_filled_gets_empty_by_itself(
     daemon: StartDaemon, disk: Disk, function: Server, gate: Gate, killed: bool
@@ -365,6 +366,7 @@ async def test_a_file_that_is_damaged_while_it_is_used_is_set_aside_by_a_restart
     assert aside(gateway) == [kept]
 
 
+@pytest.mark.unmeasured
 async def test_a_file_that_is_taken_away_while_it_is_used_stores_nothing(daemon: StartDaemon, function: Server) -> None:
     """What went into it would be gone with the daemon, so nobody gets a 202; put back, it goes on by itself."""
     gateway = await daemon(settings(function))

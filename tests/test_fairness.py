@@ -60,6 +60,7 @@ async def test_a_call_for_an_idle_function_does_not_wait_for_a_burst(daemon: Sta
     assert function.most_running == 1
 
 
+@pytest.mark.unmeasured
 async def test_an_idle_function_does_not_wait_once_the_burst_is_under_way(
     daemon: StartDaemon, function: Server
 ) -> None:
@@ -102,6 +103,7 @@ async def test_the_calls_of_each_function_stay_in_order(daemon: StartDaemon, fun
         assert [call_id for call_id in function.call_ids if names[call_id] == name] == expected
 
 
+@pytest.mark.unmeasured
 async def test_a_queue_need_not_be_fair(daemon: StartDaemon, function: Server) -> None:
     """With `fair = false` all its calls run in the order of their arrival."""
     function.behaviour = gate = Gate()
@@ -112,6 +114,7 @@ async def test_a_queue_need_not_be_fair(daemon: StartDaemon, function: Server) -
     assert function.call_ids == calls
 
 
+@pytest.mark.unmeasured
 async def test_a_function_that_fails_does_not_take_the_turns_of_others(daemon: StartDaemon, function: Server) -> None:
     """Its retries come when they are due, between the calls of the other one."""
 
@@ -179,6 +182,7 @@ async def test_the_limit_holds_for_sync_calls_of_a_function_with_a_rate(daemon: 
     assert function.most_running == 1
 
 
+@pytest.mark.unmeasured
 async def test_the_limit_holds_under_mixed_load(daemon: StartDaemon, function: Server) -> None:
     """The function never sees more at once than it takes, all queued calls succeed, sync ones are served or refused."""
 
@@ -212,6 +216,7 @@ async def test_the_limit_of_a_function_holds_across_queues(daemon: StartDaemon, 
     assert function.most_running == 2
 
 
+@pytest.mark.unmeasured
 async def test_a_function_at_its_limit_does_not_hold_up_its_queue(daemon: StartDaemon, function: Server) -> None:
     """The slots that it may not use are used by others, however many of its calls wait in front."""
     gate = Gate()
@@ -260,6 +265,7 @@ async def test_a_function_that_takes_few_at_a_time_is_given_few(daemon: StartDae
     assert most_accepted == 5
 
 
+@pytest.mark.unmeasured
 async def test_back_pressure_of_one_function_is_not_felt_by_another(daemon: StartDaemon, function: Server) -> None:
     """An adaptive queue slows down calls of the function that said 429, and no others."""
     gate = Gate()
@@ -288,6 +294,7 @@ async def live() -> AsyncIterator[Server]:
     await server.close()
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("slots", [2, 16])
 async def test_a_receiver_that_never_answers_does_not_delay_another(
     daemon: StartDaemon, function: Server, sink: Server, live: Server, slots: int

@@ -314,6 +314,7 @@ async def test_an_error_of_ours_is_answered_and_told(daemon: StartDaemon, functi
     gateway.lines.remove(await gateway.wait_for_log("Traceback"))
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("size", [0, 3, 1000])
 async def test_many_on_one_connection_are_answered_in_their_order(
     daemon: StartDaemon, function: Server, size: int

@@ -442,6 +442,7 @@ async def test_a_second_signal_hurries(daemon: StartDaemon, function: Server) ->
     assert (record["status"], record["attempts"]) == ("success", 1)
 
 
+@pytest.mark.unmeasured
 async def test_a_stop_under_load_loses_nothing(daemon: StartDaemon, function: Server, sink: Server) -> None:
     """Whatever was accepted before the end is run, by this process or the next."""
     gateway = await daemon(settings(function))
@@ -961,6 +962,7 @@ async def test_check_reads_a_pipe() -> None:
         assert (result.code, said in result.out + result.err) == (code, True)
 
 
+@pytest.mark.unmeasured
 async def test_check_names_the_problem(tmp_path: Path) -> None:
     """Exit 78 (EX_CONFIG) and one line with the file, the key, and what is wrong with it."""
     folders = [tmp_path / str(number) for number in range(len(PROBLEMS))]

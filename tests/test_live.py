@@ -122,6 +122,7 @@ async def answered_while_listing(gateway: Daemon, target: str) -> tuple[int, Any
         return meanwhile, json.loads((await listed.read()).partition(b"\r\n\r\n")[2])
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("target", ["/system/stats", "/system/functions"])
 async def test_nobody_waits_for_a_list_of_many_functions(daemon: StartDaemon, target: str) -> None:
     """Others are answered again and again while it is made, and it is whole."""

@@ -34,6 +34,7 @@ async def move(file: Path, host: Daemon) -> Finished:
     return await faasd("move", file, "--config", host.config)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("early", [True, False], ids=["before the file forgets", "after it has forgotten"])
 async def test_a_move_that_is_killed_and_run_again_moves_every_call_once(
     early: bool, daemon: StartDaemon, hosts: StartHost, function: Server, server: NatsServer

@@ -127,6 +127,7 @@ async def test_calls_with_one_key_never_meet_on_two_hosts(hosts: StartHost, func
     assert (sorted(function.call_ids), function.most_running) == (sorted(calls), 1)
 
 
+@pytest.mark.unmeasured
 async def test_a_host_that_dies_leaves_its_keys_to_others(hosts: StartHost, function: Server, sink: Server) -> None:
     """When the lease of its call is over: that one runs again, and those that waited do."""
     lease = '[queues.faas-request]\nack_wait = "2s"'
@@ -222,6 +223,7 @@ async def test_the_end_of_a_call_is_told_to_who_waits_at_another_host(hosts: Sta
         assert json.loads(reply.body)["status"] == "success"
 
 
+@pytest.mark.unmeasured
 async def test_a_pause_is_for_all_hosts_and_survives_them(
     hosts: StartHost, function: Server, server: NatsServer
 ) -> None:
@@ -289,6 +291,7 @@ async def test_a_purge_is_for_what_every_gateway_accepted(hosts: StartHost, func
 # ---- once ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 async def test_a_key_that_comes_to_two_gateways_at_once_is_one_call(hosts: StartHost, function: Server) -> None:
     """All get the same id, and the function runs once; with another body it is refused everywhere."""
     one, other = [await hosts(one_function(function)) for _ in range(2)]
@@ -343,6 +346,7 @@ async def test_matching_calls_are_changed_from_another_host(hosts: StartHost, fu
 # ---- who is next -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 async def test_a_global_limit_of_one_is_kept_by_two_hosts(hosts: StartHost, function: Server) -> None:
     """The function never sees two of their calls at once, and both hosts go on."""
     limits = "[queues.faas-request]\nmax_inflight = 4\nmax_inflight_global = 1"
@@ -1162,6 +1166,7 @@ async def test_a_queue_that_is_full_says_so_at_every_gateway(hosts: StartHost, f
 # ---- all of it at once ---------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 async def test_a_mixed_load_over_three_hosts_runs_everything_once(
     hosts: StartHost, function: Server, sink: Server
 ) -> None:

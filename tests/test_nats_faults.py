@@ -318,6 +318,7 @@ async def test_a_daemon_can_stop_while_its_server_is_away(
     assert (await other.final(call_id))["status"] == "success"
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("what", ["stream", "consumers", "messages"])
 async def test_what_an_administrator_deletes_is_made_again(
     hosts: StartHost, server: NatsServer, function: Server, what: str
@@ -367,6 +368,7 @@ async def test_calls_whose_consumers_are_deleted_while_no_daemon_runs_are_found(
         assert (await one.final(call_id))["status"] == "success"
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("what", ["stream", "messages"])
 async def test_a_pause_outlives_the_stream_that_it_is_stored_in(
     hosts: StartHost, server: NatsServer, function: Server, what: str
@@ -720,6 +722,7 @@ async def test_a_cluster_loses_nothing_with_its_leader(cluster: Cluster, hosts: 
 # ---- hosts ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 async def test_a_host_that_is_killed_under_load_loses_nothing(hosts: StartHost, function: Server) -> None:
     """What it ran, and only that, may run twice."""
     pair = [await hosts(one_function(function, MANY + at)) for at in (KEPT.format(free_address()), "")]
@@ -732,6 +735,7 @@ async def test_a_host_that_is_killed_under_load_loses_nothing(hosts: StartHost, 
     await all_ended_well(pair[1], load, function, twice=3 * 16)
 
 
+@pytest.mark.unmeasured
 async def test_a_host_that_stops_under_load_loses_and_repeats_nothing(hosts: StartHost, function: Server) -> None:
     """An orderly stop waits for what runs; what it has not begun runs elsewhere."""
     pair = [await hosts(one_function(function, MANY + at)) for at in (KEPT.format(free_address()), "")]
@@ -1012,7 +1016,8 @@ LONG_SCENARIOS += [(name, "unacknowledged") for name in SCENARIOS if name != "ke
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((name, "killed") for name in SCENARIOS if (name, "killed") not in LONG_SCENARIOS),
+        ("callback", "killed"),
+        *(pytest.param(name, "killed", marks=pytest.mark.unmeasured) for name in ("delay", "key", "cancel")),
         ("key", "unacknowledged"),
         *(pytest.param(*scenario, marks=pytest.mark.long) for scenario in LONG_SCENARIOS),
     ],
@@ -1144,6 +1149,7 @@ class Siege:
 MOST_RUNNING = 16 + 4  # calls of one host at once
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("who", [pytest.param("server", marks=pytest.mark.long), "anybody"])
 async def test_random_kills_break_no_promise(
     hosts: StartHost, server: NatsServer, function: Server, sink: Server, who: str

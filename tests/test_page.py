@@ -376,6 +376,7 @@ new MutationObserver(note).observe(document.querySelector("#view"), all);
 """
 
 
+@pytest.mark.unmeasured
 async def test_a_burst_updates_the_screen_twice_a_second_at_most(page: Page) -> None:
     """However much is written and however many calls change."""
     browser, gateway = page.browser, page.gateway

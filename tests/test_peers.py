@@ -212,6 +212,7 @@ async def test_a_sync_caller_of_a_bad_function_is_told_in_time(gateway: Daemon, 
     assert f"function drips-its-body {UNENDED}gateway.upstream_timeout (2s)" in gateway.log
 
 
+@pytest.mark.unmeasured
 async def test_the_record_of_a_call_of_a_bad_function_says_why(gateway: Daemon, peers: dict[str, str]) -> None:
     """`timeout` for what came too late, `error` with 502 for everything else; others run meanwhile."""
 
@@ -224,6 +225,7 @@ async def test_the_record_of_a_call_of_a_bad_function_says_why(gateway: Daemon, 
     assert await calls == CALLS
 
 
+@pytest.mark.unmeasured
 async def test_the_record_of_a_callback_to_a_bad_receiver_says_why(
     gateway: Daemon, peers: dict[str, str], sink: Server
 ) -> None:
@@ -249,6 +251,7 @@ async def used(daemon: StartDaemon, function: Server) -> AsyncIterator[tuple[Dae
         yield await daemon(LIMITS + toml, before="faasd_async.PROOF_S = 0.0"), peers
 
 
+@pytest.mark.unmeasured
 async def test_the_same_is_said_of_a_call_on_a_connection_that_was_used(used: tuple[Daemon, dict[str, str]]) -> None:
     """Whether an attempt has a task, or needs none until something is wrong, is nobody else's business."""
     gateway, peers = used
@@ -432,6 +435,7 @@ async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         await writer.drain()
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("way", ["sync", "async", "async with callback", "callback"])
 async def test_a_flood_is_not_kept_in_memory(daemon: StartDaemon, function: Server, sink: Server, way: str) -> None:
     """It is streamed, or counted, or refused where it would have to be held; memory stays flat."""

@@ -201,6 +201,7 @@ async def test_a_power_cut_right_after_the_202_loses_no_call(
     assert bool(await lost(gateway, calls)) == (change == WITHOUT_SYNCS)
 
 
+@pytest.mark.unmeasured
 async def test_random_power_cuts_under_a_mixed_load_break_no_promise(
     disk: Disk, daemon: StartDaemon, function: Server, sink: Server
 ) -> None:

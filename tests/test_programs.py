@@ -321,6 +321,7 @@ async def test_a_program_may_close_its_streams_and_go_on(start: StartDaemon, kin
     assert "exit status 7" in record["error"]
 
 
+@pytest.mark.unmeasured
 async def test_an_answer_may_have_16_mib(start: StartDaemon, sink: Server) -> None:
     """As it is, in an answer and in a callback."""
     gateway = await start(program(*PYTHON, f"import sys; sys.stdout.buffer.write(bytes(range(256)) * {64 * KIB})"))
@@ -488,6 +489,7 @@ async def test_path_in_env_is_where_the_program_is_looked_for(start: StartDaemon
     assert (await ask(gateway.url, "/function/it")).body == b"found\n"
 
 
+@pytest.mark.unmeasured
 async def test_many_programs_run_at_once(start: StartDaemon, kin: Kin) -> None:
     """32 queued and 32 sync calls: all run before the first of them ends."""
     gateway = await start(
@@ -544,6 +546,7 @@ def pipes(pid: int) -> set[str]:
     return {name for name in found if name.startswith("pipe:")}
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("session", ["its own", "the program's"])
 async def test_what_a_program_leaves_behind_does_not_keep_it(start: StartDaemon, kin: Kin, session: str) -> None:
     """Whatever it holds, the call ends well, with its output, and is not run again."""
@@ -693,6 +696,7 @@ async def test_a_program_that_can_not_be_killed_ends_at_its_timeout(user: User, 
     await without_children(gateway.pid)
 
 
+@pytest.mark.unmeasured
 async def test_a_queued_program_that_can_not_be_killed_frees_its_slot(user: User, kin: Kin) -> None:
     """The call is a timeout whose record says why, and the next one in a queue of one slot runs."""
     gateway = await user.start(stubborn(user, kin, exec_timeout="2s"))
@@ -720,6 +724,7 @@ async def test_a_cancelled_program_that_can_not_be_killed_frees_its_slot(user: U
     await without_children(gateway.pid)
 
 
+@pytest.mark.unmeasured
 async def test_a_client_that_leaves_a_program_that_can_not_be_killed_frees_its_slot(user: User, kin: Kin) -> None:
     """A function that runs once at a time runs for the next caller."""
     script = f'read -r word; [ "$word" = go ] || exec "$ROOT" --reuid=0 sh -c \'{STAY}\''
@@ -750,6 +755,7 @@ async def test_a_program_that_can_not_be_killed_does_not_keep_the_daemon(user: U
 # ---- as process 1 ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.measured
 async def test_as_process_1_it_buries_the_orphans_of_programs(start: StartDaemon, kin: Kin) -> None:
     """A container has nobody else to do it; and each program's own exit status stays what it is."""
     if os.geteuid() != 0:
@@ -1129,6 +1135,7 @@ async def test_a_header_that_no_program_can_be_given_is_refused(start: StartDaem
     await assert_no_call_failed(gateway)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("path", ["/function/it", "/async-function/it"])
 async def test_headers_that_no_program_can_be_given_are_refused(start: StartDaemon, path: str) -> None:
     """Many that are too much together: with a stack of 1 MiB, a quarter of that is for all strings."""

@@ -114,6 +114,7 @@ async def test_a_call_that_takes_the_daemon_down_ends_in_error_and_the_others_ru
     assert (await gateway.final(await gateway.submit("it")))["status"] == "success"
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("paths", [["it/pill", "it", "it", "it"], ["it", "it", "it", "it/pill"]])
 async def test_a_poison_call_takes_nobody_with_it(
     daemon: StartDaemon, function: Server, sink: Server, paths: list[str]
@@ -365,6 +366,7 @@ WAYS = {
 }
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("way", WAYS)
 async def test_nobody_waits_while_many_calls_are_cancelled(daemon: StartDaemon, function: Server, way: str) -> None:
     """Others are accepted, run and looked up between the batches."""
@@ -461,6 +463,7 @@ async def test_what_is_no_file_is_not_taken_for_the_store(daemon: StartDaemon, t
     assert mode(pipe) == 0o666
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("left", ["by a clean stop", "by a crash", "damaged", "by an older version"])
 async def test_a_store_that_others_could_read_is_closed_to_them(
     daemon: StartDaemon, function: Server, left: str
@@ -499,6 +502,7 @@ def standard_streams(pid: int) -> list[str]:
     return [str(Path(f"/proc/{pid}/fd/{number}").readlink()) for number in (0, 1, 2)]
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("redirect", STREAMS)
 async def test_the_daemon_works_with_any_standard_streams(
     daemon: StartDaemon, systemd: ServiceManager, redirect: str
@@ -735,6 +739,7 @@ async def test_a_log_that_says_gzip_and_is_not_is_shown_as_it_is(daemon: StartDa
 # ---- where the client looks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("host", "loopback"), [("", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("localhost", "127.0.0.1"), ("[::]", "[::1]")]
 )

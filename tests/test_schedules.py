@@ -220,6 +220,7 @@ async def test_control_headers_of_a_schedule_are_heeded(host: Host, sink: Server
 # ---- what was missed -----------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("keys", "shown", "runs", "missed"),
     [
@@ -483,6 +484,7 @@ async def test_reboot_fires_once_after_each_start_of_the_machine(host: Host, tmp
 # ---- crashes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 async def test_no_instant_is_lost_or_doubled_by_a_crash(host: Host) -> None:
     """The daemon is killed around each instant, some milliseconds earlier or later."""
     rng = random.Random(1)

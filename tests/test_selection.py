@@ -453,6 +453,7 @@ RUN_AGAIN = {
 }
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(("query", "words"), RUN_AGAIN.items())
 async def test_exactly_what_matches_is_run_again(
     gateway: Daemon, variety: dict[str, str], query: str, words: str
@@ -480,6 +481,7 @@ CANCELLED = {
 }
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(("query", "words"), CANCELLED.items())
 async def test_exactly_what_matches_is_cancelled(
     gateway: Daemon, function: Server, variety: dict[str, str], query: str, words: str
@@ -616,6 +618,7 @@ async def test_calls_that_are_named_like_the_routes_can_be_run_again(gateway: Da
         assert await log_of(gateway, call_id) == call_id.encode()
 
 
+@pytest.mark.unmeasured
 async def test_thousands_of_calls_are_cancelled_at_once(gateway: Daemon, function: Server) -> None:
     """All that match and no others; and they are queued again the same way."""
     many = 2000
@@ -650,6 +653,7 @@ async def until_all_failed(gateway: Daemon) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.unmeasured
 async def test_what_fails_again_at_once_is_run_again_once(gateway: Daemon, function: Server) -> None:
     """It would match for ever; each of those that matched in the beginning gets its one run."""
     many = 600

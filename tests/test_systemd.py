@@ -188,6 +188,7 @@ async def test_a_program_does_not_inherit_the_sockets(daemon: StartDaemon, held:
     assert await gateway.terminate() == 0
 
 
+@pytest.mark.measured
 async def test_a_socket_for_both_kinds_of_addresses_shows_neither(daemon: StartDaemon, function: Server) -> None:
     """`ListenStream=8080` is one: functions are told an IPv4 address in its own form all the same."""
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:

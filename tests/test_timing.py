@@ -11,6 +11,8 @@ from aiohttp import web
 from conftest import PATIENCE, SECRET, Daemon, Gate, Request, Server, StartDaemon, answer, ask, assert_refused
 from operating import get
 
+pytestmark = pytest.mark.unmeasured  # nothing here but time is what other tests have not
+
 # Where the passing of time is itself the thing, it is this much: long enough to tell from a busy machine's delays.
 UNIT = 0.5
 
