@@ -294,6 +294,23 @@ async def test_when_the_time_is_over_the_record_is_shown_as_it_stands(gateway: D
     assert (record["status"], record["completed_at"]) == ("running", None)
 
 
+async def test_a_call_that_ended_while_the_machine_slept_is_shown_as_it_ended(
+    gateway: Daemon, function: Server
+) -> None:
+    """Its end and that of the time to wait are both there when it wakes up."""
+    gate = Gate()
+    function.behaviour = gate
+    call_id = await gateway.submit("it")
+    await function.wait_for(1)
+    async with waiting(gateway, call_id, "300ms") as answered:
+        gateway.signal(signal.SIGSTOP)
+        gate.open()
+        await asyncio.sleep(1)  # asleep for longer than that
+        gateway.signal(signal.SIGCONT)
+        record = json.loads((await answered).body)
+    assert record["status"] == "success"
+
+
 async def test_a_final_record_is_not_waited_for(gateway: Daemon) -> None:
     """There is nothing to wait for."""
     record = await gateway.final(await gateway.submit("it"))
