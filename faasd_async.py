@@ -19940,9 +19940,8 @@ class FunctionRoutes:
         ours: Mapping[str, str],
     ) -> Response:
         """The function's answer, passed on. A client that goes away cancels this, and the call."""
-        config = self.settings().gateway
         who = f"function {function.name}"
-        limit = Limit(config.upstream_timeout, "gateway.upstream_timeout")
+        limit = Limit(self.settings().gateway.upstream_timeout, "gateway.upstream_timeout")
         if not function.command:
             answering = self.caller.request(function, function_request)
             return await stream_answer(request, answering, ours, limit, who)
@@ -19954,11 +19953,13 @@ class FunctionRoutes:
             error = f"{who} {exc.text}"
             log_failed_sync(ours["X-Call-Id"], error)
             raise HttpError(exc.status, error) from None
+        duration = {"X-Duration-Seconds": f"{outcome.duration_s:.6f}"}
         if outcome.error:
             log_failed_sync(ours["X-Call-Id"], outcome.error)
+            if not outcome.body:  # The program has not said itself what is wrong.
+                raise HttpError(outcome.status, outcome.error, duration)
         headers = as_multidict(outcome.headers)
-        headers.update(ours)
-        headers["X-Duration-Seconds"] = f"{outcome.duration_s:.6f}"
+        headers.update({**ours, **duration})
         return Response(outcome.status, headers, outcome.body)
 
     async def _sync_body(self, http: Exchange) -> bytes | AsyncIterator[bytes]:

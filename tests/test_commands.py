@@ -188,6 +188,23 @@ async def test_a_command_that_fails_is_a_500(daemon: StartDaemon) -> None:
     assert (await ask(gateway.url, "/function/dies")).status == 500
 
 
+async def test_a_command_that_fails_without_a_word_is_told_of(daemon: StartDaemon) -> None:
+    """A caller would see nothing at all; what a command has said itself is left as it is."""
+    said = '[functions.said]\ncommand = ["sh", "-c", "echo no; exit 3"]\n[functions.killed]\n'
+    killed = 'command = ["sh", "-c", "kill -9 $$"]\ncontent_type = "application/json"\n'
+    gateway = await daemon(command("false", more=said + killed))
+    for name, body in (
+        ("it", b"function it: exit status 1\n"),
+        ("said", b"no\n"),
+        ("killed", b"function killed: killed by signal 9\n"),
+    ):
+        reply = await ask(gateway.url, f"/function/{name}", "X-Call-Id: mine")
+        assert (reply.status, reply.body) == (500, body), name
+        assert reply.headers["Content-Type"].startswith("text/plain"), name
+        assert reply.headers["X-Call-Id"] == "mine", name
+        assert float(reply.headers["X-Duration-Seconds"]) > 0, name
+
+
 async def test_an_async_command_that_fails_is_tried_again(daemon: StartDaemon) -> None:
     """Its 500 is as good as a server's."""
     gateway = await daemon(command("false") + "[retry]\nattempts = 3\n")
