@@ -17400,7 +17400,7 @@ class CallbackJob:
             function=claim.function,
             callback=log_url(claim.target),
             attempts=claim.attempt,
-            http_status=outcome.status,
+            http_status=outcome.status if outcome.answered else None,
             error=outcome.error,
             delay=decision.delay_s,
         )

@@ -233,6 +233,16 @@ async def test_a_callback_waits_for_a_receiver_that_is_down(gateway: Daemon, fun
     assert len(function.requests) == 1
 
 
+async def test_the_log_tells_no_answer_of_a_receiver_that_gave_none(daemon: StartDaemon, refused: str) -> None:
+    """The line of a failed callback has the status of an answer, as the record, or none."""
+    gateway = await daemon('[functions.true]\ncommand = ["true"]\n[callback]\nattempts = 1')
+    record = await gateway.final(await gateway.submit("true", X_Callback_Url=refused))
+    assert (record["callback"]["status"], record["callback"]["http_status"]) == ("failed", None)
+    (line,) = (line for line in gateway.log.splitlines() if "callback failed" in line)
+    assert "Connection refused" in line
+    assert "http_status" not in line
+
+
 async def test_a_receiver_that_does_not_answer_is_given_up_for_now(
     daemon: StartDaemon, function: Server, sink: Server
 ) -> None:
