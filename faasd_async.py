@@ -940,7 +940,7 @@ def split_url(url: str) -> UrlParts | None:
     return None if found is None else UrlParts._make(found.groups(""))
 
 
-@expects('a URL such as "http://127.0.0.1:9001"')
+@expects('a URL such as "http://127.0.0.1:9001", without a query')
 def server_url(value: Any) -> yarl.URL:
     """The URL of an HTTP server, to which path and query are added. It may carry credentials."""
     if parts := split_url(value):
