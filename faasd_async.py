@@ -17651,7 +17651,7 @@ class Consumer:
 
     def look_again(self) -> None:
         """There may be room again, for what waits."""
-        if not self._queue.nothing_waits(self.name):
+        if not (self._wake.is_set() or self._queue.nothing_waits(self.name)):
             self._wake.set()
 
     def cancel(self, receipt: Hashable) -> None:
