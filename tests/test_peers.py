@@ -209,7 +209,7 @@ async def test_a_sync_caller_of_a_bad_function_is_told_in_time(gateway: Daemon, 
     calls = asyncio.create_task(at_once(peers, call))
     assert (await ask(gateway.url, "/function/well")).status == 200
     assert await calls == {name: status for name, (_, status, _) in PEERS.items()}
-    assert f"function drips-its-body {UNENDED}gateway.upstream_timeout (2s)" in gateway.log
+    await gateway.wait_for_log(f"function drips-its-body {UNENDED}gateway.upstream_timeout (2s)")
 
 
 @pytest.mark.unmeasured
