@@ -23049,10 +23049,12 @@ def end_start() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
-def hold_signals() -> None:
-    """Have no signal kill the process, which ends by itself now: Python takes its handlers away."""
-    numbers = (*STOP_SIGNALS, *STRAY_SIGNALS, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def ignore_signals() -> None:
+    """Have no signal kill the process, which ends by itself now: Python takes its own handlers away
+    before the last threads end, and to block signals here would not keep them from those.
+    """
+    for number in (*STOP_SIGNALS, *STRAY_SIGNALS, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def give_back_memory() -> None:
@@ -23312,7 +23314,7 @@ def next_step(path: str | None) -> str:
 async def run_daemon(config: Config, path: str | None) -> int:
     """Serve until a signal; the exit code. Raises ConfigError, StoreError."""
     code = await Daemon(config, path).run()
-    hold_signals()
+    ignore_signals()
     return code
 
 

@@ -178,7 +178,6 @@ async def test_a_signal_that_means_nothing_is_ignored(
     assert (record["status"], record["attempts"]) == ("success", 1)
 
 
-@pytest.mark.measured  # without coverage, which takes its time, a signal may come between threads and their end
 @own_interpreter
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 async def test_signals_during_a_stop_do_not_spoil_it(daemon: StartDaemon, number: signal.Signals) -> None:
