@@ -332,10 +332,20 @@ class Network:
 
     # -- what passes
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection. It is closed in the end, also if it came while all were cut."""
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
+
+        def end(task: asyncio.Task[None]) -> None:
+            writer.transport.abort()  # The task may have been cancelled before its first step.
+            self._tasks.discard(task)
+
+        task.add_done_callback(end)
+        if self._listener is None:
+            task.cancel()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with contextlib.closing(writer), contextlib.suppress(OSError):
                 await self._relay(reader, writer)
@@ -344,7 +354,6 @@ class Network:
         finally:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-            self._tasks.discard(task)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass on what both sides say, until one of them hangs up."""
