@@ -238,7 +238,7 @@ async def test_the_log_tells_no_answer_of_a_receiver_that_gave_none(daemon: Star
     gateway = await daemon('[functions.true]\ncommand = ["true"]\n[callback]\nattempts = 1')
     record = await gateway.final(await gateway.submit("true", X_Callback_Url=refused))
     assert (record["callback"]["status"], record["callback"]["http_status"]) == ("failed", None)
-    (line,) = (line for line in gateway.log.splitlines() if "callback failed" in line)
+    line = await gateway.wait_for_log("callback failed")
     assert "Connection refused" in line
     assert "http_status" not in line
 
