@@ -18113,7 +18113,7 @@ def call_path(call_id: str) -> str:
 def no_route(allowed: Sequence[str]) -> HttpError:
     """The error for a request that no route fits; `allowed`: methods that fit its path."""
     if allowed:
-        methods = ", ".join(allowed).replace("GET", "GET, HEAD")
+        methods = ", ".join(allowed)
         return HttpError(405, f"this route takes {methods}", {"Allow": methods})
     reason = "no such route: calls go to /function/NAME or /async-function/NAME"
     return HttpError(404, reason)
@@ -19528,7 +19528,7 @@ Store = Callable[[Exchange, Config], Storing | None]  # see Application
 class Route(NamedTuple):
     """A row of the route table."""
 
-    method: str  # "*": any
+    methods: Sequence[str]  # "*": any
     pattern: re.Pattern[str]  # of the whole path, as it was sent
     access: Access
     handler: Handler
@@ -19641,18 +19641,17 @@ class Front:
     def _find(self, head: RequestHead) -> tuple[Route, re.Match[str]] | None:
         """The first route that fits a request, and what its pattern finds there."""
         path = head.target.partition("?")[0]
-        wanted = "GET" if head.method == "HEAD" else head.method
         for route in self._routes:
             match = route.pattern.fullmatch(path)
-            if match and route.method in ("*", wanted):
+            if match and ("*" in route.methods or head.method in route.methods):
                 return route, match
         return None
 
     def _methods(self, head: RequestHead) -> Sequence[str]:
         """The methods of the routes that fit a request's path."""
         path = head.target.partition("?")[0]
-        fitting = [route.method for route in self._routes if route.pattern.fullmatch(path)]
-        return list(dict.fromkeys(fitting))
+        fitting = [route.methods for route in self._routes if route.pattern.fullmatch(path)]
+        return list(dict.fromkeys(itertools.chain(*fitting)))
 
     def _trusted_origin(self, http: Exchange) -> str | None:
         """The origin of the page that asks, if its scripts may read the answer."""
@@ -20113,22 +20112,15 @@ class CallRoutes:
         return reply(shown)
 
     async def _final_record(self, call_id: str, wait_s: float) -> CallRecord:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + wait_s
-        patient = True
-        while True:
-            ended = self.waiters.event(call_id)
-            record = await self.records.lookup(call_id)
-            late = loop.time() >= until
-            if record.status in FINAL or late or self.waiters.closed:
-                return record
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
-                    await ended.wait()
-            late_s = loop.time() - until
-            if late_s > LATE_S and patient:  # We slept: the call may have ended meanwhile.
-                patient = False
-                until = loop.time() + min(late_s, MAX_GRACE_S)
+        """The record, once it is final or the time is over."""
+        with contextlib.suppress(RequestFailed), TimeLimit(Limit(wait_s)):
+            while wait_s:
+                ended = self.waiters.event(call_id)
+                record = await self.records.lookup(call_id)
+                if record.status in FINAL or self.waiters.closed:
+                    return record
+                await ended.wait()
+        return await self.records.lookup(call_id)
 
     async def list_calls(self, request: Request) -> Response:
         """Records that match, newest first; with `count`, only how many."""
@@ -22759,7 +22751,8 @@ def route(
     """A route. In its path {name} is one segment, {call} may have slashes, … is anything."""
     pattern = path.replace("…", ".*").replace("{name}", "([^/]+)").replace("{call}", "(.+)")
     cors = path.startswith(CORS_PATHS)
-    return Route(method, re.compile(pattern), access, handler, cors, store)
+    methods = ("GET", "HEAD") if method == "GET" else (method,)
+    return Route(methods, re.compile(pattern), access, handler, cors, store)
 
 
 def route_table(to: Handlers) -> Sequence[Route]:

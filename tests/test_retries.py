@@ -9,9 +9,8 @@ import pytest
 from aiohttp import web
 from conftest import Gate, Request, Server, StartDaemon, answer, ask, never
 
-pytestmark = (
-    pytest.mark.unmeasured
-)  # the rules are measured in test_policy.py, and what follows them with everything else
+# The rules are measured in test_policy.py, and what follows them with everything else.
+pytestmark = pytest.mark.unmeasured
 
 # Where the passing of time is itself the thing, it is this much: long enough to tell from a busy machine's delays.
 UNIT = 0.5
